@@ -1,0 +1,99 @@
+# Everything that the project does, from a fresh machine on: `make help`.
+
+PYTHON    ?= python3
+VENV      ?= .venv
+VENV_TL4  ?= .venv-tl4
+MODEL     ?= smollm2-135m
+PROFILE   ?= quick
+NOTEBOOKS ?=
+ARGS      ?=
+
+BIN        := $(VENV)/bin
+SETUP      := $(VENV)/.asi_lens-setup
+CHROME     := $(VENV)/.asi_lens-chrome
+SETUP_TL4  := $(VENV_TL4)/.asi_lens-setup
+SOURCES    := $(wildcard notebooks/*.ipynb)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup figures test test-tl4 lint format lab bench lock clean clean-all
+.DELETE_ON_ERROR:
+
+help: ## show this
+	@echo "make TARGET [MODEL=$(MODEL)] [PROFILE=$(PROFILE)] [NOTEBOOKS=01_rank_curves,...] [ARGS=...]"
+	@echo
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "  MODEL      a packaged name, a hub name, a folder or a .gguf file"
+	@echo "  PROFILE    smoke (minutes, no claims), quick, full (hours), paper (GPUs)"
+	@echo "  NOTEBOOKS  comma-separated names; all of them if empty"
+	@echo "  ARGS       more arguments for the program behind figures, test, test-tl4, lab and bench"
+
+setup: $(SETUP) ## make .venv, register the kernel, find or fetch a Chrome (again: only what is missing)
+	@$(BIN)/python -m asi_lens.chrome
+	@touch $(CHROME)
+
+figures: $(SETUP) $(CHROME) ## run the notebooks that are out of date, build the gallery figures/index.html
+	$(BIN)/python -m asi_lens.reproduce --model "$(MODEL)" --profile "$(PROFILE)" $(if $(NOTEBOOKS),--notebooks "$(NOTEBOOKS)") $(ARGS)
+
+test: $(SETUP) $(CHROME) ## install and run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+test-tl4: $(SETUP_TL4) ## run the model-facing tests in a second environment with TransformerLens 4
+	$(VENV_TL4)/bin/python -m pytest -m model_facing $(ARGS)
+
+lint: $(SETUP) ## ruff, format, types, and no outputs in notebooks
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(if $(SOURCES),$(BIN)/nbstripout --verify $(SOURCES))
+
+format: $(SETUP) ## apply ruff's fixes and format, strip the notebooks' outputs
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(SOURCES),$(BIN)/nbstripout $(SOURCES))
+
+lab: $(SETUP) $(CHROME) ## open the notebooks in JupyterLab (start with 00_explore)
+	$(BIN)/jupyter lab notebooks $(ARGS)
+
+bench: $(SETUP) ## run every script of benchmarks/
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
+
+lock: $(SETUP) ## write requirements.lock anew from what .venv holds
+	@{ sed -n '/^#/p' requirements.lock; \
+	   $(BIN)/pip freeze --all --exclude-editable | sed -E 's/\+(cpu|cu[0-9]+)$$//' | \
+	   grep -viE '^(pip|wheel|triton|cuda-|nvidia-|cu[0-9]+)|@'; } > .requirements.lock
+	@mv .requirements.lock requirements.lock
+
+clean: ## remove what runs leave (not committed figures, environments or downloads)
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis figures/*/smoke
+	find asi_lens tests benchmarks notebooks -name __pycache__ -prune -exec rm -rf {} +
+	find figures \( -name '*.html' -o -name '*.executed.ipynb' -o -name .state.json \) -delete
+
+clean-all: clean ## the same and both environments
+	rm -rf $(VENV) $(VENV_TL4)
+
+# $(call new-environment,folder): a venv, or a plain word about what this machine lacks.
+define new-environment
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "asi_lens needs Python 3.11 or newer, and '$(PYTHON)' is not one ($$($(PYTHON) -V 2>&1)); name one: make PYTHON=python3.11 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { \
+		echo "'$(PYTHON)' cannot make environments; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(1)
+endef
+
+$(SETUP): pyproject.toml requirements.lock
+	$(call new-environment,$(VENV))
+	$(BIN)/python -m pip install --quiet -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	$(BIN)/python -m ipykernel install --sys-prefix --name asi_lens --display-name asi_lens
+	@touch $@
+
+$(CHROME): $(SETUP) asi_lens/chrome.py
+	@$(BIN)/python -m asi_lens.chrome
+	@touch $@
+
+$(SETUP_TL4): pyproject.toml requirements-tl4.txt
+	$(call new-environment,$(VENV_TL4))
+	$(VENV_TL4)/bin/python -m pip install --quiet -r requirements-tl4.txt
+	$(VENV_TL4)/bin/python -m pip install --quiet --no-deps -e .
+	@touch $@

@@ -1,0 +1,54 @@
+"""Errors that say what was given, what is allowed, and what probably was meant."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+
+class AsiLensError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class UnknownNameError(AsiLensError, ValueError):
+    """A model, site, corpus, parameter ... that does not exist."""
+
+
+class OptionError(AsiLensError, ValueError):
+    """An option out of its range or of the wrong type."""
+
+
+class DataError(AsiLensError, ValueError):
+    """Text, tokens or activations that cannot be used (empty, too short, not finite ...)."""
+
+
+class CacheError(AsiLensError, RuntimeError):
+    """A cached or downloaded file that is truncated, edited, or from another version."""
+
+
+class FetchError(AsiLensError, RuntimeError):
+    """A download that failed or did not arrive as promised."""
+
+
+class UnsupportedModelError(AsiLensError, ValueError):
+    """A model that lacks what was asked of it."""
+
+
+def unknown_name(kind: str, name: object, allowed: Iterable[str]) -> UnknownNameError:
+    """Build (not raise) the error for a name that is not among `allowed`, nearest names first.
+
+    >>> str(unknown_name("site", "atn_out", ["attn_out", "mlp_out"]))
+    "unknown site 'atn_out'; did you mean 'attn_out'? Known: attn_out, mlp_out"
+    """
+    names = sorted(str(a) for a in allowed)
+    near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.6)
+    hint = f"did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
+    known = ", ".join(names[:40]) + (f", ... ({len(names)} in all)" if len(names) > 40 else "")
+    return UnknownNameError(f"unknown {kind} {name!r}; {hint}Known: {known or 'none'}")
+
+
+def require(condition: bool, key: str, value: Any, allowed: str) -> None:
+    """Raise OptionError naming the key, the value and what is allowed, unless `condition`."""
+    if not condition:
+        raise OptionError(f"{key}={value!r} is not allowed; {key} must be {allowed}")

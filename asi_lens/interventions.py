@@ -1,0 +1,221 @@
+"""Cross-entropy with a site truncated to a subspace, ablated to its mean, or edited in any other way.
+
+A batch's prefix (the layers below the edited one) is computed once and every edit resumes from there,
+so that a sweep over ranks costs the layers above alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from asi_lens import models
+from asi_lens.cache import cached_json
+from asi_lens.corpora import Tokens
+from asi_lens.errors import DataError, require, unknown_name
+from asi_lens.spectra import Spectrum
+
+# Takes an activation [batch position d] and returns what the model goes on with.
+Edit = Callable[[Tensor], Tensor]
+
+_FORMAT = "1"
+SUBSPACES = ("principal", "random")
+
+
+def project(mean: Float[Tensor, " d"], basis: Float[Tensor, "d r"]) -> Edit:
+    """x -> mean + (x - mean) B B^T: the part inside the span of B's orthonormal columns is kept, the
+    rest is put at its mean. With no columns it is mean ablation."""
+
+    def edit(x: Tensor) -> Tensor:
+        m, B = mean.to(x), basis.to(x)
+        return m + (x - m) @ B @ B.T
+
+    return edit
+
+
+def mean_ablate(mean: Float[Tensor, " d"]) -> Edit:
+    """x -> mean, at every position that is edited."""
+    return lambda x: mean.to(x).expand_as(x).clone()
+
+
+def skip_first(edit: Edit) -> Edit:
+    """Leave position 0 as it is: the mean and the directions were measured without it."""
+
+    def skipping(x: Tensor) -> Tensor:
+        return torch.cat([x[:, :1], edit(x[:, 1:])], dim=1)
+
+    return skipping
+
+
+def next_token_loss(
+    logits: Float[Tensor, "batch position vocabulary"], ids: Int[Tensor, "batch position"]
+) -> Float[Tensor, "batch position-1"]:
+    """Cross-entropy of each next token, in nats, in float32 whatever the model computes in."""
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten().long(), reduction="none"
+    ).view(ids.shape[0], -1)
+
+
+def cross_entropy(model: object, tokens: Tokens, *, batch_tokens: int = 2048, progress: bool = True) -> float:
+    """Mean next-token cross-entropy of the model as it is, in nats per token.
+
+    The mean is over all predicted tokens. Raises DataError where it is not finite.
+    """
+    total = 0.0
+    with tqdm(total=len(tokens), unit="seq", desc="clean loss", disable=not progress) as bar:
+        for ids in _batches(tokens, batch_tokens):
+            total += _summed_loss(models.forward(model, ids, {}, logits=True), ids, "clean")
+            bar.update(ids.shape[0])
+    return total / _predictions(tokens)
+
+
+def edited_cross_entropy(
+    model: object,
+    tokens: Tokens,
+    site: str,
+    layer: int,
+    edits: Mapping[str, Edit],
+    *,
+    batch_tokens: int = 2048,
+    progress: bool = True,
+) -> dict[str, float]:
+    """Mean next-token cross-entropy (nats per token) with one site edited, for each edit alone.
+
+    Raises DataError where a loss is not finite, and the errors of `models.hook_name`.
+    """
+    hook = models.hook_name(model, site, layer)
+    totals = dict.fromkeys(edits, 0.0)
+    with tqdm(
+        total=len(tokens) * len(edits), unit="seq", desc=f"{site} {layer}", disable=not progress, leave=False
+    ) as bar:
+        for ids in _batches(tokens, batch_tokens):
+            resume = models.capture_resume(model, ids, layer)
+            for name, edit in edits.items():
+                logits = models.forward(model, ids, {hook: edit}, logits=True, start=resume)
+                totals[name] += _summed_loss(logits, ids, name)
+                bar.update(ids.shape[0])
+    return {name: total / _predictions(tokens) for name, total in totals.items()}
+
+
+def truncation_sweep(
+    model: object,
+    tokens: Tokens,
+    spectra: Mapping[tuple[str, int], Spectrum],
+    ranks: Sequence[float],
+    *,
+    subspaces: Sequence[str] = SUBSPACES,
+    seed: int = 0,
+    batch_tokens: int = 2048,
+    progress: bool = True,
+) -> list[dict[str, object]]:
+    """Cross-entropy with each (site, layer) of `spectra` projected on r directions (paper's claim C3).
+
+    Returns one record per point with the columns of `02_downstream_loss.csv`. Losses are cached, one
+    (site, layer) at a time.
+
+    Args:
+        ranks: fractions of the site's width, each above 0 and at most 1.
+        subspaces: `principal` (the top-r directions of the spectrum) and `random` (r random directions,
+            the same for a site at every r: nested), which shows what choosing directions buys.
+
+    The first position is left as it is. `tokens` should not be those that the spectra were measured on.
+    Raises OptionError for a rank out of range, UnknownNameError for a subspace.
+    """
+    for subspace in subspaces:
+        if subspace not in SUBSPACES:
+            raise unknown_name("subspace", subspace, SUBSPACES)
+    for rank in ranks:
+        require(0 < rank <= 1, "ranks", rank, "fractions of the width above 0 and at most 1")
+    info = models.model_info(model)
+    base = {
+        "format": _FORMAT,
+        "weights": info.fingerprint,
+        "dtype": info.dtype,
+        "tokens": tokens.fingerprint,
+        "batch_tokens": batch_tokens,
+    }
+    options = {"batch_tokens": batch_tokens, "progress": progress}
+    clean = cached_json("losses", base, lambda: {"clean": cross_entropy(model, tokens, **options)})["clean"]
+    out: list[dict[str, object]] = []
+    for (site, layer), spectrum in spectra.items():
+        sizes = sorted({max(1, round(rank * spectrum.d)) for rank in ranks})
+        names = {f"{subspace} {r}": (subspace, r) for subspace in subspaces for r in sizes}
+        key = {
+            **base,
+            "site": site,
+            "layer": layer,
+            "edits": ["mean", *names],
+            "seed": seed,
+            "spectrum": spectrum.fingerprint,
+        }
+        losses = cached_json(
+            "losses",
+            key,
+            lambda site=site, layer=layer, spectrum=spectrum, names=names: edited_cross_entropy(
+                model, tokens, site, layer, _truncations(spectrum, names, seed), **options
+            ),
+        )
+        for name, (subspace, r) in names.items():
+            out.append(
+                {
+                    "model": info.name,
+                    "corpus": tokens.corpus,
+                    "n_tokens": _predictions(tokens),
+                    "site": site,
+                    "layer": layer,
+                    "subspace": subspace,
+                    "seed": seed if subspace == "random" else None,
+                    "rank": r,
+                    "rank_fraction": r / spectrum.d,
+                    "cross_entropy": losses[name],
+                    "cross_entropy_clean": clean,
+                    "cross_entropy_mean_ablated": losses["mean"],
+                    "loss_recovered": loss_recovered(losses[name], clean, losses["mean"]),
+                }
+            )
+    return out
+
+
+def _truncations(spectrum: Spectrum, names: Mapping[str, tuple[str, int]], seed: int) -> dict[str, Edit]:
+    """The edits of a sweep: mean ablation, then one projection per (subspace, r)."""
+    noise = torch.randn(
+        spectrum.d, spectrum.d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
+    frames = {"principal": spectrum.eigenvectors, "random": torch.linalg.qr(noise).Q}
+    edits = {"mean": skip_first(mean_ablate(spectrum.mean))}
+    for name, (subspace, r) in names.items():
+        edits[name] = skip_first(project(spectrum.mean, frames[subspace][:, :r]))
+    return edits
+
+
+def loss_recovered(loss: float, clean: float, ablated: float) -> float | None:
+    """(ablated - loss) / (ablated - clean): 1 at the clean model, 0 at ablation, below 0 if worse.
+
+    None where ablation does not change the loss: the share of nothing is undefined.
+    """
+    if math.isclose(clean, ablated, rel_tol=0.0, abs_tol=1e-9):
+        return None
+    return (ablated - loss) / (ablated - clean)
+
+
+def _batches(tokens: Tokens, batch_tokens: int) -> Iterator[Int[Tensor, "batch position"]]:
+    require(tokens.context >= 2, "context", tokens.context, "at least 2 (a first token predicts the next)")
+    require(batch_tokens >= 1, "batch_tokens", batch_tokens, "at least 1")
+    yield from tokens.ids.split(max(1, batch_tokens // tokens.context))
+
+
+def _predictions(tokens: Tokens) -> int:
+    return len(tokens) * (tokens.context - 1)
+
+
+def _summed_loss(logits: Tensor | None, ids: Tensor, name: str) -> float:
+    assert logits is not None  # asked for with logits=True
+    total = next_token_loss(logits, ids.to(logits.device)).sum(dtype=torch.float64).item()
+    if not math.isfinite(total):
+        raise DataError(f"the cross-entropy under {name!r} is not finite")
+    return total

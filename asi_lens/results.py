@@ -1,0 +1,244 @@
+"""What a notebook leaves: the rows of every table, and the claims table.
+
+Rows are checked, written and read by `tables`; where and how they were made is in `provenance`.
+"""
+
+from __future__ import annotations
+
+import re
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from asi_lens.errors import OptionError
+from asi_lens.files import locked
+from asi_lens.tables import Row, columns, frame, read_rows, write_rows
+
+__all__ = [
+    "CLAIMS_FILE",
+    "VARIANTS",
+    "VERDICTS",
+    "ClaimRow",
+    "DeadFeatureRow",
+    "HeadOverlapRow",
+    "LossRow",
+    "OutputProjectionRow",
+    "RankRow",
+    "Row",
+    "SpectrumRow",
+    "claim_order",
+    "columns",
+    "frame",
+    "read_claims",
+    "read_rows",
+    "write_claim",
+    "write_rows",
+]
+
+Subspace = Literal["principal", "random"]
+Variant = Literal[
+    "z",
+    "attn_out",
+    "flat_spectrum",
+    "random_orthogonal",
+    "gaussian",
+    "rotated_input",
+    "isotropic_z",
+    "orthogonal_heads",
+    "sum_of_heads",
+]
+Verdict = Literal["supported", "not supported", "not testable here"]
+
+VARIANTS: tuple[str, ...] = typing.get_args(Variant)
+"""Rows of the W_O ablation, in the order in which its figure tells them (paper, C4 and C5)."""
+VERDICTS: tuple[str, ...] = typing.get_args(Verdict)
+CLAIMS_FILE = "claims.csv"
+
+
+@dataclass(frozen=True)
+class RankRow(Row):
+    """Rank measures of the centered activations of one site at one layer (`01_rank_curves.csv`)."""
+
+    model: str
+    """Name the model was loaded by."""
+    corpus: str
+    """Name of the text."""
+    site: str
+    """`attn_out`, `mlp_out`, `resid_post`, `z`, or a full hook name."""
+    layer: int
+    """Layer, from 0."""
+    d: int
+    """Width of the site."""
+    n_tokens: int
+    """Tokens in the covariance."""
+    effective_rank: float
+    """exp of the entropy (nats) of singular values over their sum (Roy & Vetterli 2007)."""
+    effective_rank_fraction: float
+    """`effective_rank / d`."""
+    intrinsic_dimension_99: int
+    """Directions that hold 99 % of the variance."""
+    participation_ratio: float
+    """(sum of eigenvalues)^2 / sum of their squares."""
+    stable_rank: float
+    """Sum of eigenvalues / the largest."""
+
+
+@dataclass(frozen=True)
+class SpectrumRow(Row):
+    """One singular value of one site at one layer (`01_spectra.csv`)."""
+
+    model: str
+    corpus: str
+    site: str
+    layer: int
+    d: int
+    n_tokens: int
+    index: int
+    """Place in descending order, from 1."""
+    index_fraction: float
+    """`index / d`."""
+    relative_singular_value: float
+    """s_i / s_1."""
+
+
+@dataclass(frozen=True)
+class LossRow(Row):
+    """Cross-entropy with a site kept on a subspace only (`02_downstream_loss.csv`)."""
+
+    model: str
+    corpus: str
+    n_tokens: int
+    """Tokens whose next-token loss was averaged."""
+    site: str
+    layer: int
+    subspace: Subspace
+    """`principal`: the top directions of the covariance; `random`: as many random ones."""
+    seed: int | None
+    """Seed of the random subspace; none for the principal one."""
+    rank: int
+    """Directions kept; the rest stays at the mean."""
+    rank_fraction: float
+    """`rank / d`."""
+    cross_entropy: float
+    """Nats per token with the site truncated."""
+    cross_entropy_clean: float
+    """Nats per token of the untouched model."""
+    cross_entropy_mean_ablated: float
+    """Nats per token with the site at its mean."""
+    loss_recovered: float | None
+    """(mean ablated - truncated) / (mean ablated - clean); none where the ablation costs nothing."""
+
+
+@dataclass(frozen=True)
+class OutputProjectionRow(Row):
+    """Effective rank of what a layer's attention writes, under one change (`03_wo_ablation.csv`)."""
+
+    model: str
+    corpus: str
+    n_tokens: int
+    layer: int
+    variant: Variant
+    """What is measured or changed; see `VARIANTS`."""
+    seed: int | None
+    """Seed of the draw; none where nothing is drawn."""
+    effective_rank_fraction: float
+    """Effective rank over d_model (over the width of z for `z`)."""
+
+
+@dataclass(frozen=True)
+class HeadOverlapRow(Row):
+    """Principal angles between the output subspaces of two heads (`03_head_overlap.csv`)."""
+
+    model: str
+    corpus: str | None
+    """Text behind the subspaces; none where they come from the weights alone."""
+    n_tokens: int | None
+    layer: int
+    head_a: int
+    head_b: int
+    mean_cosine: float
+    """Mean cosine of the principal angles, 0 (orthogonal) to 1 (the same subspace)."""
+    largest_cosine: float
+    """Cosine of the smallest principal angle."""
+
+
+@dataclass(frozen=True)
+class DeadFeatureRow(Row):
+    """One moment in the training of one dictionary (`04_dead_feature_curves.csv` and later)."""
+
+    model: str
+    corpus: str
+    site: str
+    layer: int
+    method: str
+    """Name of the recipe, as the figure's legend has it."""
+    init: str
+    """`random`, `orthogonal`, `asi` ..."""
+    d_init: int | None
+    """Dimensions of the active subspace; none where the initialization has none."""
+    optimizer: str
+    aux_k: int
+    """Dead features in the auxiliary loss; 0 is off."""
+    d_sae: int
+    k: int | None
+    """Features per token; none for activations without a fixed k."""
+    lr: float
+    seed: int
+    tokens: int
+    """Tokens seen in training so far."""
+    dead_window_tokens: int
+    """A feature is dead that fired on none of the last so many training tokens."""
+    dead_fraction: float
+    fvu: float | None
+    """Fraction of variance unexplained; none where it was not measured."""
+    l0: float | None
+    """Mean number of active features per token; none where it was not measured."""
+    cross_entropy_delta: float | None
+    """Nats per token that splicing in the reconstruction costs; none where it was not measured."""
+
+
+@dataclass(frozen=True)
+class ClaimRow(Row):
+    """One claim of the paper against what came out here (`claims.csv`)."""
+
+    claim: str
+    """`C1`, `C2`, ..."""
+    statement: str
+    paper_value: str
+    our_value: str
+    spread: str
+    """Over seeds, layers or corpora; says which."""
+    budget: str
+    """Model, text, tokens ... behind our value."""
+    verdict: Verdict
+    notebook: str
+    """Name of the notebook that tested it, as `01_rank_curves`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not re.fullmatch(r"C[1-9]\d*", self.claim):
+            raise OptionError(f"claim={self.claim!r} is not allowed; claim must be C1, C2, ...")
+
+
+def write_claim(folder: Path | str, row: ClaimRow) -> Path:
+    """Put `row` into `folder/claims.csv`, in place of the one with its claim and notebook.
+
+    The table stays sorted by the claim's number. Safe between processes.
+    """
+    path = Path(folder) / CLAIMS_FILE
+    with locked(path.with_name(".claims")):
+        others = [] if not path.exists() else read_rows(path, ClaimRow)
+        kept = [old for old in others if (old.claim, old.notebook) != (row.claim, row.notebook)]
+        return write_rows(path, sorted([*kept, row], key=claim_order))
+
+
+def read_claims(folder: Path | str) -> list[ClaimRow]:
+    """The claims table of a folder, sorted; empty if there is none."""
+    path = Path(folder) / CLAIMS_FILE
+    return sorted(read_rows(path, ClaimRow), key=claim_order) if path.exists() else []
+
+
+def claim_order(row: ClaimRow) -> tuple[int, str]:
+    """Sorting key: C2 before C10."""
+    return int(row.claim[1:]), row.notebook

@@ -1,0 +1,108 @@
+"""Harvest against the plain Hugging Face forward, in one run; and peak memory against the number of tokens.
+
+    python benchmarks/harvest.py speed  [--model smollm2-135m] [--sequences 16] [--rounds 5]
+    python benchmarks/harvest.py memory [--model smollm2-135m] [--layers 1]
+
+`speed` alternates, on the same tokens: the model's own Hugging Face forward without its unembedding, a pass
+that hands one site of every layer to a consumer that drops it, and a pass that accumulates its second
+moments. Quote the ratios: tokens/s depends on the machine. `memory` measures the peak resident memory of a
+fresh process at 16k and at 256k tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+
+import asi_lens as al
+from asi_lens.collect import MomentsConsumer
+from asi_lens.harvest import harvest, pairs
+
+
+class Drop:
+    """A consumer that looks at nothing: what remains is the cost of the pass itself."""
+
+    def __init__(self, wants: list[tuple[str, int]]) -> None:
+        self.wants = wants
+
+    def consume(self, where: tuple[str, int], rows: torch.Tensor) -> None:
+        """Drop the rows."""
+
+
+def speed(model_name: str, sequences: int, rounds: int, site: str) -> dict[str, object]:
+    """Tokens per second (median over rounds) of each way, and ratios to the plain forward of the same round."""
+    from transformers import AutoModelForCausalLM
+
+    model = al.load_model(model_name)
+    plain = AutoModelForCausalLM.from_pretrained(
+        al.models.local_folder(model_name), dtype=next(model.original_model.parameters()).dtype
+    ).eval()
+    body = getattr(plain, plain.base_model_prefix)
+    tokens = al.load_tokens("news-en", model, n_tokens=sequences * 256)
+    wants = pairs(model, [site], None)
+
+    def run_plain() -> None:
+        with torch.inference_mode():
+            for ids in tokens.batches(8):
+                body(ids, use_cache=False)
+
+    ways = {
+        "plain": run_plain,
+        "harvest": lambda: harvest(model, tokens, [Drop(wants)], progress=False),
+        "moments": lambda: harvest(model, tokens, [MomentsConsumer(wants)], progress=False),
+    }
+    for way in ways.values():
+        way()
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            seconds[name].append(time.perf_counter() - start)
+    rate = {name: tokens.n_tokens / statistics.median(s) for name, s in seconds.items()}
+    ratio = {
+        name: statistics.median(p / s for p, s in zip(seconds["plain"], times, strict=True))
+        for name, times in seconds.items()
+    }
+    return {"tokens_per_s": rate, "ratio_to_plain": ratio, "rounds": rounds, "threads": torch.get_num_threads()}
+
+
+def peak(model_name: str, n_tokens: int, layers: int) -> float:
+    """Peak resident memory in MiB of a pass over `n_tokens`, measured in this process."""
+    model = al.load_model(model_name)
+    tokens = al.load_tokens("news-en", model, n_tokens=n_tokens)
+    wants = pairs(model, al.models.SITES, range(layers))
+    harvest(model, tokens, [MomentsConsumer(wants)], progress=False)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main() -> None:
+    """Print one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["speed", "memory", "peak"])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--site", default="attn_out")
+    parser.add_argument("--sequences", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=16_384)
+    args = parser.parse_args()
+    if args.what == "speed":
+        print(json.dumps(speed(args.model, args.sequences, args.rounds, args.site), indent=1))
+    elif args.what == "peak":
+        print(json.dumps({"tokens": args.tokens, "peak_mib": round(peak(args.model, args.tokens, args.layers), 1)}))
+    else:
+        for n_tokens in (16_384, 262_144):
+            command = [sys.executable, __file__, "peak", "--model", args.model, "--tokens", str(n_tokens)]
+            subprocess.run([*command, "--layers", str(args.layers)], check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Fixtures shared by all tests; nothing here reaches the network or the user's cache."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Before anything imports huggingface_hub or transformers, which read these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import tiny_models
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("asi_lens", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("asi_lens")
+# The models are tiny, and xdist's workers share the machine.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache of this session: `ASI_LENS_TEST_CACHE` if set, else a temporary folder for all workers."""
+    chosen = os.environ.get("ASI_LENS_TEST_CACHE")
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    folder = Path(chosen) if chosen else base / "asi_lens_cache"
+    os.environ["ASI_LENS_CACHE"] = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """`tiny_folder("llama")` is the local Hugging Face folder of a tiny model, built on first use."""
+    root = tmp_path_factory.mktemp("tiny")
+
+    def folder(architecture: str) -> Path:
+        found = root / f"tiny-{architecture}"
+        return found if found.exists() else tiny_models.build(architecture, found)
+
+    return folder
+
+
+@pytest.fixture(scope="session", params=list(tiny_models.CONFIGS))
+def architecture(request: pytest.FixtureRequest) -> str:
+    """Every architecture of `tiny_models` in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def tiny_model(architecture: str, tiny_folder: Any) -> Any:
+    """A tiny model of `architecture`, loaded as `load_model` does, in float32 on the CPU."""
+    from asi_lens.models import load_model
+
+    return load_model(tiny_folder(architecture), dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tiny_folder: Any) -> Any:
+    """Llama with grouped queries: 3 layers, d_model 24, 4 heads of 6, 2 key-value heads."""
+    from asi_lens.models import load_model
+
+    return load_model(tiny_folder("llama"), dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_tokens() -> Any:
+    """12 sequences of 32 random tokens of the tiny models' vocabulary, BOS first."""
+    from asi_lens.corpora import Tokens
+
+    ids = torch.randint(
+        len(tiny_models.SPECIALS), tiny_models.D_VOCAB, (12, 32), generator=torch.Generator().manual_seed(0)
+    )
+    ids[:, 0] = tiny_models.SPECIALS.index("<bos>")
+    return Tokens(ids=ids, corpus="random", tokenizer="tiny", context=32)

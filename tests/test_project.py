@@ -1,0 +1,310 @@
+"""The project as a whole: its lists agree, its modules point one way, its notebooks are clean."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+import asi_lens
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "asi_lens"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+MAX_LINES = 420
+MAX_NOTEBOOK_LINES = 150
+TARGETS = ("setup", "figures", "test", "test-tl4", "lint", "lab", "bench", "clean")
+
+# A module imports only from rows above its own. What is not written yet may stand here already.
+LAYERS = (
+    ("errors", "files", "paths"),
+    ("cache", "chrome", "download"),
+    ("sources",),
+    ("documents", "gguf"),
+    ("models",),
+    ("corpora",),
+    ("harvest", "moments"),
+    ("spectra",),
+    ("collect",),
+    ("output_projection", "interventions", "store"),
+    ("sae",),
+    ("provenance", "tables"),
+    ("results",),
+    ("figure_files",),
+    ("figures",),
+    ("reproduce",),
+)
+ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
+
+
+def project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def locked_versions() -> dict[str, str]:
+    lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(name): version for name, version in pairs}
+
+
+def declared() -> list[Requirement]:
+    extras = [line for lines in project()["optional-dependencies"].values() for line in lines]
+    return [Requirement(line) for line in (*project()["dependencies"], *extras)]
+
+
+def imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of every import, those inside functions too; `from a import b` gives `a.b`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import; write it out in full"
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def own_name(path: Path) -> str:
+    """`models` for asi_lens/models.py, `sae` for everything in asi_lens/sae/."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def make(*arguments: str) -> str:
+    if shutil.which("make") is None:
+        pytest.skip("no make on this machine")
+    inherited = ("MAKE", "MODEL", "PROFILE", "NOTEBOOKS", "ARGS", "VENV", "PYTHON", "MFLAGS")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(inherited)}
+    done = subprocess.run(
+        ["make", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+# --- versions ---------------------------------------------------------------------------------------
+
+
+def test_the_lock_pins_every_declared_dependency_within_its_bounds() -> None:
+    locked = locked_versions()
+    for requirement in declared():
+        version = locked.get(canonicalize_name(requirement.name))
+        assert version, f"{requirement.name} is not in requirements.lock"
+        assert requirement.specifier.contains(version), f"{requirement} but the lock has {version}"
+
+
+def test_the_lock_suits_any_machine() -> None:
+    for line in (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines():
+        assert re.fullmatch(r"#.*|[A-Za-z0-9._-]+==[0-9][0-9a-z.]*", line), f"no plain pin: {line!r}"
+    # Builds for one vendor's cards come with torch where they fit; here they would break other machines.
+    assert not [name for name in locked_versions() if re.match(r"nvidia-|cuda-|triton|pywin|appnope", name)]
+
+
+def test_conda_environment_equals_the_lock() -> None:
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+    conda = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
+    [pip] = [entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict)]
+    # pip reads the lock itself, so nothing else may pin: neither conda packages nor more pip lines.
+    assert pip == ["-r requirements.lock", "-e ."]
+    assert [re.split("[=<>]", entry)[0] for entry in conda] == ["python", "pip"]
+    assert environment["name"] == project()["name"]
+    version = conda[0].removeprefix("python=")
+    assert Requirement(f"python{project()['requires-python']}").specifier.contains(version)
+
+
+def test_every_import_is_declared() -> None:
+    names = {canonicalize_name(requirement.name) for requirement in declared()}
+    distributions = importlib.metadata.packages_distributions()
+    for path in MODULES:
+        for line, name in imported(ast.parse(path.read_text(encoding="utf-8"))):
+            top = name.split(".")[0]
+            if top in sys.stdlib_module_names or top == "asi_lens":
+                continue
+            offered = {canonicalize_name(distribution) for distribution in distributions.get(top, [])}
+            assert offered & names, f"{path.name}:{line} imports {top}, which pyproject.toml does not declare"
+
+
+def test_changelog_has_this_version() -> None:
+    assert Version(asi_lens.__version__)
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(rf"^## {re.escape(asi_lens.__version__)}\b", changelog, re.MULTILINE)
+
+
+# --- modules ----------------------------------------------------------------------------------------
+
+
+def test_importing_the_package_is_light_and_silent() -> None:
+    heavy = ("torch", "transformers", "transformer_lens", "datasets", "plotly", "pandas", "numpy")
+    done = python(
+        "import sys, asi_lens\n"
+        "dir(asi_lens)\n"
+        f"heavy = [name for name in {heavy} if name in sys.modules]\n"
+        "assert not heavy, heavy"
+    )
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_importing_every_module_opens_no_socket_prints_nothing_and_leaves_the_hubs_alone() -> None:
+    names = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in MODULES
+    ]
+    done = python(
+        "import importlib, sys\n"
+        "def watch(event, arguments):\n"
+        "    if event.startswith(('socket.connect', 'socket.getaddrinfo', 'subprocess.Popen')):\n"
+        "        raise RuntimeError(f'{event} {arguments} at import')\n"
+        "sys.addaudithook(watch)\n"
+        f"for name in {[name for name in names if not name.endswith('__main__')]}:\n"
+        "    importlib.import_module(name)\n"
+        "slow = [n for n in ('transformers', 'transformer_lens', 'datasets') if n in sys.modules]\n"
+        "assert not slow, f'{slow} should be imported inside functions'"
+    )
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+@pytest.mark.parametrize("name", [name for name in asi_lens.__all__ if name != "__version__"])
+def test_public_name_exists(name: str) -> None:
+    assert getattr(asi_lens, name) is not None
+    assert name in dir(asi_lens)
+
+
+def test_unknown_public_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = asi_lens.no_such_name
+
+
+def test_modules_import_in_one_direction() -> None:
+    for path in MODULES:
+        if path == PACKAGE / "__init__.py":
+            continue  # lazy by name; test_importing_the_package_is_light_and_silent holds it to that
+        name = own_name(path)
+        assert name in ROW, f"{path.name} is in no row of LAYERS; the design has a place for each module"
+        for line, target in imported(ast.parse(path.read_text(encoding="utf-8"))):
+            parts = target.split(".")
+            if parts[0] != "asi_lens" or parts[1] == "__version__":
+                continue
+            other = parts[1]
+            assert other in ROW, f"{path.name}:{line} imports {target}; import from the module that has it"
+            inside = other == name and path.parent != PACKAGE
+            assert inside or ROW[other] < ROW[name], f"{path.name}:{line} imports {other}, which is above it"
+
+
+def test_only_the_runner_knows_of_notebooks() -> None:
+    for path in MODULES:
+        if own_name(path) not in ("paths", "reproduce"):
+            names = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
+            assert "notebooks_dir" not in names, f"{path.name} reads the notebooks' folder"
+
+
+@pytest.mark.parametrize("folder", ["asi_lens", "tests", "benchmarks"])
+def test_source_files_stay_short(folder: str) -> None:
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        assert lines <= MAX_LINES, f"{path.relative_to(ROOT)} has {lines} lines, more than {MAX_LINES}"
+
+
+# --- commands ---------------------------------------------------------------------------------------
+
+
+def test_make_help_lists_targets_and_variables() -> None:
+    shown = make("help")
+    described = dict(re.findall(r"^  ([a-z0-9-]+) +(\S.*)$", shown, re.MULTILINE))
+    assert set(TARGETS) <= set(described)
+    assert all(variable in shown for variable in ("MODEL=", "PROFILE=", "NOTEBOOKS="))
+
+
+def test_make_without_a_target_only_helps() -> None:
+    assert make() == make("help")
+
+
+def test_make_figures_passes_the_choices_on() -> None:
+    told = make("-n", "figures", "MODEL=a/b", "PROFILE=smoke", "NOTEBOOKS=01_rank_curves,03_wo_ablation")
+    assert "asi_lens.reproduce" in told
+    assert '--model "a/b" --profile "smoke" --notebooks "01_rank_curves,03_wo_ablation"' in told
+    assert "--notebooks" not in make("-n", "figures")
+
+
+def test_setup_is_done_once_and_again_when_the_lock_changes(tmp_path: Path) -> None:
+    fresh = make("-n", "figures", f"VENV={tmp_path / 'venv'}")
+    assert "-r requirements.lock" in fresh
+    assert "ipykernel install" in fresh
+    (tmp_path / "venv").mkdir()
+    newer = max((ROOT / name).stat().st_mtime for name in ("pyproject.toml", "requirements.lock")) + 10
+    newer = max(newer, (PACKAGE / "chrome.py").stat().st_mtime + 10)
+    for stamp in (".asi_lens-setup", ".asi_lens-chrome"):
+        path = tmp_path / "venv" / stamp
+        path.touch()
+        os.utime(path, (newer, newer))
+    again = make("-n", "figures", f"VENV={tmp_path / 'venv'}")
+    assert "pip install" not in again
+    assert "asi_lens.chrome" not in again
+    os.utime(tmp_path / "venv" / ".asi_lens-setup", (0, 0))
+    assert "pip install" in make("-n", "figures", f"VENV={tmp_path / 'venv'}")
+
+
+def test_readme_names_commands_that_exist() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\bmake ([a-z][a-z0-9-]*)", "\n".join(re.findall(r"`[^`]+`", readme))))
+    described = set(re.findall(r"^([a-z][a-z0-9-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {"figures", "test"} <= named
+    assert named <= described
+
+
+def test_ci_runs_what_the_readme_tells_people_to_run() -> None:
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    for command in ("make setup", "make lint", "make test", "make test-tl4", "make figures PROFILE=smoke"):
+        assert re.search(rf"^step {command}$", script.read_text(), re.MULTILINE), command
+
+
+# --- notebooks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_stripped_short_and_parametrized(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for cell in cells:
+        assert not cell.outputs, "outputs are not stripped; `make format` does"
+        assert cell.execution_count is None, "execution counts are not stripped; `make format` does"
+    lines = [line for cell in cells for line in cell.source.splitlines()]
+    code = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    assert len(code) <= MAX_NOTEBOOK_LINES, f"{len(code)} lines of code; move some into the package"
+
+    [parameters] = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    for statement in ast.parse(parameters.source).body:
+        assert isinstance(statement, ast.Assign | ast.AnnAssign), f"no assignment: {ast.unparse(statement)}"
+        assert statement.value is not None
+        ast.literal_eval(statement.value)
+    for cell in cells:
+        kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
+        defined = [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, kinds)]
+        assert not defined, f"functions belong in the package: {ast.unparse(defined[0])}"
+
+
+def test_every_model_and_profile_of_the_makefile_has_parameters() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for variable in ("MODEL", "PROFILE"):
+        [default] = re.findall(rf"^{variable} *\?= (\S+)$", makefile, re.MULTILINE)
+        assert (ROOT / "parameters" / f"{default}.yaml").is_file(), f"no parameters for {default}"
