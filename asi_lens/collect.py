@@ -86,6 +86,25 @@ class Spectra(Mapping[SiteLayer, Spectrum]):
             for (site, layer), spectrum in self._spectra.items()
         ]
 
+    def curve_records(self, layers: Sequence[int]) -> list[dict[str, object]]:
+        """One dict per singular value at `layers`: the columns of `01_spectra.csv`."""
+        return [
+            {
+                "model": self.model.name,
+                "corpus": self.corpus,
+                "site": site,
+                "layer": layer,
+                "d": spectrum.d,
+                "n_tokens": spectrum.n,
+                "index": i,
+                "index_fraction": i / spectrum.d,
+                "relative_singular_value": value,
+            }
+            for (site, layer), spectrum in self._spectra.items()
+            if layer in layers
+            for i, value in enumerate(spectrum.relative_singular_values.tolist(), start=1)
+        ]
+
     def __repr__(self) -> str:
         sites = sorted({site for site, _ in self})
         return f"Spectra({self.model.name} on {self.corpus}: {len(self)} spectra of {', '.join(sites)})"

@@ -68,7 +68,7 @@ def hook_name(model: nn.Module, site: str, layer: int) -> str:
     architecture = _architecture(model)
     name = (_BERT_TEMPLATES if architecture.startswith("Bert") else _TEMPLATES)[site].format(layer)
     if name not in own.places or (twin is not None and name not in twin.places):
-        raise UnsupportedModelError(f"{architecture} has no site {site!r} at layer {layer} (no hook {name!r})")
+        raise UnsupportedModelError(f"{architecture} has no site {site!r} at layer {layer}: no hook {name!r}")
     return name
 
 
@@ -94,7 +94,8 @@ def forward(
 ) -> Float[Tensor, "batch position d_vocab"] | None:
     """Run a model on token ids with hooks by name (see `hook_name`).
 
-    Hooks get activations [batch position width] in the model's dtype; heads and their widths are flattened.
+    Hooks get activations [batch position width] in the model's dtype, z with its heads side by side (other
+    hooks inside attention have TransformerLens' shapes).
     Nothing after block `stop_after_layer` is computed, and no unembedding unless `logits`. With `start` only
     blocks `start.layer` and later run. Hooks are taken off again whatever happens. No gradients, no KV cache.
 
@@ -199,18 +200,21 @@ def _checked(model: nn.Module, ids: Int[Tensor, "batch position"]) -> Int[Tensor
         raise DataError(f"no tokens: ids have shape {tuple(ids.shape)}")
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= cfg.d_vocab:
-        raise DataError(f"token ids from {low} to {high}, but the model's vocabulary is 0 to {cfg.d_vocab - 1}")
+        raise DataError(
+            f"token ids are {low} to {high}, but the model's vocabulary is 0 to {cfg.d_vocab - 1}"
+        )
     return ids.to(next(model.parameters()).device)
 
 
 def _attach(module: nn.Module, side: plain.Side, hook: Hook, name: str, fired: set[str]) -> Any:
     def run(activation: Tensor) -> Tensor | None:
         fired.add(name)
-        flat = activation.flatten(2) if activation.ndim > 3 else activation
+        flat = activation.flatten(2) if name.endswith(".hook_z") else activation
         new = hook(flat)
         if new is None:
             return None
-        require(new.shape == flat.shape, f"shape returned by the hook at {name}", tuple(new.shape), str(flat.shape))
+        if new.shape != flat.shape:
+            raise OptionError(f"the hook at {name} returned {tuple(new.shape)} for {tuple(flat.shape)}")
         return new.to(activation.dtype).reshape(activation.shape)
 
     def after(module: nn.Module, inputs: Any, output: Any) -> Any:
@@ -248,4 +252,4 @@ def _stop(module: nn.Module, inputs: Any, output: Any) -> None:
 
 def _architecture(model: nn.Module) -> str:
     cfg: Any = model.cfg
-    return str(getattr(cfg, "architecture", None) or getattr(cfg, "original_architecture", "") or "this model")
+    return str(getattr(cfg, "architecture", None) or getattr(cfg, "original_architecture", "") or "the model")

