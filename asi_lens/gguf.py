@@ -59,26 +59,7 @@ def _describe(path: Path) -> tuple[str, int | None]:
         raise DataError(f"{path} is not a whole GGUF file ({type(error).__name__}: {error})") from error
     quantized = re.search(r"MOSTLY_T?I?Q(\d)", name)
     bits = int(quantized.group(1)) if quantized else None
-    known = _readable_architectures()
-    if architecture not in known:
-        raise UnsupportedModelError(
-            f"{path.name} holds a GGUF architecture that cannot be read: {architecture!r}. "
-            f"Readable: {', '.join(sorted(known))}"
-        )
     return architecture, bits
-
-
-def _readable_architectures() -> set[str]:
-    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
-
-    # transformers' own names differ from those inside the files for a few families
-    aliases = {
-        "qwen2_moe": "qwen2moe",
-        "qwen3_moe": "qwen3moe",
-        "gpt_oss": "gpt-oss",
-        "minimax_m2": "minimax-m2",
-    }
-    return {aliases.get(name, name) for name in GGUF_SUPPORTED_ARCHITECTURES if name != "general"}
 
 
 def _convert(path: Path, architecture: str, folder: Path) -> None:
@@ -87,10 +68,16 @@ def _convert(path: Path, architecture: str, folder: Path) -> None:
 
     where: dict[str, Any] = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     try:
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            **where, dtype=torch.float32, output_loading_info=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(**where)
     except (ValueError, KeyError, NotImplementedError) as error:
-        raise UnsupportedModelError(f"{path.name} (GGUF, {architecture}) cannot be read: {error}") from error
+        raise UnsupportedModelError(
+            f"{path.name} has the GGUF architecture {architecture!r}, which transformers cannot read: {error}"
+        ) from error
+    if report["missing_keys"]:  # they would be left random
+        raise DataError(f"{path} lacks the weights {', '.join(sorted(report['missing_keys']))}")
     # save_pretrained refuses a model that remembers how it was quantized
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):

@@ -32,6 +32,7 @@ __all__ = [
     "frame",
     "read_claims",
     "read_rows",
+    "verdict",
     "write_claim",
     "write_rows",
 ]
@@ -223,6 +224,13 @@ class ClaimRow(Row):
         super().__post_init__()
         if not re.fullmatch(r"C[1-9]\d*", self.claim):
             raise OptionError(f"claim={self.claim!r} is not allowed; claim must be C1, C2, ...")
+
+
+def verdict(holds: bool, profile: str) -> Verdict:
+    """The verdict on a claim that was put to the test; a `smoke` run is too small to give one."""
+    if profile == "smoke":
+        return "not testable here"
+    return "supported" if holds else "not supported"
 
 
 def write_claim(folder: Path | str, row: ClaimRow) -> Path:

@@ -1,0 +1,1 @@
+"""Sparse autoencoders: dictionary, initialization, training, evaluation, formats."""

@@ -1,0 +1,270 @@
+"""The sparse autoencoder: its configuration, its parameters, and what it computes.
+
+Outside, activations are always raw (model units). Inside, x_n = (x - input_mean) * input_scale, whose
+mean square norm is d_in:
+
+    pre  = (x_n - b_dec) W_enc + b_enc            [batch d_sae]
+    acts = TopK(ReLU(pre))
+    reconstruction = (acts W_dec + b_dec) / input_scale + input_mean
+
+Decoder rows have unit norm. `folded` gives the same function on raw activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float, Num
+from torch import Tensor, nn
+
+from asi_lens.errors import DataError, require, unknown_name
+from asi_lens.sae.sparse_ops import SparseCode, Workspace, decode_sum, encode_topk
+
+# Rows encoded at a time outside of training.
+_BLOCK = 4096
+# Rows of random directions drawn at a time; part of what a seed means.
+_DRAW = 16_384
+
+
+@dataclass(frozen=True)
+class SAEConfig:
+    """What a dictionary is. Raises OptionError or UnknownNameError for values that cannot be.
+
+    Attributes:
+        d_in: width of the activations.
+        d_sae: features.
+        k: features that may fire on one token, 1 to d_sae.
+        activation: name in `ACTIVATIONS`.
+        seed: of the random directions.
+        metadata: where the activations come from (model, site, hook_name, layer, corpus ...); JSON values.
+    """
+
+    d_in: int
+    d_sae: int
+    k: int = 32
+    activation: str = "topk"
+    seed: int = 0
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for key in ("d_in", "d_sae", "k", "seed"):
+            value = getattr(self, key)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            least = 0 if key == "seed" else 1
+            require(whole and value >= least, key, value, f"a whole number of at least {least}")
+        require(self.k <= self.d_sae, "k", self.k, f"from 1 to d_sae={self.d_sae}")
+        if self.activation not in ACTIVATIONS:
+            raise unknown_name("activation", self.activation, ACTIVATIONS)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SAEConfig:
+        """The configuration in `values`. Raises UnknownNameError for a key that it does not have."""
+        known = [f.name for f in fields(cls)]
+        for key in values:
+            if key not in known:
+                raise unknown_name("SAEConfig key", key, known)
+        return cls(**values)
+
+
+class Activation(Protocol):
+    """From centered inputs to the features that fire: the part in which kinds of SAE differ."""
+
+    def code(
+        self,
+        x: Float[Tensor, "batch d_in"],
+        encoder: Float[Tensor, "d_sae d_in"],
+        bias: Float[Tensor, " d_sae"],
+        workspace: Workspace | None = None,
+    ) -> SparseCode:
+        """Features and values of each row; encoder and bias as rows, one per feature."""
+        ...
+
+
+class TopK:
+    """TopK(ReLU(.)): the k largest pre-activations, those below zero as zeros (Gao et al. 2024)."""
+
+    def __init__(self, config: SAEConfig):
+        self.k = config.k
+
+    def code(
+        self,
+        x: Float[Tensor, "batch d_in"],
+        encoder: Float[Tensor, "d_sae d_in"],
+        bias: Float[Tensor, " d_sae"],
+        workspace: Workspace | None = None,
+    ) -> SparseCode:
+        """See `Activation.code`."""
+        return encode_topk(x, encoder, bias, self.k, workspace=workspace)
+
+
+ACTIVATIONS: dict[str, type[TopK]] = {"topk": TopK}
+
+
+class SparseAutoencoder(nn.Module):
+    """A dictionary of `d_sae` directions and the encoder that picks them.
+
+    Parameters: `W_enc [d_in d_sae]`, `b_enc [d_sae]`, `W_dec [d_sae d_in]`, `b_dec [d_in]`. W_enc is a
+    transposed view: a feature's weights lie side by side in both (`encoder_rows`), so that work on the
+    rows that fired is cheap. Buffers: `input_mean [d_in]`, `input_scale []`.
+
+    A new one has Gaussian unit directions drawn from `config.seed`, a tied encoder and zero biases
+    (`draw=False` leaves the weights undefined); `initialize` does it properly.
+    """
+
+    W_enc: nn.Parameter
+    b_enc: nn.Parameter
+    W_dec: nn.Parameter
+    b_dec: nn.Parameter
+    input_mean: Tensor
+    input_scale: Tensor
+
+    def __init__(self, config: SAEConfig, *, draw: bool = True, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        require(dtype in (torch.float32, torch.float64), "dtype", dtype, "float32 or float64 (master weights)")
+        self.config = config
+        d_in, d_sae = config.d_in, config.d_sae
+        self.W_enc = nn.Parameter(torch.empty(d_sae, d_in, dtype=dtype).T)
+        self.b_enc = nn.Parameter(torch.zeros(d_sae, dtype=dtype))
+        self.W_dec = nn.Parameter(torch.empty(d_sae, d_in, dtype=dtype))
+        self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype))
+        self.register_buffer("input_mean", torch.zeros(d_in, dtype=dtype))
+        self.register_buffer("input_scale", torch.ones((), dtype=dtype))
+        self.activation: Activation = ACTIVATIONS[config.activation](config)
+        self.initialization: dict[str, Any] = {"method": "random", "seed": config.seed}
+        """How the weights began (JSON values); `initialize` fills it."""
+        if draw:
+            draw_gaussian(self.W_dec.data, config.seed)
+            unit_rows_(self.W_dec.data)
+            self.encoder_rows.copy_(self.W_dec.data)
+
+    @property
+    def d_in(self) -> int:
+        """Width of the activations."""
+        return self.config.d_in
+
+    @property
+    def d_sae(self) -> int:
+        """Number of features."""
+        return self.config.d_sae
+
+    @property
+    def k(self) -> int:
+        """Features that may fire on one token."""
+        return self.config.k
+
+    @property
+    def encoder_rows(self) -> Float[Tensor, "d_sae d_in"]:
+        """W_enc^T without gradient: contiguous, one feature per row, the same memory."""
+        return self.W_enc.data.T
+
+    @property
+    def is_normalized(self) -> bool:
+        """Whether `set_normalization` was given anything but mean 0 and scale 1."""
+        return bool((self.input_scale != 1) | (self.input_mean != 0).any())
+
+    @torch.no_grad()
+    def set_normalization(self, mean: Float[Tensor, " d_in"], scale: float) -> None:
+        """Set `input_mean` (raw units) and `input_scale`. Raises OptionError unless finite, scale above 0."""
+        require(mean.shape == (self.d_in,), "mean", tuple(mean.shape), f"of shape ({self.d_in},)")
+        require(bool(torch.isfinite(mean).all()), "mean", "not finite", "finite")
+        require(0 < float(scale) < float("inf"), "scale", scale, "finite and above 0")
+        self.input_mean.copy_(mean)
+        self.input_scale.fill_(float(scale))
+
+    def normalize(self, x: Num[Tensor, "*batch d_in"]) -> Float[Tensor, "n d_in"]:
+        """x_n = (x - input_mean) * input_scale as rows, in the weights' dtype.
+
+        Raises DataError if `x` is not d_in wide, is empty, or holds NaN or infinity.
+        """
+        if x.ndim == 0 or x.shape[-1] != self.d_in:
+            raise DataError(f"activations of shape {tuple(x.shape)} given to an SAE with d_in={self.d_in}")
+        rows = x.reshape(-1, self.d_in).to(self.input_mean)
+        normalized = (rows - self.input_mean) * self.input_scale
+        if not bool(torch.isfinite(normalized.sum())):
+            bad = (~torch.isfinite(normalized)).any(1).sum().item()
+            if bad:
+                raise DataError(f"{bad} of {len(rows)} activation rows hold NaN or infinity")
+        return normalized
+
+    def encode(self, x: Num[Tensor, "*batch d_in"]) -> SparseCode:
+        """Features and values of raw activations, each [*batch k]; a zero value did not fire.
+
+        Features come in no particular order. Raises DataError as `normalize` does.
+        """
+        centered = self.normalize(x) - self.b_dec
+        codes = [
+            self.activation.code(block, self.W_enc.T, self.b_enc) for block in centered.split(_BLOCK)
+        ] or [SparseCode(centered.new_zeros(0, self.k).long(), centered.new_zeros(0, self.k))]
+        indices, values = (torch.cat(parts) for parts in zip(*codes, strict=True))
+        shape = x.shape[:-1]
+        return SparseCode(indices.view(*shape, -1), values.view(*shape, -1))
+
+    def encode_dense(self, x: Num[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """The same as a dense array, zeros where nothing fired."""
+        code = self.encode(x)
+        dense = code.values.new_zeros(*x.shape[:-1], self.d_sae)
+        return dense.scatter(-1, code.indices, code.values)
+
+    def decode(self, code: SparseCode) -> Float[Tensor, "*batch d_in"]:
+        """Raw activations [*batch d_in] from a code [*batch k]."""
+        flat = SparseCode(*(part.reshape(-1, part.shape[-1]) for part in code))
+        normalized = decode_sum(flat, self.W_dec) + self.b_dec
+        raw = normalized / self.input_scale + self.input_mean
+        return raw.view(*code.indices.shape[:-1], self.d_in)
+
+    def forward(self, x: Num[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+        """The reconstruction of raw activations, in raw units."""
+        return self.decode(self.encode(x))
+
+    @torch.no_grad()
+    def folded(self) -> dict[str, Tensor]:
+        """`W_enc [d_in d_sae]`, `b_enc`, `W_dec`, `b_dec` of the same function on raw activations.
+
+        acts = TopK(ReLU((x - b_dec) W_enc + b_enc)), reconstruction = acts W_dec + b_dec. Decoder rows
+        keep their unit norm, activations come in raw units (those inside divided by `input_scale`):
+        the convention of SAELens with `apply_b_dec_to_input` and of sparsify.
+        """
+        scale = self.input_scale
+        return {
+            "W_enc": self.W_enc.detach().clone(),
+            "b_enc": self.b_enc.detach() / scale,
+            "W_dec": self.W_dec.detach().clone(),
+            "b_dec": self.b_dec.detach() / scale + self.input_mean,
+        }
+
+    def save(self, folder: Path | str) -> None:
+        """Write a folder that SAELens and sparsify open too (see `formats.save_folder`)."""
+        from asi_lens.sae.formats import save_folder
+
+        save_folder(self, folder)
+
+    @classmethod
+    def load(cls, folder: Path | str) -> SparseAutoencoder:
+        """Read such a folder, or one of SAELens or sparsify (see `formats.load_folder`)."""
+        from asi_lens.sae.formats import load_folder
+
+        return load_folder(folder)
+
+    def extra_repr(self) -> str:
+        """For `print`."""
+        return f"d_in={self.d_in}, d_sae={self.d_sae}, k={self.k}, activation={self.config.activation!r}"
+
+
+@torch.no_grad()
+def draw_gaussian(out: Float[Tensor, "n d"], seed: int) -> None:
+    """Fill `out` with independent standard normal numbers, the same on every device and dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    for rows in out.split(_DRAW):
+        rows.copy_(torch.randn(rows.shape, generator=generator))
+
+
+@torch.no_grad()
+def unit_rows_(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """Divide each row by its norm, in place, without a copy of all rows."""
+    for block in rows.split(1024):
+        block.div_(torch.linalg.vector_norm(block, dim=1, keepdim=True))
+    return rows

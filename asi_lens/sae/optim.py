@@ -1,0 +1,216 @@
+"""Adam for dictionaries, dense and row-sparse, with unit decoder rows; schedule and clipping.
+
+Three kinds, all with one step counter for the bias correction:
+
+- `adam`: every row moves in every step. A feature that did not fire is carried on by its momentum.
+- `sparse_adam`: rows without a pick in the step are not moved and their moments rest, as in
+  `torch.optim.SparseAdam`.
+- `sparse_adam_decay`: not moved either, but their moments decay as if the gradient were zero, as in the
+  code of the paper's authors. The decay is made up for when a row fires again, so it costs nothing.
+
+Master weights and moments are in the parameters' dtype (float32), whatever the step computes in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.optim.adam import adam
+
+from asi_lens.errors import DataError, require, unknown_name
+from asi_lens.sae.dictionary import SparseAutoencoder
+from asi_lens.sae.sparse_ops import Gradients
+
+KINDS = ("adam", "sparse_adam", "sparse_adam_decay")
+BETAS = (0.9, 0.999)
+EPS = 1e-8
+
+# Elements of a weight updated at a time: what is read, summed, updated and put to unit norm then stays in
+# the CPU's cache. A GPU takes all at once.
+_CHUNK_ELEMENTS = 512 * 1024
+
+
+def lr_factor(step: int, n_steps: int, warmup_steps: int, decay_fraction: float) -> float:
+    """Factor on the learning rate in step `step` (from 0) of `n_steps`.
+
+    Linear up over `warmup_steps` (1/w in the first step, 1 in the w-th), constant, linear down over the
+    last `decay_fraction` of the steps, to 1/(decay steps) in the last. Either may be 0. Where both reach
+    a step, the smaller factor holds.
+    """
+    up = (step + 1) / warmup_steps if warmup_steps else 1.0
+    decay_steps = round(n_steps * decay_fraction)
+    down = max(n_steps - step, 1) / decay_steps if decay_steps else 1.0
+    return min(1.0, up, down)
+
+
+def rows_per_chunk(d_in: int, device: torch.device) -> int:
+    """Feature rows that the optimizer takes at a time."""
+    elements = _CHUNK_ELEMENTS if device.type == "cpu" else 2**28
+    return max(1, elements // d_in)
+
+
+def gradient_norm(grads: Gradients, decoder: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, ""]:
+    """L2 norm over the gradients of all four parameters, the parallel part of the decoder's removed."""
+    total = grads.b_enc.square().sum() + grads.b_dec.square().sum()
+    step = rows_per_chunk(decoder.shape[1], decoder.device)
+    for start in range(0, len(grads), step):
+        stop = min(start + step, len(grads))
+        total = total + grads.encoder(start, stop).square().sum()
+        total = total + grads.decoder(start, stop, decoder).square().sum()
+    return total.sqrt()
+
+
+class RowAdam:
+    """Adam on the four parameters of `sae`, of one of `KINDS`.
+
+    Gradients are summed chunk by chunk (`Gradients`), used, and forgotten: no d_sae x d_in gradient
+    exists. The decoder's gradient loses its part along the row, and rows that moved are put back to unit
+    norm. Raises UnknownNameError for another kind.
+    """
+
+    def __init__(self, sae: SparseAutoencoder, kind: str = "adam"):
+        if kind not in KINDS:
+            raise unknown_name("optimizer", kind, KINDS)
+        require(sae.encoder_rows.is_contiguous(), "W_enc", "rearranged", "the transposed view it was made as")
+        self.sae = sae
+        self.kind = kind
+        self.steps = 0
+        self._moments = {
+            name: (torch.zeros_like(weight), torch.zeros_like(weight))
+            for name, weight in self._weights().items()
+        }
+        # Step of each row's last update, for the decay that it has missed.
+        self._updated = torch.zeros(
+            sae.d_sae if kind == "sparse_adam_decay" else 0, dtype=torch.int64, device=sae.W_dec.device
+        )
+
+    def _weights(self) -> dict[str, Tensor]:
+        sae = self.sae
+        return {
+            "W_enc": sae.encoder_rows,
+            "b_enc": sae.b_enc.data,
+            "W_dec": sae.W_dec.data,
+            "b_dec": sae.b_dec.data,
+        }
+
+    @torch.no_grad()
+    def step(self, grads: Gradients, lr: float, scale: float | Tensor = 1.0) -> None:
+        """One update with learning rate `lr`, gradients multiplied by `scale` (of clipping)."""
+        self.steps += 1
+        weights = self._weights()
+        decoder = weights["W_dec"]
+        dense = self.kind == "adam"
+        # Decoder and encoder gradients are both of the weights before this step: they are sums over
+        # picks, and only the decoder's reads a weight (its own row).
+        chunk = rows_per_chunk(decoder.shape[1], decoder.device)
+        bounds = list(range(0, len(grads), chunk)) + [len(grads)]
+        edges = torch.tensor(bounds, device=grads.features.device)
+        places = torch.searchsorted(grads.features, edges).tolist()
+        decay = self._missed_decay(grads)
+        for start, stop, first, last in zip(bounds, bounds[1:], places, places[1:], strict=False):
+            if not dense and first == last:
+                continue
+            fired = None if dense else grads.features[first:last]
+            missed = None if decay is None else decay[:, first:last, None]
+            encoder_grad = grads.encoder(start, stop).mul_(scale)
+            self._rows("W_enc", encoder_grad, start, fired, missed, lr)
+            decoder_grad = grads.decoder(start, stop, decoder).mul_(scale)
+            self._rows("W_dec", decoder_grad, start, fired, missed, lr, unit_rows=True)
+        biases = grads.b_enc * scale
+        self._rows("b_enc", biases, 0, None if dense else grads.features, decay, lr)
+        self._update(weights["b_dec"], grads.b_dec * scale, *self._moments["b_dec"], lr)
+        if decay is not None:
+            self._updated[grads.features] = self.steps
+
+    def _missed_decay(self, grads: Gradients) -> Tensor | None:
+        """[2 n]: what the moments of the rows that fired have yet to be multiplied by."""
+        if self.kind != "sparse_adam_decay":
+            return None
+        gap = (self.steps - 1 - self._updated[grads.features]).double()
+        return torch.stack([beta**gap for beta in BETAS]).to(grads.b_enc)
+
+    def _rows(
+        self,
+        name: str,
+        grad: Tensor,
+        start: int,
+        fired: Tensor | None,
+        missed: Tensor | None,
+        lr: float,
+        *,
+        unit_rows: bool = False,
+    ) -> None:
+        """Update rows `start` to `start + len(grad)` of a weight, of which only `fired` if given."""
+        n = len(grad)
+        tensors = [t[start : start + n] for t in (self._weights()[name], *self._moments[name])]
+        if fired is None:
+            self._update(tensors[0], grad, tensors[1], tensors[2], lr, unit_rows=unit_rows)
+            return
+        local = fired - start
+        if 2 * len(local) >= n:
+            # Most rows fired: update all of them where they lie, then put the few silent ones back.
+            silent = torch.ones(n, dtype=torch.bool, device=grad.device)
+            silent[local] = False
+            rest = silent.nonzero().flatten()
+            kept = [t.index_select(0, rest) for t in tensors]
+            if missed is not None:
+                for t, factor in zip(tensors[1:], missed, strict=True):
+                    t.mul_(torch.ones_like(t[:, :1] if t.ndim > 1 else t).index_copy_(0, local, factor))
+            self._update(tensors[0], grad, tensors[1], tensors[2], lr, unit_rows=unit_rows)
+            for t, old in zip(tensors, kept, strict=True):
+                t.index_copy_(0, rest, old)
+            return
+        picked = [t.index_select(0, local) for t in tensors]
+        if missed is not None:
+            for t, factor in zip(picked[1:], missed, strict=True):
+                t.mul_(factor)
+        self._update(picked[0], grad.index_select(0, local), picked[1], picked[2], lr, unit_rows=unit_rows)
+        for t, new in zip(tensors, picked, strict=True):
+            t.index_copy_(0, local, new)
+
+    def _update(
+        self, weight: Tensor, grad: Tensor, m: Tensor, v: Tensor, lr: float, *, unit_rows: bool = False
+    ) -> None:
+        # The function counts this step itself.
+        count = torch.tensor(float(self.steps - 1), device=weight.device)
+        adam(
+            [weight],
+            [grad],
+            [m],
+            [v],
+            [],
+            [count],
+            fused=True,
+            amsgrad=False,
+            beta1=BETAS[0],
+            beta2=BETAS[1],
+            lr=lr,
+            weight_decay=0.0,
+            eps=EPS,
+            maximize=False,
+        )
+        if unit_rows:
+            weight.div_(torch.linalg.vector_norm(weight, dim=1, keepdim=True))
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors to store: moments, the step, and what the kind needs besides."""
+        out = {"steps": torch.tensor(self.steps), "updated": self._updated}
+        for name, (m, v) in self._moments.items():
+            out |= {f"{name}.m": m, f"{name}.v": v}
+        return out
+
+    def load_state(self, read: Callable[[str], Tensor] | Mapping[str, Tensor]) -> None:
+        """The inverse of `state`; tensors are read one at a time. Raises DataError for other shapes."""
+        fetch = read if callable(read) else read.__getitem__
+        self.steps = int(fetch("steps"))
+        named = {"updated": self._updated}
+        for name, (m, v) in self._moments.items():
+            named |= {f"{name}.m": m, f"{name}.v": v}
+        for name, into in named.items():
+            stored = fetch(name)
+            if stored.shape != into.shape:
+                raise DataError(f"moment {name} of shape {tuple(stored.shape)}, not {tuple(into.shape)}")
+            into.copy_(stored)

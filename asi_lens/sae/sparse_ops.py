@@ -1,0 +1,269 @@
+"""The sparse step of a TopK autoencoder: picks, their decoding, and gradients as sums over picks.
+
+Nothing here builds a batch x d_sae array beyond one chunk of features, nothing uses autograd, and no
+function assumes that one process owns every feature: codes of several chunks (or ranks) are joined by
+`merge_topk`. Weights come as rows, one feature per row: `encoder [d_sae d_in]`, `decoder [d_sae d_in]`.
+
+The loss is L = mean over the batch of sum over d_in of (reconstruction - x_n)^2, on normalized inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+# Bytes of pre-activations held at a time (one chunk of features).
+CHUNK_BYTES = 160 * 2**20
+# Elements whose maxima the first stage of the top-k compares.
+_GROUP = 64
+
+
+class SparseCode(NamedTuple):
+    """The k features of each row that may have fired: a value of zero means that it did not."""
+
+    indices: Int[Tensor, "batch k"]
+    values: Float[Tensor, "batch k"]
+
+
+class Workspace:
+    """Scratch memory kept between steps: fresh pages for large arrays cost as much as filling them."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def get(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """An uninitialized tensor of `shape` with the dtype and device of `like`, valid until asked again."""
+        size = 1
+        for length in shape:
+            size *= length
+        found = self._buffers.get(name)
+        if found is None or found.numel() < size or found.dtype != like.dtype or found.device != like.device:
+            found = torch.empty(size, dtype=like.dtype, device=like.device)
+            self._buffers[name] = found
+        return found[:size].view(shape)
+
+
+def topk_exact(scores: Float[Tensor, "batch n"], k: int) -> SparseCode:
+    """The k largest of each row, as `torch.topk` but in no particular order.
+
+    Two stages: the k largest maxima of strided groups, then the k largest inside those groups. It is
+    exact: were one of the k largest in another group, k groups would each hold a larger element. Among
+    equal values the choice is arbitrary, as it is in `torch.topk`.
+    """
+    batch, n = scores.shape
+    groups = n // _GROUP
+    if groups < 4 * k:
+        values, indices = scores.topk(k, dim=1, sorted=False)
+        return SparseCode(indices, values)
+    whole = groups * _GROUP
+    # Group g holds elements g, g + groups, ...: maxima are then taken along contiguous runs.
+    grouped = scores[:, :whole].unflatten(1, (_GROUP, groups))
+    chosen = grouped.amax(1).topk(k, dim=1, sorted=False).indices
+    candidates = grouped.gather(2, chosen.unsqueeze(1).expand(batch, _GROUP, k)).flatten(1)
+    if whole < n:
+        candidates = torch.cat([candidates, scores[:, whole:]], 1)
+    values, places = candidates.topk(k, dim=1, sorted=False)
+    indices = chosen.gather(1, places % k) + places.div(k, rounding_mode="floor") * groups
+    if whole < n:
+        indices = torch.where(places < _GROUP * k, indices, places - _GROUP * k + whole)
+    return SparseCode(indices, values)
+
+
+def merge_topk(codes: Sequence[SparseCode], k: int) -> SparseCode:
+    """The k largest of several codes of the same rows, whose features are distinct.
+
+    Codes of chunks of one dictionary, or of its shards on several ranks.
+    """
+    if len(codes) == 1 and codes[0].values.shape[1] <= k:
+        return codes[0]
+    indices = torch.cat([code.indices for code in codes], 1)
+    values = torch.cat([code.values for code in codes], 1)
+    if values.shape[1] <= k:
+        return SparseCode(indices, values)
+    values, places = values.topk(k, dim=1, sorted=False)
+    return SparseCode(indices.gather(1, places), values)
+
+
+def encode_topk(
+    x: Float[Tensor, "batch d_in"],
+    encoder: Float[Tensor, "d_sae d_in"],
+    bias: Float[Tensor, " d_sae"],
+    k: int,
+    *,
+    features: Int[Tensor, " n"] | None = None,
+    workspace: Workspace | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> SparseCode:
+    """TopK(ReLU(x W + b)) in chunks of features with a running top-k.
+
+    Args:
+        x: centered rows; their dtype is the one computed in (weights are cast to it chunk by chunk).
+        features: only these may be picked (ascending); indices still count from the first of all.
+        workspace: where to keep the chunk's memory; none where gradients are wanted by autograd.
+
+    Values come back in the dtype of `bias`. With fewer than k features the code is that narrow.
+    """
+    n = encoder.shape[0] if features is None else features.shape[0]
+    width = max(k, chunk_bytes // (max(1, x.shape[0]) * x.element_size()))
+    # Chunks of equal size: a narrow last one would waste its product.
+    chunks = max(1, -(-n // width))
+    width = -(-n // chunks)
+    best: SparseCode | None = None
+    for start in range(0, n, width):
+        stop = min(start + width, n)
+        if features is None:
+            weight, shift = encoder[start:stop], bias[start:stop]
+        else:
+            weight, shift = encoder[features[start:stop]], bias[features[start:stop]]
+        weight, shift = weight.to(x.dtype), shift.to(x.dtype)
+        if workspace is None:
+            scores = torch.addmm(shift, x, weight.T)
+        else:
+            scores = workspace.get("scores", (x.shape[0], stop - start), x)
+            torch.addmm(shift, x, weight.T, out=scores)
+        code = topk_exact(scores, min(k, stop - start))
+        code = SparseCode(code.indices + start if start else code.indices, code.values)
+        best = code if best is None else merge_topk([best, code], k)
+    if best is None:
+        empty = x.new_zeros(x.shape[0], 0)
+        best = SparseCode(empty.long(), empty)
+    indices = best.indices if features is None else features[best.indices]
+    return SparseCode(indices, best.values.relu().to(bias.dtype))
+
+
+def decode_sum(code: SparseCode, decoder: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "batch d_in"]:
+    """sum_j values[b, j] decoder[indices[b, j]], without a batch x d_sae array."""
+    return F.embedding_bag(code.indices, decoder, per_sample_weights=code.values, mode="sum")
+
+
+def picked_dots(
+    grad: Float[Tensor, "batch d_in"], decoder: Float[Tensor, "d_sae d_in"], indices: Int[Tensor, "batch k"]
+) -> Float[Tensor, "batch k"]:
+    """grad[b] . decoder[indices[b, j]]: the derivative of a loss in the values of a code."""
+    batch, k = indices.shape
+    bags = torch.arange(batch, device=indices.device)
+    # What embedding_bag itself uses for the derivative in its sample weights, on CPU and CUDA.
+    dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        grad, decoder, indices.flatten(), bags * k, bags.repeat_interleave(k), 0
+    )
+    return dots.view(batch, k)
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients of one step, kept as picks sorted by feature: rows are summed when asked for.
+
+    `offsets [d_sae + 1]` bounds each feature's picks; `features` those with at least one (the only
+    rows whose gradient is not zero). `b_enc [d_sae]` and `b_dec [d_in]` are summed already.
+    `parallel [d_sae]` is decoder gradient . decoder row, which falls out of the picks for nothing.
+    """
+
+    features: Int[Tensor, " n"]
+    offsets: Int[Tensor, " bounds"]
+    encoder_table: Float[Tensor, "batch d_in"]
+    encoder_rows: Int[Tensor, " picks"]
+    encoder_weights: Float[Tensor, " picks"]
+    decoder_table: Float[Tensor, "rows d_in"]
+    decoder_rows: Int[Tensor, " picks"]
+    decoder_weights: Float[Tensor, " picks"]
+    b_enc: Float[Tensor, " d_sae"]
+    b_dec: Float[Tensor, " d_in"]
+    parallel: Float[Tensor, " d_sae"]
+
+    def encoder(self, start: int, stop: int) -> Float[Tensor, "n d_in"]:
+        """dL / d encoder rows `start` to `stop`, zero where nothing fired."""
+        return self._sum(self.encoder_table, self.encoder_rows, self.encoder_weights, start, stop)
+
+    def decoder(
+        self, start: int, stop: int, unit_rows: Float[Tensor, "d_sae d_in"] | None
+    ) -> Float[Tensor, "n d_in"]:
+        """dL / d decoder rows; given the decoder, whose rows must be unit, without the part along them.
+
+        That part would only change a row's norm, which is then put back to one.
+        """
+        grad = self._sum(self.decoder_table, self.decoder_rows, self.decoder_weights, start, stop)
+        if unit_rows is None:
+            return grad
+        return grad.addcmul_(self.parallel[start:stop, None], unit_rows[start:stop], value=-1)
+
+    def _sum(self, table: Tensor, rows: Tensor, weights: Tensor, start: int, stop: int) -> Tensor:
+        bounds = self.offsets[start : stop + 1]
+        first, last = bounds[[0, -1]].tolist()
+        return F.embedding_bag(
+            rows[first:last],
+            table,
+            bounds - first,
+            mode="sum",
+            per_sample_weights=weights[first:last],
+            include_last_offset=True,
+        )
+
+    def __len__(self) -> int:
+        return self.b_enc.shape[0]
+
+
+class Term(NamedTuple):
+    """One loss term: `grad [batch d_in]` is dL / d(sum of picked decoder rows), for the picks of `code`."""
+
+    code: SparseCode
+    grad: Float[Tensor, "batch d_in"]
+
+
+def sum_gradients(
+    terms: Sequence[Term],
+    x: Float[Tensor, "batch d_in"],
+    encoder: Float[Tensor, "d_sae d_in"],
+    decoder: Float[Tensor, "d_sae d_in"],
+) -> Gradients:
+    """Gradients of all terms in encoder, decoder and biases.
+
+    `x` are the centered rows x_n - b_dec that were encoded. The first term's reconstruction holds
+    b_dec; later ones (AuxK) do not, but b_dec still reaches their picks through the encoder's input.
+    """
+    d_sae, batch = encoder.shape[0], x.shape[0]
+    features, rows, tables, values, grads = [], [], [], [], []
+    for place, (code, grad) in enumerate(terms):
+        fired = (code.values > 0).flatten()
+        into = picked_dots(grad, decoder, code.indices).flatten()
+        sample = torch.arange(batch, device=x.device).repeat_interleave(code.indices.shape[1])
+        kept = [code.indices.flatten(), sample, sample + place * batch, code.values.flatten(), into]
+        if not bool(fired.all()):
+            kept = [part[fired] for part in kept]
+        for parts, part in zip((features, rows, tables, values, grads), kept, strict=True):
+            parts.append(part)
+    # Stable, so that sums run in the same order every time.
+    feature, order = torch.cat(features).sort(stable=True)
+    value, into = torch.cat(values)[order], torch.cat(grads)[order]
+    counts = torch.bincount(feature, minlength=d_sae)
+    offsets = F.pad(counts.cumsum(0), (1, 0))
+    sums = F.embedding_bag(
+        torch.arange(len(order), device=x.device),
+        torch.stack([into, value * into], 1),
+        offsets,
+        mode="sum",
+        include_last_offset=True,
+    )
+    b_enc, parallel = sums.unbind(1)
+    active = counts.nonzero().flatten()
+    # b_dec is subtracted before the encoder and added by the main decoder.
+    few = 4 * len(active) < d_sae
+    through = b_enc[active] @ encoder[active] if few else b_enc @ encoder
+    return Gradients(
+        features=active,
+        offsets=offsets,
+        encoder_table=x,
+        encoder_rows=torch.cat(rows)[order],
+        encoder_weights=into,
+        decoder_table=terms[0].grad if len(terms) == 1 else torch.cat([term.grad for term in terms]),
+        decoder_rows=torch.cat(tables)[order],
+        decoder_weights=value,
+        b_enc=b_enc.contiguous(),
+        b_dec=terms[0].grad.sum(0) - through,
+        parallel=parallel.contiguous(),
+    )
