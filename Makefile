@@ -13,9 +13,12 @@ SETUP      := $(VENV)/.asi_lens-setup
 CHROME     := $(VENV)/.asi_lens-chrome
 SETUP_TL4  := $(VENV_TL4)/.asi_lens-setup
 SOURCES    := $(wildcard notebooks/*.ipynb)
+PIP_QUIET  := $(if $(CI),--quiet)
+# Cells keep their names: renumbering them would make every insertion a change of the whole file.
+NBSTRIPOUT := $(BIN)/nbstripout --keep-id
 
 .DEFAULT_GOAL := help
-.PHONY: help setup figures test test-tl4 lint format lab bench lock clean clean-all
+.PHONY: help setup setup-tl4 figures test test-tl4 lint format lab bench lock clean clean-all
 .DELETE_ON_ERROR:
 
 help: ## show this
@@ -38,6 +41,8 @@ figures: $(SETUP) $(CHROME) ## run the notebooks that are out of date, build the
 test: $(SETUP) $(CHROME) ## install and run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
+setup-tl4: $(SETUP_TL4)
+
 test-tl4: $(SETUP_TL4) ## run the model-facing tests in a second environment with TransformerLens 4
 	$(VENV_TL4)/bin/python -m pytest -m model_facing $(ARGS)
 
@@ -45,12 +50,12 @@ lint: $(SETUP) ## ruff, format, types, and no outputs in notebooks
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(if $(SOURCES),$(BIN)/nbstripout --verify $(SOURCES))
+	$(if $(SOURCES),$(NBSTRIPOUT) --verify $(SOURCES))
 
 format: $(SETUP) ## apply ruff's fixes and format, strip the notebooks' outputs
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(if $(SOURCES),$(BIN)/nbstripout $(SOURCES))
+	$(if $(SOURCES),$(NBSTRIPOUT) $(SOURCES))
 
 lab: $(SETUP) $(CHROME) ## open the notebooks in JupyterLab (start with 00_explore)
 	$(BIN)/jupyter lab notebooks $(ARGS)
@@ -61,13 +66,14 @@ bench: $(SETUP) ## run every script of benchmarks/
 lock: $(SETUP) ## write requirements.lock anew from what .venv holds
 	@{ sed -n '/^#/p' requirements.lock; \
 	   $(BIN)/pip freeze --all --exclude-editable | sed -E 's/\+(cpu|cu[0-9]+)$$//' | \
-	   grep -viE '^(pip|wheel|triton|cuda-|nvidia-|cu[0-9]+)|@'; } > .requirements.lock
+	   grep -viE '^(pip==|wheel==|triton==|cuda-|nvidia-)|@'; } > .requirements.lock
 	@mv .requirements.lock requirements.lock
 
 clean: ## remove what runs leave (not committed figures, environments or downloads)
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis figures/*/smoke
 	find asi_lens tests benchmarks notebooks -name __pycache__ -prune -exec rm -rf {} +
-	find figures \( -name '*.html' -o -name '*.executed.ipynb' -o -name .state.json \) -delete
+	test ! -d figures || find figures -depth \( -name .executed -o -name .ipynb_checkpoints -o -name '.state.json' -o -name '*.lock' \
+		-o -name '*.html' -o -name 'plotly*.js' \) -exec rm -rf {} +
 
 clean-all: clean ## the same and both environments
 	rm -rf $(VENV) $(VENV_TL4)
@@ -83,8 +89,8 @@ endef
 
 $(SETUP): pyproject.toml requirements.lock
 	$(call new-environment,$(VENV))
-	$(BIN)/python -m pip install --quiet -r requirements.lock
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip install $(PIP_QUIET) -r requirements.lock
+	$(BIN)/python -m pip install $(PIP_QUIET) --no-deps --no-build-isolation -e .
 	$(BIN)/python -m ipykernel install --sys-prefix --name asi_lens --display-name asi_lens
 	@touch $@
 
@@ -94,6 +100,6 @@ $(CHROME): $(SETUP) asi_lens/chrome.py
 
 $(SETUP_TL4): pyproject.toml requirements-tl4.txt
 	$(call new-environment,$(VENV_TL4))
-	$(VENV_TL4)/bin/python -m pip install --quiet -r requirements-tl4.txt
-	$(VENV_TL4)/bin/python -m pip install --quiet --no-deps -e .
+	$(VENV_TL4)/bin/python -m pip install $(PIP_QUIET) -r requirements-tl4.txt
+	$(VENV_TL4)/bin/python -m pip install $(PIP_QUIET) --no-deps -e .
 	@touch $@

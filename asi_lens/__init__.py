@@ -22,6 +22,11 @@ _PUBLIC: dict[str, str] = {
         "spectra": ("Spectrum", "effective_rank_limit"),
         "collect": ("Spectra", "collect_spectra", "rank_growth"),
         "output_projection": ("counterfactual_ranks", "head_overlap"),
+        "store": ("ActivationStore", "harvest_store", "harvest_stores"),
+        "sae.dictionary": ("SAEConfig", "SparseAutoencoder"),
+        "sae.initialize": ("initialize",),
+        "sae.train": ("TrainConfig", "Trainer"),
+        "sae.evaluate": ("Evaluation", "evaluate", "evaluate_together"),
         "interventions": ("cross_entropy", "edited_cross_entropy", "truncation_sweep"),
     }.items()
     for name in names

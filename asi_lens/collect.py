@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from asi_lens import models
 from asi_lens.cache import cached_json
@@ -111,7 +111,7 @@ class Spectra(Mapping[SiteLayer, Spectrum]):
 
 
 def collect_spectra(
-    model: object,
+    model: nn.Module,
     tokens: Tokens,
     sites: Iterable[str] = models.SITES,
     layers: Sequence[int] | None = None,
@@ -144,7 +144,7 @@ def collect_spectra(
 
 
 def rank_growth(
-    model: object,
+    model: nn.Module,
     tokens: Tokens,
     sites: Iterable[str],
     layers: Sequence[int],
@@ -187,7 +187,7 @@ def rank_growth(
 
 
 def _run(
-    model: object,
+    model: nn.Module,
     tokens: Tokens,
     missing: Sequence[SiteLayer],
     folder: Path,

@@ -23,14 +23,21 @@ from asi_lens.paths import figures_root
 from asi_lens.provenance import record_figure
 
 PLOTLY_JS = "plotly.min.js"
-CONFIG = {"responsive": True, "displaylogo": False, "modeBarButtonsToRemove": ["select2d", "lasso2d"]}
+CONFIG = {
+    "responsive": True,
+    "displaylogo": False,
+    "modeBarButtonsToRemove": ["select2d", "lasso2d"],
+    # plotly.js would offer to upload the figure.
+    "showSendToCloud": False,
+    "plotlyServerURL": "",
+}
 SCALE = 2
 """Pixels of the PNG for each pixel of the layout."""
 WIDTH = 1000
 """Width of the PNG's layout, in pixels, unless the figure sets its own."""
 
 # Average width of a character over the font's size: on the wide side, so that lines fit in any font.
-_CHARACTER = 0.56
+_CHARACTER = 0.58
 _TITLE_SIZE, _SUBTITLE_SIZE, _CAPTION_SIZE = 20, 14, 13
 _LINE = 1.35
 _PAD = 16
@@ -62,6 +69,11 @@ h1 {{ font-size: 1.35rem; margin: 0; }}
 <script>
 if (window.Plotly) {{
   const figure = JSON.parse(document.getElementById("figure-data").textContent);
+  // A finger on the plot scrolls the page.
+  if (matchMedia("(pointer: coarse)").matches) {{
+    figure.layout.dragmode = false;
+    figure.config.displayModeBar = false;
+  }}
   Plotly.newPlot("figure", figure.data, figure.layout, figure.config);
 }} else {{
   document.getElementById("figure").textContent = "{plotly_js} is missing beside the figures.";
@@ -117,7 +129,8 @@ def page_text(figure: go.Figure, *, caption: str, plotly_js: str) -> str:
     """The interactive page as text, drawing with the plotly.js at URL `plotly_js`."""
     title, subtitle = _titles(figure)
     bare = go.Figure(figure)
-    bare.update_layout(title=None, autosize=True, width=None)
+    bare.update_layout(autosize=True, width=None)
+    bare.layout.title = None  # update_layout would merge it
     if figure.layout.margin.t is not None:
         bare.update_layout(margin_t=max(40, figure.layout.margin.t - _title_height(figure)))
     data = '{"config":' + json.dumps(CONFIG) + "," + bare.to_json()[1:]
@@ -142,17 +155,16 @@ def for_paper(figure: go.Figure, caption: str) -> go.Figure:
     paper = go.Figure(figure)
     width = figure.layout.width or WIDTH
     margin = figure.layout.margin
-    top, bottom = margin.t or 80, margin.b or 70
+    left, top, bottom = margin.l or 80, margin.t or 80, margin.b or 70
     title, subtitle = _titles(figure)
-    title_lines = _wrap(title, width - 2 * _PAD, _TITLE_SIZE)
-    subtitle_lines = _wrap(subtitle, width - 2 * _PAD, _SUBTITLE_SIZE)
-    caption_lines = _wrap(caption, width - 2 * _PAD, _CAPTION_SIZE)
-    extra_top = round(
-        _LINE * (_TITLE_SIZE * (len(title_lines) - 1) + _SUBTITLE_SIZE * (len(subtitle_lines) - 1))
-    )
-    extra_top = max(0, extra_top)
-    extra_bottom = round(_LINE * _CAPTION_SIZE * len(caption_lines)) + _PAD
-    height = (figure.layout.height or 450) + extra_top + extra_bottom
+    room = width - 2 * _PAD
+    title_lines = _wrap(title, room, _TITLE_SIZE)
+    subtitle_lines = _wrap(subtitle, room, _SUBTITLE_SIZE)
+    caption_lines = _wrap(caption, room, _CAPTION_SIZE)
+    more_titles, more_subtitles = max(0, len(title_lines) - 1), max(0, len(subtitle_lines) - 1)
+    grown_top = top + round(_LINE * (_TITLE_SIZE * more_titles + _SUBTITLE_SIZE * more_subtitles))
+    grown_bottom = bottom + round(_LINE * _CAPTION_SIZE * len(caption_lines)) + _PAD
+    height = (figure.layout.height or 450) + (grown_top - top) + (grown_bottom - bottom)
     head = f"<b>{'<br>'.join(title_lines)}</b>"
     if subtitle_lines:
         small = "<br>".join(subtitle_lines)
@@ -161,33 +173,21 @@ def for_paper(figure: go.Figure, caption: str) -> go.Figure:
         width=width,
         height=height,
         autosize=False,
-        title={
-            "text": head,
-            "subtitle": {"text": ""},
-            "font": {"size": _TITLE_SIZE},
-            "x": _PAD / width,
-            "xref": "container",
-            "xanchor": "left",
-            "y": 1 - _PAD / height,
-            "yref": "container",
-            "yanchor": "top",
-        },
-        margin={"t": top + extra_top, "b": bottom + extra_bottom},
+        margin={"t": grown_top, "b": grown_bottom},
     )
+    paper.layout.title = None
+    # Annotations are placed from the plot's corners, so the margins must be what they are told to be.
+    paper.update_xaxes(automargin=False)
+    paper.update_yaxes(automargin=False)
+    common = {"xref": "paper", "yref": "paper", "xanchor": "left", "align": "left", "showarrow": False}
+    common |= {"x": 0, "xshift": _PAD - left, "yanchor": "top"}
+    paper.add_annotation(text=head, y=1, yshift=grown_top - _PAD, font={"size": _TITLE_SIZE}, **common)
     paper.add_annotation(
         text="<br>".join(caption_lines),
-        xref="paper",
-        yref="paper",
-        # Annotations count from the plot's corner: step back over its margins in pixels.
-        x=0,
         y=0,
-        xshift=_PAD - (margin.l or 80),
         yshift=-bottom,
-        xanchor="left",
-        yanchor="top",
-        align="left",
-        showarrow=False,
         font={"size": _CAPTION_SIZE, "color": "#333"},
+        **common,
     )
     return paper
 
@@ -241,7 +241,7 @@ def _title_height(figure: go.Figure) -> int:
     return round(_LINE * (_TITLE_SIZE * bool(title) + _SUBTITLE_SIZE * bool(subtitle)))
 
 
-def _wrap(text: str, width: float, size: int) -> list[str]:
+def _wrap(text: str, width: int, size: int) -> list[str]:
     plain = " ".join(text.split())
     return textwrap.wrap(plain, max(20, int(width / (size * _CHARACTER))), break_long_words=True)
 

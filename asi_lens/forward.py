@@ -52,7 +52,9 @@ class _Stop(Exception):  # noqa: N818 - not an error
 
 
 def hook_name(model: nn.Module, site: str, layer: int) -> str:
-    """The TransformerLens hook of a site at a layer (0-based). A full hook name is returned as it is.
+    """The TransformerLens hook of a site at a layer (0-based).
+
+    A full hook name is returned as it is; in one with `{}` (`blocks.{}.attn.hook_out`) the layer is put.
 
     Raises UnknownNameError with the nearest names, OptionError for a layer out of range, and
     UnsupportedModelError where the architecture has no such site.
@@ -61,22 +63,36 @@ def hook_name(model: nn.Module, site: str, layer: int) -> str:
     n_layers = len(own.blocks)
     if site in own.places:
         return site
-    if site not in SITES:
+    if site not in SITES and "{}" not in site:
         near = difflib.get_close_matches(site, own.places, n=5, cutoff=0.6)
         raise unknown_name("site", site, [*SITES, *near])
     require(0 <= layer < n_layers, "layer", layer, f"between 0 and {n_layers - 1}")
     architecture = _architecture(model)
-    name = (_BERT_TEMPLATES if architecture.startswith("Bert") else _TEMPLATES)[site].format(layer)
+    templates = _BERT_TEMPLATES if architecture.startswith("Bert") else _TEMPLATES
+    name = templates.get(site, site).format(layer)
     if name not in own.places or (twin is not None and name not in twin.places):
         raise UnsupportedModelError(f"{architecture} has no site {site!r} at layer {layer}: no hook {name!r}")
     return name
+
+
+def attention_write_site(model: nn.Module) -> str:
+    """The site that equals z W_O (+ b_O): `attn_out`, or the hook before the norm where a model normalizes
+    what attention puts out before it adds it (Gemma 2 and 3)."""
+    return "blocks.{}.attn.hook_out" if normalizes_attn_out(model) else "attn_out"
+
+
+def normalizes_attn_out(model: nn.Module) -> bool:
+    """Whether attention's output is normalized before it is added to the stream (Gemma 2 and 3)."""
+    if plain.kind_of(model) == "hooked":
+        return bool(getattr(model.cfg, "use_normalization_before_and_after", False))
+    return any("ln1_post" in block._modules for block in plain.runners(model)[0].blocks)
 
 
 def site_width(model: nn.Module, site: str, layer: int = 0) -> int:
     """Width of a site's activations: d_model, n_heads * d_head for z; found by a run for other hooks."""
     name = hook_name(model, site, layer)
     if site in ("attn_out", "mlp_out", "resid_post"):
-        return int(model.cfg.d_model)
+        return int(_config(model).d_model)
     widths: list[int] = []
     forward(model, torch.zeros(1, 1, dtype=torch.long), {name: lambda x: widths.append(x.shape[-1])})
     return widths[0]
@@ -169,7 +185,7 @@ def output_projection(model: nn.Module, layer: int) -> Float[Tensor, "n_heads d_
     weight = projection.weight.detach()
     # GPT-2's Conv1D keeps its weight as [in out], nn.Linear as [out in]
     by_input = weight if type(projection).__name__ == "Conv1D" else weight.T
-    n_heads = int(model.cfg.n_heads)
+    n_heads = int(_config(model).n_heads)
     return by_input.reshape(n_heads, -1, by_input.shape[-1])
 
 
@@ -193,7 +209,7 @@ def _projection(model: nn.Module, layer: int) -> Any:
 
 
 def _checked(model: nn.Module, ids: Int[Tensor, "batch position"]) -> Int[Tensor, "batch position"]:
-    cfg: Any = model.cfg
+    cfg = _config(model)
     if ids.shape[1] > cfg.n_ctx:
         raise OptionError(f"context={ids.shape[1]} is not allowed; the model's context is {cfg.n_ctx} tokens")
     if ids.numel() == 0:
@@ -250,6 +266,10 @@ def _stop(module: nn.Module, inputs: Any, output: Any) -> None:
     raise _Stop
 
 
+def _config(model: nn.Module) -> Any:
+    return model.cfg
+
+
 def _architecture(model: nn.Module) -> str:
-    cfg: Any = model.cfg
+    cfg = _config(model)
     return str(getattr(cfg, "architecture", None) or getattr(cfg, "original_architecture", "") or "the model")

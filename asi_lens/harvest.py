@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from asi_lens import models
@@ -30,14 +30,17 @@ BATCH_TOKENS = 2048
 class Consumer(Protocol):
     """What a pass feeds: it names the (site, layer) pairs it wants and receives their rows in order."""
 
-    wants: Collection[SiteLayer]
+    @property
+    def wants(self) -> Collection[SiteLayer]:
+        """The (site, layer) pairs whose rows it is to be given."""
+        ...
 
     def consume(self, where: SiteLayer, rows: Float[Tensor, "n d"]) -> None:
         """Take one batch of rows; they must be copied if they are kept."""
         ...
 
 
-def pairs(model: object, sites: Iterable[str], layers: Sequence[int] | None) -> list[SiteLayer]:
+def pairs(model: nn.Module, sites: Iterable[str], layers: Sequence[int] | None) -> list[SiteLayer]:
     """Every (site, layer) asked for, checked against the model; `layers=None` means all of them.
 
     Negative layers count from the end, as in Python. Raises UnknownNameError for a site,
@@ -57,7 +60,7 @@ def pairs(model: object, sites: Iterable[str], layers: Sequence[int] | None) -> 
 
 
 def harvest(
-    model: object,
+    model: nn.Module,
     tokens: Tokens,
     consumers: Sequence[Consumer],
     *,

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from asi_lens import models
@@ -23,7 +25,7 @@ from asi_lens.spectra import Spectrum
 # Takes an activation [batch position d] and returns what the model goes on with.
 Edit = Callable[[Tensor], Tensor]
 
-_FORMAT = "1"
+_FORMAT = "2"
 SUBSPACES = ("principal", "random")
 
 
@@ -61,7 +63,9 @@ def next_token_loss(
     ).view(ids.shape[0], -1)
 
 
-def cross_entropy(model: object, tokens: Tokens, *, batch_tokens: int = 2048, progress: bool = True) -> float:
+def cross_entropy(
+    model: nn.Module, tokens: Tokens, *, batch_tokens: int = 2048, progress: bool = True
+) -> float:
     """Mean next-token cross-entropy of the model as it is, in nats per token.
 
     The mean is over all predicted tokens. Raises DataError where it is not finite.
@@ -75,7 +79,7 @@ def cross_entropy(model: object, tokens: Tokens, *, batch_tokens: int = 2048, pr
 
 
 def edited_cross_entropy(
-    model: object,
+    model: nn.Module,
     tokens: Tokens,
     site: str,
     layer: int,
@@ -103,7 +107,7 @@ def edited_cross_entropy(
 
 
 def truncation_sweep(
-    model: object,
+    model: nn.Module,
     tokens: Tokens,
     spectra: Mapping[tuple[str, int], Spectrum],
     ranks: Sequence[float],
@@ -139,8 +143,9 @@ def truncation_sweep(
         "tokens": tokens.fingerprint,
         "batch_tokens": batch_tokens,
     }
-    options = {"batch_tokens": batch_tokens, "progress": progress}
-    clean = cached_json("losses", base, lambda: {"clean": cross_entropy(model, tokens, **options)})["clean"]
+    clean = cached_json(
+        "losses", base, partial(cross_entropy, model, tokens, batch_tokens=batch_tokens, progress=progress)
+    )
     out: list[dict[str, object]] = []
     for (site, layer), spectrum in spectra.items():
         sizes = sorted({max(1, round(rank * spectrum.d)) for rank in ranks})
@@ -150,16 +155,18 @@ def truncation_sweep(
             "site": site,
             "layer": layer,
             "edits": ["mean", *names],
-            "seed": seed,
+            "seed": seed if "random" in subspaces else None,
             "spectrum": spectrum.fingerprint,
         }
-        losses = cached_json(
-            "losses",
-            key,
-            lambda site=site, layer=layer, spectrum=spectrum, names=names: edited_cross_entropy(
-                model, tokens, site, layer, _truncations(spectrum, names, seed), **options
-            ),
-        )
+
+        def measure(
+            site: str = site, layer: int = layer, spectrum: Spectrum = spectrum, names: Any = names
+        ) -> dict[str, float]:
+            edits = _truncations(spectrum, names, seed)
+            options: Any = {"batch_tokens": batch_tokens, "progress": progress}
+            return edited_cross_entropy(model, tokens, site, layer, edits, **options)
+
+        losses = cached_json("losses", key, measure)
         for name, (subspace, r) in names.items():
             out.append(
                 {

@@ -11,6 +11,7 @@ import os
 import re
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -33,9 +34,11 @@ from asi_lens.forward import (
     SITES,
     Hook,
     ResumePoint,
+    attention_write_site,
     capture_resume,
     forward,
     hook_name,
+    normalizes_attn_out,
     output_bias,
     output_projection,
     site_width,
@@ -48,6 +51,7 @@ __all__ = [
     "Hook",
     "ModelInfo",
     "ResumePoint",
+    "attention_write_site",
     "capture_resume",
     "forward",
     "hook_name",
@@ -120,28 +124,30 @@ def load_model(
     target = _device(device)
     if isinstance(model, nn.Module):
         return _as_given(model, dtype, device)
-    kwargs = {
-        "dtype": resolve_dtype(dtype, target),
-        "device": str(target),
-        "trust_remote_code": trust_remote_code,
-    }
+    boot = partial(
+        _boot,
+        dtype=resolve_dtype(dtype, target),
+        device=str(target),
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
     name = str(model)
     if name in SOURCES and SOURCES[name].kind == "model":
         folder, weights = gguf.dequantized(fetch(name) / str(SOURCES[name].main))
-        return _boot(folder, name, weights, **kwargs)
+        return boot(folder, name, weights)
     path = Path(model).expanduser()
     if path.is_file():
         require(path.suffix == ".gguf", "model", name, "a folder if it is not a `.gguf` file")
         folder, weights = gguf.dequantized(path)
-        return _boot(folder, path.stem, weights, **kwargs)
+        return boot(folder, path.stem, weights)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise DataError(f"{path} is not a Hugging Face model folder: it has no config.json")
-        return _boot(path, path.resolve().name, None, **kwargs)
+        return boot(path, path.resolve().name)
     if name.count("/") == 1 and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and path.suffix != ".gguf":
-        return _boot(name, name, None, revision=revision, **kwargs)
+        return boot(name, name)
     if name in _OLD_HUB_NAMES:
-        return _boot(_OLD_HUB_NAMES[name], name, None, revision=revision, **kwargs)
+        return boot(_OLD_HUB_NAMES[name], name)
     packaged = [key for key, source in SOURCES.items() if source.kind == "model"]
     raise UnknownNameError(
         f"{unknown_name('model', name, packaged)}. A model is also a hub name (owner/name), a Hugging Face "
@@ -157,10 +163,12 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
         checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         fast = any(getattr(torch.cpu, check, lambda: False)() for check in checks)
         return torch.bfloat16 if fast else torch.float32
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    allowed = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    require(found in allowed, "dtype", dtype, "'auto', 'float32', 'bfloat16', 'float16' or 'float64'")
-    return found
+    for allowed in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        if dtype in (allowed, str(allowed).removeprefix("torch.")):
+            return allowed
+    raise OptionError(
+        f"dtype={dtype!r} is not allowed; dtype must be 'auto', 'float32', 'bfloat16', 'float16' or 'float64'"
+    )
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -185,8 +193,8 @@ def _device(device: str | torch.device) -> torch.device:
 def _as_given(model: nn.Module, dtype: str | torch.dtype, device: str | torch.device) -> nn.Module:
     if plain.kind_of(model) is None:
         raise OptionError(
-            f"model={type(model).__name__}(...) is not allowed; an object must be a TransformerBridge or "
-            "a HookedTransformer (from a Hugging Face model: TransformerBridge.boot_transformers(hf_model=...))"
+            f"model={type(model).__name__}(...) is not allowed; an object is a TransformerBridge or a "
+            "HookedTransformer (a Hugging Face model: TransformerBridge.boot_transformers(..., hf_model=m))"
         )
     parameter = next(model.parameters())
     if dtype != "auto":
@@ -204,16 +212,18 @@ def _as_given(model: nn.Module, dtype: str | torch.dtype, device: str | torch.de
 def _boot(
     source: str | Path,
     name: str,
-    weights: str | None,
+    weights: str | None = None,
     *,
     dtype: torch.dtype,
     device: str,
+    revision: str | None,
     trust_remote_code: bool,
-    revision: str | None = None,
 ) -> nn.Module:
     from safetensors import SafetensorError
     from transformer_lens.model_bridge import TransformerBridge
 
+    if isinstance(source, Path):
+        require(revision is None, "revision", revision, "left out for a model that is not on the hub")
     _mend_neox()
     try:
         with warnings.catch_warnings():
@@ -277,13 +287,8 @@ def model_info(model: nn.Module) -> ModelInfo:
     """Name, shape, precision and fingerprint of a model."""
     cfg: Any = model.cfg
     name, weights = _ORIGINS.get(model, (str(cfg.model_name), "as given"))
-    bridge = plain.kind_of(model) == "bridge"
     if str(cfg.normalization_type).endswith("Pre") or getattr(model, "compatibility_mode", False):
         weights += ", processed by TransformerLens"
-    if bridge:
-        normalizes = any("ln1_post" in block._modules for block in model.blocks)
-    else:
-        normalizes = bool(getattr(cfg, "use_normalization_before_and_after", False))
     architecture = str(getattr(cfg, "architecture", None) or getattr(cfg, "original_architecture", ""))
     return ModelInfo(
         name=name,
@@ -298,7 +303,7 @@ def model_info(model: nn.Module) -> ModelInfo:
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         weights=weights,
         fingerprint=_fingerprint(model),
-        normalizes_attn_out=normalizes,
+        normalizes_attn_out=normalizes_attn_out(model),
         causal=not architecture.startswith(("Bert", "Hubert", "Wav2Vec")),
     )
 

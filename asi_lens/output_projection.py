@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from asi_lens import models
@@ -152,7 +152,7 @@ def head_overlap(
 
 
 def counterfactual_records(
-    model: object, spectra: Spectra, *, draws: int = 3, seed: int = 0
+    model: nn.Module, spectra: Spectra, *, draws: int = 3, seed: int = 0
 ) -> list[dict[str, object]]:
     """`counterfactual_ranks` of every layer whose `z` is in `spectra`: the rows of `03_wo_ablation.csv`.
 
@@ -189,7 +189,7 @@ def counterfactual_records(
     return cached_json("output_projection", key, measure)
 
 
-def overlap_records(model: object, spectra: Spectra, *, seed: int = 0) -> list[dict[str, object]]:
+def overlap_records(model: nn.Module, spectra: Spectra, *, seed: int = 0) -> list[dict[str, object]]:
     """`head_overlap` of every layer whose `z` is in `spectra`: the rows of `03_head_overlap.csv`."""
     records: list[dict[str, object]] = []
     for site, layer in spectra:

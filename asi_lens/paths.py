@@ -57,5 +57,9 @@ def figures_root() -> Path:
 
 
 def figures_dir(model: str, profile: str) -> Path:
-    """Figures and tables of one model under one profile (slashes of hub names become `--`)."""
-    return figures_root() / model.replace("/", "--") / profile
+    """Figures and tables of one model under one profile.
+
+    A folder or file goes by its own name; slashes of hub names become `--`.
+    """
+    name = Path(model).expanduser().resolve().name if Path(model).expanduser().exists() else model
+    return figures_root() / name.replace("/", "--") / profile

@@ -31,14 +31,14 @@ class Runner:
     """One module per layer; its output, or the first entry of it, is the residual stream."""
     places: dict[str, tuple[nn.Module, Side]]
     """Hook name -> module, and whether its input or its output is meant."""
-    root: nn.Module | None = None
+    root: Any = None
     """The plain twin; None where the model itself is called (it owns this runner, not the reverse)."""
     hook_points: list[nn.Module] = field(default_factory=list)
     """Every HookPoint of the model, to see whether somebody hooked it."""
     processed: bool = False
     """Whether the bridge was in compatibility mode (weights processed, hooks renamed) when this was made."""
 
-    def call(self, model: nn.Module, ids: Tensor, logits: bool) -> Tensor | None:
+    def call(self, model: Any, ids: Tensor, logits: bool) -> Tensor | None:
         """Run on ids [batch position] to the end; logits [batch position d_vocab] if asked."""
         if self.root is None:
             return model(ids, return_type="logits" if logits else None)
@@ -85,7 +85,7 @@ def runner_for(model: nn.Module, hooks: Iterator[str] | list[str]) -> Runner:
     return twin if all(name in twin.places for name in hooks) else own
 
 
-def _hooked_by_somebody(point: nn.Module) -> bool:
+def _hooked_by_somebody(point: Any) -> bool:
     # TransformerLens 4 hooks some points itself, only to make others fire
     owners = (getattr(handle.user_hook, "__module__", None) for handle in point.fwd_hooks)
     return any(not str(owner).startswith("transformer_lens.") for owner in owners)
@@ -93,12 +93,12 @@ def _hooked_by_somebody(point: nn.Module) -> bool:
 
 def original(module: nn.Module) -> nn.Module:
     """The Hugging Face module inside a bridge component (or the module itself)."""
-    while "_original_component" in module._modules:
-        module = module._modules["_original_component"]
+    while (inside := module._modules.get("_original_component")) is not None:
+        module = inside
     return module
 
 
-def _own_runner(model: nn.Module, processed: bool) -> Runner:
+def _own_runner(model: Any, processed: bool) -> Runner:
     blocks = getattr(model, "blocks", None)
     if blocks is None:
         raise UnsupportedModelError(
@@ -114,7 +114,7 @@ def _own_runner(model: nn.Module, processed: bool) -> Runner:
     )
 
 
-def _plain_runner(model: nn.Module, own: Runner) -> Runner | None:
+def _plain_runner(model: Any, own: Runner) -> Runner | None:
     source = model.original_model
     device_map = getattr(source, "hf_device_map", None) or {}
     # Processed weights live in the wrappers; a dispatched model's modules carry their own `forward`.
@@ -139,8 +139,8 @@ def _plain_runner(model: nn.Module, own: Runner) -> Runner | None:
     places = {
         name: component_of[id(point)] for name, (point, _) in own.places.items() if id(point) in component_of
     }
-    blocks = [twins.get(id(original(block))) for block in own.blocks]
-    if any(block is None for block in blocks):
+    blocks = [twins[id(original(block))] for block in own.blocks if id(original(block)) in twins]
+    if len(blocks) != len(own.blocks):
         return None
     return Runner(blocks=blocks, places=places, root=root)
 
@@ -176,7 +176,7 @@ def _twin(module: nn.Module, twins: dict[int, nn.Module], configs: dict[int, Any
     return twin
 
 
-def _use_fused_attention(root: nn.Module) -> None:
+def _use_fused_attention(root: Any) -> None:
     """Fused attention for the twin, unless the architecture cannot (soft-capped scores) or chose its own."""
     configs = {
         id(m.__dict__["config"]): m.__dict__["config"] for m in root.modules() if "config" in m.__dict__

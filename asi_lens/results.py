@@ -29,6 +29,7 @@ __all__ = [
     "SpectrumRow",
     "claim_order",
     "columns",
+    "drop_claims",
     "frame",
     "read_claims",
     "read_rows",
@@ -242,7 +243,21 @@ def write_claim(folder: Path | str, row: ClaimRow) -> Path:
     with locked(path.with_name(".claims")):
         others = [] if not path.exists() else read_rows(path, ClaimRow)
         kept = [old for old in others if (old.claim, old.notebook) != (row.claim, row.notebook)]
-        return write_rows(path, sorted([*kept, row], key=claim_order))
+        rows = sorted([*kept, row], key=claim_order)
+        return write_rows(path, rows)
+
+
+def drop_claims(folder: Path | str, notebook: str) -> list[ClaimRow]:
+    """Take the rows of a notebook out of `folder/claims.csv`; returns them."""
+    path = Path(folder) / CLAIMS_FILE
+    with locked(path.with_name(".claims")):
+        rows = read_claims(folder)
+        dropped = [row for row in rows if row.notebook == notebook]
+        if len(dropped) == len(rows):
+            path.unlink(missing_ok=True)
+        elif dropped:
+            write_rows(path, [row for row in rows if row.notebook != notebook])
+    return dropped
 
 
 def read_claims(folder: Path | str) -> list[ClaimRow]:

@@ -25,14 +25,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from asi_lens import tensor_files
 from asi_lens.errors import CacheError, DataError, OptionError, require
 from asi_lens.files import sha256_of, write_whole
 from asi_lens.moments import Moments
 
 FORMAT = 1
 MANIFEST, PARTIAL, MOMENTS = "manifest.json", "partial.safetensors", "moments.safetensors"
-DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-"""Dtypes that rows can be stored in, with safetensors' names for them."""
+DTYPES = ("bfloat16", "float16", "float32")
+"""Dtypes that rows can be stored in."""
 _UNFINISHED = ".unfinished"
 
 
@@ -58,7 +59,7 @@ class Manifest:
     d: int
     """Width of a row."""
     dtype: str
-    """A key of DTYPES."""
+    """One of DTYPES."""
     mean: tuple[float, ...]
     """Mean row, float64."""
     mean_square_norm: float
@@ -84,15 +85,15 @@ class Manifest:
         if not path.is_file():
             if (folder / PARTIAL).is_file():
                 raise DataError(
-                    f"the store in {folder} is not finished ({progress(folder)} rows so far): run the harvest "
-                    "again, it goes on from there"
+                    f"the store in {folder} is not finished ({progress(folder)} rows so far): run the "
+                    "harvest again, it goes on from there"
                 )
             raise FileNotFoundError(f"{folder} is not an activation store: it has no {MANIFEST}")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             if values["format"] != FORMAT:
                 raise CacheError(
-                    f"{path} has format {values['format']!r}, this version reads {FORMAT}; harvest the store anew"
+                    f"{path} has format {values['format']!r}, this version reads {FORMAT}; harvest anew"
                 )
             expected, found = {field.name for field in fields(cls)}, set(values)
             if expected != found:
@@ -155,6 +156,12 @@ def progress(folder: Path) -> int:
     return int(json.loads(_load(folder / PARTIAL)[1]["state"])["n"])
 
 
+def differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """What `there` has other than `asked`, in words; empty where all that is asked agrees."""
+    differ = [key for key in asked if there.get(key) != asked[key]]
+    return "; ".join(f"{key} {there.get(key)!r}, not {asked[key]!r}" for key in differ)
+
+
 class ShardWriter:
     """Appends rows to the shards of one store. One that finds whole shards goes on behind them.
 
@@ -194,8 +201,8 @@ class ShardWriter:
         kept = rows.to(getattr(torch, self.dtype))
         if not torch.isfinite(kept.sum(dtype=torch.float32)):
             raise DataError(
-                f"rows {self.n} to {self.n + len(rows)} are not finite in {self.dtype}; store them in bfloat16 "
-                "or float32"
+                f"rows {self.n} to {self.n + len(rows)} are not finite in {self.dtype}; store them in "
+                "bfloat16 or float32"
             )
         batch = Moments.of(kept)
         if batch.mean.device != self.moments.mean.device:
@@ -206,7 +213,7 @@ class ShardWriter:
         assert self._file is not None
         if self._open_rows + len(rows) > self._open_n:
             raise OptionError(f"{len(rows)} rows do not fit into what is left of a shard")
-        data = kept.cpu().contiguous().view(torch.uint8).numpy().data
+        data = tensor_files.raw_bytes(kept)
         try:
             self._file.write(data)
         except OSError as error:
@@ -247,11 +254,7 @@ class ShardWriter:
 
     def _begin_shard(self) -> None:
         n = min(self.shard_rows, self.n_total - self.n)
-        size = torch.empty(0, dtype=getattr(torch, self.dtype)).element_size()
-        rows = {"dtype": DTYPES[self.dtype], "shape": [n, self.d], "data_offsets": [0, n * self.d * size]}
-        header = json.dumps({"__metadata__": {"format": "pt"}, "rows": rows}, separators=(",", ":")).encode()
-        header += b" " * (-len(header) % 8)
-        header = len(header).to_bytes(8, "little") + header
+        header = tensor_files.header({"rows": (getattr(torch, self.dtype), (n, self.d))})
         self._digest = hashlib.sha256(header)
         self._open_rows, self._open_n = 0, n
         try:
@@ -294,20 +297,12 @@ class ShardWriter:
             raise CacheError(
                 f"{path} has format {state['format']!r}, this version reads {FORMAT}; delete {self.folder}"
             )
-        mine = {"n_total": self.n_total, "d": self.d, "dtype": self.dtype, "shard_rows": self.shard_rows}
-        differ = [
-            f"{key} {state[key]!r}, not {value!r}" for key, value in mine.items() if state[key] != value
-        ]
-        there = state["origin"]
-        differ += [
-            f"{key} {there.get(key)!r}, not {self.origin.get(key)!r}"
-            for key in sorted({*there, *self.origin})
-            if there.get(key) != self.origin.get(key)
-        ]
+        shape = {"n_total": self.n_total, "d": self.d, "dtype": self.dtype, "shard_rows": self.shard_rows}
+        differ = differences({**state["origin"], **state}, {**self.origin, **shape})
         if differ:
             raise OptionError(
-                f"{self.folder} holds the beginning of another store ({'; '.join(differ)}); finish that harvest, "
-                "choose another folder, or delete it"
+                f"{self.folder} holds the beginning of another store ({differ}); finish that harvest, choose "
+                "another folder, or delete it"
             )
         self.shards = [Shard(**shard) for shard in state["shards"]]
         for shard in self.shards:

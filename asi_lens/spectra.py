@@ -212,8 +212,9 @@ def one_thread(d: int) -> Iterator[None]:
 def covariance_eigenvalues(covariance: Float[Tensor, "d d"]) -> Float[Tensor, " d"]:
     """Eigenvalues of a covariance, descending, float64.
 
-    The upper triangle is read, the one that moments are stored by. What is below d * eps * l_1 is rounding (the tolerance of a numerical rank) and set to zero: its square
-    root would count as a direction of relative size 1e-8.
+    The upper triangle is read, the one that moments are stored by. What is below d * eps * l_1 is rounding
+    (the tolerance of a numerical rank) and set to zero: its square root would count as a direction of
+    relative size 1e-8.
     """
     with one_thread(covariance.shape[0]):
         values = torch.linalg.eigvalsh(covariance.double(), UPLO="U").flip(0)

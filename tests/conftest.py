@@ -79,3 +79,9 @@ def tiny_tokens() -> Any:
     )
     ids[:, 0] = tiny_models.SPECIALS.index("<bos>")
     return Tokens(ids=ids, corpus="random", tokenizer="tiny", context=32)
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(4, tiny_models.D_VOCAB, (2, 20), generator=generator)

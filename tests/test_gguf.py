@@ -125,18 +125,32 @@ def test_the_second_time_nothing_is_converted(file: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(gguf, "_convert", lambda *_: pytest.fail("converted again"))
     assert gguf.dequantized(file)[0] == folder
     moved = file.rename(file.with_name("moved.gguf"))
-    assert gguf._describe(moved) == ("llama", 4)
+    assert gguf.read_header(moved) == gguf.Header("llama", 4, "smollm")
 
 
 def test_a_failed_conversion_leaves_nothing(
     file: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(path: Path, architecture: str, folder: Path) -> None:
+    def fail(path: Path, header: gguf.Header, folder: Path) -> None:
         (folder / "model.safetensors").write_bytes(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(gguf, "_convert", fail)
     with pytest.raises(KeyboardInterrupt):
+        gguf.dequantized(file)
+    assert [entry.name for entry in (own_cache / "models").iterdir() if entry.is_dir()] == []
+
+
+def test_a_full_disk_leaves_nothing(file: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors import SafetensorError
+    from transformers import PreTrainedModel
+
+    def full(self: Any, folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    with pytest.raises(OSError, match=r"cannot write .*models: .*No space left"):
         gguf.dequantized(file)
     assert [entry.name for entry in (own_cache / "models").iterdir() if entry.is_dir()] == []
 
@@ -154,7 +168,7 @@ def test_missing_weights_are_not_made_up(tmp_path: Path, own_cache: Path) -> Non
     assert not list((own_cache / "models").glob("part-*/"))
 
 
-@pytest.mark.parametrize("kept", [0, 3, 200, 20_000])
+@pytest.mark.parametrize("kept", [0, 3, 200, 2_000, 20_000, -1])
 def test_a_file_that_is_cut_off(file: Path, kept: int) -> None:
     file.write_bytes(file.read_bytes()[:kept])
     with pytest.raises(DataError, match="not a whole GGUF file"):

@@ -35,20 +35,22 @@ TARGETS = ("setup", "figures", "test", "test-tl4", "lint", "lab", "bench", "clea
 # A module imports only from rows above its own. What is not written yet may stand here already.
 LAYERS = (
     ("errors", "files", "paths"),
-    ("cache", "chrome", "download"),
+    ("cache", "chrome", "download", "plain", "tensor_files"),
     ("sources",),
-    ("documents", "gguf"),
+    ("documents", "forward", "gguf"),
     ("models",),
     ("corpora",),
     ("harvest", "moments"),
     ("spectra",),
     ("collect",),
-    ("output_projection", "interventions", "store"),
+    ("interventions", "output_projection", "shards", "shuffle"),
+    ("activation_store",),
+    ("store",),
     ("sae",),
     ("provenance", "tables"),
     ("results",),
-    ("figure_files",),
-    ("figures",),
+    ("figure_files", "figure_style"),
+    ("execute", "figures", "gallery", "profiles"),
     ("reproduce",),
 )
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
@@ -58,8 +60,8 @@ def project() -> dict[str, Any]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
-def locked_versions() -> dict[str, str]:
-    lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+def locked_versions(name: str = "requirements.lock") -> dict[str, str]:
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
     pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
     return {canonicalize_name(name): version for name, version in pairs}
 
@@ -111,11 +113,32 @@ def test_the_lock_pins_every_declared_dependency_within_its_bounds() -> None:
         assert requirement.specifier.contains(version), f"{requirement} but the lock has {version}"
 
 
-def test_the_lock_suits_any_machine() -> None:
-    for line in (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines():
+@pytest.mark.parametrize("name", ["requirements.lock", "requirements-tl4.txt"])
+def test_the_lock_suits_any_machine(name: str) -> None:
+    for line in (ROOT / name).read_text(encoding="utf-8").splitlines():
         assert re.fullmatch(r"#.*|[A-Za-z0-9._-]+==[0-9][0-9a-z.]*", line), f"no plain pin: {line!r}"
     # Builds for one vendor's cards come with torch where they fit; here they would break other machines.
-    assert not [name for name in locked_versions() if re.match(r"nvidia-|cuda-|triton|pywin|appnope", name)]
+    vendors = re.compile(r"nvidia-|cuda-|triton|pywin|appnope")
+    assert not [package for package in locked_versions(name) if vendors.match(package)]
+
+
+def test_the_lock_suits_the_oldest_python_that_is_promised() -> None:
+    oldest = project()["requires-python"].removeprefix(">=") + ".0"
+    for name, version in locked_versions().items():
+        try:
+            found = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # the second environment has fewer packages
+        if found.version.partition("+")[0] == version:
+            needs = Requirement(f"python{found.metadata['Requires-Python'] or ''}").specifier
+            assert needs.contains(oldest), f"{name}=={version} needs Python {needs}"
+
+
+def test_the_second_environment_differs_by_transformer_lens_alone() -> None:
+    first, second = locked_versions(), locked_versions("requirements-tl4.txt")
+    assert second.pop("transformer-lens").startswith("4.")
+    assert first["transformer-lens"].startswith("3.5.")
+    assert {name: first.get(name) for name in second} == second
 
 
 def test_conda_environment_equals_the_lock() -> None:
@@ -211,7 +234,7 @@ def test_modules_import_in_one_direction() -> None:
 
 def test_only_the_runner_knows_of_notebooks() -> None:
     for path in MODULES:
-        if own_name(path) not in ("paths", "reproduce"):
+        if own_name(path) not in ("paths", "profiles", "reproduce"):  # the last two are the runner
             names = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
             assert "notebooks_dir" not in names, f"{path.name} reads the notebooks' folder"
 
@@ -273,7 +296,7 @@ def test_readme_names_commands_that_exist() -> None:
 def test_ci_runs_what_the_readme_tells_people_to_run() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
-    for command in ("make setup", "make lint", "make test", "make test-tl4", "make figures PROFILE=smoke"):
+    for command in ("make lint", "make test", "make test-tl4", "make figures PROFILE=smoke"):
         assert re.search(rf"^step {command}$", script.read_text(), re.MULTILINE), command
 
 

@@ -12,7 +12,8 @@ Decoder rows have unit norm. `folded` gives the same function on raw activations
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +22,8 @@ import torch
 from jaxtyping import Float, Num
 from torch import Tensor, nn
 
-from asi_lens.errors import DataError, require, unknown_name
+from asi_lens.errors import DataError, OptionError, require, unknown_name
+from asi_lens.sae.activations import JumpReLU, ReLU, stack_codes
 from asi_lens.sae.sparse_ops import SparseCode, Workspace, decode_sum, encode_topk
 
 # Rows encoded at a time outside of training.
@@ -48,7 +50,7 @@ class SAEConfig:
     k: int = 32
     activation: str = "topk"
     seed: int = 0
-    metadata: dict[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for key in ("d_in", "d_sae", "k", "seed"):
@@ -59,6 +61,11 @@ class SAEConfig:
         require(self.k <= self.d_sae, "k", self.k, f"from 1 to d_sae={self.d_sae}")
         if self.activation not in ACTIVATIONS:
             raise unknown_name("activation", self.activation, ACTIVATIONS)
+        try:
+            # A copy of its own, in the form in which files give it back.
+            object.__setattr__(self, "metadata", json.loads(json.dumps(dict(self.metadata))))
+        except (TypeError, ValueError) as error:
+            raise OptionError(f"metadata={self.metadata!r} is not allowed: {error}") from error
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SAEConfig:
@@ -101,7 +108,8 @@ class TopK:
         return encode_topk(x, encoder, bias, self.k, workspace=workspace)
 
 
-ACTIVATIONS: dict[str, type[TopK]] = {"topk": TopK}
+ACTIVATIONS: dict[str, Callable[[SAEConfig], Activation]] = {"topk": TopK, "relu": ReLU, "jumprelu": JumpReLU}
+"""Activation functions by name. Only `topk` can be trained here, so far."""
 
 
 class SparseAutoencoder(nn.Module):
@@ -124,7 +132,9 @@ class SparseAutoencoder(nn.Module):
 
     def __init__(self, config: SAEConfig, *, draw: bool = True, dtype: torch.dtype = torch.float32):
         super().__init__()
-        require(dtype in (torch.float32, torch.float64), "dtype", dtype, "float32 or float64 (master weights)")
+        require(
+            dtype in (torch.float32, torch.float64), "dtype", dtype, "float32 or float64 (master weights)"
+        )
         self.config = config
         d_in, d_sae = config.d_in, config.d_sae
         self.W_enc = nn.Parameter(torch.empty(d_sae, d_in, dtype=dtype).T)
@@ -133,7 +143,9 @@ class SparseAutoencoder(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype))
         self.register_buffer("input_mean", torch.zeros(d_in, dtype=dtype))
         self.register_buffer("input_scale", torch.ones((), dtype=dtype))
-        self.activation: Activation = ACTIVATIONS[config.activation](config)
+        self.activation = ACTIVATIONS[config.activation](config)
+        if isinstance(self.activation, nn.Module):
+            self.activation.to(dtype)
         self.initialization: dict[str, Any] = {"method": "random", "seed": config.seed}
         """How the weights began (JSON values); `initialize` fills it."""
         if draw:
@@ -196,18 +208,18 @@ class SparseAutoencoder(nn.Module):
         Features come in no particular order. Raises DataError as `normalize` does.
         """
         centered = self.normalize(x) - self.b_dec
-        codes = [
-            self.activation.code(block, self.W_enc.T, self.b_enc) for block in centered.split(_BLOCK)
-        ] or [SparseCode(centered.new_zeros(0, self.k).long(), centered.new_zeros(0, self.k))]
-        indices, values = (torch.cat(parts) for parts in zip(*codes, strict=True))
-        shape = x.shape[:-1]
-        return SparseCode(indices.view(*shape, -1), values.view(*shape, -1))
+        blocks = centered.split(_BLOCK)
+        codes = [self.activation.code(block, self.W_enc.T, self.b_enc) for block in blocks]
+        indices, values = stack_codes(codes)
+        shape = (*x.shape[:-1], indices.shape[1])
+        return SparseCode(indices.view(shape), values.view(shape))
 
     def encode_dense(self, x: Num[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """The same as a dense array, zeros where nothing fired."""
         code = self.encode(x)
         dense = code.values.new_zeros(*x.shape[:-1], self.d_sae)
-        return dense.scatter(-1, code.indices, code.values)
+        # Codes that are filled up with zeros may name a feature twice.
+        return dense.scatter_add(-1, code.indices, code.values)
 
     def decode(self, code: SparseCode) -> Float[Tensor, "*batch d_in"]:
         """Raw activations [*batch d_in] from a code [*batch k]."""

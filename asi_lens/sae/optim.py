@@ -97,7 +97,7 @@ class RowAdam:
         }
 
     @torch.no_grad()
-    def step(self, grads: Gradients, lr: float, scale: float | Tensor = 1.0) -> None:
+    def step(self, grads: Gradients, lr: float, scale: float = 1.0) -> None:
         """One update with learning rate `lr`, gradients multiplied by `scale` (of clipping)."""
         self.steps += 1
         weights = self._weights()
@@ -106,7 +106,7 @@ class RowAdam:
         # Decoder and encoder gradients are both of the weights before this step: they are sums over
         # picks, and only the decoder's reads a weight (its own row).
         chunk = rows_per_chunk(decoder.shape[1], decoder.device)
-        bounds = list(range(0, len(grads), chunk)) + [len(grads)]
+        bounds = [*range(0, len(grads), chunk), len(grads)]
         edges = torch.tensor(bounds, device=grads.features.device)
         places = torch.searchsorted(grads.features, edges).tolist()
         decay = self._missed_decay(grads)
@@ -115,9 +115,13 @@ class RowAdam:
                 continue
             fired = None if dense else grads.features[first:last]
             missed = None if decay is None else decay[:, first:last, None]
-            encoder_grad = grads.encoder(start, stop).mul_(scale)
+            encoder_grad = grads.encoder(start, stop)
+            if scale != 1.0:
+                encoder_grad.mul_(scale)
             self._rows("W_enc", encoder_grad, start, fired, missed, lr)
-            decoder_grad = grads.decoder(start, stop, decoder).mul_(scale)
+            decoder_grad = grads.decoder(start, stop, decoder)
+            if scale != 1.0:
+                decoder_grad.mul_(scale)
             self._rows("W_dec", decoder_grad, start, fired, missed, lr, unit_rows=True)
         biases = grads.b_enc * scale
         self._rows("b_enc", biases, 0, None if dense else grads.features, decay, lr)

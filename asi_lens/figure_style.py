@@ -1,0 +1,244 @@
+"""The house style of the figures, and the parts that they share.
+
+Colors are Okabe and Ito's, which stay apart under color blindness; a site has the same color and
+marker in every figure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from asi_lens.errors import DataError, unknown_name
+from asi_lens.results import Row, columns
+
+COLORS = {"attn_out": "#D55E00", "mlp_out": "#0072B2", "resid_post": "#009E73", "z": "#CC79A7"}
+SITE_LABELS = {
+    "attn_out": "attention output",
+    "mlp_out": "MLP output",
+    "resid_post": "residual stream",
+    "z": "concatenated heads z",
+}
+GREY = "#777777"
+_MARKERS = {"attn_out": "circle", "mlp_out": "square", "resid_post": "diamond", "z": "triangle-up"}
+_SPARE_COLORS = ("#E69F00", "#56B4E9", "#000000", "#8C6D00")
+_FONT = "Arial, Helvetica, Liberation Sans, DejaVu Sans, sans-serif"
+_RIGHT = 24
+# Below this width in pixels a page scrolls a panel sideways instead of squeezing it.
+_PANEL_WIDTH = 220
+# Heights in pixels above the plot: title and subtitle, a row of legend, a row of panel titles.
+_HEAD, _LEGEND, _PANEL_TITLE = 76, 32, 24
+
+TEMPLATE = go.layout.Template(
+    layout={
+        "font": {"family": _FONT, "size": 13, "color": "#222"},
+        "paper_bgcolor": "white",
+        "plot_bgcolor": "white",
+        "hoverlabel": {"font": {"family": _FONT}},
+        "legend": {"font": {"size": 14}},
+        **{
+            axis: {
+                "showline": True,
+                "linecolor": "#444",
+                "ticks": "outside",
+                "tickcolor": "#444",
+                "gridcolor": "#e8e8e8",
+                "zeroline": False,
+                "automargin": True,
+                "title": {"standoff": 8, "font": {"size": 14}},
+            }
+            for axis in ("xaxis", "yaxis")
+        },
+    }
+)
+
+
+def panels(
+    title: str,
+    subtitle: str,
+    titles: Sequence[Sequence[str]],
+    *,
+    y: str = "",
+    legend: bool = True,
+    left: int = 76,
+    bottom: int = 62,
+    plot: int = 340,
+) -> go.Figure:
+    """Empty panels, a list of titles per row; one panel alone shows no title.
+
+    `left` and `bottom` are margins, `plot` is the height of a row, in pixels.
+    """
+    rows, cols = len(titles), max(len(row) for row in titles)
+    alone = rows == cols == 1
+    figure = make_subplots(
+        rows=rows,
+        cols=cols,
+        shared_yaxes=True,
+        horizontal_spacing=0.06 / max(1, cols - 1),
+        vertical_spacing=0.22 / rows,
+        subplot_titles=None if alone else [t for row in titles for t in [*row, *[""] * (cols - len(row))]],
+    )
+    figure.update_annotations(font={"size": 14})
+    top = _HEAD + _LEGEND * legend + _PANEL_TITLE * (not alone)
+    figure.update_layout(
+        template=TEMPLATE,
+        title={"text": title, "subtitle": {"text": subtitle}, "x": 0.015, "xref": "container"},
+        height=plot * rows + top + bottom,
+        margin={"l": left, "r": _RIGHT, "t": top, "b": bottom},
+        legend={
+            "orientation": "h",
+            "x": 0,
+            "y": 1 + (6 + _PANEL_TITLE * (not alone)) / (plot * rows),
+            "yanchor": "bottom",
+            "tracegroupgap": 0,
+        },
+        meta={"min_width": left + _RIGHT + _PANEL_WIDTH * cols},
+    )
+    figure.update_layout(title_y=1 - 24 / figure.layout.height)
+    if y:
+        figure.update_yaxes(title_text=y, col=1)
+    return figure
+
+
+def curve(
+    figure: go.Figure,
+    part: pd.DataFrame,
+    x: str,
+    y: str,
+    site: str,
+    row: int = 1,
+    col: int = 1,
+    *,
+    dash: str = "solid",
+    markers: bool = True,
+) -> None:
+    """A site's line: mean of `y` at each `x`, with a band where several rows share an `x`."""
+    stats = part.groupby(x)[y].agg(["mean", "min", "max"]).reset_index()
+    tone = color(site)
+    where = {"row": row, "col": col}
+    if dash == "solid" and (stats["max"] - stats["min"]).max() > 0:
+        red, green, blue = (int(tone[i : i + 2], 16) for i in (1, 3, 5))
+        figure.add_scatter(
+            x=[*stats[x], *stats[x][::-1]],
+            y=[*stats["max"], *stats["min"][::-1]],
+            fill="toself",
+            fillcolor=f"rgba({red},{green},{blue},0.13)",
+            line={"width": 0},
+            mode="lines",
+            hoverinfo="skip",
+            showlegend=False,
+            legendgroup=site,
+            **where,
+        )
+    told = {trace.name for trace in figure.data if trace.showlegend}
+    figure.add_scatter(
+        x=stats[x],
+        y=stats["mean"],
+        mode="lines+markers" if markers and dash == "solid" else "lines",
+        name=label(site),
+        legendgroup=site,
+        showlegend=label(site) not in told and dash == "solid",
+        line={"color": tone, "dash": dash, "width": 2.2},
+        marker={"symbol": _MARKERS.get(site, "cross"), "size": 7, "color": tone},
+        hovertemplate=f"{label(site)}<br>%{{x}}: %{{y:.3f}}<extra></extra>",
+        **where,
+    )
+
+
+def level(figure: go.Figure, y: float, text: str, cols: int) -> None:
+    """A dotted horizontal line in every panel of the first row, named in the last one."""
+    for col in range(1, cols + 1):
+        note = {"text": text, "font": {"size": 12, "color": "#555"}}
+        figure.add_hline(
+            y=y,
+            line={"color": GREY, "dash": "dot", "width": 1.2},
+            annotation=note if col == cols else {"text": ""},
+            annotation_position="top right",
+            row=1,
+            col=col,
+        )
+
+
+def setting(table: pd.DataFrame, *, tokens: bool = True, what: str = "") -> str:
+    """Model, text, tokens and seeds of a table in a line, and `what` its marks are over."""
+    parts = []
+    for column, plural in (("model", "models"), ("corpus", "texts")):
+        names = [str(name) for name in table[column].dropna().unique()]
+        if names:
+            parts.append(", ".join(names) if len(names) <= 4 else f"{len(names)} {plural}")
+    if tokens and table.n_tokens.notna().any():
+        low, high = int(table.n_tokens.min()), int(table.n_tokens.max())
+        parts.append(f"{low:,} tokens" if low == high else f"{low:,} to {high:,} tokens")
+    if "seed" in table and table.seed.notna().any():
+        seeds = sorted({int(seed) for seed in table.seed.dropna()})
+        parts.append(f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}")
+    return " · ".join([*parts, what] if what else parts)
+
+
+def over(table: pd.DataFrame, *names: str) -> str:
+    """ "mean and range over layers", of the columns among `layer`, `corpus` that vary; "" if none does."""
+    words = {"layer": "layers", "corpus": "texts"}
+    varying = [words[name] for name in names if table[name].nunique() > 1]
+    return f"mean and range over {' and '.join(varying)}" if varying else ""
+
+
+def need(table: pd.DataFrame, row_type: type[Row]) -> None:
+    """Raise DataError unless `table` has rows, and every column of `row_type`."""
+    missing = [name for name in columns(row_type) if name not in table.columns]
+    if missing:
+        raise DataError(f"not a table of {row_type.__name__}: columns {', '.join(missing)} are missing")
+    if table.empty:
+        raise DataError(f"a table of {row_type.__name__} without rows cannot be drawn")
+
+
+def single(table: pd.DataFrame, column: str, builder: str) -> None:
+    """Raise DataError if `column` has several values, of which a figure can show one."""
+    if table[column].nunique() > 1:
+        names = ", ".join(str(name) for name in table[column].unique())
+        raise DataError(f"{builder} draws one {column}, the table has {names}: choose one")
+
+
+def pick(layers: Iterable[int], wanted: Sequence[int] | None) -> list[int]:
+    """The wanted layers, or up to four spread evenly from the first to the last of those there are.
+
+    Raises UnknownNameError for a wanted layer that the table does not have.
+    """
+    there = sorted({int(layer) for layer in layers})
+    if wanted is not None:
+        for layer in wanted:
+            if layer not in there:
+                raise unknown_name("layer of the table", layer, [str(n) for n in there])
+        return list(wanted)
+    if len(there) <= 4:
+        return there
+    return [there[round(i * (len(there) - 1) / 3)] for i in range(4)]
+
+
+def order(table: pd.DataFrame, column: str) -> list[str]:
+    """Values of a column in the order in which they come."""
+    return [str(value) for value in table[column].unique()]
+
+
+def sites(table: pd.DataFrame) -> list[str]:
+    """Sites of a table, in the order of every legend."""
+    there = order(table, "site")
+    return [site for site in COLORS if site in there] + sorted(site for site in there if site not in COLORS)
+
+
+def label(site: str) -> str:
+    """A site in words; a full hook name stands for itself."""
+    return SITE_LABELS.get(site, site)
+
+
+def color(site: str) -> str:
+    """A site's color; any other hook has one by its name, so that it keeps it from figure to figure."""
+    return COLORS.get(site) or _SPARE_COLORS[sum(site.encode()) % len(_SPARE_COLORS)]
+
+
+def left_margin(labels: Iterable[str], size: int = 13) -> int:
+    """Pixels that the longest of some tick labels needs, on the wide side."""
+    plain = [text.replace("<sub>", "").replace("</sub>", "") for text in labels]
+    return round(24 + 0.56 * size * max(map(len, plain)))

@@ -1,0 +1,349 @@
+"""What a dictionary reconstructs, what that does to the language model, which features fire.
+
+Every number is a ratio of sums over all evaluated tokens, never an average of batch averages, so that it
+does not depend on how the tokens are batched. Sums run in float64.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from asi_lens import models
+from asi_lens.corpora import Tokens
+from asi_lens.errors import DataError, OptionError, UnsupportedModelError, require
+from asi_lens.harvest import SiteLayer
+from asi_lens.interventions import Edit, loss_recovered, mean_ablate, next_token_loss, skip_first
+from asi_lens.sae.deadness import DeadnessLedger
+from asi_lens.sae.dictionary import SparseAutoencoder
+from asi_lens.spectra import Spectrum
+from asi_lens.store import ActivationStore
+
+_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class SpliceLosses:
+    """What the language model loses with the reconstruction in place of the activation.
+
+    Means over all predicted tokens, in nats. Position 0 of a sequence is never edited: it was not in the
+    data of the dictionary, and the mean was measured without it.
+    """
+
+    cross_entropy: float
+    """With the reconstruction spliced in."""
+    cross_entropy_clean: float
+    cross_entropy_mean_ablated: float
+    """With the site at its mean."""
+    cross_entropy_delta: float
+    """Spliced minus clean; 0 for a perfect reconstruction."""
+    loss_recovered: float | None
+    """(ablated - spliced) / (ablated - clean); none where ablation changes nothing."""
+    kl: float
+    """KL(clean || spliced) of the next-token distributions, per token."""
+    n_predictions: int
+    """Predicted tokens: sequences times (context - 1)."""
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How much of the weights lies in an active subspace; a random direction has d_init / d_in."""
+
+    d_init: int
+    decoder: float
+    """Mean over features of the share of a decoder row's squared norm inside, 0 to 1."""
+    encoder: float
+    """The same of the encoder's columns."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Numbers of one dictionary on held-out activations."""
+
+    n_tokens: int
+    """Rows that the next five are over."""
+    fvu: float
+    """sum ||x - reconstruction||^2 / sum ||x - mean x||^2, with the mean of the evaluated rows."""
+    explained_variance: float
+    """1 - fvu; 0 for predicting the mean, negative for worse."""
+    l0: float
+    """Mean number of features with a value above zero."""
+    dead_fraction: float
+    """Share of features that fired on none of the `n_tokens`."""
+    dead_windows: dict[int, float] = field(default_factory=dict)
+    """Share of features that fired on none of the last so many of them, by window."""
+    losses: SpliceLosses | None = None
+    """None where no model was given."""
+    alignment: Alignment | None = None
+    """None where no subspace was given."""
+
+
+def evaluate(
+    sae: SparseAutoencoder,
+    rows: ActivationStore | Float[Tensor, "n d_in"],
+    *,
+    model: nn.Module | None = None,
+    tokens: Tokens | None = None,
+    windows: Sequence[int] = (),
+    spectrum: Spectrum | None = None,
+    d_init: int | None = None,
+    where: SiteLayer | None = None,
+    batch_tokens: int = 1024,
+    progress: bool = True,
+) -> Evaluation:
+    """Evaluate one dictionary; see `evaluate_together`."""
+    return evaluate_together(
+        [sae],
+        rows,
+        model=model,
+        tokens=tokens,
+        windows=windows,
+        spectrum=spectrum,
+        d_init=d_init,
+        where=where,
+        batch_tokens=batch_tokens,
+        progress=progress,
+    )[0]
+
+
+def evaluate_together(
+    saes: Sequence[SparseAutoencoder],
+    rows: ActivationStore | Float[Tensor, "n d_in"],
+    *,
+    model: nn.Module | None = None,
+    tokens: Tokens | None = None,
+    windows: Sequence[int] = (),
+    spectrum: Spectrum | None = None,
+    d_init: int | None = None,
+    where: SiteLayer | None = None,
+    batch_tokens: int = 1024,
+    progress: bool = True,
+) -> list[Evaluation]:
+    """Evaluate dictionaries of one site on rows (raw activations) that they were not trained on.
+
+    The clean and the ablated model run once for all of them.
+
+    Args:
+        model, tokens: both or none: for the losses of the language model, on text it was not trained on.
+        windows: numbers of tokens for `dead_windows`, each at most the number of rows.
+        spectrum, d_init: both or none: for the alignment with the top `d_init` directions.
+        where: (site, layer) of the dictionaries; by default what their metadata or the store's say.
+        batch_tokens: tokens of a forward pass; logits of all of them are held.
+
+    Raises OptionError for options that do not belong together, a store of another site than the
+    dictionary's, or a width that differs; DataError for rows that never vary or are not finite, or a loss
+    that is not; UnsupportedModelError for a model that does not predict next tokens.
+    """
+    require(len(saes) > 0, "saes", [], "one or more")
+    if (model is None) != (tokens is None):
+        raise OptionError("model and tokens belong together: give both or neither")
+    if (spectrum is None) != (d_init is None):
+        raise OptionError("spectrum and d_init belong together: give both or neither")
+    d_in = rows.d if isinstance(rows, ActivationStore) else rows.shape[1]
+    for sae in saes:
+        require(sae.d_in == d_in, "rows", f"of width {d_in}", f"{sae.d_in} wide, as the dictionary")
+        if isinstance(rows, ActivationStore):
+            _require_same_site(sae.config.metadata, rows.metadata)
+    mean, found = _reconstruct(saes, rows, windows)
+    losses: Sequence[SpliceLosses | None] = [None] * len(saes)
+    if model is not None and tokens is not None:
+        known = rows.metadata if isinstance(rows, ActivationStore) else {}
+        site, layer = where or _where(model, [*(sae.config.metadata for sae in saes), known])
+        losses = splice_losses(
+            saes, model, tokens, site, layer, mean, batch_tokens=batch_tokens, progress=progress
+        )
+    out = []
+    for sae, numbers, loss in zip(saes, found, losses, strict=True):
+        aligned = None if spectrum is None or d_init is None else alignment(sae, spectrum, d_init)
+        out.append(Evaluation(**numbers, losses=loss, alignment=aligned))
+    return out
+
+
+@torch.inference_mode()
+def splice_losses(
+    saes: Sequence[SparseAutoencoder],
+    model: nn.Module,
+    tokens: Tokens,
+    site: str,
+    layer: int,
+    mean: Float[Tensor, " d_in"],
+    *,
+    batch_tokens: int = 1024,
+    progress: bool = True,
+) -> list[SpliceLosses]:
+    """Losses of the language model with each dictionary's reconstruction in place of the activation.
+
+    `mean` is what ablation puts there. The layers below run once per batch. Raises as `evaluate_together`.
+    """
+    info = models.model_info(model)
+    if not info.causal:
+        raise UnsupportedModelError(
+            f"{info.name} ({info.architecture}) does not predict next tokens: no loss"
+        )
+    require(tokens.context >= 2, "context", tokens.context, "at least 2 (a first token predicts the next)")
+    require(len(tokens) >= 1, "tokens", f"{len(tokens)} sequences", "at least one sequence")
+    require(batch_tokens >= 1, "batch_tokens", batch_tokens, "at least 1")
+    hook = models.hook_name(model, site, layer)
+    width = models.site_width(model, site, layer)
+    for sae in saes:
+        require(sae.d_in == width, "sae", f"d_in={sae.d_in}", f"{width} wide, as {site} of {info.name}")
+    edits = [skip_first(mean_ablate(mean)), *(skip_first(_splice(sae)) for sae in saes)]
+    clean_sum = 0.0
+    sums = [0.0] * len(edits)
+    divergences = [0.0] * len(edits)
+    n = len(tokens) * (tokens.context - 1)
+    with tqdm(
+        total=n, unit="tok", unit_scale=True, desc=f"losses {site} {layer}", disable=not progress
+    ) as bar:
+        for ids in tokens.batches(max(1, batch_tokens // tokens.context)):
+            start = models.capture_resume(model, ids, layer)
+
+            def run(hooks: Mapping[str, Any], ids: Tensor = ids, start: Any = start) -> Tensor:
+                logits = models.forward(model, ids, hooks, logits=True, start=start)
+                assert logits is not None  # asked for
+                return logits
+
+            clean = run({})
+            targets = ids.to(clean.device)
+            clean_sum += next_token_loss(clean, targets).sum(dtype=torch.float64).item()
+            for k, edit in enumerate(edits):
+                edited = run({hook: edit})
+                sums[k] += next_token_loss(edited, targets).sum(dtype=torch.float64).item()
+                if k > 0:
+                    divergences[k] += _divergence(clean, edited)
+            bar.update(ids.shape[0] * (tokens.context - 1))
+    clean_loss, ablated, *spliced = (total / n for total in (clean_sum, *sums))
+    out = []
+    for loss, divergence in zip(spliced, divergences[1:], strict=True):
+        if not all(abs(x) < float("inf") for x in (loss, clean_loss, ablated)):
+            raise DataError(f"the cross-entropy with {site} of layer {layer} edited is not finite")
+        recovered = loss_recovered(loss, clean_loss, ablated)
+        out.append(SpliceLosses(loss, clean_loss, ablated, loss - clean_loss, recovered, divergence / n, n))
+    return out
+
+
+def alignment(sae: SparseAutoencoder, spectrum: Spectrum, d_init: int) -> Alignment:
+    """Mean share of the decoder's rows and the encoder's columns inside the top `d_init` directions.
+
+    Raises OptionError for a spectrum of another width or a d_init out of range.
+    """
+    require(
+        spectrum.d == sae.d_in, "spectrum", f"of width {spectrum.d}", f"{sae.d_in} wide, as the dictionary"
+    )
+    basis = spectrum.active_subspace(d_init)
+    decoder = subspace_share(sae.W_dec.detach(), basis).mean().item()
+    encoder = subspace_share(sae.W_enc.detach().T, basis).mean().item()
+    return Alignment(d_init, decoder, encoder)
+
+
+def subspace_share(rows: Float[Tensor, "n d"], basis: Float[Tensor, "d r"]) -> Float[Tensor, " n"]:
+    """Share of each row's squared norm inside the span of `basis` (orthonormal columns), float64.
+
+    NaN for a row of zeros, which lies nowhere.
+    """
+    shares = []
+    for part in rows.split(_ROWS):
+        part = part.to(basis)
+        shares.append((part @ basis).square().sum(1) / part.square().sum(1))
+    return torch.cat(shares)
+
+
+@torch.inference_mode()
+def _reconstruct(
+    saes: Sequence[SparseAutoencoder], rows: ActivationStore | Tensor, windows: Sequence[int]
+) -> tuple[Float[Tensor, " d_in"], list[dict[str, Any]]]:
+    """The rows' mean, and for each dictionary the fields of `Evaluation` that come from the rows."""
+    n = len(rows)
+    require(n >= 1, "rows", n, "at least one")
+    for window in windows:
+        require(1 <= window <= n, "windows", window, f"from 1 to the {n} rows evaluated")
+    shift: Tensor | None = None
+    first = square = torch.zeros((), dtype=torch.float64)
+    errors, fired = [0.0] * len(saes), [0] * len(saes)
+    ledgers = [DeadnessLedger(sae.d_sae, sae.W_dec.device) for sae in saes]
+    for block in _blocks(rows, {n - window for window in windows}):
+        x = block.double()
+        if shift is None:
+            # Sums around a point near the mean: nothing is lost where the mean is far from zero.
+            shift = x.mean(0)
+        first = first.to(x.device) + (x - shift).sum(0)
+        square = square.to(x.device) + (x - shift).square().sum()
+        for k, sae in enumerate(saes):
+            code = sae.encode(block)
+            errors[k] += (x - sae.decode(code).to(x)).square().sum().item()
+            fired[k] += int((code.values > 0).sum())
+            ledgers[k].update(code)
+    assert shift is not None
+    variance = (square - first.square().sum() / n).item()
+    if not variance > 1e-28 * (square + n * shift.square().sum()).item():
+        raise DataError("the rows never vary: the fraction of variance unexplained is not defined")
+    found = []
+    for error, count, ledger in zip(errors, fired, ledgers, strict=True):
+        found.append(
+            {
+                "n_tokens": n,
+                "fvu": error / variance,
+                "explained_variance": 1 - error / variance,
+                "l0": count / n,
+                "dead_fraction": ledger.silent_fraction,
+                "dead_windows": {window: ledger.dead_fraction(window) for window in sorted(set(windows))},
+            }
+        )
+    return shift + first / n, found
+
+
+def _blocks(rows: ActivationStore | Tensor, cuts: set[int]) -> Iterator[Float[Tensor, "batch d_in"]]:
+    """All rows in order, cut at `cuts` too: there the ledger, which counts by batches, is exact."""
+    at = 0
+    for block in rows.in_order(_ROWS) if isinstance(rows, ActivationStore) else rows.split(_ROWS):
+        inside = sorted(cut - at for cut in cuts if at < cut < at + len(block))
+        yield from block.tensor_split(inside)
+        at += len(block)
+
+
+def _splice(sae: SparseAutoencoder) -> Edit:
+    return lambda x: sae(x).to(x)
+
+
+def _divergence(clean: Float[Tensor, "batch position d"], edited: Float[Tensor, "batch position d"]) -> float:
+    """Sum of KL(clean || edited) over all predictions, one sequence at a time: logits are large."""
+    total = 0.0
+    for p, q in zip(clean[:, :-1], edited[:, :-1], strict=True):
+        log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
+        total += (log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64).item()
+    return total
+
+
+def _where(model: nn.Module, about: Sequence[Mapping[str, Any]]) -> SiteLayer:
+    """(site, layer) that all who know it agree on."""
+    known = {models.hook_name(model, *found): found for each in about if (found := _site_layer(each))}
+    if len(known) != 1:
+        what = f"differ ({', '.join(known)})" if known else "are not known"
+        raise OptionError(f"site and layer of the dictionaries {what}; give where=(site, layer)")
+    return next(iter(known.values()))
+
+
+def _site_layer(metadata: Mapping[str, Any]) -> SiteLayer | None:
+    site, layer, hook = (metadata.get(key) for key in ("site", "layer", "hook_name"))
+    if site is not None and layer is not None:
+        return str(site), int(layer)
+    # SAELens names the hook alone.
+    match = re.match(r"blocks\.(\d+)\.", str(hook))
+    return (str(hook), int(match[1])) if match else None
+
+
+def _require_same_site(sae: Mapping[str, Any], store: Mapping[str, Any]) -> None:
+    for key in ("hook_name", "site", "layer"):
+        mine, theirs = sae.get(key), store.get(key)
+        if mine is not None and theirs is not None:
+            if mine != theirs:
+                raise OptionError(f"a dictionary of {key} {mine!r} and a store of {key} {theirs!r}")
+            if key == "hook_name":
+                return

@@ -1,0 +1,333 @@
+"""Folders of dictionaries: ours, which SAELens 6 and sparsify open too, and theirs.
+
+    cfg.json                   the keys of both libraries; each ignores the other's
+    sae_weights.safetensors    for SAELens: W_enc [d_in d_sae], b_enc, W_dec [d_sae d_in], b_dec
+    sae.safetensors            for sparsify: encoder.weight [d_sae d_in], encoder.bias, W_dec, b_dec
+    asi_lens.json              our configuration, and a checksum of every other file
+    asi_lens.safetensors       what is not the same bits in sae_weights: biases before folding, input_mean,
+                               input_scale
+
+Both libraries compute acts = TopK(ReLU((x - b_dec) W_enc + b_enc)), reconstruction = acts W_dec + b_dec on
+raw activations x: the input's centering and scaling are folded in (`SparseAutoencoder.folded`). Read, a
+folder of ours is the same dictionary to the bit. Nothing is unpickled.
+
+Where the activation function is not TopK there is nothing for sparsify, which knows no other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from packaging.version import InvalidVersion, Version
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from asi_lens.errors import DataError, OptionError, unknown_name
+from asi_lens.files import sha256_of, write_whole_folder
+from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
+from asi_lens.tensor_files import write_tensors
+
+FORMAT = 1
+CONFIG, SAELENS, SPARSIFY = "cfg.json", "sae_weights.safetensors", "sae.safetensors"
+OURS, OUR_WEIGHTS = "asi_lens.json", "asi_lens.safetensors"
+SAELENS_VERSION = "6.54.12"
+"""The SAELens whose format this is; any 6 reads it."""
+
+_THRESHOLD = "activation.threshold"
+_OUR_NAMES = {"threshold": _THRESHOLD}
+# Ours -> SAELens' name of what `SAEConfig.metadata` may hold.
+_RENAMED = {"model": "model_name", "context": "context_size", "bos": "prepend_bos", "corpus": "dataset_path"}
+# SAELens' architectures and the activation functions they are here.
+_ARCHITECTURES = {"topk": "topk", "jumprelu": "jumprelu", "standard": "relu"}
+_SAELENS_KEYS = {
+    *("architecture", "d_in", "d_sae", "k", "dtype", "device", "metadata"),
+    *("apply_b_dec_to_input", "normalize_activations", "reshape_activations"),
+    *("rescale_acts_by_decoder_norm", "finetuning_scaling_factor"),
+}
+# Of SAELens' training configurations (its checkpoints); they do not change what a dictionary computes.
+_TRAINING_KEYS = {
+    *("decoder_init_norm", "aux_loss_coefficient", "use_sparse_activations", "l1_coefficient", "lp_norm"),
+    *("l1_warm_up_steps", "l0_coefficient", "l0_warm_up_steps", "jumprelu_init_threshold", "target_l0"),
+    *("jumprelu_bandwidth", "jumprelu_sparsity_loss_mode", "jumprelu_tanh_scale", "jumprelu_ste_to_input"),
+    "pre_act_loss_coefficient",
+}
+_SPARSIFY_KEYS = {
+    *("d_in", "activation", "expansion_factor", "normalize_decoder", "num_latents", "k", "multi_topk"),
+    *("skip_connection", "transcode"),
+}
+
+
+def save_folder(sae: SparseAutoencoder, folder: Path | str) -> None:
+    """Write a dictionary, whole or not at all; a folder that already holds one is replaced.
+
+    Raises OptionError for a folder that holds anything else or an activation function that SAELens does
+    not have, OSError for a full disk and the like.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        _require_replaceable(folder)
+    config = sae.config
+    if config.activation not in _ARCHITECTURES.values():
+        known = ", ".join(_ARCHITECTURES.values())
+        raise OptionError(f"activation={config.activation!r} cannot be written; those that can: {known}")
+    state = {name: tensor.detach() for name, tensor in sae.state_dict().items()}
+    folded = {name: tensor.float() for name, tensor in sae.folded().items()}
+    if _THRESHOLD in state:
+        folded["threshold"] = (state[_THRESHOLD] / state["input_scale"]).float()
+    stored = {_OUR_NAMES.get(name, name): tensor for name, tensor in folded.items()}
+    own = {name: tensor for name, tensor in state.items() if not _same_bits(tensor, stored.get(name))}
+    norms = torch.linalg.vector_norm(folded["W_dec"], dim=1)
+    with write_whole_folder(folder) as temporary:
+        write_tensors(temporary / SAELENS, folded)
+        if config.activation == "topk":
+            theirs = {"encoder.weight": folded["W_enc"].T, "encoder.bias": folded["b_enc"]}
+            write_tensors(
+                temporary / SPARSIFY, {**theirs, "W_dec": folded["W_dec"], "b_dec": folded["b_dec"]}
+            )
+        write_tensors(temporary / OUR_WEIGHTS, own)
+        _write_json(temporary / CONFIG, _shared_config(config, bool(((norms - 1).abs() < 1e-3).all())))
+        ours = {
+            "format": FORMAT,
+            "config": asdict(config),
+            "dtype": str(sae.W_dec.dtype).removeprefix("torch."),
+            "initialization": sae.initialization,
+            "in_sae_weights": sorted(set(state) - set(own)),
+            "sha256": {path.name: sha256_of(path) for path in sorted(temporary.iterdir())},
+        }
+        _write_json(temporary / OURS, ours)
+
+
+def load_folder(folder: Path | str) -> SparseAutoencoder:
+    """Read a folder of ours, of SAELens 6 (TopK, JumpReLU and standard) or of sparsify (TopK).
+
+    A folder with files of SAELens and sparsify both is read as SAELens'. BatchTopK is JumpReLU there. What
+    SAELens does to the encoder (no b_dec subtracted, scores times decoder norms) is folded into the weights.
+
+    Raises FileNotFoundError for a folder that is no dictionary, OptionError for an architecture or option
+    that is not supported, UnknownNameError for a configuration key that is not known, DataError for files
+    that are damaged, edited, or do not belong together.
+    """
+    folder = Path(folder)
+    if (folder / OURS).is_file():
+        return _load_ours(folder)
+    if (folder / CONFIG).is_file():
+        if (folder / SAELENS).is_file():
+            return _load_saelens(folder)
+        if (folder / SPARSIFY).is_file():
+            return _load_sparsify(folder)
+    raise FileNotFoundError(
+        f"{folder} is not the folder of a dictionary: it needs {OURS}, or {CONFIG} with {SAELENS} (SAELens) "
+        f"or {SPARSIFY} (sparsify)"
+    )
+
+
+def _shared_config(config: SAEConfig, unit_norm: bool) -> dict[str, Any]:
+    """`cfg.json`: the keys of SAELens and those of sparsify."""
+    metadata = {_RENAMED.get(key, key): value for key, value in config.metadata.items()}
+    hook = str(metadata.get("hook_name", ""))
+    architecture = next(name for name, there in _ARCHITECTURES.items() if there == config.activation)
+    shared = {
+        "architecture": architecture,
+        "d_in": config.d_in,
+        "d_sae": config.d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        # SAELens gets the heads' outputs as [n_heads d_head]; here they are one row.
+        "reshape_activations": "hook_z" if hook.endswith("_z") else "none",
+        "metadata": {"sae_lens_version": SAELENS_VERSION, "sae_lens_training_version": None, **metadata},
+    }
+    if architecture != "topk":
+        return shared
+    sparsify = {
+        "activation": "topk",
+        "num_latents": config.d_sae,
+        "expansion_factor": max(1, config.d_sae // config.d_in),
+        "normalize_decoder": unit_norm,
+        "multi_topk": False,
+        "skip_connection": False,
+        "transcode": False,
+    }
+    return {**shared, "k": config.k, "rescale_acts_by_decoder_norm": False, **sparsify}
+
+
+def _load_ours(folder: Path) -> SparseAutoencoder:
+    path = folder / OURS
+    ours = _read_json(path)
+    if ours.get("format") != FORMAT:
+        raise DataError(f"{path} has format {ours.get('format')!r}, this version reads {FORMAT}")
+    keys = {"format", "config", "dtype", "initialization", "in_sae_weights", "sha256"}
+    if set(ours) != keys or ours["dtype"] not in ("float32", "float64"):
+        raise DataError(f"{path} is not what this version writes; its keys are {', '.join(sorted(ours))}")
+    for name, expected in ours["sha256"].items():
+        if not (folder / name).is_file():
+            raise DataError(f"{folder / name} is missing")
+        if sha256_of(folder / name) != expected:
+            raise DataError(
+                f"{folder / name} was changed since the folder was written; to read what another library "
+                f"wrote there, delete {OURS} and {OUR_WEIGHTS}"
+            )
+    config = SAEConfig.from_dict(ours["config"])
+    sae = SparseAutoencoder(config, draw=False, dtype=getattr(torch, ours["dtype"]))
+    tensors = _read_tensors(folder / OUR_WEIGHTS)
+    shared = {_OUR_NAMES.get(name, name): t for name, t in _read_tensors(folder / SAELENS).items()}
+    tensors |= {name: shared[name] for name in ours["in_sae_weights"]}
+    if set(tensors) != set(sae.state_dict()):
+        raise DataError(f"{folder} has weights {', '.join(sorted(tensors))}, which do not belong together")
+    sae.initialization = ours["initialization"]
+    return _filled(sae, tensors, folder)
+
+
+def _load_saelens(folder: Path) -> SparseAutoencoder:
+    values = _read_json(folder / CONFIG)
+    metadata = values.get("metadata")
+    if not isinstance(metadata, dict) or not _is_version_6(metadata.get("sae_lens_version")):
+        raise OptionError(
+            f"{folder} was not written by SAELens 6 (metadata.sae_lens_version); load it there and save it "
+            "again"
+        )
+    architecture = str(values.get("architecture"))
+    if architecture not in _ARCHITECTURES:
+        known = ", ".join(_ARCHITECTURES)
+        raise OptionError(f"architecture={architecture!r} in {folder} is not supported; supported: {known}")
+    activation = _ARCHITECTURES[architecture]
+    _require_known(values, _SAELENS_KEYS | _TRAINING_KEYS | _SPARSIFY_KEYS, "SAELens")
+    normalize = values.get("normalize_activations", "none")
+    if normalize != "none":
+        raise OptionError(
+            f"normalize_activations={normalize!r} in {folder} is not supported: it depends on the input; "
+            "supported: 'none'"
+        )
+    if values.get("reshape_activations", "none") not in ("none", "hook_z"):
+        value = values["reshape_activations"]
+        raise OptionError(f"reshape_activations={value!r} in {folder} is not supported")
+    if values.get("finetuning_scaling_factor"):
+        raise OptionError(f"finetuning_scaling_factor in {folder} is not supported")
+    d_in, d_sae = _size(values, "d_in", folder), _size(values, "d_sae", folder)
+    # 100 is SAELens' default; without TopK every feature may fire.
+    k = values.get("k", 100) if activation == "topk" else d_sae
+    renamed = {there: here for here, there in _RENAMED.items()}
+    about = {str(renamed.get(key, key)): value for key, value in metadata.items()}
+    config = SAEConfig(d_in=d_in, d_sae=d_sae, k=k, activation=activation, metadata=about)
+    shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    if activation == "jumprelu":
+        shapes["threshold"] = (d_sae,)
+    tensors = _read_tensors(folder / SAELENS)
+    _require_shapes(tensors, shapes, folder / SAELENS)
+    if values.get("rescale_acts_by_decoder_norm", False):
+        norms = tensors["W_dec"].double().norm(dim=1)
+        tensors["W_enc"] = tensors["W_enc"] * norms
+        tensors["b_enc"] = tensors["b_enc"] * norms
+        tensors["W_dec"] = tensors["W_dec"] / norms[:, None]
+    if not values.get("apply_b_dec_to_input", True):
+        tensors["b_enc"] = tensors["b_enc"] + tensors["b_dec"].double() @ tensors["W_enc"].double()
+    state = {_OUR_NAMES.get(name, name): tensor for name, tensor in tensors.items()}
+    return _filled(SparseAutoencoder(config, draw=False), state, folder)
+
+
+def _load_sparsify(folder: Path) -> SparseAutoencoder:
+    values = _read_json(folder / CONFIG)
+    _require_known(values, _SPARSIFY_KEYS, "sparsify")
+    for key, only in {"activation": "topk", "skip_connection": False, "transcode": False}.items():
+        if values.get(key, only) != only:
+            raise OptionError(f"{key}={values[key]!r} in {folder} is not supported; supported: {only!r}")
+    d_in = _size(values, "d_in", folder)
+    # sparsify's own defaults
+    d_sae = values.get("num_latents") or d_in * values.get("expansion_factor", 32)
+    config = SAEConfig(d_in=d_in, d_sae=d_sae, k=values.get("k", 32), metadata={"hf_hook_name": folder.name})
+    tensors = _read_tensors(folder / SPARSIFY)
+    encoder = {"encoder.weight": (d_sae, d_in), "encoder.bias": (d_sae,)}
+    _require_shapes(tensors, {**encoder, "W_dec": (d_sae, d_in), "b_dec": (d_in,)}, folder / SPARSIFY)
+    tensors["W_enc"] = tensors.pop("encoder.weight").T
+    tensors["b_enc"] = tensors.pop("encoder.bias")
+    return _filled(SparseAutoencoder(config, draw=False), tensors, folder)
+
+
+@torch.no_grad()
+def _filled(sae: SparseAutoencoder, tensors: Mapping[str, Tensor], folder: Path) -> SparseAutoencoder:
+    """Copy tensors into the dictionary's own, which keep their layout and dtype."""
+    for name, into in sae.state_dict().items():
+        if name not in tensors:
+            continue  # input_mean and input_scale, which only we have: 0 and 1
+        _require_shapes({name: tensors[name]}, {name: tuple(into.shape)}, folder)
+        into.copy_(tensors[name])
+        # Thresholds may be infinite: such a feature never fires.
+        if name != _THRESHOLD and not torch.isfinite(into.sum()):
+            raise DataError(f"{name} in {folder} holds NaN or infinity")
+    return sae
+
+
+def _same_bits(tensor: Tensor, other: Tensor | None) -> bool:
+    if other is None or other.dtype != tensor.dtype or other.shape != tensor.shape:
+        return False
+    # Equal numbers with other bits are zeros of different sign.
+    return torch.equal(tensor, other) and torch.equal(tensor.signbit(), other.signbit())
+
+
+def _require_replaceable(folder: Path) -> None:
+    ours = {CONFIG, SAELENS, SPARSIFY, OURS, OUR_WEIGHTS}
+    others = [p.name for p in folder.iterdir() if p.name not in ours] if folder.is_dir() else [folder.name]
+    if others:
+        raise OptionError(
+            f"{folder} holds other files, which replacing it would delete ({', '.join(sorted(others)[:5])}); "
+            "save the dictionary in a folder of its own"
+        )
+
+
+def _require_known(values: Mapping[str, Any], known: Iterable[str], library: str) -> None:
+    for key in values:
+        if key not in known:
+            raise unknown_name(f"{library} configuration key", key, known)
+
+
+def _require_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found != shapes:
+        raise DataError(f"{path} holds {found}, but its configuration needs {dict(shapes)}")
+
+
+def _size(values: Mapping[str, Any], key: str, folder: Path) -> int:
+    value = values.get(key)
+    if not isinstance(value, int) or value < 1:
+        raise DataError(f"{folder / CONFIG} has {key}={value!r}; it must be a whole number of at least 1")
+    return value
+
+
+def _is_version_6(version: object) -> bool:
+    try:
+        return Version(str(version)) >= Version("6.0.0rc0")
+    except InvalidVersion:
+        return False
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise DataError(f"{path} is not a JSON object")
+    return values
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    try:
+        text = json.dumps(values, indent=1)
+    except TypeError as error:
+        raise OptionError(f"metadata and initialization must be JSON values: {error}") from error
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """Memory-mapped tensors of a safetensors file."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error

@@ -1,0 +1,265 @@
+"""Training dictionaries: one step, whole runs, several dictionaries on one stream of batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Num
+from torch import Tensor
+
+from asi_lens.errors import AsiLensError, DataError, OptionError, require
+from asi_lens.sae.deadness import DeadnessLedger
+from asi_lens.sae.dictionary import SparseAutoencoder
+from asi_lens.sae.metrics import Logger, Row
+from asi_lens.sae.optim import RowAdam, gradient_norm, lr_factor
+from asi_lens.sae.sparse_ops import Gradients, Term, Workspace, decode_sum, encode_topk, sum_gradients
+from asi_lens.sae.train_config import TrainConfig
+from asi_lens.store import ActivationStore
+
+__all__ = ["DivergedError", "StepOutput", "TrainConfig", "Trainer"]
+
+# Rows of the first weights that a checkpoint keeps, to know its own run again.
+_PROBE_ROWS = 32
+
+
+class DivergedError(AsiLensError, ArithmeticError):
+    """A loss or gradient that is not finite; nothing was updated with it."""
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What one step saw, before its update.
+
+    Attributes:
+        step, tokens: steps and tokens so far, this one included.
+        loss: mean over the batch of the squared error summed over d_in, on normalized activations.
+        aux_loss: squared error of AuxK over the residual's variance; 0 where it is off or nothing is dead.
+        fvu: squared error over the batch's variance (NaN for a batch without any).
+        l0: mean number of features that fired.
+        dead_fraction: share of features that did not fire in the last `dead_window` tokens.
+        lr: learning rate of the step.
+        gradient_norm: as `clip_norm` defines it; none without clipping.
+    """
+
+    step: int
+    tokens: int
+    loss: float
+    aux_loss: float
+    fvu: float
+    l0: float
+    dead_fraction: float
+    lr: float
+    gradient_norm: float | None = None
+
+
+class Trainer:
+    """Trains one dictionary, which it holds and changes in place, on the device where it is by then.
+
+    Attributes:
+        sae: the dictionary. config: how it is trained. optimizer: moments and step. ledger: firings.
+    """
+
+    def __init__(self, sae: SparseAutoencoder, config: TrainConfig | None = None):
+        require(sae.config.activation == "topk", "activation", sae.config.activation, "'topk' to be trained")
+        self.sae = sae
+        self.config = config or TrainConfig()
+        self.optimizer = RowAdam(sae, self.config.optimizer)
+        self.ledger = DeadnessLedger(sae.d_sae, sae.W_dec.device)
+        self.aux_k = sae.d_in // 2 if self.config.aux_k == "auto" else int(self.config.aux_k)
+        self.compute_dtype = _compute_dtype(self.config.compute_dtype, sae.W_dec)
+        self._workspace = Workspace()
+        self._probe: Tensor | None = None
+
+    @property
+    def steps(self) -> int:
+        """Steps done."""
+        return self.optimizer.steps
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen: the position in the stream of data."""
+        return self.ledger.n_tokens
+
+    @property
+    def n_steps(self) -> int:
+        """Steps of the whole run."""
+        return math.ceil(self.config.n_tokens / self.config.batch_size)
+
+    @torch.no_grad()
+    def step(self, batch: Num[Tensor, "batch d_in"]) -> StepOutput:
+        """One update on raw activations.
+
+        Raises DataError for a batch of the wrong width, without rows, or with NaN or infinity, and
+        DivergedError (naming the step) if loss or gradients are not finite. Nothing has changed then.
+        """
+        if batch.ndim != 2 or len(batch) == 0:
+            raise DataError(
+                f"a batch is rows [n {self.sae.d_in}] with n at least 1, not {tuple(batch.shape)}"
+            )
+        sae, config = self.sae, self.config
+        self._first_weights()
+        encoder, decoder = sae.encoder_rows, sae.W_dec.data
+        normalized = sae.normalize(batch)
+        x = normalized - sae.b_dec.data
+        code = sae.activation.code(x.to(self.compute_dtype), encoder, sae.b_enc.data, self._workspace)
+        # b_dec cancels: reconstruction - x_n = acts W_dec + b_dec - x_n = acts W_dec - x.
+        residual = decode_sum(code, decoder).sub_(x)
+        error = residual.square().sum()
+        variance = (normalized - normalized.mean(0)).square().sum()
+        terms = [Term(code, residual * (2 / len(batch)))]
+        aux_loss = torch.zeros_like(error)
+        dead = self.ledger.dead(config.dead_window) if self.aux_k else code.indices[:0, 0]
+        if len(dead):
+            term, aux_loss = self._auxiliary(x, residual, dead)
+            terms.append(term)
+        grads = sum_gradients(terms, x, encoder, decoder)
+        norm = gradient_norm(grads, decoder) if config.clip_norm else None
+        checks = [error, variance, aux_loss, _total(grads) if norm is None else norm]
+        # One wait for the device instead of one per number.
+        total, spread, aux, size, fired = torch.stack([*checks, (code.values > 0).sum()]).tolist()
+        if not (math.isfinite(total) and math.isfinite(aux) and math.isfinite(size)):
+            raise DivergedError(
+                f"step {self.steps + 1}: loss {total / len(batch)} or its gradient is not finite; "
+                "nothing was updated. A smaller lr or clip_norm may help"
+            )
+        lr = config.lr * lr_factor(self.steps, self.n_steps, config.warmup_steps, config.decay_fraction)
+        scale = min(1.0, config.clip_norm / size) if config.clip_norm and size else 1.0
+        self.optimizer.step(grads, lr, scale)
+        self.ledger.update(code)
+        return StepOutput(
+            step=self.steps,
+            tokens=self.tokens,
+            loss=total / len(batch),
+            aux_loss=aux,
+            fvu=total / spread if spread else math.nan,
+            l0=fired / len(batch),
+            dead_fraction=self.ledger.dead_fraction(config.dead_window),
+            lr=lr,
+            gradient_norm=None if norm is None else size,
+        )
+
+    def _auxiliary(self, x: Tensor, residual: Tensor, dead: Tensor) -> tuple[Term, Float[Tensor, ""]]:
+        """AuxK: the top aux_k dead features of each token reconstruct what the others left.
+
+        L_aux = sum |e - e^|^2 / sum |e - mean e|^2 with e = x_n - reconstruction, held constant, and e^
+        without b_dec. The term added to the loss is aux_weight * d_in * L_aux: the main loss, too, is
+        d_in times an error over a variance, as x_n has mean square norm d_in.
+        """
+        sae = self.sae
+        code = encode_topk(
+            x.to(self.compute_dtype),
+            sae.encoder_rows,
+            sae.b_enc.data,
+            self.aux_k,
+            features=dead,
+            workspace=self._workspace,
+        )
+        # residual is reconstruction - x_n, that is -e.
+        missed = decode_sum(code, sae.W_dec.data).add_(residual)
+        spread = (residual - residual.mean(0)).square().sum()
+        share = torch.where(spread > 0, 1 / spread, 0.0)
+        weight = self.config.aux_weight * sae.d_in * share
+        return Term(code, missed * (2 * weight)), missed.square().sum() * share
+
+    def fit(
+        self,
+        store: ActivationStore,
+        *,
+        folder: Path | str | None = None,
+        checkpoint_every: int = 1_000_000,
+        log_every: int = 50,
+        windows: Sequence[int] = (),
+        loggers: Iterable[str | Logger] = (),
+        progress: bool = True,
+        on_log: Callable[[Trainer, StepOutput], None] | None = None,
+    ) -> list[Row]:
+        """Train on shuffled batches of `store` up to `n_tokens`; returns the logged metrics.
+
+        See `fit.train_together`, of which this is the case of one.
+        """
+        from asi_lens.sae.fit import train_together
+
+        (history,) = train_together(
+            [self],
+            store,
+            folders=None if folder is None else [folder],
+            checkpoint_every=checkpoint_every,
+            log_every=log_every,
+            windows=windows,
+            loggers=loggers,
+            progress=progress,
+            on_log=on_log,
+        )
+        return history
+
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint must agree with to be continued by this trainer (JSON values)."""
+        train = asdict(self.config)
+        return {"sae": asdict(self.sae.config), "train": train, "initialization": self.sae.initialization}
+
+    def _first_weights(self) -> Tensor:
+        """A few rows of the weights that the run started from; equal ones mean the same start."""
+        if self._probe is None or self.steps == 0:
+            sae = self.sae
+            stride = max(1, sae.d_sae // _PROBE_ROWS)
+            rows = [weights[::stride] for weights in (sae.encoder_rows, sae.W_dec.data)]
+            self._probe = torch.cat([*rows, sae.b_dec.data.unsqueeze(0), sae.input_mean.unsqueeze(0)])
+        return self._probe
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor that the run depends on from here; data order and learning rate follow from the
+        position and the configuration, and nothing else is random."""
+        sae = self.sae
+        out = {
+            "sae.encoder": sae.encoder_rows,
+            "sae.b_enc": sae.b_enc.data,
+            "sae.W_dec": sae.W_dec.data,
+            "sae.b_dec": sae.b_dec.data,
+            "sae.input_mean": sae.input_mean,
+            "sae.input_scale": sae.input_scale,
+            "first_weights": self._first_weights(),
+        }
+        out |= {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()}
+        return out | {f"ledger.{name}": tensor for name, tensor in self.ledger.state().items()}
+
+    @torch.no_grad()
+    def load_state(self, read: Callable[[str], Tensor]) -> None:
+        """The inverse of `state`; tensors are read one at a time.
+
+        Raises OptionError if the run that it is the state of began with other weights.
+        """
+        sae, first, here = self.sae, read("first_weights").to(self.sae.W_dec), self._first_weights()
+        close = first.shape == here.shape and torch.allclose(first, here, rtol=1e-3, atol=1e-5)
+        if not close:
+            raise OptionError("the checkpoint's run began with other weights or another input normalization")
+        self._probe = first
+        sae.encoder_rows.copy_(read("sae.encoder"))
+        sae.W_dec.data.copy_(read("sae.W_dec"))
+        for name in ("b_enc", "b_dec"):
+            getattr(sae, name).data.copy_(read(f"sae.{name}"))
+        sae.input_mean.copy_(read("sae.input_mean"))
+        sae.input_scale.copy_(read("sae.input_scale"))
+        self.optimizer.load_state(lambda name: read(f"optimizer.{name}"))
+        names = self.ledger.state()
+        self.ledger.load_state({name: read(f"ledger.{name}") for name in names})
+
+
+def _total(grads: Gradients) -> Tensor:
+    """A sum that is not finite if any pick's gradient is not."""
+    return grads.b_enc.sum() + grads.b_dec.sum() + grads.parallel.sum()
+
+
+def _compute_dtype(choice: str, weights: Tensor) -> torch.dtype:
+    if weights.dtype == torch.float64:
+        require(choice != "bfloat16", "compute_dtype", choice, "auto or float32 for a float64 dictionary")
+        return torch.float64
+    if choice == "auto":
+        from asi_lens.models import resolve_dtype
+
+        return resolve_dtype("auto", weights.device)
+    return torch.bfloat16 if choice == "bfloat16" else torch.float32

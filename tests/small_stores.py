@@ -1,0 +1,40 @@
+"""What the tests of stores share: small harvests of the tiny models, and their rows read another way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from asi_lens import models
+from asi_lens.activation_store import ActivationStore
+from asi_lens.corpora import Tokens
+
+BATCH = 64  # tokens of a forward: two of the tiny sequences
+PER_SEQUENCE = 31  # positions of a tiny sequence without the first
+OPTIONS: dict[str, Any] = {"batch_tokens": BATCH, "shard_tokens": 4 * PER_SEQUENCE, "progress": False}
+
+
+def hooked(
+    model: Any, tokens: Tokens, site: str, layer: int, *, first: int = 1, batch: int = 2
+) -> torch.Tensor:
+    """Rows as the hook itself gives them, in the forward batches of the harvest."""
+    found: list[torch.Tensor] = []
+    hook = models.hook_name(model, site, layer)
+    for ids in tokens.batches(batch):
+        models.forward(
+            model,
+            ids,
+            {hook: lambda x: found.append(x[:, first:].flatten(0, 1).clone())},
+            stop_after_layer=layer,
+        )
+    return torch.cat(found)
+
+
+def everything(of: ActivationStore) -> torch.Tensor:
+    return torch.cat(list(of.in_order(7)))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}

@@ -1,0 +1,129 @@
+"""The tables of design.md, and the claims table."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import multiprocessing
+from pathlib import Path
+
+import jaxtyping
+import pytest
+
+from asi_lens import results
+from asi_lens.errors import DataError, OptionError, UnknownNameError
+from asi_lens.results import (
+    ClaimRow,
+    DeadFeatureRow,
+    LossRow,
+    OutputProjectionRow,
+    RankRow,
+    columns,
+    drop_claims,
+    read_claims,
+    write_claim,
+)
+
+# Under test jaxtyping sees a wrong word before the row does (test_tables has rows that it does not see).
+REFUSED = (UnknownNameError, jaxtyping.TypeCheckError)
+CLAIM = ClaimRow(
+    "C1", "statement", "0.6", "0.5", "0.4 to 0.6", "65,536 tokens", "supported", "01_rank_curves"
+)
+
+
+@pytest.mark.parametrize(
+    ("row_type", "promised"),
+    [
+        (
+            RankRow,
+            "model corpus site layer d n_tokens effective_rank effective_rank_fraction "
+            "intrinsic_dimension_99 participation_ratio stable_rank",
+        ),
+        (
+            LossRow,
+            "model corpus site layer rank rank_fraction cross_entropy cross_entropy_clean "
+            "cross_entropy_mean_ablated loss_recovered subspace seed n_tokens",
+        ),
+        (OutputProjectionRow, "model corpus layer variant effective_rank_fraction n_tokens seed"),
+        (
+            DeadFeatureRow,
+            "model corpus site layer method init d_init optimizer aux_k d_sae k lr seed tokens "
+            "dead_window_tokens dead_fraction fvu l0 cross_entropy_delta",
+        ),
+        (ClaimRow, "claim statement paper_value our_value spread budget verdict notebook"),
+    ],
+)
+def test_tables_have_the_columns_that_others_rely_on(row_type: type, promised: str) -> None:
+    assert set(promised.split()) <= set(columns(row_type))
+
+
+def test_every_variant_is_known_and_only_those() -> None:
+    for variant in results.VARIANTS:
+        OutputProjectionRow("m", "c", 1, 0, variant, None, 0.5)  # type: ignore[arg-type]
+    with pytest.raises(REFUSED, match="flat_spectrum"):
+        OutputProjectionRow("m", "c", 1, 0, "flat_spectra", None, 0.5)  # type: ignore[arg-type]
+
+
+def test_a_claim_has_a_number_and_one_of_three_verdicts() -> None:
+    with pytest.raises(OptionError, match="C1, C2"):
+        dataclasses.replace(CLAIM, claim="claim 1")
+    with pytest.raises(REFUSED, match="not testable here"):
+        dataclasses.replace(CLAIM, verdict="maybe")
+    assert results.verdict(True, "quick") == "supported"
+    assert results.verdict(False, "full") == "not supported"
+    assert results.verdict(True, "smoke") == "not testable here"
+
+
+def test_claims_replace_their_own_row_and_are_sorted_by_number(tmp_path: Path) -> None:
+    for claim, notebook in (
+        ("C10", "07_lorsa"),
+        ("C2", "01_rank_curves"),
+        ("C1", "01_rank_curves"),
+        ("C2", "00_a"),
+    ):
+        write_claim(tmp_path, dataclasses.replace(CLAIM, claim=claim, notebook=notebook))
+    write_claim(tmp_path, dataclasses.replace(CLAIM, claim="C2", our_value="0.9"))
+    rows = read_claims(tmp_path)
+    assert [(r.claim, r.notebook) for r in rows] == [
+        ("C1", "01_rank_curves"),
+        ("C2", "00_a"),
+        ("C2", "01_rank_curves"),
+        ("C10", "07_lorsa"),
+    ]
+    assert rows[2].our_value == "0.9"
+    with (tmp_path / "claims.csv").open() as file:
+        assert [line["claim"] for line in csv.DictReader(file)] == ["C1", "C2", "C2", "C10"]
+
+
+def test_claims_of_a_notebook_can_be_dropped(tmp_path: Path) -> None:
+    other = dataclasses.replace(CLAIM, claim="C3", notebook="02_downstream_loss")
+    write_claim(tmp_path, CLAIM)
+    write_claim(tmp_path, other)
+    assert drop_claims(tmp_path, "01_rank_curves") == [CLAIM]
+    assert read_claims(tmp_path) == [other]
+    assert drop_claims(tmp_path, "01_rank_curves") == []
+    assert drop_claims(tmp_path, "02_downstream_loss") == [other]
+    assert not (tmp_path / "claims.csv").exists()
+
+
+def test_a_damaged_claims_table_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "claims.csv").write_text("claim,statement\nC1,x\n")
+    with pytest.raises(DataError, match="missing columns"):
+        write_claim(tmp_path, CLAIM)
+    assert (tmp_path / "claims.csv").read_text() == "claim,statement\nC1,x\n"
+
+
+def _claim(folder: Path, number: int) -> None:
+    write_claim(folder, dataclasses.replace(CLAIM, claim=f"C{number}"))
+
+
+def test_two_processes_do_not_lose_each_others_claims(tmp_path: Path) -> None:
+    context = multiprocessing.get_context(
+        "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+    )
+    workers = [context.Process(target=_claim, args=(tmp_path, n)) for n in range(1, 9)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [row.claim for row in read_claims(tmp_path)] == [f"C{n}" for n in range(1, 9)]
