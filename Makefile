@@ -3,6 +3,7 @@
 PYTHON    ?= python3
 VENV      ?= .venv
 VENV_TL4  ?= .venv-tl4
+VENV_PEERS ?= .venv-peers
 MODEL     ?= smollm2-135m
 PROFILE   ?= quick
 NOTEBOOKS ?=
@@ -12,13 +13,14 @@ BIN        := $(VENV)/bin
 SETUP      := $(VENV)/.asi_lens-setup
 CHROME     := $(VENV)/.asi_lens-chrome
 SETUP_TL4  := $(VENV_TL4)/.asi_lens-setup
+SETUP_PEERS := $(VENV_PEERS)/.asi_lens-setup
 SOURCES    := $(wildcard notebooks/*.ipynb)
 PIP_QUIET  := $(if $(CI),--quiet)
 # Cells keep their names: renumbering them would make every insertion a change of the whole file.
 NBSTRIPOUT := $(BIN)/nbstripout --keep-id
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-tl4 figures test test-tl4 lint format lab bench lock clean clean-all
+.PHONY: help setup setup-tl4 figures test test-tl4 test-peers lint format lab bench lock clean clean-all
 .DELETE_ON_ERROR:
 
 help: ## show this
@@ -45,6 +47,9 @@ setup-tl4: $(SETUP_TL4)
 
 test-tl4: $(SETUP_TL4) ## run the model-facing tests in a second environment with TransformerLens 4
 	$(VENV_TL4)/bin/python -m pytest -m model_facing $(ARGS)
+
+test-peers: $(SETUP_PEERS) ## check saved dictionaries against the real SAELens and sparsify, in a third environment
+	$(VENV_PEERS)/bin/python -m pytest tests/test_sae_foreign.py $(ARGS)
 
 lint: $(SETUP) ## ruff, format, types, and no outputs in notebooks
 	$(BIN)/ruff check .
@@ -76,7 +81,7 @@ clean: ## remove what runs leave (not committed figures, environments or downloa
 		-o -name '*.html' -o -name 'plotly*.js' \) -exec rm -rf {} +
 
 clean-all: clean ## the same and both environments
-	rm -rf $(VENV) $(VENV_TL4)
+	rm -rf $(VENV) $(VENV_TL4) $(VENV_PEERS)
 
 # $(call new-environment,folder): a venv, or a plain word about what this machine lacks.
 define new-environment
@@ -96,6 +101,15 @@ $(SETUP): pyproject.toml requirements.lock
 
 $(CHROME): $(SETUP) asi_lens/chrome.py
 	@$(BIN)/python -m asi_lens.chrome
+	@touch $@
+
+# The peers alone are installed here; the rest is seen through the main environment.
+$(SETUP_PEERS): $(SETUP) requirements-peers.txt
+	$(call new-environment,$(VENV_PEERS))
+	main=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	echo "import site; site.addsitedir('$$main')" > \
+	  "$$($(VENV_PEERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth"
+	$(VENV_PEERS)/bin/python -m pip install $(PIP_QUIET) --no-deps -r requirements-peers.txt
 	@touch $@
 
 $(SETUP_TL4): pyproject.toml requirements-tl4.txt

@@ -26,7 +26,7 @@ GREY = "#777777"
 _MARKERS = {"attn_out": "circle", "mlp_out": "square", "resid_post": "diamond", "z": "triangle-up"}
 _SPARE_COLORS = ("#E69F00", "#56B4E9", "#000000", "#8C6D00")
 _FONT = "Arial, Helvetica, Liberation Sans, DejaVu Sans, sans-serif"
-_RIGHT = 24
+_RIGHT, _LEVEL_MARGIN = 24, 92
 # Below this width in pixels a page scrolls a panel sideways instead of squeezing it.
 _PANEL_WIDTH = 220
 # Heights in pixels above the plot: title and subtitle, a row of legend, a row of panel titles.
@@ -149,17 +149,26 @@ def curve(
 
 
 def level(figure: go.Figure, y: float, text: str, cols: int) -> None:
-    """A dotted horizontal line in every panel of the first row, named in the last one."""
+    """A dotted horizontal line in every panel of the first row, named in the margin at its right end."""
     for col in range(1, cols + 1):
-        note = {"text": text, "font": {"size": 12, "color": "#555"}}
-        figure.add_hline(
-            y=y,
-            line={"color": GREY, "dash": "dot", "width": 1.2},
-            annotation=note if col == cols else {"text": ""},
-            annotation_position="top right",
-            row=1,
-            col=col,
-        )
+        figure.add_hline(y=y, line={"color": GREY, "dash": "dot", "width": 1.2}, row=1, col=col)
+    axis = "" if cols == 1 else str(cols)
+    figure.add_annotation(
+        text=text,
+        x=1,
+        xref=f"x{axis} domain",
+        xanchor="left",
+        xshift=5,
+        y=y,
+        yref=f"y{axis}",
+        align="left",
+        showarrow=False,
+        font={"size": 12, "color": "#555"},
+    )
+    # The part of the panel that the wider margin takes is given back to narrow pages.
+    more = _LEVEL_MARGIN - figure.layout.margin.r
+    figure.layout.margin.r = _LEVEL_MARGIN
+    figure.layout.meta = {**figure.layout.meta, "min_width": figure.layout.meta["min_width"] + more}
 
 
 def setting(table: pd.DataFrame, *, tokens: bool = True, what: str = "") -> str:

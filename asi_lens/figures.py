@@ -83,8 +83,8 @@ def rank_curves(table: pd.DataFrame) -> go.Figure:
         part = table[table.model == model]
         for site in sites(part):
             curve(figure, part[part.site == site], "layer", "effective_rank_fraction", site, 1, col)
-    level(figure, 0.6, "paper: attention 0.6", len(models))
-    level(figure, 0.9, "paper: MLP, residual 0.9", len(models))
+    level(figure, 0.6, "paper:<br>attention 0.6", len(models))
+    level(figure, 0.9, "paper: MLP,<br>residual 0.9", len(models))
     figure.update_xaxes(title_text="layer")
     figure.update_yaxes(range=[0, 1.02])
     return figure
@@ -106,6 +106,7 @@ def spectra(table: pd.DataFrame, layers: Sequence[int] | None = None) -> go.Figu
         setting(table),
         titles,
         y="s<sub>i</sub> / s<sub>1</sub>",
+        left=92,
     )
     for row, model in enumerate(models, start=1):
         for col, layer in enumerate(shown[model], start=1):
@@ -226,8 +227,8 @@ def downstream_loss(table: pd.DataFrame) -> go.Figure:
                 line = part[(part.site == site) & (part.subspace == subspace)]
                 if len(line):
                     curve(figure, line, "rank_fraction", "loss_recovered", site, 1, col, dash=dash)
-    level(figure, 1.0, "untouched model", len(models))
-    level(figure, 0.0, "site at its mean", len(models))
+    level(figure, 1.0, "untouched<br>model", len(models))
+    level(figure, 0.0, "site at<br>its mean", len(models))
     for subspace, dash in dashes.items():
         if (table.subspace == subspace).any():
             line = {"color": "#444", "dash": dash, "width": 2}

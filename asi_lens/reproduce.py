@@ -127,11 +127,17 @@ def _key(name: str, parameters: Mapping[str, Any]) -> dict[str, str]:
     }
     told = {key: value for key, value in parameters.items() if key != "output_folder"}
     return {
-        "the notebook": sha256_of(notebooks_dir() / f"{name}.ipynb"),
+        "the notebook": cache_key(code=_code(notebooks_dir() / f"{name}.ipynb")),
         "its parameters": cache_key(**told),
         "the package": cache_key(**sources),
         "installed versions": cache_key(**provenance.versions()),
     }
+
+
+def _code(notebook: Path) -> list[str]:
+    """Code cells only: prose, outputs and what an editor notes down change no result."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
 
 
 def _out_of_date(folder: Path, name: str, key: Mapping[str, str]) -> str:

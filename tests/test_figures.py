@@ -168,7 +168,7 @@ def test_one_text_has_no_band() -> None:
 
 def test_the_papers_levels_are_marked_and_no_label_is_a_default() -> None:
     notes = [note.text for note in figures.rank_curves(ranks(models=("m", "n"))).layout.annotations]
-    assert "paper: attention 0.6" in notes
+    assert "paper:<br>attention 0.6" in notes
     assert "new text" not in notes
     levels = {shape.y0 for shape in figures.rank_curves(ranks()).layout.shapes}
     assert levels == {0.6, 0.9}

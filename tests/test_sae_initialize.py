@@ -220,14 +220,14 @@ def test_auto_takes_most_of_the_space_where_variance_is_flat_and_little_where_it
         return auto_d_init(Spectrum(values, torch.zeros(d, dtype=torch.float64), 10**6, torch.diag(values)))
 
     d = 100
-    assert dimensions(torch.ones(d)) == math.ceil(0.9 * d)
+    assert dimensions(torch.ones(d)) == math.ceil(0.8 * d)
     assert dimensions(torch.eye(d)[0]) == 1
     decaying = [dimensions(torch.exp(-torch.arange(d) / scale)) for scale in (2.0, 10.0, 50.0)]
     assert decaying == sorted(decaying)
     assert 1 < decaying[0] < decaying[-1] < d
     # One direction of huge variance does not hide the others.
     massive = torch.cat([torch.tensor([1e4]), torch.ones(d - 1)])
-    assert dimensions(massive) > 0.75 * d
+    assert dimensions(massive) > 0.5 * d
 
 
 def test_auto_can_be_named(spectrum: Spectrum, sample: torch.Tensor) -> None:

@@ -24,7 +24,7 @@ from asi_lens.spectra import Spectrum
 METHODS = ("random", "orthogonal", "asi", "asi_authors")
 """Gaussian directions; orthonormal sets of d_in; ASI; ASI in the order of the authors' code."""
 
-AUTO_SHARE = 0.9
+AUTO_SHARE = 0.8
 """Share of the singular values' sum that `auto_d_init` keeps."""
 
 
@@ -56,8 +56,20 @@ class InitReport:
 
 
 def auto_d_init(spectrum: Spectrum) -> int:
-    """Dimensions of the active subspace to start in: the smallest r whose leading singular values hold
-    at least `AUTO_SHARE` of the sum of all.
+    """Dimensions to start in: the smallest r whose leading singular values hold `AUTO_SHARE` of the sum.
+
+    Two things pull. A feature drawn isotropically from the top r directions starts with the mean of their
+    r eigenvalues as the variance of its pre-activation: the fewer directions, the stronger and the less
+    wasted on what never varies. A direction that is left out is learned only by features that drift into
+    it, so all that is left out together must be worth little. Worth is measured by singular values, the
+    weights whose entropy is the effective rank: by variance, one massive direction (in the residual stream
+    past a massive activation it holds over 90 %) would make all others look worthless. A flat spectrum
+    gets 0.8 d, a collapsed one as little as it needs, and nothing depends on d itself.
+
+    The share is set by sweeps on the packaged model, layer 15 (4,096 features, 600k tokens): on attention
+    outputs it picks 192 of 576, where the fewest features are silent on held-out text and the held-out FVU
+    is within about 1 % of its smallest (128 and 192 are the best of 64 to 512; 64 kills features again, 512 is
+    hardly better than random); MLP outputs get 337 and residual streams 288.
     """
     cumulative = spectrum.eigenvalues.clamp_min(0).sqrt().cumsum(0)
     return int((cumulative < AUTO_SHARE * cumulative[-1]).sum().item()) + 1
