@@ -41,12 +41,12 @@ figures: $(SETUP) $(CHROME) ## run the notebooks that are out of date, build the
 	$(BIN)/python -m asi_lens.reproduce --model "$(MODEL)" --profile "$(PROFILE)" $(if $(NOTEBOOKS),--notebooks "$(NOTEBOOKS)") $(ARGS)
 
 test: $(SETUP) $(CHROME) ## install and run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 setup-tl4: $(SETUP_TL4)
 
 test-tl4: $(SETUP_TL4) ## run the model-facing tests in a second environment with TransformerLens 4
-	$(VENV_TL4)/bin/python -m pytest -m model_facing $(ARGS)
+	$(VENV_TL4)/bin/python -m pytest -n auto --dist loadfile -m model_facing $(ARGS)
 
 test-peers: $(SETUP_PEERS) ## check saved dictionaries against the real SAELens and sparsify, in a third environment
 	$(VENV_PEERS)/bin/python -m pytest tests/test_sae_foreign.py $(ARGS)

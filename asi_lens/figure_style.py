@@ -38,7 +38,7 @@ TEMPLATE = go.layout.Template(
         "paper_bgcolor": "white",
         "plot_bgcolor": "white",
         "hoverlabel": {"font": {"family": _FONT}},
-        "legend": {"font": {"size": 14}},
+        "legend": {"font": {"size": 13}},
         **{
             axis: {
                 "showline": True,

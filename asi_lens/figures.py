@@ -232,10 +232,8 @@ def downstream_loss(table: pd.DataFrame) -> go.Figure:
     for subspace, dash in dashes.items():
         if (table.subspace == subspace).any():
             line = {"color": "#444", "dash": dash, "width": 2}
-            name = f"{subspace} directions"
-            figure.add_scatter(
-                x=[None], y=[None], mode="lines", line=line, name=name, showlegend=True, row=1, col=1
-            )
+            nothing = {"x": [None], "y": [None], "mode": "lines"}
+            figure.add_scatter(**nothing, line=line, name=subspace, showlegend=True, row=1, col=1)
     lowest = max(_LOWEST, float(table.loss_recovered.min()))
     figure.update_yaxes(range=[min(0, lowest) - 0.06, 1.1])
     ticks = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1]

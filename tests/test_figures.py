@@ -129,7 +129,7 @@ def test_a_site_has_its_color_and_marker_everywhere() -> None:
     symbols: dict[str, set] = {}
     for figure in (figures.rank_curves(ranks()), figures.downstream_loss(losses())):
         for name, trace in named(figure).items():
-            if "directions" not in name:
+            if name not in ("principal", "random"):
                 symbols.setdefault(name, set()).add((trace.line.color, trace.marker.symbol))
     assert all(len(found) == 1 for found in symbols.values())
     assert len({next(iter(found)) for found in symbols.values()}) == len(symbols) == 4
@@ -219,8 +219,8 @@ def test_principal_is_solid_random_is_dashed() -> None:
     dashes = {t.line.dash for t in figure.data if t.legendgroup == "attn_out" and not t.fill}
     assert dashes == {"solid", "dash"}
     legend = named(figure)
-    assert legend["principal directions"].line.dash == "solid"
-    assert legend["random directions"].line.dash == "dash"
+    assert legend["principal"].line.dash == "solid"
+    assert legend["random"].line.dash == "dash"
     np.testing.assert_allclose(legend["attention output"].y, [0.0, 0.6, 1.0])
     assert "seed 7" in figure.layout.title.subtitle.text
 

@@ -30,7 +30,12 @@ SHARED = {"context": 16, "n_tokens": 1_024, "dtype": "float32"}
 OWN: dict[str, dict[str, Any]] = {
     "00_explore": {},
     "01_rank_curves": {"n_tokens_other": 512, "beside_models": []},
-    "02_downstream_loss": {"n_tokens_loss": 128, "ranks": [0.25, 1.0], "layer_fractions": [0.0, 1.0]},
+    "02_downstream_loss": {
+        "n_tokens_loss": 128,
+        "ranks": [0.25, 1.0],
+        "random_ranks": [0.5],
+        "layer_fractions": [0.0, 1.0],
+    },
     "03_wo_ablation": {"random_draws": 2},
 }
 
