@@ -45,9 +45,9 @@ class MomentsConsumer:
         """Add one batch of rows."""
         new = Moments.of(rows)
         if where in self.moments:
-            self.moments[where].merge(new)
-        else:
-            self.moments[where] = new
+            # A resumed pass has read its moments to the CPU: they go where the rows are.
+            new = self.moments[where].to(rows.device).merge(new)
+        self.moments[where] = new
 
 
 class Spectra(Mapping[SiteLayer, Spectrum]):

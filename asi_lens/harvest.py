@@ -7,6 +7,7 @@ with the number of tokens.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
@@ -24,6 +25,7 @@ SiteLayer = tuple[str, int]
 
 # Tokens a forward pass takes at once: enough for efficient products, small enough for any cache.
 BATCH_TOKENS = 2048
+_LAYER = re.compile(r"blocks\.(\d+)\.")
 
 
 @runtime_checkable
@@ -43,15 +45,20 @@ class Consumer(Protocol):
 def pairs(model: nn.Module, sites: Iterable[str], layers: Sequence[int] | None) -> list[SiteLayer]:
     """Every (site, layer) asked for, checked against the model; `layers=None` means all of them.
 
-    Negative layers count from the end, as in Python. Raises UnknownNameError for a site,
-    OptionError for a layer out of range, UnsupportedModelError for a site the model lacks.
+    Negative layers count from the end, as in Python. A full hook name (`blocks.3.attn.hook_out`) has its
+    layer in it and is taken once; in `blocks.{}.attn.hook_out` the layer is filled in.
+
+    Raises UnknownNameError for a site, OptionError for a layer out of range, UnsupportedModelError for a
+    site the model lacks.
     """
+    sites = [sites] if isinstance(sites, str) else list(sites)
     n_layers = models.model_info(model).n_layers
     chosen = range(n_layers) if layers is None else layers
     out: list[SiteLayer] = []
     for layer in chosen:
         require(-n_layers <= layer < n_layers, "layer", layer, f"from 0 to {n_layers - 1}")
-        out += [(site, layer % n_layers) for site in sites]
+        out += [(site, layer % n_layers) for site in sites if not _LAYER.match(site)]
+    out += [(site, int(found[1])) for site in sites if (found := _LAYER.match(site))]
     for site, layer in out:
         models.hook_name(model, site, layer)
     if not out:
@@ -96,14 +103,20 @@ def harvest(
     per_batch = max(1, batch_tokens // tokens.context)
     first = 1 if drop_first else 0
 
-    def feed(where: SiteLayer, batch: int) -> Callable[[Tensor], None]:
+    # Two names may mean one hook ("z" and "blocks.3.attn.hook_z"): it is hooked once.
+    by_hook: dict[str, list[SiteLayer]] = {}
+    for where in takers:
+        by_hook.setdefault(models.hook_name(model, *where), []).append(where)
+
+    def feed(places: list[SiteLayer], batch: int) -> Callable[[Tensor], None]:
         def hook(activation: Tensor) -> None:
             rows = activation[:, first:].flatten(0, 1)
             # One sum finds any NaN or infinity without a second array of flags.
             if not torch.isfinite(rows.sum(dtype=torch.float32)):
-                raise DataError(f"{where[0]} of layer {where[1]}, batch {batch}: NaN or infinity")
-            for consumer in takers[where]:
-                consumer.consume(where, rows)
+                raise DataError(f"{places[0][0]} of layer {places[0][1]}, batch {batch}: NaN or infinity")
+            for where in places:
+                for consumer in takers[where]:
+                    consumer.consume(where, rows)
 
         return hook
 
@@ -118,7 +131,7 @@ def harvest(
     with bar:
         for begin in range(start, len(tokens), per_batch):
             ids = tokens.ids[begin : begin + per_batch]
-            hooks = {models.hook_name(model, *where): feed(where, begin // per_batch) for where in takers}
+            hooks = {name: feed(places, begin // per_batch) for name, places in by_hook.items()}
             models.forward(model, ids, hooks, stop_after_layer=deepest)
             bar.update(ids.numel())
             if after_batch is not None:

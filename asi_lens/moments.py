@@ -90,6 +90,10 @@ class Moments:
         self.n = n
         return self
 
+    def to(self, device: torch.device | str) -> Moments:
+        """These moments on another device (themselves if they are there already)."""
+        return Moments(self.n, self.mean.to(device), self.scatter.to(device))
+
     def clone(self) -> Moments:
         """A copy that later updates do not touch."""
         return Moments(self.n, self.mean.clone(), self.scatter.clone())

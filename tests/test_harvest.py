@@ -54,6 +54,13 @@ def test_the_first_position_can_be_kept(tiny_llama: Any, tiny_tokens: Tokens) ->
     assert keep.all(("resid_post", 0)).shape[0] == tiny_tokens.n_tokens
 
 
+def test_a_full_hook_name_is_its_site(tiny_llama: Any, tiny_tokens: Tokens) -> None:
+    keep = Keep(("z", 1), ("blocks.1.attn.hook_z", 1), ("blocks.{}.attn.hook_z", 1))
+    harvest(tiny_llama, tiny_tokens, [keep], progress=False)
+    assert torch.equal(keep.all(("z", 1)), keep.all(("blocks.1.attn.hook_z", 1)))
+    assert torch.equal(keep.all(("z", 1)), keep.all(("blocks.{}.attn.hook_z", 1)))
+
+
 def test_consumers_share_a_pass(
     tiny_llama: Any, tiny_tokens: Tokens, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,6 +115,10 @@ def test_pairs_are_checked_before_anything_runs(tiny_llama: Any) -> None:
     last = models.model_info(tiny_llama).n_layers - 1
     assert pairs(tiny_llama, ["attn_out"], [-1, last]) == [("attn_out", last)]
     assert len(pairs(tiny_llama, ["attn_out", "z"], None)) == 2 * (last + 1)
+    assert pairs(tiny_llama, "z", [0]) == [("z", 0)]
+    full = "blocks.1.attn.hook_z"
+    assert pairs(tiny_llama, [full, "z"], [0]) == [("z", 0), (full, 1)]
+    assert pairs(tiny_llama, ["blocks.{}.attn.hook_z"], [2]) == [("blocks.{}.attn.hook_z", 2)]
     with pytest.raises(UnknownNameError, match="did you mean 'attn_out'"):
         pairs(tiny_llama, ["atn_out"], None)
     with pytest.raises(OptionError, match=rf"layer=99 .* from 0 to {last}"):
