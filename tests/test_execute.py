@@ -64,7 +64,8 @@ def test_a_kernel_that_dies_is_told(tmp_path: Path) -> None:
 
 
 SCRIPT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by whatever runs in the background
 from pathlib import Path
 from asi_lens.execute import execute
 try:
