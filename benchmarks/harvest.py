@@ -102,7 +102,7 @@ def main() -> None:
     """Print one JSON object."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("what", choices=["speed", "memory", "peak"])
+    parser.add_argument("what", nargs="?", default="speed", choices=["speed", "memory", "peak"])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--site", default="attn_out")
     parser.add_argument("--sequences", type=int, default=16)
