@@ -163,8 +163,9 @@ def truncation_sweep(
             site: str = site, layer: int = layer, spectrum: Spectrum = spectrum, names: Any = names
         ) -> dict[str, float]:
             edits = _truncations(spectrum, names, seed)
-            options: Any = {"batch_tokens": batch_tokens, "progress": progress}
-            return edited_cross_entropy(model, tokens, site, layer, edits, **options)
+            return edited_cross_entropy(
+                model, tokens, site, layer, edits, batch_tokens=batch_tokens, progress=progress
+            )
 
         losses = cached_json("losses", key, measure)
         for name, (subspace, r) in names.items():

@@ -91,7 +91,7 @@ class Moments:
         return self
 
     def to(self, device: torch.device | str) -> Moments:
-        """These moments on another device (themselves if they are there already)."""
+        """These moments on a device; the same tensors, not copies, if they are there already."""
         return Moments(self.n, self.mean.to(device), self.scatter.to(device))
 
     def clone(self) -> Moments:

@@ -205,9 +205,7 @@ class ShardWriter:
                 "bfloat16 or float32"
             )
         batch = Moments.of(kept)
-        if batch.mean.device != self.moments.mean.device:
-            m, device = self.moments, batch.mean.device
-            self.moments = Moments(m.n, m.mean.to(device), m.scatter.to(device))
+        self.moments = self.moments.to(batch.mean.device)
         if self._file is None:
             self._begin_shard()
         assert self._file is not None
