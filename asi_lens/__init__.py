@@ -23,6 +23,7 @@ _PUBLIC: dict[str, str] = {
         "collect": ("Spectra", "collect_spectra", "rank_growth"),
         "output_projection": ("counterfactual_ranks", "head_overlap"),
         "store": ("ActivationStore", "harvest_store", "harvest_stores"),
+        "split": ("Split", "harvest_split"),
         "sae.dictionary": ("SAEConfig", "SparseAutoencoder"),
         "sae.initialize": ("initialize",),
         "sae.train": ("TrainConfig", "Trainer"),
@@ -35,7 +36,9 @@ _PUBLIC: dict[str, str] = {
 # Modules reached as attributes; none may share its name with a public function above.
 _MODULES = (
     "collect",
+    "comparison",
     "corpora",
+    "correlation",
     "errors",
     "figures",
     "files",
@@ -48,6 +51,7 @@ _MODULES = (
     "provenance",
     "reproduce",
     "results",
+    "sae_figures",
     "sources",
     "spectra",
 )

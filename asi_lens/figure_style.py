@@ -1,11 +1,12 @@
 """The house style of the figures, and the parts that they share.
 
 Colors are Okabe and Ito's, which stay apart under color blindness; a site has the same color and
-marker in every figure.
+marker in every figure, and so has a method of training dictionaries.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import pandas as pd
@@ -22,13 +23,29 @@ SITE_LABELS = {
     "resid_post": "residual stream",
     "z": "concatenated heads z",
 }
+METHOD_COLORS = {
+    "random": "#000000",
+    "random + AuxK": "#E69F00",
+    "ASI": "#56B4E9",
+    "ASI + sparse Adam": "#CC79A7",
+}
 GREY = "#777777"
 _MARKERS = {"attn_out": "circle", "mlp_out": "square", "resid_post": "diamond", "z": "triangle-up"}
+_METHOD_MARKERS = dict(zip(METHOD_COLORS, ("circle", "square", "diamond", "triangle-up"), strict=True))
+# Other methods take these by order, so that no two of a figure look the same.
+_SPARE_METHODS = (
+    ("#8C6D00", "cross"),
+    ("#009E73", "x"),
+    ("#D55E00", "pentagon"),
+    ("#0072B2", "star-diamond"),
+)
 _SPARE_COLORS = ("#E69F00", "#56B4E9", "#000000", "#8C6D00")
 _FONT = "Arial, Helvetica, Liberation Sans, DejaVu Sans, sans-serif"
 _RIGHT, _LEVEL_MARGIN = 24, 92
 # Below this width in pixels a page scrolls a panel sideways instead of squeezing it.
 _PANEL_WIDTH = 220
+# Share of the plot between panels that have each a y axis of its own, and what it takes in pixels.
+_OWN_AXIS, _OWN_AXIS_WIDTH = 0.11, 84
 # Heights in pixels above the plot: title and subtitle, a row of legend, a row of panel titles.
 _HEAD, _LEGEND, _PANEL_TITLE = 76, 32, 24
 
@@ -62,6 +79,7 @@ def panels(
     titles: Sequence[Sequence[str]],
     *,
     y: str = "",
+    shared_y: bool = True,
     legend: bool = True,
     left: int = 76,
     bottom: int = 62,
@@ -69,16 +87,18 @@ def panels(
 ) -> go.Figure:
     """Empty panels, a list of titles per row; one panel alone shows no title.
 
-    `left` and `bottom` are margins, `plot` is the height of a row, in pixels.
+    Panels of a row have one y axis, unless `shared_y` is false. `left` and `bottom` are margins, `plot`
+    is the height of a row, in pixels.
     """
     rows, cols = len(titles), max(len(row) for row in titles)
     alone = rows == cols == 1
     figure = make_subplots(
         rows=rows,
         cols=cols,
-        shared_yaxes=True,
-        horizontal_spacing=0.06 / max(1, cols - 1),
+        shared_yaxes=shared_y,
+        horizontal_spacing=0.06 / max(1, cols - 1) if shared_y else _OWN_AXIS,
         vertical_spacing=0.22 / rows,
+        specs=None if shared_y else [[{} if i < len(row) else None for i in range(cols)] for row in titles],
         subplot_titles=None if alone else [t for row in titles for t in [*row, *[""] * (cols - len(row))]],
     )
     figure.update_annotations(font={"size": 14})
@@ -95,7 +115,9 @@ def panels(
             "yanchor": "bottom",
             "tracegroupgap": 0,
         },
-        meta={"min_width": left + _RIGHT + _PANEL_WIDTH * cols},
+        meta={
+            "min_width": left + _RIGHT + _PANEL_WIDTH * cols + _OWN_AXIS_WIDTH * (cols - 1) * (not shared_y)
+        },
     )
     figure.update_layout(title_y=1 - 24 / figure.layout.height)
     if y:
@@ -114,10 +136,14 @@ def curve(
     *,
     dash: str = "solid",
     markers: bool = True,
+    look: tuple[str, str] | None = None,
 ) -> None:
-    """A site's line: mean of `y` at each `x`, with a band where several rows share an `x`."""
+    """A site's line: mean of `y` at each `x`, with a band where several rows share an `x`.
+
+    With a `look` (color and marker) it is the line of a method, or of whatever else `site` names.
+    """
     stats = part.groupby(x)[y].agg(["mean", "min", "max"]).reset_index()
-    tone = color(site)
+    tone, symbol = look or (color(site), marker(site))
     where = {"row": row, "col": col}
     if dash == "solid" and (stats["max"] - stats["min"]).max() > 0:
         red, green, blue = (int(tone[i : i + 2], 16) for i in (1, 3, 5))
@@ -142,10 +168,110 @@ def curve(
         legendgroup=site,
         showlegend=label(site) not in told and dash == "solid",
         line={"color": tone, "dash": dash, "width": 2.2},
-        marker={"symbol": _MARKERS.get(site, "cross"), "size": 7, "color": tone},
+        marker={"symbol": symbol, "size": 7, "color": tone},
         hovertemplate=f"{label(site)}<br>%{{x}}: %{{y:.3f}}<extra></extra>",
         **where,
     )
+
+
+def bar(
+    figure: go.Figure,
+    x: float | int,
+    y: float,
+    number: str,
+    tone: str,
+    *,
+    half: float = 0.26,
+    right: bool = True,
+    **where: int | str,
+) -> None:
+    """A thick bar around `x` at height `y`, a number at its right end, or else its left."""
+    figure.add_scatter(
+        x=[x - half, x + half],
+        y=[y, y],
+        mode="lines+text",
+        line={"color": tone, "width": 3.5},
+        text=["", f"\u00a0{number}"] if right else [f"{number}\u00a0", ""],
+        textposition="middle right" if right else "middle left",
+        cliponaxis=False,
+        hovertemplate=f"mean: {number}<extra></extra>",
+        showlegend=False,
+        **where,
+    )
+
+
+def strips(
+    figure: go.Figure, table: pd.DataFrame, y: str, looks: dict[str, tuple[str, str]], row: int, col: int
+) -> None:
+    """Per method of `looks` a dot for each row, by seed, and a bar and a number at the mean."""
+    told = {trace.name for trace in figure.data if trace.showlegend}
+    for x, (method, (tone, symbol)) in enumerate(looks.items()):
+        rows = table[table.method == method].sort_values("seed")
+        if rows.empty:
+            continue
+        mean = float(rows[y].mean())
+        bar(figure, x, mean, f"{mean:.3g}", tone, row=row, col=col, legendgroup=method)
+        figure.add_scatter(
+            x=[x + 0.3 * ((i + 0.5) / len(rows) - 0.5) for i in range(len(rows))],
+            y=rows[y],
+            mode="markers",
+            name=method,
+            legendgroup=method,
+            showlegend=method not in told,
+            marker={"symbol": symbol, "size": 9, "color": tone, "line": {"width": 1, "color": "white"}},
+            customdata=rows.seed,
+            hovertemplate=f"{method}, seed %{{customdata}}: %{{y:.3f}}<extra></extra>",
+            row=row,
+            col=col,
+        )
+    figure.update_xaxes(
+        tickvals=list(range(len(looks))),
+        ticktext=[method.replace(" + ", "<br>+ ").replace(", ", ",<br>") for method in looks],
+        range=[-0.5, len(looks) - 0.3],
+        ticks="",
+        showgrid=False,
+        tickangle=0,
+        row=row,
+        col=col,
+    )
+
+
+def root_y(figure: go.Figure, highest: float) -> None:
+    """A y axis from 0 to `highest` percent for marks placed at the square roots of their values."""
+    top = highest**0.5 or 1.0
+    ticks = [0.0]
+    for value in (0.01, 0.1, 0.5, 1, 2, 5, 10, 20, 40, 60, 80, 100):
+        if value**0.5 - ticks[-1] ** 0.5 >= 0.07 * top and value**0.5 <= 1.1 * top:
+            ticks.append(value)
+    figure.update_yaxes(
+        tickvals=[tick**0.5 for tick in ticks],
+        ticktext=[f"{tick:g}" for tick in ticks],
+        range=[-0.05 * top, 1.1 * top],
+    )
+
+
+def log_x(figure: go.Figure, title: str, values: pd.Series, *, among: pd.Series | None = None) -> list[float]:
+    """A log axis in every panel with ticks at whole `values`, as far as they fit; returns its ends.
+
+    It spans `among`, too.
+    """
+    places = sorted({math.log10(value) for value in values})
+    every = [*places, *(math.log10(value) for value in (values if among is None else among))]
+    span = max(every) - min(every)
+    pad = 0.06 * span or 0.1
+    ticks: list[float] = []
+    for place in reversed(places):
+        if not ticks or ticks[-1] - place >= 0.12 * span:
+            ticks.append(place)
+    ends = [min(every) - pad, max(every) + pad]
+    figure.update_xaxes(
+        type="log",
+        title_text=title,
+        range=ends,
+        tickvals=[10**tick for tick in ticks],
+        ticktext=[f"{round(10**tick):,}" for tick in ticks],
+    )
+    return [10**end for end in ends]
 
 
 def level(figure: go.Figure, y: float, text: str, cols: int) -> None:
@@ -188,8 +314,8 @@ def setting(table: pd.DataFrame, *, tokens: bool = True, what: str = "") -> str:
 
 
 def over(table: pd.DataFrame, *names: str) -> str:
-    """ "mean and range over layers", of the columns among `layer`, `corpus` that vary; "" if none does."""
-    words = {"layer": "layers", "corpus": "texts"}
+    """ "mean and range over layers", of the columns among `layer`, `corpus`, `seed` that vary; else ""."""
+    words = {"layer": "layers", "corpus": "texts", "seed": "seeds"}
     varying = [words[name] for name in names if table[name].nunique() > 1]
     return f"mean and range over {' and '.join(varying)}" if varying else ""
 
@@ -240,6 +366,19 @@ def sites(table: pd.DataFrame) -> list[str]:
 def label(site: str) -> str:
     """A site in words; a full hook name stands for itself."""
     return SITE_LABELS.get(site, site)
+
+
+def methods(table: pd.DataFrame) -> dict[str, tuple[str, str]]:
+    """Color and marker of the methods of a table, in the order of every legend."""
+    there = order(table, "method")
+    spare = [method for method in there if method not in METHOD_COLORS]
+    known = {name: (METHOD_COLORS[name], _METHOD_MARKERS[name]) for name in METHOD_COLORS if name in there}
+    return known | {name: _SPARE_METHODS[i % len(_SPARE_METHODS)] for i, name in enumerate(spare)}
+
+
+def marker(site: str) -> str:
+    """A site's marker; any other hook has a cross."""
+    return _MARKERS.get(site, "cross")
 
 
 def color(site: str) -> str:

@@ -121,7 +121,7 @@ def load_model(
     transformers or TransformerLens does not have), FetchError (the hub cannot be reached), DataError (a
     folder or file that is no whole model), CacheError (a cached one that was changed), OptionError.
     """
-    target = _device(device)
+    target = resolve_device(device)
     if isinstance(model, nn.Module):
         return _as_given(model, dtype, device)
     boot = partial(
@@ -171,7 +171,8 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     )
 
 
-def _device(device: str | torch.device) -> torch.device:
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device that "auto" means here, or the one named. Raises OptionError."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -205,7 +206,9 @@ def _as_given(model: nn.Module, dtype: str | torch.dtype, device: str | torch.de
             "'auto' for a ready model",
         )
     if device != "auto":
-        require(_device(device).type == parameter.device.type, "device", device, "'auto' for a ready model")
+        require(
+            resolve_device(device).type == parameter.device.type, "device", device, "'auto' for a ready model"
+        )
     return model
 
 

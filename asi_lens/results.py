@@ -25,6 +25,7 @@ __all__ = [
     "LossRow",
     "OutputProjectionRow",
     "RankRow",
+    "RankedDeadFeatureRow",
     "Row",
     "SpectrumRow",
     "claim_order",
@@ -50,6 +51,7 @@ Variant = Literal[
     "orthogonal_heads",
     "sum_of_heads",
 ]
+Split = Literal["train", "held_out"]
 Verdict = Literal["supported", "not supported", "not testable here"]
 
 VARIANTS: tuple[str, ...] = typing.get_args(Variant)
@@ -193,8 +195,11 @@ class DeadFeatureRow(Row):
     seed: int
     tokens: int
     """Tokens seen in training so far."""
+    split: Split
+    """`train`: on the training stream; `held_out`: on text that no dictionary was trained on."""
     dead_window_tokens: int
-    """A feature is dead that fired on none of the last so many training tokens."""
+    """A feature is dead that fired on none of so many tokens: the last ones of training, or all held-out
+    ones."""
     dead_fraction: float
     fvu: float | None
     """Fraction of variance unexplained; none where it was not measured."""
@@ -202,6 +207,14 @@ class DeadFeatureRow(Row):
     """Mean number of active features per token; none where it was not measured."""
     cross_entropy_delta: float | None
     """Nats per token that splicing in the reconstruction costs; none where it was not measured."""
+
+
+@dataclass(frozen=True)
+class RankedDeadFeatureRow(DeadFeatureRow):
+    """A `DeadFeatureRow` beside the rank of the activations (`07_layers_and_sites.csv`)."""
+
+    effective_rank_fraction: float
+    """Effective rank over width of the activations that the dictionary was trained on."""
 
 
 @dataclass(frozen=True)

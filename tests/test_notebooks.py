@@ -13,7 +13,16 @@ import tiny_models
 from asi_lens import provenance
 from asi_lens.profiles import merged_parameters, notebook_names
 from asi_lens.reproduce import reproduce
-from asi_lens.results import HeadOverlapRow, LossRow, OutputProjectionRow, RankRow, read_claims, read_rows
+from asi_lens.results import (
+    DeadFeatureRow,
+    HeadOverlapRow,
+    LossRow,
+    OutputProjectionRow,
+    RankedDeadFeatureRow,
+    RankRow,
+    read_claims,
+    read_rows,
+)
 
 pytestmark = pytest.mark.notebooks
 
@@ -24,9 +33,34 @@ TABLES = {
     "02_downstream_loss": LossRow,
     "03_wo_ablation": OutputProjectionRow,
     "03_head_overlap": HeadOverlapRow,
+    "04_dead_feature_curves": DeadFeatureRow,
+    "05_d_init": DeadFeatureRow,
+    "06_dictionary_size": DeadFeatureRow,
+    "07_layers_and_sites": RankedDeadFeatureRow,
 }
-CLAIMS = {"C1": "01", "C2": "01", "C3": "02", "C4": "03", "C5": "03"}
+CLAIMS = [
+    ("C1", "01"),
+    ("C2", "01"),
+    ("C3", "02"),
+    ("C4", "03"),
+    ("C5", "03"),
+    ("C6", "07"),
+    ("C7", "04"),
+    ("C7", "06"),
+    ("C8", "05"),
+    ("C9", "04"),
+    ("C11", "07"),
+]
 SHARED = {"context": 16, "n_tokens": 1_024, "dtype": "float32"}
+TRAINING = {
+    "n_tokens_held_out": 128,
+    "n_tokens_loss": 32,
+    "k": 4,
+    "batch_size": 64,
+    "n_tokens_train": 1_280,
+    "dead_window": 256,
+    "log_every": 2,
+}
 OWN: dict[str, dict[str, Any]] = {
     "00_explore": {},
     "01_rank_curves": {"n_tokens_other": 512, "beside_models": []},
@@ -37,6 +71,14 @@ OWN: dict[str, dict[str, Any]] = {
         "layer_fractions": [0.0, 1.0],
     },
     "03_wo_ablation": {"random_draws": 2},
+    "04_dead_feature_curves": {**TRAINING, "d_sae": 48, "n_seeds": 2},
+    "05_d_init": {**TRAINING, "d_sae": 48, "sites": ["attn_out", "mlp_out"], "d_init_fractions": [0.25, 0.5]},
+    "06_dictionary_size": {**TRAINING, "d_sae": [32, 64]},
+    "07_layers_and_sites": {
+        **{key: value for key, value in TRAINING.items() if key != "n_tokens_loss"},
+        "d_sae": 48,
+        "layer_fractions": [0.0, 0.9],
+    },
 }
 
 
@@ -98,15 +140,15 @@ def test_the_closed_form_is_before_gemmas_norm(ran: Any) -> None:
 
 def test_a_smoke_run_claims_nothing(ran: Any) -> None:
     folder, _ = ran
-    claims = {row.claim: row for row in read_claims(folder)}
-    assert {claim: row.notebook[:2] for claim, row in claims.items()} == CLAIMS
-    assert {row.verdict for row in claims.values()} == {"not testable here"}
+    claims = read_claims(folder)
+    assert [(row.claim, row.notebook[:2]) for row in claims] == CLAIMS
+    assert {row.verdict for row in claims} == {"not testable here"}
 
 
 def test_every_figure_is_there_and_says_what_it_is(ran: Any) -> None:
     folder, _ = ran
     figures = provenance.read_run(folder)["figures"]
-    assert {stem[:2] for stem in figures} == {"00", "01", "02", "03"}
+    assert {stem[:2] for stem in figures} == {name[:2] for name in notebook_names()}
     for stem, entry in figures.items():
         assert (folder / f"{stem}.html").is_file()
         assert (folder / f"{stem}.png").is_file() == entry["png"]
@@ -119,7 +161,7 @@ def test_provenance_names_weights_texts_and_seeds(ran: Any) -> None:
     told = provenance.read_run(folder)["notebooks"]
     assert sorted(told) == notebook_names()
     for name, entry in told.items():
-        assert entry["seeds"] == [0]
+        assert entry["seeds"] == ([0, 1] if name == "04_dead_feature_curves" else [0])
         assert len(entry["sources"]) >= 2, name
         assert entry["parameters"]["context"] == 16
 

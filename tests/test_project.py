@@ -35,7 +35,7 @@ TARGETS = ("setup", "figures", "test", "test-tl4", "lint", "lab", "bench", "clea
 # A module imports only from rows above its own. What is not written yet may stand here already.
 LAYERS = (
     ("errors", "files", "paths"),
-    ("cache", "chrome", "download", "plain", "tensor_files"),
+    ("cache", "chrome", "correlation", "download", "plain", "tensor_files"),
     ("sources",),
     ("documents", "forward", "gguf"),
     ("models",),
@@ -46,11 +46,13 @@ LAYERS = (
     ("interventions", "output_projection", "shards", "shuffle"),
     ("activation_store",),
     ("store",),
+    ("split",),
     ("sae",),
     ("provenance", "tables"),
     ("results",),
+    ("comparison",),
     ("figure_files", "figure_style"),
-    ("execute", "figures", "gallery", "profiles"),
+    ("execute", "figures", "gallery", "profiles", "sae_figures"),
     ("reproduce",),
 )
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}

@@ -151,7 +151,12 @@ class _Run:
         self.log_every, self.checkpoint_every, self.on_log = log_every, checkpoint_every, on_log
         self.about: dict[str, Any] = {
             **trainer.describe(),
-            "store": {"n": store.n, "d": store.d, "metadata": _plain(store.metadata)},
+            "store": {
+                "n": store.n,
+                "d": store.d,
+                "fingerprint": store.fingerprint,
+                "metadata": _plain(store.metadata),
+            },
         }
         if not trainer.sae.is_normalized and trainer.steps == 0:
             trainer.sae.set_normalization(store.mean, store.scale)

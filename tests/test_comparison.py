@@ -1,0 +1,250 @@
+"""Recipes side by side: trained once, on the same batches, to the rows of the tables."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_trainings import D_IN, quick, rows
+
+from asi_lens import comparison
+from asi_lens.activation_store import ActivationStore
+from asi_lens.comparison import RECIPES, Recipe, budget, dead_feature_rows, train_recipes
+from asi_lens.errors import CacheError, OptionError, UnknownNameError
+from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
+from asi_lens.sae.fit import train_together
+from asi_lens.sae.initialize import auto_d_init, initialize
+from asi_lens.sae.train import Trainer
+from asi_lens.split import harvest_split
+
+pytestmark = pytest.mark.filterwarnings("ignore::asi_lens.spectra.FewTokensWarning")
+
+ABOUT = {"model": "m", "corpus": "news", "site": "attn_out", "layer": 15}
+OPTIONS: dict[str, Any] = {
+    "d_sae": 64,
+    "k": 4,
+    "train": quick(n_tokens=640),
+    "log_every": 2,
+    "progress": False,
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ASI_LENS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def store() -> ActivationStore:
+    return ActivationStore.from_tensor(rows(1200)[:1000], metadata=ABOUT)
+
+
+@pytest.fixture
+def held_out() -> ActivationStore:
+    return ActivationStore.from_tensor(rows(1200)[1000:], metadata=ABOUT)
+
+
+def refuse(*_: Any, **__: Any) -> None:
+    raise AssertionError("trained or evaluated again")
+
+
+def test_a_run_is_the_training_that_its_recipe_says(store: ActivationStore) -> None:
+    (run,) = train_recipes(store, ["ASI + sparse Adam"], seeds=[3], **OPTIONS)
+    sae = SparseAutoencoder(SAEConfig(D_IN, 64, 4, seed=3))
+    d_init = auto_d_init(store.spectrum)
+    initialize(sae, "asi", store.spectrum, d_init, store.sample(1000))
+    Trainer(sae, replace(OPTIONS["train"], optimizer="sparse_adam", seed=3)).fit(store, progress=False)
+    assert (run.d_init, run.seed) == (d_init, 3)
+    found = run.sae()
+    torch.testing.assert_close(found(rows(50)), sae(rows(50)))
+    assert [row["tokens"] for row in run.history()] == [64, 128, 256, 384, 512, 640]
+
+
+def test_finished_runs_are_read_not_trained(store: ActivationStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = train_recipes(store, ["random", "ASI"], seeds=[0, 1], **OPTIONS)
+    assert [(run.seed, run.recipe.name) for run in first] == [
+        (s, n) for s in (0, 1) for n in ("random", "ASI")
+    ]
+    monkeypatch.setattr(comparison, "train_together", refuse)
+    again = train_recipes(store, ["ASI", "random"], seeds=[1], **OPTIONS)
+    assert [run.folder for run in again] == [first[3].folder, first[2].folder]
+    assert not list(first[0].folder.glob("checkpoint*")), "moments stay behind"
+
+
+def test_recipes_of_the_same_options_are_one_run(store: ActivationStore) -> None:
+    named = Recipe("by hand", "asi", auto_d_init(store.spectrum))
+    runs = train_recipes(store, ["ASI", named], **OPTIONS)
+    assert runs[0].folder == runs[1].folder
+    assert [run.recipe.name for run in runs] == ["ASI", "by hand"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"d_sae": 96},
+        {"k": 5},
+        {"train": quick(n_tokens=640, lr=1e-3)},
+        {"train": quick(n_tokens=640, dead_window=128)},
+        {"log_every": 5},
+        {"windows": [128]},
+    ],
+)
+def test_every_option_is_in_the_key(store: ActivationStore, change: dict[str, Any]) -> None:
+    (one,) = train_recipes(store, ["random"], **OPTIONS)
+    (other,) = train_recipes(store, ["random"], **{**OPTIONS, **change})
+    assert one.folder != other.folder
+
+
+def test_other_rows_are_another_run(store: ActivationStore, held_out: ActivationStore) -> None:
+    (one,) = train_recipes(store, ["random"], **OPTIONS)
+    (other,) = train_recipes(held_out, ["random"], **OPTIONS)
+    assert one.folder != other.folder
+
+
+def test_a_run_that_was_stopped_goes_on(
+    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (whole,) = train_recipes(store, ["ASI"], **OPTIONS)
+    monkeypatch.setenv("ASI_LENS_CACHE", str(tmp_path / "second"))
+
+    def stop(trainers: Any, *args: Any, **kwargs: Any) -> None:
+        seen: list[int] = []
+
+        def count(trainer: Trainer, output: Any) -> None:
+            seen.append(output.step)
+            if output.step >= 4:
+                raise KeyboardInterrupt
+
+        train_together(trainers, *args, **kwargs, checkpoint_every=64, on_log=count)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comparison, "train_together", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train_recipes(store, ["ASI"], **OPTIONS)
+    (resumed,) = train_recipes(store, ["ASI"], **OPTIONS)
+    assert resumed.folder != whole.folder
+    assert torch.equal(resumed.sae().W_dec, whole.sae().W_dec)
+    same = [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in resumed.history()]
+    assert same == [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in whole.history()]
+
+
+def test_a_finished_run_without_its_dictionary_is_an_error(store: ActivationStore) -> None:
+    (run,) = train_recipes(store, ["random"], **OPTIONS)
+    (run.folder / "metrics.csv").unlink()
+    with pytest.raises(CacheError, match=r"metrics\.csv is missing; delete"):
+        train_recipes(store, ["random"], **OPTIONS)
+
+
+def test_rows_hold_curves_and_held_out_numbers(store: ActivationStore, held_out: ActivationStore) -> None:
+    runs = train_recipes(store, ["random", "random + AuxK"], seeds=[0, 1], windows=[128], **OPTIONS)
+    found = dead_feature_rows(runs, held_out)
+    assert {(row.model, row.corpus, row.site, row.layer) for row in found} == {("m", "news", "attn_out", 15)}
+    curve = [row for row in found if row.split == "train" and row.method == "random" and row.seed == 0]
+    # Windows of 128 and 256 tokens: no row before they were full.
+    assert [(row.tokens, row.dead_window_tokens) for row in curve] == [
+        (128, 128),
+        *((tokens, window) for tokens in (256, 384, 512, 640) for window in (128, 256)),
+    ]
+    history = {row["tokens"]: row for row in runs[0].history()}
+    for row in curve:
+        assert row.dead_fraction == history[row.tokens][f"dead_fraction_{row.dead_window_tokens}"]
+        assert row.cross_entropy_delta is None
+    ends = [row for row in found if row.split == "held_out"]
+    assert [(row.method, row.seed, row.aux_k) for row in ends] == [
+        (name, seed, aux) for seed in (0, 1) for name, aux in (("random", 0), ("random + AuxK", D_IN // 2))
+    ]
+    sae, x = runs[0].sae(), held_out.rows(torch.arange(held_out.n))
+    fired = sae.encode_dense(x).gt(0).any(0)
+    assert ends[0].dead_fraction == pytest.approx(1 - fired.double().mean().item())
+    error = (sae(x) - x).square().sum() / (x - x.mean(0)).square().sum()
+    assert ends[0].fvu == pytest.approx(error.item(), rel=1e-4)
+    assert (ends[0].tokens, ends[0].dead_window_tokens) == (640, 200)
+
+
+def test_without_curves_the_last_moment_is_left(store: ActivationStore, held_out: ActivationStore) -> None:
+    found = dead_feature_rows(train_recipes(store, ["random"], **OPTIONS), held_out, curves=False)
+    assert [(row.split, row.tokens) for row in found] == [("train", 640), ("held_out", 640)]
+
+
+def test_evaluations_are_kept(
+    store: ActivationStore, held_out: ActivationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = train_recipes(store, ["random"], **OPTIONS)
+    first = dead_feature_rows(runs, held_out)
+    monkeypatch.setattr(comparison, "evaluate_together", refuse)
+    assert dead_feature_rows(runs, held_out) == first
+    with pytest.raises(AssertionError, match="again"):
+        dead_feature_rows(runs, store)
+
+
+def test_from_a_model_to_rows_with_losses(tiny_llama: Any, tmp_path: Path) -> None:
+    data = split_of(tiny_llama, tmp_path)
+    where = ("attn_out", 1)
+    runs = train_recipes(data.train[where], ["random", "ASI"], **OPTIONS)
+    found = dead_feature_rows(
+        runs, data.held_out[where], model=tiny_llama, tokens=data.loss_tokens, progress=False
+    )
+    deltas = [row.cross_entropy_delta for row in found if row.split == "held_out"]
+    assert len(deltas) == 2
+    assert all(delta is not None and abs(delta) < 5 for delta in deltas)
+    told = budget(tiny_llama, runs, data)
+    for part in ("tiny-llama", "attn_out of layer 1 (width 24)", "64 features, k 4", "640 training tokens"):
+        assert part in told
+    assert "dead window 256 tokens" in told
+    assert "losses on 32 of them, seed 0" in told
+    assert "losses" not in budget(tiny_llama, runs, data, losses=False)
+
+
+def test_a_split_shares_no_position(tiny_llama: Any, tmp_path: Path) -> None:
+    data = split_of(tiny_llama, tmp_path)
+    whole = split_of(tiny_llama, tmp_path, n_tokens=512, n_tokens_held_out=128).train_tokens
+    assert torch.equal(torch.cat([data.train_tokens.ids, data.held_out_tokens.ids])[:16], whole.ids)
+    assert torch.equal(data.loss_tokens.ids, data.held_out_tokens.ids[:1])
+    assert data.train["attn_out", 1].n == 12 * 31
+
+
+@pytest.mark.parametrize("n", [31, 129])
+def test_a_split_checks_the_tokens_for_losses(tiny_llama: Any, tmp_path: Path, n: int) -> None:
+    with pytest.raises(OptionError, match=f"n_tokens_loss={n} is not allowed"):
+        split_of(tiny_llama, tmp_path, n_tokens_loss=n)
+
+
+def split_of(model: Any, folder: Path, **changes: Any) -> Any:
+    import tiny_models
+
+    path = folder / "plain.txt"
+    characters = tiny_models.CHARACTERS
+    path.write_text(
+        "".join(characters[(i * i * 7 + i) % len(characters)] for i in range(2_000)), encoding="utf-8"
+    )
+    counts = {"n_tokens": 384, "n_tokens_held_out": 128, "n_tokens_loss": 32, "context": 32}
+    return harvest_split(model, str(path), [("attn_out", 1)], **{**counts, **changes})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"recipes": ["ASii"]}, "ASI"),
+        ({"recipes": []}, "recipes"),
+        ({"seeds": []}, "seeds"),
+        ({"d_sae": 0}, "d_sae"),
+        ({"recipes": [Recipe("far", "asi", 17)]}, "d_init"),
+    ],
+)
+def test_bad_options_are_named(store: ActivationStore, arguments: dict[str, Any], message: str) -> None:
+    given = {"recipes": ["random"], **OPTIONS, **arguments}
+    with pytest.raises((OptionError, UnknownNameError), match=message):
+        train_recipes(store, given.pop("recipes"), **given)
+
+
+def test_bad_recipes_are_named() -> None:
+    with pytest.raises(UnknownNameError, match="asii"):
+        Recipe("x", "asii")
+    with pytest.raises(UnknownNameError, match="sgd"):
+        Recipe("x", optimizer="sgd")
+    with pytest.raises(OptionError, match="aux_k"):
+        Recipe("x", aux_k=-1)
+    assert list(RECIPES) == ["random", "random + AuxK", "ASI", "ASI + sparse Adam"]

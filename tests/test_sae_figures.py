@@ -1,0 +1,416 @@
+"""Figures of trained dictionaries draw what their table holds, and no dead feature without its window."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+
+from asi_lens import sae_figures
+from asi_lens.errors import DataError
+from asi_lens.figure_style import COLORS, METHOD_COLORS
+from asi_lens.results import DeadFeatureRow, RankedDeadFeatureRow, frame
+
+# Method: init, d_init, optimizer, aux_k, percent dead.
+METHODS: dict[str, tuple[str, int | None, str, int, float]] = {
+    "random": ("random", None, "adam", 0, 40.0),
+    "random + AuxK": ("random", None, "adam", 32, 10.0),
+    "ASI": ("asi", 16, "adam", 0, 2.0),
+    "ASI + sparse Adam": ("asi", 16, "sparse_adam", 0, 1.0),
+    "ASI, automatic d_init": ("asi", 24, "adam", 0, 1.5),
+}
+PAPERS = tuple(METHODS)[:4]
+SEEDS = (0, 1, 2)
+END = 1000
+
+
+def row(method: str, kind: type[DeadFeatureRow] = DeadFeatureRow, **changed: Any) -> DeadFeatureRow:
+    init, d_init, optimizer, aux_k, percent = METHODS.get(method, METHODS["ASI"])
+    values: dict[str, Any] = {"model": "m", "corpus": "news", "site": "attn_out", "layer": 3, "seed": 0}
+    values |= {"method": method, "init": init, "d_init": d_init, "optimizer": optimizer, "aux_k": aux_k}
+    values |= {"d_sae": 64, "k": 8, "lr": 1e-3, "tokens": END, "split": "held_out", "l0": 8.0, "fvu": 0.3}
+    values |= {"dead_window_tokens": 4096, "dead_fraction": percent / 100, "cross_entropy_delta": 0.1}
+    return kind(**{**values, **changed})
+
+
+def curves(
+    methods: tuple[str, ...] = PAPERS,
+    windows: tuple[int, ...] = (100, 400, 2000),
+    seeds: tuple[int, ...] = SEEDS,
+) -> pd.DataFrame:
+    """Seed s has s percent more dead; by 100 tokens twice as many are dead as by others."""
+    rows = []
+    for method in methods:
+        for seed in seeds:
+            dead = (METHODS.get(method, METHODS["ASI"])[4] + seed) / 100
+            for tokens in range(200, END + 1, 200):
+                fvu = 50.0 if tokens == 200 else 0.3 + 0.01 * seed
+                for window in windows:
+                    share = 0.0 if tokens < window else dead * (2 if window == 100 else 1)
+                    changed = {"tokens": tokens, "dead_window_tokens": window, "dead_fraction": share}
+                    rows.append(
+                        row(method, seed=seed, split="train", fvu=fvu, cross_entropy_delta=None, **changed)
+                    )
+            rows.append(row(method, seed=seed, dead_fraction=dead, cross_entropy_delta=0.1 + 0.01 * seed))
+    return frame(rows)
+
+
+def sweep(methods: tuple[str, ...] = ("random", "ASI", "ASI, automatic d_init")) -> pd.DataFrame:
+    rows = []
+    for i, site in enumerate(("attn_out", "mlp_out")):
+        for layer in (1, 3):
+            about = {"site": site, "layer": layer}
+            percent = 40 / (1 + i) + layer
+            rows.append(row("random", dead_fraction=percent / 100, fvu=0.5 + 0.1 * i, **about))
+            for d_init in (8, 16, 32):
+                dead = (d_init + 10 * layer) / 1000
+                rows.append(row("ASI", d_init=d_init, dead_fraction=dead, fvu=0.2 + 0.1 * i, **about))
+            rows.append(row("ASI, automatic d_init", d_init=20 + layer, dead_fraction=0.01, **about))
+    return frame([one for one in rows if one.method in methods])
+
+
+def sizes() -> pd.DataFrame:
+    rows = []
+    for method in PAPERS:
+        for d_sae in (64, 128, 256):
+            for seed in SEEDS[:2]:
+                about = {"d_sae": d_sae, "seed": seed}
+                # The smallest dictionaries have one window more.
+                for window in (100, 400, *((1000,) if d_sae == 64 else ())):
+                    for tokens, dead in ((END // 2, 0.9), (END, d_sae / 1000 + 0.01 * seed)):
+                        changed = {"split": "train", "dead_window_tokens": window, "tokens": tokens}
+                        rows.append(
+                            row(method, dead_fraction=dead, cross_entropy_delta=None, **changed, **about)
+                        )
+                rows.append(row(method, **about))
+    return frame(rows)
+
+
+def ranked(methods: tuple[str, ...] = ("random", "ASI")) -> pd.DataFrame:
+    rows = [
+        row(
+            method,
+            RankedDeadFeatureRow,
+            site=site,
+            layer=layer,
+            seed=seed,
+            dead_fraction=(base + layer + seed) / (100 if method == "random" else 10_000),
+            effective_rank_fraction=rank + 0.01 * layer,
+        )
+        for site, rank, base in (("attn_out", 0.5, 35), ("resid_post", 0.8, 3))
+        for layer in (1, 3)
+        for method in methods
+        for seed in (0, 2)
+    ]
+    return frame(rows)
+
+
+Builder = Callable[[pd.DataFrame], go.Figure]
+BUILDERS: list[tuple[Builder, Callable[[], pd.DataFrame]]] = [
+    (sae_figures.dead_feature_curves, curves),
+    (sae_figures.d_init_sweep, sweep),
+    (sae_figures.dictionary_size, sizes),
+    (sae_figures.layers_and_sites, ranked),
+]
+TRAINING = "features without a firing in<br>the last {} tokens (%)"
+HELD_OUT = "features without a firing in<br>4,096 held-out tokens (%)"
+DELTA = "loss with the reconstruction<br>minus without (nats / token)"
+FVU = "fraction of variance<br>unexplained"
+
+
+def named(figure: go.Figure) -> dict[str, go.Scatter]:
+    """Traces in the legend, by name."""
+    return {trace.name: trace for trace in figure.data if trace.showlegend}
+
+
+def y_titles(figure: go.Figure) -> list[str]:
+    return [axis.title.text for axis in figure.select_yaxes()]
+
+
+def traces(figure: go.Figure, group: str, panel: int) -> list[go.Scatter]:
+    """Traces of a site or method in a panel, counted from 1 as plotly counts axes."""
+    axis = "y" if panel == 1 else f"y{panel}"
+    return [t for t in figure.data if t.legendgroup == group and (t.yaxis or "y") == axis]
+
+
+def line(figure: go.Figure, group: str, panel: int) -> go.Scatter:
+    return next(t for t in traces(figure, group, panel) if not t.fill)
+
+
+# --- every figure -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("build", "table"), BUILDERS)
+def test_every_figure_names_its_setting_its_axes_and_its_window(build: Builder, table: Callable) -> None:
+    figure = build(table())
+    assert figure.layout.title.text
+    subtitle = figure.layout.title.subtitle.text
+    assert subtitle.startswith("m · news")
+    assert "k = 8 · 1,000 training tokens" in subtitle
+    assert all(axis.title.text or axis.tickvals for axis in figure.select_xaxes())
+    assert any("4,096 held-out tokens (%" in (title or "") for title in y_titles(figure))
+    assert figure.layout.meta["min_width"] >= 300
+    assert figure.layout.width is None, "a page decides the width"
+
+
+@pytest.mark.parametrize(("build", "table"), BUILDERS)
+def test_a_table_of_another_kind_or_without_rows_is_refused(build: Builder, table: Callable) -> None:
+    good = table()
+    with pytest.raises(DataError, match="columns layer are missing"):
+        build(good.drop(columns="layer"))
+    with pytest.raises(DataError, match="without rows"):
+        build(good.iloc[:0])
+
+
+@pytest.mark.parametrize(("build", "table"), BUILDERS)
+def test_one_model_and_one_text_are_drawn(build: Builder, table: Callable) -> None:
+    for column in ("model", "corpus"):
+        two = pd.concat([table(), table().assign(**{column: "other"})])
+        with pytest.raises(DataError, match=f"{build.__name__} draws one {column}"):
+            build(two)
+
+
+@pytest.mark.parametrize("build", [sae_figures.dead_feature_curves, sae_figures.dictionary_size])
+@pytest.mark.parametrize(("column", "value"), [("site", "mlp_out"), ("layer", 4)])
+def test_curves_and_sizes_are_of_one_layer_and_site(build: Builder, column: str, value: Any) -> None:
+    with pytest.raises(DataError, match=f"draws one {column}"):
+        build(pd.concat([curves(), curves().assign(**{column: value})]))
+
+
+@pytest.mark.parametrize(("build", "table"), [BUILDERS[0], BUILDERS[1], BUILDERS[3]])
+def test_only_its_own_figure_mixes_sizes(build: Builder, table: Callable) -> None:
+    with pytest.raises(DataError, match="draws one d_sae"):
+        build(pd.concat([table(), table().assign(d_sae=128)]))
+
+
+@pytest.mark.parametrize(("build", "table"), BUILDERS)
+def test_two_recipes_under_one_name_are_refused(build: Builder, table: Callable) -> None:
+    with pytest.raises(DataError, match="method 'ASI', draws one lr"):
+        build(pd.concat([table(), table()[lambda t: t.method == "ASI"].assign(lr=0.1)]))
+
+
+@pytest.mark.parametrize(("build", "table"), BUILDERS)
+def test_held_out_shares_of_two_windows_are_refused(build: Builder, table: Callable) -> None:
+    two = table()
+    two.loc[two.index[-1], "dead_window_tokens"] = 8192
+    with pytest.raises(DataError, match="draws one dead_window_tokens"):
+        build(two)
+
+
+def test_a_method_has_its_color_and_marker_everywhere() -> None:
+    looks: dict[str, set] = {}
+    for figure in (sae_figures.dead_feature_curves(curves()), sae_figures.dictionary_size(sizes())):
+        for name, trace in named(figure).items():
+            looks.setdefault(name, set()).add((trace.line.color, trace.marker.symbol))
+    assert {name: color for name, [(color, _)] in looks.items()} == METHOD_COLORS
+    assert len({symbol for [(_, symbol)] in looks.values()}) == len(METHOD_COLORS)
+    # In the order of the legend, whatever the table's.
+    shuffled = curves(("ASI", "orthogonal", "random"))
+    assert list(named(sae_figures.dead_feature_curves(shuffled))) == ["random", "ASI", "orthogonal"]
+
+
+def test_methods_look_like_no_site_of_a_dictionary_and_other_methods_like_no_other() -> None:
+    assert not set(METHOD_COLORS.values()) & {COLORS[s] for s in ("attn_out", "mlp_out", "resid_post")}
+    others = ("orthogonal", "low rank", "random", "ASI")
+    found = named(sae_figures.dead_feature_curves(curves(others)))
+    assert len({(trace.line.color, trace.marker.symbol) for trace in found.values()}) == 4
+    assert not {found[name].line.color for name in others[:2]} & set(METHOD_COLORS.values())
+
+
+# --- dead_feature_curves ----------------------------------------------------------------------------
+
+
+def test_curves_draw_means_and_ranges_over_seeds_from_the_window_on() -> None:
+    figure = sae_figures.dead_feature_curves(curves())
+    assert y_titles(figure) == [TRAINING.format(400), FVU, HELD_OUT, DELTA]
+    band, dead = traces(figure, "random", 1)
+    assert list(dead.x) == [400, 600, 800, 1000], "nothing can be dead before the window has passed"
+    np.testing.assert_allclose(dead.y, 41)
+    assert (min(band.y), max(band.y)) == pytest.approx((40, 42))
+    band, fvu = traces(figure, "random", 2)
+    assert list(fvu.x) == [200, 400, 600, 800, 1000]
+    np.testing.assert_allclose(fvu.y[1:], 0.31)
+    assert figure.layout.xaxis.range[0] == 0
+    assert "mean and range over seeds" in figure.layout.title.subtitle.text
+    assert "attention output · layer 3 · 64 features" in figure.layout.title.subtitle.text
+
+
+def test_fvu_is_shown_from_the_second_half_and_a_cut_is_told() -> None:
+    figure = sae_figures.dead_feature_curves(curves())
+    low, high = figure.layout.yaxis2.range
+    assert low < 0.3
+    assert 0.32 < high < 0.33
+    assert "FVU, training batches, start cut off" in [note.text for note in figure.layout.annotations]
+    table = curves()
+    whole = sae_figures.dead_feature_curves(table[~((table.split == "train") & (table.tokens == 200))])
+    assert "FVU, training batches" in [note.text for note in whole.layout.annotations]
+
+
+def test_the_ends_of_curves_have_a_dot_per_seed_and_a_bar_at_the_mean() -> None:
+    figure = sae_figures.dead_feature_curves(curves())
+    for panel, dots, mean, number in ((3, [40, 41, 42], 41, "41"), (4, [0.1, 0.11, 0.12], 0.11, "0.11")):
+        bar, seeds = traces(figure, "random", panel)
+        np.testing.assert_allclose(seeds.y, dots)
+        assert list(seeds.customdata) == list(SEEDS)
+        assert len(set(seeds.x)) == 3
+        np.testing.assert_allclose(bar.y, mean)
+        assert bar.text[1].strip("\u00a0") == number
+    assert list(figure.layout.xaxis3.ticktext) == [
+        "random",
+        "random<br>+ AuxK",
+        "ASI",
+        "ASI<br>+ sparse Adam",
+    ]
+
+
+def test_one_seed_has_no_band() -> None:
+    figure = sae_figures.dead_feature_curves(curves(seeds=(0,)))
+    assert not any(trace.fill for trace in figure.data)
+    assert "range" not in figure.layout.title.subtitle.text
+
+
+def test_the_window_is_the_largest_within_every_run() -> None:
+    figure = sae_figures.dead_feature_curves(curves(windows=(100,)))
+    assert y_titles(figure)[0] == TRAINING.format(100)
+    np.testing.assert_allclose(line(figure, "ASI", 1).y, 6)
+    # A window as long as training leaves one point: better than none.
+    assert y_titles(sae_figures.dead_feature_curves(curves(windows=(END,))))[0] == TRAINING.format("1,000")
+    figure = sae_figures.dead_feature_curves(curves(windows=(400, END)))
+    assert y_titles(figure)[0] == TRAINING.format(400)
+    one_each = pd.concat([curves(("random",), (100,)), curves(("ASI",), (400,))])
+    for table in (curves(windows=(2000,)), one_each, curves()[lambda t: t.split == "held_out"]):
+        with pytest.raises(DataError, match="no window of dead features"):
+            sae_figures.dead_feature_curves(table)
+
+
+def test_what_was_not_measured_has_no_panel() -> None:
+    table = curves()
+    figure = sae_figures.dead_feature_curves(table.assign(cross_entropy_delta=np.nan))
+    assert y_titles(figure) == [TRAINING.format(400), FVU, HELD_OUT]
+    figure = sae_figures.dead_feature_curves(table.assign(fvu=np.nan, cross_entropy_delta=np.nan))
+    assert y_titles(figure) == [TRAINING.format(400), HELD_OUT]
+    figure = sae_figures.dead_feature_curves(table[table.split == "train"])
+    assert y_titles(figure) == [TRAINING.format(400), FVU]
+    table.loc[table.method == "ASI", "cross_entropy_delta"] = np.nan
+    figure = sae_figures.dead_feature_curves(table)
+    assert traces(figure, "ASI", 3)
+    assert not traces(figure, "ASI", 4)
+    assert traces(figure, "random", 4)
+
+
+# --- d_init_sweep -----------------------------------------------------------------------------------
+
+
+def test_the_sweep_draws_means_over_layers_by_site() -> None:
+    figure = sae_figures.d_init_sweep(sweep())
+    assert y_titles(figure) == [HELD_OUT, FVU, DELTA]
+    legend = "attention output, MLP output, random initialization, automatic d_init"
+    assert ", ".join(named(figure)) == legend
+    band, silent, _, _ = traces(figure, "attn_out", 1)
+    assert list(silent.x) == [8, 16, 32]
+    np.testing.assert_allclose(silent.y, [2.8, 3.6, 5.2])
+    assert (min(band.y), max(band.y)) == pytest.approx((1.8, 6.2))
+    assert silent.line.color == COLORS["attn_out"]
+    assert "mean and range over layers" in figure.layout.title.subtitle.text
+    assert figure.layout.xaxis.type == "log"
+    assert list(figure.layout.xaxis.ticktext) == ["32", "16", "8"]
+
+
+def test_the_sweep_marks_the_random_start_and_the_automatic_choice() -> None:
+    figure = sae_figures.d_init_sweep(sweep())
+    *_, dashed, stars = traces(figure, "mlp_out", 1)
+    np.testing.assert_allclose(dashed.y, 22)
+    assert (dashed.line.dash, dashed.line.color) == ("dash", COLORS["mlp_out"])
+    np.testing.assert_allclose(np.log10(dashed.x), figure.layout.xaxis.range)
+    assert list(stars.x) == [21, 23]
+    np.testing.assert_allclose(stars.y, 1)
+    assert stars.marker.symbol == "star"
+    assert list(stars.text) == ["layer 1, seed 0", "layer 3, seed 0"]
+    np.testing.assert_allclose(traces(figure, "mlp_out", 2)[-2].y, 0.6)
+    alone = sae_figures.d_init_sweep(sweep(("ASI",)))
+    assert list(named(alone)) == ["attention output", "MLP output"]
+
+
+def test_the_sweep_leaves_out_what_was_not_measured_and_refuses_two_methods() -> None:
+    figure = sae_figures.d_init_sweep(sweep().assign(cross_entropy_delta=np.nan))
+    assert y_titles(figure) == [HELD_OUT, FVU]
+    with pytest.raises(DataError, match="draws one method"):
+        sae_figures.d_init_sweep(pd.concat([sweep(), frame([row("ASI + sparse Adam")])]))
+    with pytest.raises(DataError, match="no held_out row has a d_init"):
+        sae_figures.d_init_sweep(sweep(("random", "ASI, automatic d_init")))
+
+
+# --- dictionary_size --------------------------------------------------------------------------------
+
+
+def test_sizes_are_compared_at_the_end_in_the_largest_window_of_all() -> None:
+    figure = sae_figures.dictionary_size(sizes())
+    assert y_titles(figure) == [TRAINING.format(400), HELD_OUT, FVU, DELTA]
+    band, dead = traces(figure, "random", 1)
+    assert list(dead.x) == [64, 128, 256]
+    np.testing.assert_allclose(dead.y, [6.9, 13.3, 26.1])
+    assert (min(band.y), max(band.y)) == pytest.approx((6.4, 26.6))
+    np.testing.assert_allclose(line(figure, "random + AuxK", 2).y, 10)
+    assert sorted(figure.layout.xaxis4.tickvals) == pytest.approx([64, 128, 256])
+    assert list(named(figure)) == list(PAPERS)
+    assert "features" not in figure.layout.title.subtitle.text
+
+
+def test_sizes_may_be_measured_in_part() -> None:
+    table = sizes()
+    assert y_titles(sae_figures.dictionary_size(table[table.split == "train"])) == [TRAINING.format(400)]
+    held_out = table[table.split == "held_out"].assign(cross_entropy_delta=np.nan)
+    assert y_titles(sae_figures.dictionary_size(held_out)) == [HELD_OUT, FVU]
+    one = table[table.d_sae == 64]
+    assert y_titles(sae_figures.dictionary_size(one))[0] == TRAINING.format("1,000")
+
+
+# --- layers_and_sites -------------------------------------------------------------------------------
+
+
+def test_layers_stand_at_their_rank_and_square_root() -> None:
+    figure = sae_figures.layers_and_sites(ranked())
+    [marks] = traces(figure, "attn_out", 1)
+    np.testing.assert_allclose(marks.x, [0.51, 0.53])
+    np.testing.assert_allclose(np.square(marks.y), [37, 39])
+    np.testing.assert_allclose(marks.customdata, [37, 39])
+    assert [int(layer) for layer in marks.text] == [1, 3]
+    assert (marks.marker.color, marks.marker.symbol) == (COLORS["attn_out"], "circle")
+    axis = figure.layout.yaxis
+    assert axis.title.text == HELD_OUT.replace("(%)", "(%, √ axis)")
+    np.testing.assert_allclose(np.square(axis.tickvals), [float(text) for text in axis.ticktext])
+    assert axis.ticktext[0] == "0"
+    assert axis.range[0] < 0
+    assert axis.range[1] > np.sqrt(40)
+    assert "mean over seeds" in figure.layout.title.subtitle.text
+
+
+def test_layers_are_paired_and_their_means_told() -> None:
+    figure = sae_figures.layers_and_sites(ranked())
+    *pairs, random_bar, asi_bar = traces(figure, "attn_out", 2)
+    assert len(pairs) == 2
+    np.testing.assert_allclose(pairs[0].customdata, [37, 0.37])
+    np.testing.assert_allclose(np.square(random_bar.y), 38)
+    np.testing.assert_allclose(np.square(asi_bar.y), 0.38)
+    assert random_bar.text[0].strip("\u00a0") == "38"
+    assert asi_bar.text[1].strip("\u00a0") == "0.38"
+    assert min(asi_bar.x) > max(random_bar.x)
+    assert list(figure.layout.xaxis2.ticktext)[:3] == ["random", "<br>attention output", "ASI"]
+    assert list(named(figure)) == ["attention output", "residual stream"]
+
+
+def test_layers_need_both_methods_and_bear_a_gap() -> None:
+    for method, other in (("random", "ASI"), ("ASI", "random")):
+        with pytest.raises(DataError, match=f"no held_out row has the method '{method}'"):
+            sae_figures.layers_and_sites(ranked((other,)))
+    gap = ranked()[lambda t: ~((t.site == "attn_out") & (t.method == "ASI"))]
+    figure = sae_figures.layers_and_sites(gap)
+    bars = [trace for trace in traces(figure, "attn_out", 2) if "text" in trace.mode]
+    assert len(bars) == 1
+    np.testing.assert_allclose(np.square(bars[0].y), 38)
+    none_dead = sae_figures.layers_and_sites(ranked().assign(dead_fraction=0.0))
+    assert none_dead.layout.yaxis.range[1] > 0
