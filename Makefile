@@ -20,7 +20,7 @@ PIP_QUIET  := $(if $(CI),--quiet)
 NBSTRIPOUT := $(BIN)/nbstripout --keep-id
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-tl4 figures test test-tl4 test-peers lint format lab bench lock clean clean-all
+.PHONY: help setup setup-tl4 setup-peers figures test test-tl4 test-peers lint format lab bench lock clean clean-all
 .DELETE_ON_ERROR:
 
 help: ## show this
@@ -44,6 +44,8 @@ test: $(SETUP) $(CHROME) ## install and run the tests
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 setup-tl4: $(SETUP_TL4)
+
+setup-peers: $(SETUP_PEERS)
 
 test-tl4: $(SETUP_TL4) ## run the model-facing tests in a second environment with TransformerLens 4
 	$(VENV_TL4)/bin/python -m pytest -n auto --dist loadfile -m model_facing $(ARGS)

@@ -14,18 +14,16 @@ import plotly.graph_objects as go
 
 from asi_lens.errors import DataError, unknown_name
 from asi_lens.figure_files import SavedFigure, save
+from asi_lens.figure_parts import curve, level, panels
 from asi_lens.figure_style import (
     COLORS,
     GREY,
     SITE_LABELS,
-    curve,
     label,
     left_margin,
-    level,
     need,
     order,
     over,
-    panels,
     pick,
     setting,
     single,

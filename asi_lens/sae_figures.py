@@ -13,24 +13,19 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from asi_lens.errors import DataError
+from asi_lens.figure_parts import bar, curve, log_x, panels, root_y, strips
 from asi_lens.figure_style import (
     GREY,
     METHOD_COLORS,
-    bar,
     color,
-    curve,
     label,
-    log_x,
     marker,
     methods,
     need,
     over,
-    panels,
-    root_y,
     setting,
     single,
     sites,
-    strips,
 )
 from asi_lens.results import DeadFeatureRow, RankedDeadFeatureRow, Row
 
@@ -269,9 +264,10 @@ def _grid(title: str, subtitle: str, rows: list[list[_Panel]]) -> tuple[go.Figur
         row, col = place[panel.title]
         figure.update_yaxes(title_text=panel.y, row=row, col=col)
         if panel.column != "fvu":  # differences in FVU are small beside it; the others are read from zero
-            low, high = min(0, panel.rows[panel.column].min()), panel.rows[panel.column].max()
+            values = panel.rows[panel.column]
+            low, high = min(0, values.min()), max(0, values.max())
             room = (high - low) or 1
-            figure.update_yaxes(range=[low - 0.04 * room, high + 0.08 * room], row=row, col=col)
+            figure.update_yaxes(range=[low - 0.04 * room, low + 1.08 * room], row=row, col=col)
     return figure, place
 
 

@@ -52,6 +52,7 @@ LAYERS = (
     ("results",),
     ("comparison",),
     ("figure_files", "figure_style"),
+    ("figure_parts",),
     ("execute", "figures", "gallery", "profiles", "sae_figures"),
     ("reproduce",),
 )

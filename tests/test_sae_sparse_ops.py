@@ -133,6 +133,11 @@ def test_gradients_equal_autograd_of_the_dense_formula() -> None:
     same(grads.decoder(30, 77, decoder), without_parallel(sae.W_dec.grad, decoder)[30:77])
     same(grads.encoder(199, 200), sae.W_enc.grad.T[199:])
     assert torch.equal(grads.features, (sae.b_enc.grad != 0).nonzero().flatten())
+    # And so are the rows that fired alone.
+    for first, last in ((0, len(grads.features)), (2, 9), (5, 6)):
+        fired = grads.features[first:last]
+        same(grads.encoder_of(first, last), sae.W_enc.grad.T[fired])
+        same(grads.decoder_of(first, last, decoder), without_parallel(sae.W_dec.grad, decoder)[fired])
 
 
 def test_all_negative_pre_activations_leave_only_b_dec_a_gradient() -> None:

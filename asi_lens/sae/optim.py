@@ -63,6 +63,11 @@ def gradient_norm(grads: Gradients, decoder: Float[Tensor, "d_sae d_in"]) -> Flo
     return total.sqrt()
 
 
+def _are_few(fired: Tensor | None, n: int) -> bool:
+    """Whether it is cheaper to take the rows that fired out than to put the silent ones back."""
+    return fired is not None and 2 * len(fired) < n
+
+
 class RowAdam:
     """Adam on the four parameters of `sae`, of one of `KINDS`.
 
@@ -115,17 +120,23 @@ class RowAdam:
                 continue
             fired = None if dense else grads.features[first:last]
             missed = None if decay is None else decay[:, first:last, None]
-            encoder_grad = grads.encoder(start, stop)
+            if _are_few(fired, stop - start):
+                encoder_grad = grads.encoder_of(first, last)
+                decoder_grad = grads.decoder_of(first, last, decoder)
+            else:
+                encoder_grad = grads.encoder(start, stop)
+                decoder_grad = grads.decoder(start, stop, decoder)
             if scale != 1.0:
                 encoder_grad.mul_(scale)
-            self._rows("W_enc", encoder_grad, start, fired, missed, lr)
-            decoder_grad = grads.decoder(start, stop, decoder)
-            if scale != 1.0:
                 decoder_grad.mul_(scale)
-            self._rows("W_dec", decoder_grad, start, fired, missed, lr, unit_rows=True)
-        biases = grads.b_enc * scale
-        self._rows("b_enc", biases, 0, None if dense else grads.features, decay, lr)
-        self._update(weights["b_dec"], grads.b_dec * scale, *self._moments["b_dec"], lr)
+            self._rows("W_enc", encoder_grad, start, stop, fired, missed, lr)
+            self._rows("W_dec", decoder_grad, start, stop, fired, missed, lr, unit_rows=True)
+        biases, fired = grads.b_enc * scale, None if dense else grads.features
+        if fired is not None and _are_few(fired, len(grads)):
+            biases = biases[fired]
+        self._rows("b_enc", biases, 0, len(grads), fired, decay, lr)
+        m, v = self._moments["b_dec"]
+        self._update(weights["b_dec"], m, v, grads.b_dec * scale, lr)
         if decay is not None:
             self._updated[grads.features] = self.steps
 
@@ -141,42 +152,45 @@ class RowAdam:
         name: str,
         grad: Tensor,
         start: int,
+        stop: int,
         fired: Tensor | None,
         missed: Tensor | None,
         lr: float,
         *,
         unit_rows: bool = False,
     ) -> None:
-        """Update rows `start` to `start + len(grad)` of a weight, of which only `fired` if given."""
-        n = len(grad)
-        tensors = [t[start : start + n] for t in (self._weights()[name], *self._moments[name])]
+        """Update rows `start` to `stop` of a weight, of which only `fired` if given.
+
+        `grad` has those rows, or those that fired where they are few.
+        """
+        weight, m, v = tensors = [t[start:stop] for t in (self._weights()[name], *self._moments[name])]
         if fired is None:
-            self._update(tensors[0], grad, tensors[1], tensors[2], lr, unit_rows=unit_rows)
+            self._update(weight, m, v, grad, lr, unit_rows=unit_rows)
             return
         local = fired - start
-        if 2 * len(local) >= n:
-            # Most rows fired: update all of them where they lie, then put the few silent ones back.
-            silent = torch.ones(n, dtype=torch.bool, device=grad.device)
-            silent[local] = False
-            rest = silent.nonzero().flatten()
-            kept = [t.index_select(0, rest) for t in tensors]
+        if _are_few(fired, stop - start):
+            weight, m, v = picked = [t.index_select(0, local) for t in tensors]
             if missed is not None:
-                for t, factor in zip(tensors[1:], missed, strict=True):
-                    t.mul_(torch.ones_like(t[:, :1] if t.ndim > 1 else t).index_copy_(0, local, factor))
-            self._update(tensors[0], grad, tensors[1], tensors[2], lr, unit_rows=unit_rows)
-            for t, old in zip(tensors, kept, strict=True):
-                t.index_copy_(0, rest, old)
+                m.mul_(missed[0])
+                v.mul_(missed[1])
+            self._update(weight, m, v, grad, lr, unit_rows=unit_rows)
+            for t, new in zip(tensors, picked, strict=True):
+                t.index_copy_(0, local, new)
             return
-        picked = [t.index_select(0, local) for t in tensors]
+        # Most rows fired: update all of them where they lie, then put the few silent ones back.
+        silent = torch.ones(stop - start, dtype=torch.bool, device=grad.device)
+        silent[local] = False
+        rest = silent.nonzero().flatten()
+        kept = [t.index_select(0, rest) for t in tensors]
         if missed is not None:
-            for t, factor in zip(picked[1:], missed, strict=True):
-                t.mul_(factor)
-        self._update(picked[0], grad.index_select(0, local), picked[1], picked[2], lr, unit_rows=unit_rows)
-        for t, new in zip(tensors, picked, strict=True):
-            t.index_copy_(0, local, new)
+            for t, factor in zip((m, v), missed, strict=True):
+                t.mul_(torch.ones_like(t[:, :1] if t.ndim > 1 else t).index_copy_(0, local, factor))
+        self._update(weight, m, v, grad, lr, unit_rows=unit_rows)
+        for t, old in zip(tensors, kept, strict=True):
+            t.index_copy_(0, rest, old)
 
     def _update(
-        self, weight: Tensor, grad: Tensor, m: Tensor, v: Tensor, lr: float, *, unit_rows: bool = False
+        self, weight: Tensor, m: Tensor, v: Tensor, grad: Tensor, lr: float, *, unit_rows: bool = False
     ) -> None:
         # The function counts this step itself.
         count = torch.tensor(float(self.steps - 1), device=weight.device)

@@ -182,7 +182,11 @@ class Gradients:
 
     def encoder(self, start: int, stop: int) -> Float[Tensor, "n d_in"]:
         """dL / d encoder rows `start` to `stop`, zero where nothing fired."""
-        return self._sum(self.encoder_table, self.encoder_rows, self.encoder_weights, start, stop)
+        return self._encoder(self.offsets[start : stop + 1])
+
+    def encoder_of(self, first: int, last: int) -> Float[Tensor, "n d_in"]:
+        """dL / d encoder rows of `features[first:last]` alone."""
+        return self._encoder(self._bounds(first, last))
 
     def decoder(
         self, start: int, stop: int, unit_rows: Float[Tensor, "d_sae d_in"] | None
@@ -191,25 +195,44 @@ class Gradients:
 
         That part would only change a row's norm, which is then put back to one.
         """
-        grad = self._sum(self.decoder_table, self.decoder_rows, self.decoder_weights, start, stop)
+        grad = self._decoder(self.offsets[start : stop + 1])
         if unit_rows is None:
             return grad
         return grad.addcmul_(self.parallel[start:stop, None], unit_rows[start:stop], value=-1)
 
-    def _sum(self, table: Tensor, rows: Tensor, weights: Tensor, start: int, stop: int) -> Tensor:
-        bounds = self.offsets[start : stop + 1]
-        first, last = bounds[[0, -1]].tolist()
-        return embedding_bag(
-            rows[first:last],
-            table,
-            bounds - first,
-            mode="sum",
-            per_sample_weights=weights[first:last],
-            include_last_offset=True,
-        )
+    def decoder_of(
+        self, first: int, last: int, unit_rows: Float[Tensor, "d_sae d_in"]
+    ) -> Float[Tensor, "n d_in"]:
+        """The same of `features[first:last]` alone, without the part along the rows."""
+        fired = self.features[first:last]
+        grad = self._decoder(self._bounds(first, last))
+        return grad.addcmul_(self.parallel[fired, None], unit_rows[fired], value=-1)
+
+    def _bounds(self, first: int, last: int) -> Int[Tensor, " bounds"]:
+        # Rows between those that fired have no picks, so the picks of these follow each other.
+        fired = self.features[first:last]
+        return torch.cat([self.offsets[fired], self.offsets[fired[-1:] + 1]])
+
+    def _encoder(self, bounds: Tensor) -> Tensor:
+        return _sum_bags(self.encoder_table, self.encoder_rows, self.encoder_weights, bounds)
+
+    def _decoder(self, bounds: Tensor) -> Tensor:
+        return _sum_bags(self.decoder_table, self.decoder_rows, self.decoder_weights, bounds)
 
     def __len__(self) -> int:
         return self.b_enc.shape[0]
+
+
+def _sum_bags(table: Tensor, rows: Tensor, weights: Tensor, bounds: Tensor) -> Tensor:
+    first, last = bounds[[0, -1]].tolist()
+    return embedding_bag(
+        rows[first:last],
+        table,
+        bounds - first,
+        mode="sum",
+        per_sample_weights=weights[first:last],
+        include_last_offset=True,
+    )
 
 
 class Term(NamedTuple):

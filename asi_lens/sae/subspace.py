@@ -1,0 +1,102 @@
+"""Dictionaries that live in the active subspace: trained on coordinates, then put back at full width.
+
+About half of the directions of an attention output hold 99 % of its variance. A dictionary of the
+coordinates in them has that much less work in every product; what lies outside is reconstructed by the
+mean, which sets a floor under its FVU: the share of the variance that the subspace leaves out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from asi_lens.errors import require
+from asi_lens.moments import Moments
+from asi_lens.sae.dictionary import SparseAutoencoder
+from asi_lens.spectra import Spectrum
+from asi_lens.store import ActivationStore
+
+
+class SubspaceStore(ActivationStore):
+    """The rows of a store as coordinates (x - mean) V in its top `r` principal directions; nothing is copied.
+
+    Attributes:
+        of: the store of whole rows. basis: V [d r], float64, orthonormal columns. center [d]: the mean.
+        discarded: share of the variance outside, the floor under the FVU of any dictionary in here.
+    """
+
+    def __init__(self, of: ActivationStore, r: int, spectrum: Spectrum | None = None):
+        """Directions come from `spectrum`, by default the store's own.
+
+        Raises OptionError for a spectrum of another width, or `r` out of range.
+        """
+        spectrum = spectrum or of.spectrum
+        require(spectrum.d == of.d, "spectrum", f"of width {spectrum.d}", f"{of.d} wide, as the store")
+        self.of = of
+        self.basis = spectrum.active_subspace(r)
+        self.center = of.mean
+        whole = of.moments
+        scatter = self.basis.T @ whole.scatter.to(self.basis) @ self.basis
+        inside = scatter.diagonal().sum().item() / of.n
+        self.discarded = 1 - inside / of.mean_square_norm
+        origin = {**of.metadata, "subspace": r}
+        moments = Moments(of.n, torch.zeros(r, dtype=torch.float64), scatter)
+        super().__init__(
+            [torch.empty(0, r)], lambda: moments, torch.zeros(r, dtype=torch.float64), inside, origin
+        )
+        self.n = of.n
+        self._projection = self.basis.float()
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the rows and with the subspace."""
+        return hashlib.sha256(self.of.fingerprint.encode() + self.basis.numpy().tobytes()).hexdigest()[:16]
+
+    def in_order(self, batch_size: int) -> Iterator[Float[Tensor, "batch r"]]:
+        """All rows once, in order."""
+        return (self._coordinates(part.float()) for part in self.of.in_order(batch_size))
+
+    def _gather(
+        self, index: Int[Tensor, " batch"], dtype: torch.dtype | None = None
+    ) -> Float[Tensor, "batch r"]:
+        rows = self._coordinates(self.of._gather(index, torch.float32))
+        return rows if dtype is None else rows.to(dtype)
+
+    def _coordinates(self, rows: Float[Tensor, "n d"]) -> Float[Tensor, "n r"]:
+        return (rows - self.center.to(rows)) @ self._projection.to(rows)
+
+
+@torch.no_grad()
+def expand(
+    sae: SparseAutoencoder, basis: Float[Tensor, "d r"], center: Float[Tensor, " width"]
+) -> SparseAutoencoder:
+    """The same function at full width: x is taken to center + V sae(V^T (x - center)).
+
+    Exact up to rounding, and decoder rows keep their norm. Raises OptionError for a basis whose columns are
+    not orthonormal or not as many as the dictionary is wide.
+    """
+    d, r = basis.shape
+    require(r == sae.d_in, "basis", f"of {r} columns", f"of {sae.d_in}, as the dictionary is wide")
+    require(center.shape == (d,), "center", tuple(center.shape), f"of shape ({d},)")
+    gram = basis.double().T @ basis.double()
+    exact = bool(torch.allclose(gram, torch.eye(r, dtype=torch.float64, device=gram.device), atol=1e-6))
+    require(exact, "basis", "not orthonormal", "of orthonormal columns")
+    config = replace(sae.config, d_in=d)
+    out = SparseAutoencoder(config, draw=False, dtype=sae.W_dec.dtype).to(sae.W_dec.device)
+    wide = basis.double().to(sae.W_dec.device)
+    for source, target in ((sae.encoder_rows, out.encoder_rows), (sae.W_dec.data, out.W_dec.data)):
+        for rows, into in zip(source.split(4096), target.split(4096), strict=True):
+            into.copy_(rows.double() @ wide.T)
+    out.b_enc.copy_(sae.b_enc)
+    out.b_dec.copy_(wide @ sae.b_dec.double())
+    mean = center.double().to(wide.device) + wide @ sae.input_mean.double()
+    out.set_normalization(mean, float(sae.input_scale))
+    if isinstance(out.activation, torch.nn.Module) and isinstance(sae.activation, torch.nn.Module):
+        out.activation.load_state_dict(sae.activation.state_dict())
+    out.initialization = {**sae.initialization, "subspace": r}
+    return out
