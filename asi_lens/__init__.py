@@ -37,6 +37,7 @@ _PUBLIC: dict[str, str] = {
 _MODULES = (
     "collect",
     "comparison",
+    "comparison_table",
     "corpora",
     "correlation",
     "errors",

@@ -8,34 +8,29 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from asi_lens.activation_store import ActivationStore
-from asi_lens.cache import cached_json
-from asi_lens.corpora import Tokens
 from asi_lens.errors import CacheError, require, unknown_name
 from asi_lens.files import cache_key, write_whole
-from asi_lens.models import model_info, resolve_device, resolve_dtype
+from asi_lens.models import resolve_device, resolve_dtype
 from asi_lens.paths import cache_dir
-from asi_lens.results import DeadFeatureRow
 from asi_lens.sae.checkpoints import CHECKPOINT_FILE, held
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
-from asi_lens.sae.evaluate import evaluate_together
 from asi_lens.sae.fit import train_together
-from asi_lens.sae.initialize import METHODS, auto_d_init, initialize
+from asi_lens.sae.initialize import METHODS, InitReport, auto_d_init, initialize
 from asi_lens.sae.metrics import METRICS_FILE, Row, read_metrics
+from asi_lens.sae.subspace import SubspaceStore, expand
 from asi_lens.sae.train import Trainer
 from asi_lens.sae.train_config import TrainConfig
-from asi_lens.split import Split
 
 # Raise it when a change to training, initialization or evaluation makes other numbers of the same options.
-_FORMAT = 1
+FORMAT = 1
 _ABOUT = "run.json"
 # Rows for the norm search.
 _SAMPLE = 8192
@@ -54,11 +49,17 @@ class Recipe:
     """As in `TrainConfig`."""
     aux_k: int | str = 0
     """As in `TrainConfig`."""
+    center: bool = True
+    """Take the mean out of the input; else it is left in, and `b_dec` starts at zero."""
+    inside: bool = False
+    """Train on the coordinates in the active subspace alone (`sae.subspace`), for "asi"."""
 
     def __post_init__(self) -> None:
         if self.init not in METHODS:
             raise unknown_name("initialization method", self.init, METHODS)
         TrainConfig(optimizer=self.optimizer, aux_k=self.aux_k)
+        fits = not self.inside or (self.init == "asi" and self.d_init is not None and self.center)
+        require(fits, "inside", self.inside, "False but for a centered 'asi' with a d_init")
 
 
 RECIPES: dict[str, Recipe] = {
@@ -68,9 +69,11 @@ RECIPES: dict[str, Recipe] = {
         Recipe("random + AuxK", aux_k="auto"),
         Recipe("ASI", "asi", "auto"),
         Recipe("ASI + sparse Adam", "asi", "auto", "sparse_adam"),
+        Recipe("random, not centered", center=False),
+        Recipe("inside the subspace", "asi", "auto", inside=True),
     )
 }
-"""The paper's comparison (C7, C9)."""
+"""The paper's comparison (C7, C9), what centering alone does, and training in the subspace alone."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +93,20 @@ class Run:
         """Of the initial directions and of the order of the data."""
         return self.config.seed
 
+    @property
+    def subspace(self) -> int | None:
+        """Dimensions that it was trained in, none for all."""
+        return self.d_init if self.recipe.inside else None
+
     def history(self) -> list[Row]:
-        """Logged metrics, as `Trainer.fit` returned them."""
-        return read_metrics(self.folder / METRICS_FILE)
+        """Logged metrics, as `Trainer.fit` returned them; FVU is always of whole activations."""
+        history = read_metrics(self.folder / METRICS_FILE)
+        if self.subspace is not None:
+            about = json.loads((self.folder / _ABOUT).read_text(encoding="utf-8"))
+            floor = about["discarded"]
+            for row in history:
+                row["fvu"] = None if row["fvu"] is None else floor + (1 - floor) * row["fvu"]
+        return history
 
     def sae(self) -> SparseAutoencoder:
         """The trained dictionary."""
@@ -142,75 +156,6 @@ def train_recipes(
     return out
 
 
-def dead_feature_rows(
-    runs: Sequence[Run],
-    held_out: ActivationStore,
-    *,
-    model: nn.Module | None = None,
-    tokens: Tokens | None = None,
-    curves: bool = True,
-    progress: bool = True,
-) -> list[DeadFeatureRow]:
-    """Training curves and held-out numbers of dictionaries of one site (`04_dead_feature_curves.csv`).
-
-    Args:
-        held_out: rows of the same site that no run was trained on: the dead features and FVU of the
-            `held_out` rows.
-        model, tokens: both or none: for `cross_entropy_delta`, on text of the held-out rows.
-        curves: all logged moments; else the last one. A moment before a window was full has no row of it.
-
-    Evaluations are cached. Raises as `evaluate_together`.
-    """
-    rows = []
-    for seed in dict.fromkeys(run.seed for run in runs):
-        group = [run for run in runs if run.seed == seed]
-        for run, found in zip(group, _evaluations(group, held_out, model, tokens, progress), strict=True):
-            about = _about(run, held_out)
-            history = run.history()
-            for moment in history if curves else history[-1:]:
-                shared = {**about, "tokens": moment["tokens"], "fvu": moment["fvu"], "l0": moment["l0"]}
-                for column, dead in moment.items():
-                    window = re.fullmatch(r"dead_fraction_(\d+)", column)
-                    if window and dead is not None and int(window[1]) <= (moment["tokens"] or 0):
-                        rows.append(
-                            DeadFeatureRow(
-                                **shared,
-                                split="train",
-                                dead_window_tokens=int(window[1]),
-                                dead_fraction=dead,
-                                cross_entropy_delta=None,
-                            )
-                        )
-            rows.append(DeadFeatureRow(**about, tokens=run.train.n_tokens, split="held_out", **found))
-    return rows
-
-
-def budget(model: nn.Module, runs: Sequence[Run], data: Split, *, losses: bool = True) -> str:
-    """What stands behind the numbers of some runs, for captions and the claims table."""
-    info, store = model_info(model), next(iter(data.train.values()))
-    sites = dict.fromkeys(run.config.metadata["site"] for run in runs)
-    layers = {run.config.metadata["layer"] for run in runs}
-    sizes, ks = ({getattr(run.config, name) for run in runs} for name in ("d_sae", "k"))
-    train = runs[0].train
-    parts = [
-        f"{info.name} ({info.weights}, {info.dtype})",
-        data.train_tokens.corpus,
-        f"{', '.join(sites)} of layer{'s' * (len(layers) > 1)} {_numbers(layers)} (width {store.d})",
-        f"{_numbers(sizes)} features, k {_numbers(ks)}",
-        f"{train.n_tokens:,} training tokens ({train.n_tokens / store.n:.1f} passes)",
-        f"lr {train.lr:g}, batch {train.batch_size:,}, dead window {train.dead_window:,} tokens",
-        f"{data.held_out_tokens.n_tokens:,} held-out tokens",
-    ]
-    if losses:
-        parts.append(f"losses on {data.loss_tokens.n_tokens:,} of them")
-    seeds = {run.seed for run in runs}
-    return ", ".join([*parts, f"seed{'s' * (len(seeds) > 1)} {_numbers(seeds)}"])
-
-
-def _numbers(values: Iterable[int]) -> str:
-    return ", ".join(f"{value:,}" for value in sorted(values))
-
-
 def _recipe(given: Recipe | str) -> Recipe:
     if isinstance(given, Recipe):
         return given
@@ -232,7 +177,7 @@ def _run(
     train = replace(base, optimizer=recipe.optimizer, aux_k=recipe.aux_k, seed=seed)
     d_init = auto_d_init(store.spectrum) if recipe.d_init == "auto" else recipe.d_init
     key = cache_key(
-        format=_FORMAT,
+        format=FORMAT,
         store=store.fingerprint,
         d_sae=d_sae,
         k=k,
@@ -241,6 +186,9 @@ def _run(
         train=asdict(train),
         sample=_SAMPLE,
         **logging,
+        # Left out where they are what they were before there was a choice.
+        **({} if recipe.center else {"center": False}),
+        **({"inside": True} if recipe.inside else {}),
     )
     known = (str(store.metadata[name]) for name in ("model", "site", "layer") if name in store.metadata)
     name = re.sub(r"[^\w.-]+", "-", "-".join([*known, str(d_sae), recipe.init, key]))
@@ -255,24 +203,51 @@ def _train(
     device: torch.device,
     progress: bool,
 ) -> None:
-    missing = {run.folder: run for run in runs if not _is_done(run)}
-    if not missing:
-        return
-    trainers, reports = [], []
-    for run in missing.values():
-        sae = SparseAutoencoder(run.config)
-        sample = store.sample(min(_SAMPLE, store.n))
-        reports.append(initialize(sae, run.recipe.init, store.spectrum, run.d_init, sample))
-        trainers.append(Trainer(sae.to(device), run.train))
-    train_together(trainers, store, folders=list(missing), progress=progress, **logging)
-    for run, trainer, report in zip(missing.values(), trainers, reports, strict=True):
-        with held(run.folder):
-            trainer.sae.save(run.folder / "sae")
-            about = {"format": _FORMAT, "recipe": asdict(run.recipe), "initialization": asdict(report)}
-            with write_whole(run.folder / _ABOUT) as temporary:
-                temporary.write_text(json.dumps(about, indent=1), encoding="utf-8")
-            # Moments of the optimizer: three times the dictionary, for nothing once it is trained.
-            (run.folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+    """Train what is missing: together where dictionaries read the same rows."""
+    for r in dict.fromkeys(run.subspace for run in runs):
+        missing = {run.folder: run for run in runs if run.subspace == r and not _is_done(run)}
+        if not missing:
+            continue
+        rows = store if r is None else SubspaceStore(store, r)
+        trainers, reports = [], []
+        for run in missing.values():
+            trainer, report = _start(run, rows, device)
+            trainers.append(trainer)
+            reports.append(report)
+        train_together(trainers, rows, folders=list(missing), progress=progress, **logging)
+        for run, trainer, report in zip(missing.values(), trainers, reports, strict=True):
+            _finish(run, trainer.sae, report, rows)
+
+
+def _start(run: Run, rows: ActivationStore, device: torch.device) -> tuple[Trainer, InitReport]:
+    sae = SparseAutoencoder(replace(run.config, d_in=rows.d))
+    # Inside the subspace any direction is one of ASI's.
+    method, d_init = (run.recipe.init, run.d_init) if run.subspace is None else ("random", None)
+    center = run.recipe.center
+    report = initialize(
+        sae,
+        method,
+        rows.spectrum,
+        d_init,
+        rows.sample(min(_SAMPLE, rows.n)),
+        center=center,
+        b_dec="mean" if center else "zeros",
+    )
+    return Trainer(sae.to(device), run.train), report
+
+
+def _finish(run: Run, sae: SparseAutoencoder, report: InitReport, rows: ActivationStore) -> None:
+    """Put the trained dictionary into the run's folder, at full width."""
+    about = {"format": FORMAT, "recipe": asdict(run.recipe), "initialization": asdict(report)}
+    if isinstance(rows, SubspaceStore):
+        sae = expand(sae, rows.basis, rows.center)
+        about["discarded"] = rows.discarded
+    with held(run.folder):
+        sae.save(run.folder / "sae")
+        with write_whole(run.folder / _ABOUT) as temporary:
+            temporary.write_text(json.dumps(about, indent=1), encoding="utf-8")
+        # Moments of the optimizer: three times the dictionary, for nothing once it is trained.
+        (run.folder / CHECKPOINT_FILE).unlink(missing_ok=True)
 
 
 def _is_done(run: Run) -> bool:
@@ -283,55 +258,3 @@ def _is_done(run: Run) -> bool:
         if not needed.exists():
             raise CacheError(f"{path} tells of a finished run, but {needed} is missing; delete {run.folder}")
     return True
-
-
-def _evaluations(
-    runs: Sequence[Run],
-    held_out: ActivationStore,
-    model: nn.Module | None,
-    tokens: Tokens | None,
-    progress: bool,
-) -> list[dict[str, Any]]:
-    """The fields of a `held_out` row that come from the evaluation."""
-    key = {
-        "format": _FORMAT,
-        "runs": [run.folder.name for run in runs],
-        "held_out": held_out.fingerprint,
-        "model": None if model is None else model_info(model).fingerprint,
-        "tokens": None if tokens is None else tokens.fingerprint,
-    }
-
-    def measure() -> list[dict[str, Any]]:
-        saes = [run.sae() for run in runs]
-        found = evaluate_together(saes, held_out, model=model, tokens=tokens, progress=progress)
-        return [
-            {
-                "dead_window_tokens": one.n_tokens,
-                "dead_fraction": one.dead_fraction,
-                "fvu": one.fvu,
-                "l0": one.l0,
-                "cross_entropy_delta": one.losses.cross_entropy_delta if one.losses else None,
-            }
-            for one in found
-        ]
-
-    return cached_json("evaluations", key, measure)
-
-
-def _about(run: Run, held_out: ActivationStore) -> dict[str, Any]:
-    metadata = {**held_out.metadata, **run.config.metadata}
-    return {
-        "model": metadata["model"],
-        "corpus": metadata["corpus"],
-        "site": metadata["site"],
-        "layer": metadata["layer"],
-        "method": run.recipe.name,
-        "init": run.recipe.init,
-        "d_init": run.d_init,
-        "optimizer": run.train.optimizer,
-        "aux_k": run.config.d_in // 2 if run.train.aux_k == "auto" else run.train.aux_k,
-        "d_sae": run.config.d_sae,
-        "k": run.config.k,
-        "lr": run.train.lr,
-        "seed": run.seed,
-    }

@@ -10,13 +10,15 @@ import pytest
 import torch
 from small_trainings import D_IN, quick, rows
 
-from asi_lens import comparison
+from asi_lens import comparison, comparison_table
 from asi_lens.activation_store import ActivationStore
-from asi_lens.comparison import RECIPES, Recipe, budget, dead_feature_rows, train_recipes
+from asi_lens.comparison import RECIPES, Recipe, train_recipes
+from asi_lens.comparison_table import budget, dead_feature_rows
 from asi_lens.errors import CacheError, OptionError, UnknownNameError
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.fit import train_together
 from asi_lens.sae.initialize import auto_d_init, initialize
+from asi_lens.sae.subspace import SubspaceStore, expand
 from asi_lens.sae.train import Trainer
 from asi_lens.split import harvest_split
 
@@ -131,6 +133,37 @@ def test_a_run_that_was_stopped_goes_on(
     assert same == [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in whole.history()]
 
 
+def test_inside_the_subspace_a_run_is_a_training_on_coordinates(
+    store: ActivationStore, held_out: ActivationStore
+) -> None:
+    whole, inside = train_recipes(
+        store, [Recipe("ASI", "asi", 6), Recipe("inside", "asi", 6, inside=True)], **OPTIONS
+    )
+    assert whole.folder != inside.folder
+    coordinates = SubspaceStore(store, 6)
+    sae = SparseAutoencoder(SAEConfig(6, 64, 4))
+    initialize(sae, "random", coordinates.spectrum, None, coordinates.sample(1000))
+    history = Trainer(sae, OPTIONS["train"]).fit(coordinates, progress=False, log_every=2)
+    x = rows(50)
+    torch.testing.assert_close(
+        inside.sae()(x), expand(sae, coordinates.basis, coordinates.center)(x), rtol=1e-4, atol=1e-4
+    )
+    floor = coordinates.discarded
+    assert 0 < floor < 1
+    for mine, theirs in zip(inside.history(), history, strict=True):
+        assert mine["fvu"] == pytest.approx(floor + (1 - floor) * theirs["fvu"])
+    ends = [row for row in dead_feature_rows([whole, inside], held_out) if row.split == "held_out"]
+    assert [(row.method, row.d_init) for row in ends] == [("ASI", 6), ("inside", 6)]
+    assert ends[1].fvu > 0.5 * floor
+
+
+def test_without_centering_the_mean_stays_in(store: ActivationStore) -> None:
+    (run,) = train_recipes(store, ["random, not centered"], **OPTIONS)
+    assert not run.sae().input_mean.any()
+    (centered,) = train_recipes(store, ["random"], **OPTIONS)
+    assert centered.sae().input_mean.any()
+
+
 def test_a_finished_run_without_its_dictionary_is_an_error(store: ActivationStore) -> None:
     (run,) = train_recipes(store, ["random"], **OPTIONS)
     (run.folder / "metrics.csv").unlink()
@@ -174,7 +207,7 @@ def test_evaluations_are_kept(
 ) -> None:
     runs = train_recipes(store, ["random"], **OPTIONS)
     first = dead_feature_rows(runs, held_out)
-    monkeypatch.setattr(comparison, "evaluate_together", refuse)
+    monkeypatch.setattr(comparison_table, "evaluate_together", refuse)
     assert dead_feature_rows(runs, held_out) == first
     with pytest.raises(AssertionError, match="again"):
         dead_feature_rows(runs, store)
@@ -247,4 +280,6 @@ def test_bad_recipes_are_named() -> None:
         Recipe("x", optimizer="sgd")
     with pytest.raises(OptionError, match="aux_k"):
         Recipe("x", aux_k=-1)
-    assert list(RECIPES) == ["random", "random + AuxK", "ASI", "ASI + sparse Adam"]
+    with pytest.raises(OptionError, match="inside"):
+        Recipe("x", inside=True)
+    assert list(RECIPES)[:4] == ["random", "random + AuxK", "ASI", "ASI + sparse Adam"]

@@ -51,6 +51,7 @@ LAYERS = (
     ("provenance", "tables"),
     ("results",),
     ("comparison",),
+    ("comparison_table",),
     ("figure_files", "figure_style"),
     ("figure_parts",),
     ("execute", "figures", "gallery", "profiles", "sae_figures"),

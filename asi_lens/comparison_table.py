@@ -1,0 +1,139 @@
+"""The table of a comparison: training curves and held-out numbers of its dictionaries, and their budget."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from asi_lens.activation_store import ActivationStore
+from asi_lens.cache import cached_json
+from asi_lens.comparison import FORMAT, Run
+from asi_lens.corpora import Tokens
+from asi_lens.models import model_info
+from asi_lens.results import DeadFeatureRow
+from asi_lens.sae.evaluate import evaluate_together
+from asi_lens.split import Split
+
+
+def dead_feature_rows(
+    runs: Sequence[Run],
+    held_out: ActivationStore,
+    *,
+    model: nn.Module | None = None,
+    tokens: Tokens | None = None,
+    curves: bool = True,
+    progress: bool = True,
+) -> list[DeadFeatureRow]:
+    """Training curves and held-out numbers of dictionaries of one site (`04_dead_feature_curves.csv`).
+
+    Args:
+        held_out: rows of the same site that no run was trained on: the dead features and FVU of the
+            `held_out` rows.
+        model, tokens: both or none: for `cross_entropy_delta`, on text of the held-out rows.
+        curves: all logged moments; else the last one. A moment before a window was full has no row of it.
+
+    Evaluations are cached. Raises as `evaluate_together`.
+    """
+    rows = []
+    for seed in dict.fromkeys(run.seed for run in runs):
+        group = [run for run in runs if run.seed == seed]
+        for run, found in zip(group, _evaluations(group, held_out, model, tokens, progress), strict=True):
+            about = _about(run, held_out)
+            history = run.history()
+            for moment in history if curves else history[-1:]:
+                shared = {**about, "tokens": moment["tokens"], "fvu": moment["fvu"], "l0": moment["l0"]}
+                for column, dead in moment.items():
+                    window = re.fullmatch(r"dead_fraction_(\d+)", column)
+                    if window and dead is not None and int(window[1]) <= (moment["tokens"] or 0):
+                        rows.append(
+                            DeadFeatureRow(
+                                **shared,
+                                split="train",
+                                dead_window_tokens=int(window[1]),
+                                dead_fraction=dead,
+                                cross_entropy_delta=None,
+                            )
+                        )
+            rows.append(DeadFeatureRow(**about, tokens=run.train.n_tokens, split="held_out", **found))
+    return rows
+
+
+def budget(model: nn.Module, runs: Sequence[Run], data: Split, *, losses: bool = True) -> str:
+    """What stands behind the numbers of some runs, for captions and the claims table."""
+    info, store = model_info(model), next(iter(data.train.values()))
+    sites = dict.fromkeys(run.config.metadata["site"] for run in runs)
+    layers = {run.config.metadata["layer"] for run in runs}
+    sizes, ks = ({getattr(run.config, name) for run in runs} for name in ("d_sae", "k"))
+    train = runs[0].train
+    parts = [
+        f"{info.name} ({info.weights}, {info.dtype})",
+        data.train_tokens.corpus,
+        f"{', '.join(sites)} of layer{'s' * (len(layers) > 1)} {_numbers(layers)} (width {store.d})",
+        f"{_numbers(sizes)} features, k {_numbers(ks)}",
+        f"{train.n_tokens:,} training tokens ({train.n_tokens / store.n:.1f} passes)",
+        f"lr {train.lr:g}, batch {train.batch_size:,}, dead window {train.dead_window:,} tokens",
+        f"{data.held_out_tokens.n_tokens:,} held-out tokens",
+    ]
+    if losses:
+        parts.append(f"losses on {data.loss_tokens.n_tokens:,} of them")
+    seeds = {run.seed for run in runs}
+    return ", ".join([*parts, f"seed{'s' * (len(seeds) > 1)} {_numbers(seeds)}"])
+
+
+def _numbers(values: Iterable[int]) -> str:
+    return ", ".join(f"{value:,}" for value in sorted(values))
+
+
+def _evaluations(
+    runs: Sequence[Run],
+    held_out: ActivationStore,
+    model: nn.Module | None,
+    tokens: Tokens | None,
+    progress: bool,
+) -> list[dict[str, Any]]:
+    """The fields of a `held_out` row that come from the evaluation."""
+    key = {
+        "format": FORMAT,
+        "runs": [run.folder.name for run in runs],
+        "held_out": held_out.fingerprint,
+        "model": None if model is None else model_info(model).fingerprint,
+        "tokens": None if tokens is None else tokens.fingerprint,
+    }
+
+    def measure() -> list[dict[str, Any]]:
+        saes = [run.sae() for run in runs]
+        found = evaluate_together(saes, held_out, model=model, tokens=tokens, progress=progress)
+        return [
+            {
+                "dead_window_tokens": one.n_tokens,
+                "dead_fraction": one.dead_fraction,
+                "fvu": one.fvu,
+                "l0": one.l0,
+                "cross_entropy_delta": one.losses.cross_entropy_delta if one.losses else None,
+            }
+            for one in found
+        ]
+
+    return cached_json("evaluations", key, measure)
+
+
+def _about(run: Run, held_out: ActivationStore) -> dict[str, Any]:
+    metadata = {**held_out.metadata, **run.config.metadata}
+    return {
+        "model": metadata["model"],
+        "corpus": metadata["corpus"],
+        "site": metadata["site"],
+        "layer": metadata["layer"],
+        "method": run.recipe.name,
+        "init": run.recipe.init,
+        "d_init": run.d_init,
+        "optimizer": run.train.optimizer,
+        "aux_k": run.config.d_in // 2 if run.train.aux_k == "auto" else run.train.aux_k,
+        "d_sae": run.config.d_sae,
+        "k": run.config.k,
+        "lr": run.train.lr,
+        "seed": run.seed,
+    }
