@@ -37,6 +37,7 @@ TABLES = {
     "05_d_init": DeadFeatureRow,
     "06_dictionary_size": DeadFeatureRow,
     "07_layers_and_sites": RankedDeadFeatureRow,
+    "11_inside_the_subspace": DeadFeatureRow,
 }
 CLAIMS = [
     ("C1", "01"),
@@ -72,6 +73,7 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "03_wo_ablation": {"random_draws": 2},
     "04_dead_feature_curves": {**TRAINING, "d_sae": 48, "n_seeds": 2},
+    "11_inside_the_subspace": {**TRAINING, "d_sae": 48, "n_seeds": 2},
     "05_d_init": {**TRAINING, "d_sae": 48, "sites": ["attn_out", "mlp_out"], "d_init_fractions": [0.25, 0.5]},
     "06_dictionary_size": {**TRAINING, "d_sae": [32, 64]},
     "07_layers_and_sites": {
@@ -161,7 +163,7 @@ def test_provenance_names_weights_texts_and_seeds(ran: Any) -> None:
     told = provenance.read_run(folder)["notebooks"]
     assert sorted(told) == notebook_names()
     for name, entry in told.items():
-        assert entry["seeds"] == ([0, 1] if name == "04_dead_feature_curves" else [0])
+        assert entry["seeds"] == ([0, 1] if "n_seeds" in OWN[name] else [0])
         assert len(entry["sources"]) >= 2, name
         assert entry["parameters"]["context"] == 16
 
