@@ -19,14 +19,13 @@ from tqdm.auto import tqdm
 from asi_lens import models
 from asi_lens.cache import cached_json
 from asi_lens.corpora import Tokens
-from asi_lens.errors import DataError, require, unknown_name
+from asi_lens.errors import DataError, require
 from asi_lens.spectra import Spectrum
 
 # Takes an activation [batch position d] and returns what the model goes on with.
 Edit = Callable[[Tensor], Tensor]
 
 _FORMAT = "2"
-SUBSPACES = ("principal", "random")
 
 
 def project(mean: Float[Tensor, " d"], basis: Float[Tensor, "d r"]) -> Edit:
@@ -112,29 +111,29 @@ def truncation_sweep(
     spectra: Mapping[tuple[str, int], Spectrum],
     ranks: Sequence[float],
     *,
-    subspaces: Sequence[str] = SUBSPACES,
-    seed: int = 0,
+    random_ranks: Sequence[float] | None = None,
+    random_seeds: Sequence[int] = (0,),
     batch_tokens: int = 2048,
     progress: bool = True,
 ) -> list[dict[str, object]]:
     """Cross-entropy with each (site, layer) of `spectra` projected on r directions (paper's claim C3).
 
     Returns one record per point with the columns of `02_downstream_loss.csv`. Losses are cached, one
-    (site, layer) at a time.
+    (site, layer) at a time: the layers below it run once for all of its points.
 
     Args:
-        ranks: fractions of the site's width, each above 0 and at most 1.
-        subspaces: `principal` (the top-r directions of the spectrum) and `random` (r random directions,
-            the same for a site at every r: nested), which shows what choosing directions buys.
+        ranks: fractions of the site's width, each above 0 and at most 1: the top directions of the spectrum.
+        random_ranks: as many random directions, which shows what choosing them buys; None is `ranks`.
+        random_seeds: a random subspace for each, the same for a site at every r (nested); () is none.
 
     The first position is left as it is. `tokens` should not be those that the spectra were measured on.
-    Raises OptionError for a rank out of range, UnknownNameError for a subspace.
+    Raises OptionError for a rank or seed out of range.
     """
-    for subspace in subspaces:
-        if subspace not in SUBSPACES:
-            raise unknown_name("subspace", subspace, SUBSPACES)
-    for rank in ranks:
-        require(0 < rank <= 1, "ranks", rank, "fractions of the width above 0 and at most 1")
+    random_ranks = ranks if random_ranks is None else random_ranks
+    for key, values in (("ranks", ranks), ("random_ranks", random_ranks)):
+        for rank in values:
+            require(0 < rank <= 1, key, rank, "fractions of the width above 0 and at most 1")
+    require(all(seed >= 0 for seed in random_seeds), "random_seeds", list(random_seeds), "of at least 0")
     info = models.model_info(model)
     base = {
         "format": _FORMAT,
@@ -148,27 +147,27 @@ def truncation_sweep(
     )
     out: list[dict[str, object]] = []
     for (site, layer), spectrum in spectra.items():
-        sizes = sorted({max(1, round(rank * spectrum.d)) for rank in ranks})
-        names = {f"{subspace} {r}": (subspace, r) for subspace in subspaces for r in sizes}
-        key = {
+        points: list[tuple[int | None, int]] = [(None, r) for r in _sizes(ranks, spectrum.d)]
+        points += [(seed, r) for seed in random_seeds for r in _sizes(random_ranks, spectrum.d)]
+        about = {
             **base,
             "site": site,
             "layer": layer,
-            "edits": ["mean", *names],
-            "seed": seed if "random" in subspaces else None,
+            "edits": ["mean", *(_name(*point) for point in points)],
             "spectrum": spectrum.fingerprint,
         }
 
         def measure(
-            site: str = site, layer: int = layer, spectrum: Spectrum = spectrum, names: Any = names
+            site: str = site, layer: int = layer, spectrum: Spectrum = spectrum, points: Any = points
         ) -> dict[str, float]:
-            edits = _truncations(spectrum, names, seed)
+            edits = _truncations(spectrum, points)
             return edited_cross_entropy(
                 model, tokens, site, layer, edits, batch_tokens=batch_tokens, progress=progress
             )
 
-        losses = cached_json("losses", key, measure)
-        for name, (subspace, r) in names.items():
+        losses = cached_json("losses", about, measure)
+        for seed, r in points:
+            loss = losses[_name(seed, r)]
             out.append(
                 {
                     "model": info.name,
@@ -176,28 +175,38 @@ def truncation_sweep(
                     "n_tokens": _predictions(tokens),
                     "site": site,
                     "layer": layer,
-                    "subspace": subspace,
-                    "seed": seed if subspace == "random" else None,
+                    "subspace": "principal" if seed is None else "random",
+                    "seed": seed,
                     "rank": r,
                     "rank_fraction": r / spectrum.d,
-                    "cross_entropy": losses[name],
+                    "cross_entropy": loss,
                     "cross_entropy_clean": clean,
                     "cross_entropy_mean_ablated": losses["mean"],
-                    "loss_recovered": loss_recovered(losses[name], clean, losses["mean"]),
+                    "loss_recovered": loss_recovered(loss, clean, losses["mean"]),
                 }
             )
     return out
 
 
-def _truncations(spectrum: Spectrum, names: Mapping[str, tuple[str, int]], seed: int) -> dict[str, Edit]:
-    """The edits of a sweep: mean ablation, then one projection per (subspace, r)."""
-    noise = torch.randn(
-        spectrum.d, spectrum.d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
-    frames = {"principal": spectrum.eigenvectors, "random": torch.linalg.qr(noise).Q}
+def _sizes(ranks: Sequence[float], d: int) -> list[int]:
+    return sorted({max(1, round(rank * d)) for rank in ranks})
+
+
+def _name(seed: int | None, r: int) -> str:
+    return f"principal {r}" if seed is None else f"random {seed} {r}"
+
+
+def _truncations(spectrum: Spectrum, points: Sequence[tuple[int | None, int]]) -> dict[str, Edit]:
+    """The edits of a sweep: mean ablation, then one projection per (seed, r); no seed is the spectrum's."""
+    frames: dict[int | None, Tensor] = {None: spectrum.eigenvectors}
+    for seed in {point[0] for point in points} - {None}:
+        assert seed is not None
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(spectrum.d, spectrum.d, generator=generator, dtype=torch.float64)
+        frames[seed] = torch.linalg.qr(noise).Q
     edits = {"mean": skip_first(mean_ablate(spectrum.mean))}
-    for name, (subspace, r) in names.items():
-        edits[name] = skip_first(project(spectrum.mean, frames[subspace][:, :r]))
+    for which, r in points:
+        edits[_name(which, r)] = skip_first(project(spectrum.mean, frames[which][:, :r]))
     return edits
 
 

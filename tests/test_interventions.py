@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from asi_lens import interventions as iv
 from asi_lens import models
 from asi_lens.collect import collect_spectra
 from asi_lens.corpora import Tokens
-from asi_lens.errors import DataError, OptionError, UnknownNameError
+from asi_lens.errors import DataError, OptionError
 from asi_lens.results import LossRow
 
 pytestmark = [
@@ -94,7 +95,10 @@ def test_a_sweep_is_complete_cached_and_nested(
 ) -> None:
     spectra = collect_spectra(tiny_llama, tiny_tokens, ["attn_out", "mlp_out"], [1], progress=False)
     ranks = [0.25, 0.5, 1.0]
-    records = iv.truncation_sweep(tiny_llama, tiny_tokens, spectra, ranks, seed=3, progress=False)
+    sweep = partial(
+        iv.truncation_sweep, tiny_llama, tiny_tokens, spectra, ranks, random_seeds=[3], progress=False
+    )
+    records = sweep()
     rows = [LossRow(**record) for record in records]
     assert len(rows) == 2 * 2 * 3
     for row in rows:
@@ -103,7 +107,10 @@ def test_a_sweep_is_complete_cached_and_nested(
         if row.rank_fraction == 1.0:
             assert row.cross_entropy == pytest.approx(row.cross_entropy_clean, rel=1e-4)
     monkeypatch.setattr(models, "forward", None)  # nothing may run
-    assert iv.truncation_sweep(tiny_llama, tiny_tokens, spectra, ranks, seed=3, progress=False) == records
+    assert (
+        iv.truncation_sweep(tiny_llama, tiny_tokens, spectra, ranks, random_seeds=[3], progress=False)
+        == records
+    )
 
 
 def test_recovered_share() -> None:
@@ -125,8 +132,8 @@ def test_bad_input(tiny_llama: Any, tiny_tokens: Tokens) -> None:
     spectra = collect_spectra(tiny_llama, tiny_tokens, ["attn_out"], [1], progress=False)
     with pytest.raises(OptionError, match=r"ranks=1\.5"):
         iv.truncation_sweep(tiny_llama, tiny_tokens, spectra, [1.5])
-    with pytest.raises(UnknownNameError, match="did you mean 'principal'"):
-        iv.truncation_sweep(tiny_llama, tiny_tokens, spectra, [0.5], subspaces=["principle"])
+    with pytest.raises(OptionError, match="random_seeds"):
+        iv.truncation_sweep(tiny_llama, tiny_tokens, spectra, [0.5], random_seeds=[-1])
     with pytest.raises(DataError, match="'broken' is not finite"):
         iv.edited_cross_entropy(
             tiny_llama, tiny_tokens, *WHERE, {"broken": lambda x: x * float("nan")}, progress=False
