@@ -26,6 +26,7 @@ _PUBLIC: dict[str, str] = {
         "split": ("Split", "harvest_split"),
         "sae.dictionary": ("SAEConfig", "SparseAutoencoder"),
         "sae.initialize": ("initialize",),
+        "sae.sparsity": ("SparsityConfig",),
         "sae.train": ("TrainConfig", "Trainer"),
         "sae.evaluate": ("Evaluation", "evaluate", "evaluate_together"),
         "interventions": ("cross_entropy", "edited_cross_entropy", "truncation_sweep"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from asi_lens.files import cache_key, write_whole
 from asi_lens.models import resolve_device, resolve_dtype
 from asi_lens.paths import cache_dir
 from asi_lens.sae.checkpoints import CHECKPOINT_FILE, held
-from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
+from asi_lens.sae.dictionary import ACTIVATIONS, SAEConfig, SparseAutoencoder
 from asi_lens.sae.fit import train_together
 from asi_lens.sae.initialize import METHODS, InitReport, auto_d_init, initialize
 from asi_lens.sae.metrics import METRICS_FILE, Row, read_metrics
+from asi_lens.sae.sparsity import SparsityConfig, has_threshold
 from asi_lens.sae.subspace import SubspaceStore, expand
 from asi_lens.sae.train import Trainer
 from asi_lens.sae.train_config import TrainConfig
@@ -53,11 +54,17 @@ class Recipe:
     """Take the mean out of the input; else it is left in, and `b_dec` starts at zero."""
     inside: bool = False
     """Train on the coordinates in the active subspace alone (`sae.subspace`), for "asi"."""
+    activation: str = "topk"
+    """As in `SAEConfig`."""
+    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
+    """How it is kept sparse (`sae.sparsity`)."""
 
     def __post_init__(self) -> None:
         if self.init not in METHODS:
             raise unknown_name("initialization method", self.init, METHODS)
         TrainConfig(optimizer=self.optimizer, aux_k=self.aux_k)
+        if self.activation not in ACTIVATIONS:
+            raise unknown_name("activation", self.activation, ACTIVATIONS)
         fits = not self.inside or (self.init == "asi" and self.d_init is not None and self.center)
         require(fits, "inside", self.inside, "False but for a centered 'asi' with a d_init")
 
@@ -173,7 +180,7 @@ def _run(
     base: TrainConfig,
     logging: Mapping[str, Any],
 ) -> Run:
-    config = SAEConfig(store.d, d_sae, k, seed=seed, metadata=store.metadata)
+    config = SAEConfig(store.d, d_sae, k, recipe.activation, seed, store.metadata)
     train = replace(base, optimizer=recipe.optimizer, aux_k=recipe.aux_k, seed=seed)
     d_init = auto_d_init(store.spectrum) if recipe.d_init == "auto" else recipe.d_init
     key = cache_key(
@@ -189,6 +196,8 @@ def _run(
         # Left out where they are what they were before there was a choice.
         **({} if recipe.center else {"center": False}),
         **({"inside": True} if recipe.inside else {}),
+        **({"activation": recipe.activation} if recipe.activation != "topk" else {}),
+        **({"sparsity": asdict(recipe.sparsity)} if recipe.sparsity != SparsityConfig() else {}),
     )
     known = (str(store.metadata[name]) for name in ("model", "site", "layer") if name in store.metadata)
     name = re.sub(r"[^\w.-]+", "-", "-".join([*known, str(d_sae), recipe.init, key]))
@@ -232,8 +241,9 @@ def _start(run: Run, rows: ActivationStore, device: torch.device) -> tuple[Train
         rows.sample(min(_SAMPLE, rows.n)),
         center=center,
         b_dec="mean" if center else "zeros",
+        initial_l0=run.recipe.sparsity.initial_l0 if has_threshold(sae) else None,
     )
-    return Trainer(sae.to(device), run.train), report
+    return Trainer(sae.to(device), run.train, run.recipe.sparsity), report
 
 
 def _finish(run: Run, sae: SparseAutoencoder, report: InitReport, rows: ActivationStore) -> None:

@@ -133,7 +133,7 @@ def _about(run: Run, held_out: ActivationStore) -> dict[str, Any]:
         "optimizer": run.train.optimizer,
         "aux_k": run.config.d_in // 2 if run.train.aux_k == "auto" else run.train.aux_k,
         "d_sae": run.config.d_sae,
-        "k": run.config.k,
+        "k": run.config.k if run.config.activation == "topk" else None,
         "lr": run.train.lr,
         "seed": run.seed,
     }

@@ -45,7 +45,7 @@ def test_fit_learns_and_logs(store: ActivationStore, tmp_path: Path) -> None:
     assert trainer.tokens == history[-1]["tokens"] == 64 * 30
     assert history[-1]["fvu"] < history[0]["fvu"]
     assert list(history[0]) == [
-        *("step", "tokens", "fvu", "l0", "loss", "aux_loss"),
+        *("step", "tokens", "fvu", "l0", "loss", "aux_loss", "penalty"),
         *("dead_fraction_128", "dead_fraction_256", "dead_fraction_512"),
         *("lr", "tokens_per_s", "gradient_norm"),
     ]

@@ -29,6 +29,7 @@ from torch.nn.functional import relu
 from asi_lens.errors import DataError, OptionError, UnknownNameError
 from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.formats import load_folder
+from asi_lens.sae.sparsity import set_threshold
 
 # --- reading SAELens --------------------------------------------------------------------------------
 
@@ -217,6 +218,16 @@ def test_saelens_opens_ours(sae_lens: ModuleType, tmp_path: Path) -> None:
     assert found.cfg.metadata.hook_name == "blocks.1.hook_attn_out"
     assert found.cfg.metadata.model_name == "tiny"
     assert found.cfg.k == K
+
+
+@pytest.mark.parametrize("activation", ["batchtopk", "jumprelu", "relu"])
+def test_saelens_opens_what_fires_freely(sae_lens: ModuleType, tmp_path: Path, activation: str) -> None:
+    ours = trained_like(activation=activation)
+    if activation != "relu":
+        set_threshold(ours, activations(), 3)
+    ours.save(tmp_path)
+    x = activations()
+    torch.testing.assert_close(sae_lens.SAE.load_from_disk(tmp_path)(x), ours(x), rtol=1e-5, atol=1e-5)
 
 
 def test_saelens_gives_back_what_it_got(sae_lens: ModuleType, tmp_path: Path) -> None:

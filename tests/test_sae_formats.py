@@ -27,6 +27,7 @@ from asi_lens.errors import DataError, OptionError, UnknownNameError
 from asi_lens.sae import formats
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.formats import load_folder
+from asi_lens.sae.sparsity import set_threshold
 
 # --- ours -------------------------------------------------------------------------------------------
 
@@ -213,3 +214,17 @@ def test_folders_that_are_no_dictionary(tmp_path: Path) -> None:
         (tmp_path / "asi_lens.json").write_text(text)
         with pytest.raises(DataError, match=message):
             load_folder(tmp_path)
+
+
+def test_batchtopk_is_written_as_jumprelu_and_read_as_itself(tmp_path: Path) -> None:
+    sae, x = trained_like(activation="batchtopk"), activations()
+    set_threshold(sae, x, 3)
+    sae.save(tmp_path)
+    values = json.loads((tmp_path / "cfg.json").read_text())
+    weights = load_file(tmp_path / "sae_weights.safetensors")
+    assert values["architecture"] == "jumprelu"
+    assert weights["threshold"].unique().numel() == 1
+    torch.testing.assert_close(theirs(values, weights, x).float(), sae(x), rtol=1e-4, atol=1e-4)
+    again = load_folder(tmp_path)
+    assert again.config.activation == "batchtopk"
+    assert torch.equal(again(x), sae(x))

@@ -1,7 +1,7 @@
-"""Activation functions of dictionaries trained elsewhere, for inference: ReLU and JumpReLU.
+"""Activation functions that fire on any number of features: ReLU, JumpReLU and BatchTopK, as they infer.
 
-Unlike TopK they fire on any number of features, so a code is as wide as its widest row; the places that a
-row does not need hold zeros, which did not fire.
+A code is as wide as its widest row; the places that a row does not need hold zeros, which did not fire.
+How they are trained is in `sparsity`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad, relu
 
@@ -64,12 +64,64 @@ class JumpReLU(nn.Module):
         return _fired(x, encoder, bias, lambda z: relu(z) * (z > threshold))
 
 
+class BatchTopK(nn.Module):
+    """z if z > threshold, else 0 (Bussmann et al. 2024): one `threshold []` for all features.
+
+    In training the k x batch largest pre-activations of a batch fire; the threshold is the running mean of
+    the smallest of them, so that inference does not depend on how tokens are batched.
+    """
+
+    threshold: Tensor
+
+    def __init__(self, config: HasWidth):
+        super().__init__()
+        del config
+        self.register_buffer("threshold", torch.zeros(()))
+
+    def code(
+        self,
+        x: Float[Tensor, "batch d_in"],
+        encoder: Float[Tensor, "d_sae d_in"],
+        bias: Float[Tensor, " d_sae"],
+        workspace: Workspace | None = None,
+    ) -> SparseCode:
+        """See `dictionary.Activation.code`."""
+        threshold = self.threshold.to(x)
+        return _fired(x, encoder, bias, lambda z: relu(z) * (z > threshold))
+
+
+def pick(mask: Bool[Tensor, "batch n"], values: Float[Tensor, "batch n"]) -> SparseCode:
+    """The marked places of each row and their values, side by side; zeros of feature 0 fill up."""
+    counts = mask.sum(1)
+    width = max(1, int(counts.max())) if len(mask) else 1
+    rows, columns = mask.nonzero(as_tuple=True)
+    starts = counts.cumsum(0) - counts
+    place = torch.arange(len(rows), device=mask.device) - starts[rows]
+    indices = torch.zeros(len(mask), width, dtype=torch.int64, device=mask.device)
+    found = values.new_zeros(len(mask), width)
+    indices[rows, place] = columns
+    found[rows, place] = values[rows, columns]
+    return SparseCode(indices, found)
+
+
+def keep(code: SparseCode, kept: Bool[Tensor, "batch k"]) -> SparseCode:
+    """The marked picks of a code, moved to the left; the others are zeros, as few as can be."""
+    width = max(1, int(kept.sum(1).max()))
+    order = kept.byte().argsort(dim=1, descending=True, stable=True)[:, :width]
+    return SparseCode(code.indices.gather(1, order), (code.values * kept).gather(1, order))
+
+
 def stack_codes(codes: Sequence[SparseCode]) -> SparseCode:
     """The rows of several codes; narrower ones are filled up with zeros of feature 0."""
     width = max(code.values.shape[1] for code in codes)
     indices = [pad(code.indices, (0, width - code.indices.shape[1])) for code in codes]
     values = [pad(code.values, (0, width - code.values.shape[1])) for code in codes]
     return SparseCode(torch.cat(indices), torch.cat(values))
+
+
+def row_blocks(x: Float[Tensor, "batch d_in"], d_sae: int) -> Sequence[Float[Tensor, "rows d_in"]]:
+    """Rows in blocks whose pre-activations fit into `CHUNK_BYTES`."""
+    return x.split(max(1, CHUNK_BYTES // (4 * d_sae)))
 
 
 def _fired(
@@ -79,9 +131,7 @@ def _fired(
     gate: Callable[[Tensor], Tensor],
 ) -> SparseCode:
     codes = []
-    for block in x.split(max(1, CHUNK_BYTES // (4 * len(encoder)))):
-        values = gate(linear(block, encoder, bias.to(block)))
-        width = max(1, int((values > 0).sum(1).max()))
-        found = values.topk(width, dim=1, sorted=False)
-        codes.append(SparseCode(found.indices, found.values))
+    for block in row_blocks(x, len(encoder)):
+        values = gate(linear(block, encoder.to(block), bias.to(block)))
+        codes.append(pick(values > 0, values))
     return stack_codes(codes)

@@ -23,7 +23,7 @@ from jaxtyping import Float, Num
 from torch import Tensor, nn
 
 from asi_lens.errors import DataError, OptionError, require, unknown_name
-from asi_lens.sae.activations import JumpReLU, ReLU, stack_codes
+from asi_lens.sae.activations import BatchTopK, JumpReLU, ReLU, stack_codes
 from asi_lens.sae.sparse_ops import SparseCode, Workspace, decode_sum, encode_topk
 
 # Rows encoded at a time outside of training.
@@ -39,7 +39,8 @@ class SAEConfig:
     Attributes:
         d_in: width of the activations.
         d_sae: features.
-        k: features that may fire on one token, 1 to d_sae.
+        k: features that fire on one token, 1 to d_sae: at most (topk), on average (batchtopk), or as
+            `sparsity` aims at (jumprelu, relu).
         activation: name in `ACTIVATIONS`.
         seed: of the random directions.
         metadata: where the activations come from (model, site, hook_name, layer, corpus ...); JSON values.
@@ -108,8 +109,13 @@ class TopK:
         return encode_topk(x, encoder, bias, self.k, workspace=workspace)
 
 
-ACTIVATIONS: dict[str, Callable[[SAEConfig], Activation]] = {"topk": TopK, "relu": ReLU, "jumprelu": JumpReLU}
-"""Activation functions by name. Only `topk` can be trained here, so far."""
+ACTIVATIONS: dict[str, Callable[[SAEConfig], Activation]] = {
+    "topk": TopK,
+    "batchtopk": BatchTopK,
+    "jumprelu": JumpReLU,
+    "relu": ReLU,
+}
+"""Activation functions by name; `sparsity` has how each is trained."""
 
 
 class SparseAutoencoder(nn.Module):

@@ -49,7 +49,7 @@ def train_together(
             stopped or killed goes on from there, bit for bit. None keeps everything in memory.
         checkpoint_every: tokens between checkpoints; also one at the end, and on Ctrl-C or SIGTERM after
             the step under way (a second Ctrl-C stops at once, without).
-        log_every: steps between rows of metrics (step, tokens, fvu, l0, loss, aux_loss,
+        log_every: steps between rows of metrics (step, tokens, fvu, l0, loss, aux_loss, penalty,
             dead_fraction_<window>, lr, tokens_per_s of time spent in steps, gradient_norm).
         windows: tokens of dead fractions to log besides `dead_window`.
         loggers: "tensorboard", "wandb", or functions that take a row.
@@ -162,7 +162,7 @@ class _Run:
             trainer.sae.set_normalization(store.mean, store.scale)
         self.saved_at: int | None = None
         self.busy, self.busy_tokens = 0.0, 0
-        columns = ["step", "tokens", "fvu", "l0", "loss", "aux_loss"]
+        columns = ["step", "tokens", "fvu", "l0", "loss", "aux_loss", "penalty"]
         columns += [f"dead_fraction_{window}" for window in self.windows]
         self.log = MetricsLog([*columns, "lr", "tokens_per_s", "gradient_norm"], folder, loggers)
         self._resume()
@@ -209,6 +209,7 @@ class _Run:
                 "l0": output.l0,
                 "loss": output.loss,
                 "aux_loss": output.aux_loss,
+                "penalty": output.penalty,
                 **dead,
                 "lr": output.lr,
                 "tokens_per_s": round(self.busy_tokens / self.busy, 1),

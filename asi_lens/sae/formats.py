@@ -44,6 +44,8 @@ _OUR_NAMES = {"threshold": _THRESHOLD}
 _RENAMED = {"model": "model_name", "context": "context_size", "bos": "prepend_bos", "corpus": "dataset_path"}
 # SAELens' architectures and the activation functions they are here.
 _ARCHITECTURES = {"topk": "topk", "jumprelu": "jumprelu", "standard": "relu"}
+# Ours -> what SAELens reads it as; BatchTopK infers by a threshold, as JumpReLU does.
+_WRITTEN_AS = {"topk": "topk", "batchtopk": "jumprelu", "jumprelu": "jumprelu", "relu": "standard"}
 _SAELENS_KEYS = {
     *("architecture", "d_in", "d_sae", "k", "dtype", "device", "metadata"),
     *("apply_b_dec_to_input", "normalize_activations", "reshape_activations"),
@@ -72,13 +74,14 @@ def save_folder(sae: SparseAutoencoder, folder: Path | str) -> None:
     if folder.exists():
         _require_replaceable(folder)
     config = sae.config
-    if config.activation not in _ARCHITECTURES.values():
-        known = ", ".join(_ARCHITECTURES.values())
+    if config.activation not in _WRITTEN_AS:
+        known = ", ".join(_WRITTEN_AS)
         raise OptionError(f"activation={config.activation!r} cannot be written; those that can: {known}")
     state = {name: tensor.detach() for name, tensor in sae.state_dict().items()}
     folded = {name: tensor.float() for name, tensor in sae.folded().items()}
     if _THRESHOLD in state:
-        folded["threshold"] = (state[_THRESHOLD] / state["input_scale"]).float()
+        threshold = (state[_THRESHOLD] / state["input_scale"]).float()
+        folded["threshold"] = threshold.expand(config.d_sae).contiguous()
     stored = {_OUR_NAMES.get(name, name): tensor for name, tensor in folded.items()}
     own = {name: tensor for name, tensor in state.items() if not _same_bits(tensor, stored.get(name))}
     norms = torch.linalg.vector_norm(folded["W_dec"], dim=1)
@@ -130,7 +133,7 @@ def _shared_config(config: SAEConfig, unit_norm: bool) -> dict[str, Any]:
     """`cfg.json`: the keys of SAELens and those of sparsify."""
     metadata = {_RENAMED.get(key, key): value for key, value in config.metadata.items()}
     hook = str(metadata.get("hook_name", ""))
-    architecture = next(name for name, there in _ARCHITECTURES.items() if there == config.activation)
+    architecture = _WRITTEN_AS[config.activation]
     shared = {
         "architecture": architecture,
         "d_in": config.d_in,

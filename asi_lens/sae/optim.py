@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.adam import adam
 
 from asi_lens.errors import DataError, require, unknown_name
@@ -52,9 +52,16 @@ def rows_per_chunk(d_in: int, device: torch.device) -> int:
     return max(1, elements // d_in)
 
 
-def gradient_norm(grads: Gradients, decoder: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, ""]:
-    """L2 norm over the gradients of all four parameters, the parallel part of the decoder's removed."""
+def gradient_norm(
+    grads: Gradients, decoder: Float[Tensor, "d_sae d_in"], own: Mapping[str, Tensor] | None = None
+) -> Float[Tensor, ""]:
+    """L2 norm over the gradients of all parameters, the parallel part of the decoder's removed.
+
+    `own` are those of the activation function's parameters.
+    """
     total = grads.b_enc.square().sum() + grads.b_dec.square().sum()
+    for grad in (own or {}).values():
+        total = total + grad.square().sum()
     step = rows_per_chunk(decoder.shape[1], decoder.device)
     for start in range(0, len(grads), step):
         stop = min(start + step, len(grads))
@@ -69,7 +76,7 @@ def _are_few(fired: Tensor | None, n: int) -> bool:
 
 
 class RowAdam:
-    """Adam on the four parameters of `sae`, of one of `KINDS`.
+    """Adam on the parameters of `sae` and of its activation function, of one of `KINDS`.
 
     Gradients are summed chunk by chunk (`Gradients`), used, and forgotten: no d_sae x d_in gradient
     exists. The decoder's gradient loses its part along the row, and rows that moved are put back to unit
@@ -94,16 +101,24 @@ class RowAdam:
 
     def _weights(self) -> dict[str, Tensor]:
         sae = self.sae
-        return {
+        weights = {
             "W_enc": sae.encoder_rows,
             "b_enc": sae.b_enc.data,
             "W_dec": sae.W_dec.data,
             "b_dec": sae.b_dec.data,
         }
+        if isinstance(sae.activation, nn.Module):
+            weights |= {name: parameter.data for name, parameter in sae.activation.named_parameters()}
+        return weights
 
     @torch.no_grad()
-    def step(self, grads: Gradients, lr: float, scale: float = 1.0) -> None:
-        """One update with learning rate `lr`, gradients multiplied by `scale` (of clipping)."""
+    def step(
+        self, grads: Gradients, lr: float, scale: float = 1.0, own: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """One update with learning rate `lr`, gradients multiplied by `scale` (of clipping).
+
+        `own` are gradients of the activation function's parameters, which every kind moves as Adam does.
+        """
         self.steps += 1
         weights = self._weights()
         decoder = weights["W_dec"]
@@ -137,6 +152,9 @@ class RowAdam:
         self._rows("b_enc", biases, 0, len(grads), fired, decay, lr)
         m, v = self._moments["b_dec"]
         self._update(weights["b_dec"], m, v, grads.b_dec * scale, lr)
+        for name, grad in (own or {}).items():
+            m, v = self._moments[name]
+            self._update(weights[name], m, v, grad * scale, lr)
         if decay is not None:
             self._updated[grads.features] = self.steps
 

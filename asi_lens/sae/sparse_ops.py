@@ -240,6 +240,10 @@ class Term(NamedTuple):
 
     code: SparseCode
     grad: Float[Tensor, "batch d_in"]
+    pull: Float[Tensor, "batch k"] | None = None
+    """What a penalty on the values adds to dL / d values; only that of picks that fired counts."""
+    holds_b_dec: bool = True
+    """Whether b_dec is part of this term's reconstruction."""
 
 
 def sum_gradients(
@@ -250,35 +254,37 @@ def sum_gradients(
 ) -> Gradients:
     """Gradients of all terms in encoder, decoder and biases.
 
-    `x` are the centered rows x_n - b_dec that were encoded. The first term's reconstruction holds
-    b_dec; later ones (AuxK) do not, but b_dec still reaches their picks through the encoder's input.
+    `x` are the centered rows x_n - b_dec that were encoded: b_dec reaches every pick through the
+    encoder's input, and is added by the reconstructions that hold it.
     """
     d_sae, batch = encoder.shape[0], x.shape[0]
-    parts: list[list[Tensor]] = [[] for _ in range(5)]
-    for place, (code, grad) in enumerate(terms):
+    parts: list[list[Tensor]] = [[] for _ in range(6)]
+    for place, term in enumerate(terms):
+        code = term.code
         fired = (code.values > 0).flatten()
-        into = picked_dots(grad, decoder, code.indices).flatten()
+        dots = picked_dots(term.grad, decoder, code.indices).flatten()
+        into = dots if term.pull is None else dots + term.pull.flatten()
         sample = torch.arange(batch, device=x.device).repeat_interleave(code.indices.shape[1])
-        picks = (code.indices.flatten(), sample, sample + place * batch, code.values.flatten(), into)
+        picks = (code.indices.flatten(), sample, sample + place * batch, code.values.flatten(), into, dots)
         every = bool(fired.all())
         for part, values in zip(parts, picks, strict=True):
             part.append(values if every else values[fired])
-    features, rows, table_rows, values, into = (torch.cat(part) for part in parts)
+    features, rows, table_rows, values, into, dots = (torch.cat(part) for part in parts)
     # Stable, so that sums run in the same order every time.
     features, order = features.sort(stable=True)
-    values, into = values[order], into[order]
+    values, into, dots = values[order], into[order], dots[order]
     counts = torch.bincount(features, minlength=d_sae)
     offsets = pad(counts.cumsum(0), (1, 0))
     sums = embedding_bag(
         torch.arange(len(order), device=x.device),
-        torch.stack([into, values * into], 1),
+        torch.stack([into, values * dots], 1),
         offsets,
         mode="sum",
         include_last_offset=True,
     )
     b_enc, parallel = sums.unbind(1)
     active = counts.nonzero().flatten()
-    # b_dec is subtracted before the encoder and added by the main decoder.
+    # b_dec is subtracted before the encoder and added after the decoder.
     few = 4 * len(active) < d_sae
     through = b_enc[active] @ encoder[active] if few else b_enc @ encoder
     return Gradients(
@@ -291,6 +297,6 @@ def sum_gradients(
         decoder_rows=table_rows[order],
         decoder_weights=values,
         b_enc=b_enc.contiguous(),
-        b_dec=terms[0].grad.sum(0) - through,
+        b_dec=torch.stack([term.grad.sum(0) for term in terms if term.holds_b_dec]).sum(0) - through,
         parallel=parallel.contiguous(),
     )

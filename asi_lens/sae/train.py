@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Num
-from torch import Tensor
+from torch import Tensor, nn
 
 from asi_lens.errors import AsiLensError, DataError, OptionError, require
 from asi_lens.sae.deadness import DeadnessLedger
@@ -18,10 +18,11 @@ from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.metrics import Logger, Row
 from asi_lens.sae.optim import RowAdam, gradient_norm, lr_factor
 from asi_lens.sae.sparse_ops import Gradients, Term, Workspace, decode_sum, encode_topk, sum_gradients
+from asi_lens.sae.sparsity import KINDS, SparsityConfig
 from asi_lens.sae.train_config import TrainConfig
 from asi_lens.store import ActivationStore
 
-__all__ = ["DivergedError", "StepOutput", "TrainConfig", "Trainer"]
+__all__ = ["DivergedError", "SparsityConfig", "StepOutput", "TrainConfig", "Trainer"]
 
 # Rows of the first weights that a checkpoint keeps, to know its own run again.
 _PROBE_ROWS = 32
@@ -39,6 +40,7 @@ class StepOutput:
         step, tokens: steps and tokens so far, this one included.
         loss: mean over the batch of the squared error summed over d_in, on normalized activations.
         aux_loss: squared error of AuxK over the residual's variance; 0 where it is off or nothing is dead.
+        penalty: what `sparsity` adds to the loss; 0 for TopK.
         fvu: squared error over the batch's variance (NaN for a batch without any).
         l0: mean number of features that fired.
         dead_fraction: share of features that did not fire in the last `dead_window` tokens.
@@ -50,6 +52,7 @@ class StepOutput:
     tokens: int
     loss: float
     aux_loss: float
+    penalty: float
     fvu: float
     l0: float
     dead_fraction: float
@@ -64,10 +67,15 @@ class Trainer:
         sae: the dictionary. config: how it is trained. optimizer: moments and step. ledger: firings.
     """
 
-    def __init__(self, sae: SparseAutoencoder, config: TrainConfig | None = None):
-        require(sae.config.activation == "topk", "activation", sae.config.activation, "'topk' to be trained")
+    def __init__(
+        self,
+        sae: SparseAutoencoder,
+        config: TrainConfig | None = None,
+        sparsity: SparsityConfig | None = None,
+    ):
         self.sae = sae
         self.config = config or TrainConfig()
+        self.sparsity = KINDS[sae.config.activation](sae, sparsity or SparsityConfig(), self.n_steps)
         self.optimizer = RowAdam(sae, self.config.optimizer)
         self.ledger = DeadnessLedger(sae.d_sae, sae.W_dec.device)
         self.aux_k = sae.d_in // 2 if self.config.aux_k == "auto" else int(self.config.aux_k)
@@ -106,36 +114,40 @@ class Trainer:
         encoder, decoder = sae.encoder_rows, sae.W_dec.data
         normalized = sae.normalize(batch)
         x = normalized - sae.b_dec.data
-        code = sae.activation.code(x.to(self.compute_dtype), encoder, sae.b_enc.data, self._workspace)
+        code = self.sparsity.code(
+            x.to(self.compute_dtype), encoder, sae.b_enc.data, self.steps, self._workspace
+        )
         # b_dec cancels: reconstruction - x_n = acts W_dec + b_dec - x_n = acts W_dec - x.
-        residual = decode_sum(code, decoder).sub_(x)
+        residual, terms = self.sparsity.terms(code, x)
+        penalty, own = self.sparsity.penalize(terms, self.steps)
         error = residual.square().sum()
         variance = (normalized - normalized.mean(0)).square().sum()
-        terms = [Term(code, residual * (2 / len(batch)))]
         aux_loss = torch.zeros_like(error)
         dead = self.ledger.dead(config.dead_window) if self.aux_k else code.indices[:0, 0]
         if len(dead):
             term, aux_loss = self._auxiliary(x, residual, dead)
             terms.append(term)
         grads = sum_gradients(terms, x, encoder, decoder)
-        norm = gradient_norm(grads, decoder) if config.clip_norm else None
-        checks = [error, variance, aux_loss, _total(grads) if norm is None else norm]
+        norm = gradient_norm(grads, decoder, own) if config.clip_norm else None
+        checks = [error, variance, aux_loss, penalty, _total(grads, own) if norm is None else norm]
         # One wait for the device instead of one per number.
-        total, spread, aux, size, fired = torch.stack([*checks, (code.values > 0).sum()]).tolist()
-        if not (math.isfinite(total) and math.isfinite(aux) and math.isfinite(size)):
+        total, spread, aux, added, size, fired = torch.stack([*checks, (code.values > 0).sum()]).tolist()
+        if not all(math.isfinite(number) for number in (total, aux, added, size)):
             raise DivergedError(
                 f"step {self.steps + 1}: loss {total / len(batch)} or its gradient is not finite; "
                 "nothing was updated. A smaller lr or clip_norm may help"
             )
         lr = config.lr * lr_factor(self.steps, self.n_steps, config.warmup_steps, config.decay_fraction)
         scale = min(1.0, config.clip_norm / size) if config.clip_norm and size else 1.0
-        self.optimizer.step(grads, lr, scale)
+        self.optimizer.step(grads, lr, scale, own)
+        self.sparsity.after(fired / len(batch), self.steps - 1)
         self.ledger.update(code)
         return StepOutput(
             step=self.steps,
             tokens=self.tokens,
             loss=total / len(batch),
             aux_loss=aux,
+            penalty=added,
             fvu=total / spread if spread else math.nan,
             l0=fired / len(batch),
             dead_fraction=self.ledger.dead_fraction(config.dead_window),
@@ -164,7 +176,7 @@ class Trainer:
         spread = (residual - residual.mean(0)).square().sum()
         share = torch.where(spread > 0, 1 / spread, 0.0)
         weight = self.config.aux_weight * sae.d_in * share
-        return Term(code, missed * (2 * weight)), missed.square().sum() * share
+        return Term(code, missed * (2 * weight), holds_b_dec=False), missed.square().sum() * share
 
     def fit(
         self,
@@ -199,8 +211,11 @@ class Trainer:
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint must agree with to be continued by this trainer (JSON values)."""
-        train = asdict(self.config)
-        return {"sae": asdict(self.sae.config), "train": train, "initialization": self.sae.initialization}
+        out = {"sae": asdict(self.sae.config), "train": asdict(self.config)}
+        # TopK alone has no use for these: its runs are those of before there were any.
+        if self.sae.config.activation != "topk" or self.sparsity.config.prefixes:
+            out["sparsity"] = asdict(self.sparsity.config)
+        return {**out, "initialization": self.sae.initialization}
 
     def _first_weights(self) -> Tensor:
         """A few rows of the weights that the run started from; equal ones mean the same start."""
@@ -225,7 +240,13 @@ class Trainer:
             "first_weights": self._first_weights(),
         }
         out |= {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()}
+        out |= {f"sparsity.{name}": tensor for name, tensor in self.sparsity.state().items()}
+        out |= {f"activation.{name}": tensor for name, tensor in self._activation_state().items()}
         return out | {f"ledger.{name}": tensor for name, tensor in self.ledger.state().items()}
+
+    def _activation_state(self) -> dict[str, Tensor]:
+        activation = self.sae.activation
+        return activation.state_dict() if isinstance(activation, nn.Module) else {}
 
     @torch.no_grad()
     def load_state(self, read: Callable[[str], Tensor]) -> None:
@@ -245,13 +266,17 @@ class Trainer:
         sae.input_mean.copy_(read("sae.input_mean"))
         sae.input_scale.copy_(read("sae.input_scale"))
         self.optimizer.load_state(lambda name: read(f"optimizer.{name}"))
+        self.sparsity.load_state(lambda name: read(f"sparsity.{name}"))
+        for name, tensor in self._activation_state().items():
+            tensor.copy_(read(f"activation.{name}"))
         names = self.ledger.state()
         self.ledger.load_state({name: read(f"ledger.{name}") for name in names})
 
 
-def _total(grads: Gradients) -> Tensor:
+def _total(grads: Gradients, own: Mapping[str, Tensor]) -> Tensor:
     """A sum that is not finite if any pick's gradient is not."""
-    return grads.b_enc.sum() + grads.b_dec.sum() + grads.parallel.sum()
+    total = grads.b_enc.sum() + grads.b_dec.sum() + grads.parallel.sum()
+    return total + sum(grad.sum() for grad in own.values())
 
 
 def _compute_dtype(choice: str, weights: Tensor) -> torch.dtype:

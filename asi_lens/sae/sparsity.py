@@ -1,0 +1,338 @@
+"""How each activation function is trained: its picks of a batch, its penalty, its own parameters.
+
+The main loss is the same for all: squared error, for nested prefixes of the dictionary if `prefixes` says
+so (Matryoshka, Bussmann et al. 2025). A penalty on top aims at `k` features a token where the function
+itself does not see to it:
+
+- `topk`, `batchtopk`: none. BatchTopK (Bussmann et al. 2024) lets the k x batch largest fire, and keeps the
+  running mean of the smallest of them as its threshold for inference.
+- `jumprelu` (Rajamanoharan et al. 2024): thresholds learn through a rectangular kernel of width `bandwidth`:
+  d act / d threshold = -(threshold / bandwidth) K, d [fired] / d threshold = -(1 / bandwidth) K, where K is 1
+  for pre-activations within half a bandwidth of the threshold. Penalty `l0`: c d_in (l0 / target - 1)^2, or
+  `tanh`: c d_in / target mean_b sum_j tanh(act), steered.
+- `relu`: c d_in / target mean_b sum_j act (L1 with unit decoder rows), steered.
+
+d_in stands there since the main loss, too, is d_in times a fraction of the variance. Steered: in every step c
+is multiplied by exp(0.03 (l0 / target - 1)), at most by 3 % either way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import linear
+
+from asi_lens.errors import OptionError, require, unknown_name
+from asi_lens.sae.activations import BatchTopK, JumpReLU, keep, pick, row_blocks, stack_codes
+from asi_lens.sae.dictionary import SparseAutoencoder
+from asi_lens.sae.sparse_ops import SparseCode, Term, Workspace, decode_sum, encode_topk, picked_dots
+
+PENALTIES = ("l0", "tanh")
+# Largest change of a steered coefficient in one step, and of what it reacts to.
+_STEERING = 0.03
+# Share of the newest batch in BatchTopK's running threshold.
+_NEWEST = 0.01
+
+
+@dataclass(frozen=True)
+class SparsityConfig:
+    """Options of training beyond TopK. Raises OptionError or UnknownNameError for values that cannot be.
+
+    Attributes:
+        coefficient: weight of the penalty (its first value where it is steered).
+        warmup_steps: steps over which it rises linearly.
+        penalty: of JumpReLU, one of `PENALTIES`.
+        initial_l0: features a token that the target begins at, annealed linearly down to the dictionary's
+            k; None is k from the first step.
+        anneal_fraction: share of the steps that takes.
+        bandwidth: of JumpReLU's kernel, in units of normalized activations.
+        prefixes: sizes of the nested dictionaries below the whole one, ascending; none is no Matryoshka.
+    """
+
+    coefficient: float | int = 1.0
+    warmup_steps: int = 0
+    penalty: str = "l0"
+    initial_l0: float | int | None = None
+    anneal_fraction: float | int = 0.5
+    bandwidth: float | int = 0.1
+    prefixes: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for key in ("coefficient", "bandwidth"):
+            value = getattr(self, key)
+            require(math.isfinite(value) and value > 0, key, value, "above 0")
+        whole = isinstance(self.warmup_steps, int) and self.warmup_steps >= 0
+        require(whole, "warmup_steps", self.warmup_steps, "a whole number of at least 0")
+        if self.penalty not in PENALTIES:
+            raise unknown_name("penalty", self.penalty, PENALTIES)
+        require(0 <= self.anneal_fraction <= 1, "anneal_fraction", self.anneal_fraction, "from 0 to 1")
+        sizes = list(self.prefixes)
+        ascending = sizes == sorted(set(sizes)) and all(size >= 1 for size in sizes)
+        require(ascending, "prefixes", sizes, "whole numbers of at least 1, ascending")
+        object.__setattr__(self, "prefixes", tuple(sizes))
+
+
+class Sparsity:
+    """TopK's way, which the others change.
+
+    Attributes:
+        sae: the dictionary. config: the options. n_steps: steps of the whole run.
+        coefficient: weight of the penalty as it is now.
+    """
+
+    def __init__(self, sae: SparseAutoencoder, config: SparsityConfig, n_steps: int):
+        for size in config.prefixes:
+            require(size < sae.d_sae, "prefixes", size, f"below d_sae={sae.d_sae}")
+        start = sae.k if config.initial_l0 is None else config.initial_l0
+        if not sae.k <= start <= sae.d_sae:
+            raise OptionError(
+                f"initial_l0={start} is not allowed; a schedule that is annealed down to k={sae.k} begins "
+                f"from there to d_sae={sae.d_sae}"
+            )
+        self.sae = sae
+        self.config = config
+        self.n_steps = n_steps
+        self.coefficient = config.coefficient
+
+    def target(self, step: int) -> float:
+        """Features a token that step `step` (from 0) aims at."""
+        start = self.sae.k if self.config.initial_l0 is None else self.config.initial_l0
+        steps = self.config.anneal_fraction * self.n_steps
+        share = min(1.0, step / steps) if steps else 1.0
+        return start + share * (self.sae.k - start)
+
+    def code(
+        self,
+        x: Float[Tensor, "batch d_in"],
+        encoder: Float[Tensor, "d_sae d_in"],
+        bias: Float[Tensor, " d_sae"],
+        step: int,
+        workspace: Workspace | None = None,
+    ) -> SparseCode:
+        """The picks of a batch of centered rows."""
+        return self.sae.activation.code(x, encoder, bias, workspace)
+
+    def terms(
+        self, code: SparseCode, x: Float[Tensor, "batch d_in"]
+    ) -> tuple[Float[Tensor, "batch d_in"], list[Term]]:
+        """Reconstruction minus x, and the terms of the main loss: the whole dictionary, then its prefixes."""
+        decoder, scale = self.sae.W_dec.data, 2 / len(x)
+        residual = decode_sum(code, decoder).sub_(x)
+        terms = [Term(code, residual * scale)]
+        for size in self.config.prefixes:
+            part = SparseCode(code.indices, code.values * (code.indices < size))
+            terms.append(Term(part, decode_sum(part, decoder).sub_(x).mul_(scale)))
+        return residual, terms
+
+    def penalize(self, terms: list[Term], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The penalty, and gradients of the activation's own parameters; may add a pull to the first term."""
+        return terms[0].grad.new_zeros(()), {}
+
+    def after(self, l0: float, step: int) -> None:
+        """What follows a step whose batch had `l0` features a token."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors to store."""
+        return {}
+
+    def load_state(self, read: Callable[[str], Tensor]) -> None:
+        """The inverse of `state`."""
+
+
+class _Penalized(Sparsity):
+    """What the kinds with a penalty share: its weight, which may be steered."""
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Sparsity.state`."""
+        return {"coefficient": torch.tensor(self.coefficient, dtype=torch.float64)}
+
+    def load_state(self, read: Callable[[str], Tensor]) -> None:
+        """See `Sparsity.load_state`."""
+        self.coefficient = float(read("coefficient"))
+
+    def _weight(self, step: int) -> float:
+        """The coefficient, warmed up, with the factors that all penalties share."""
+        warm = min(1.0, (step + 1) / self.config.warmup_steps) if self.config.warmup_steps else 1.0
+        return self.coefficient * warm * self.sae.d_in
+
+    def _steer(self, l0: float, step: int) -> None:
+        excess = l0 / self.target(step) - 1
+        self.coefficient *= math.exp(_STEERING * max(-1.0, min(1.0, excess)))
+
+
+class _BatchTopK(Sparsity):
+    """The k x batch largest pre-activations of the batch fire, if they are above zero."""
+
+    _least: Tensor | None = None
+
+    def code(
+        self,
+        x: Float[Tensor, "batch d_in"],
+        encoder: Float[Tensor, "d_sae d_in"],
+        bias: Float[Tensor, " d_sae"],
+        step: int,
+        workspace: Workspace | None = None,
+    ) -> SparseCode:
+        """See `Sparsity.code`."""
+        found, least = _largest(x, encoder, bias, self.target(step), workspace)
+        kept = (found.values >= least) & (found.values > 0)
+        self._least = found.values[kept].amin() if bool(kept.any()) else None
+        return keep(found, kept)
+
+    def after(self, l0: float, step: int) -> None:
+        """See `Sparsity.after`; the threshold of inference follows."""
+        activation = self.sae.activation
+        assert isinstance(activation, BatchTopK)
+        if self._least is not None:
+            # The first batch sets it, unless `set_threshold` has.
+            share = _NEWEST if bool(activation.threshold > 0) else 1.0
+            activation.threshold.lerp_(self._least.to(activation.threshold), share)
+
+
+class _ReLU(_Penalized):
+    """L1, steered towards the target."""
+
+    def penalize(self, terms: list[Term], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `Sparsity.penalize`."""
+        code, batch = terms[0].code, len(terms[0].grad)
+        weight = self._weight(step) / (self.target(step) * batch)
+        terms[0] = terms[0]._replace(pull=torch.full_like(code.values, weight))
+        return weight * code.values.sum(), {}
+
+    def after(self, l0: float, step: int) -> None:
+        """See `Sparsity.after`."""
+        self._steer(l0, step)
+
+
+class _JumpReLU(_Penalized):
+    """Thresholds that learn from what lies near them."""
+
+    _near: SparseCode
+    _acts: Tensor
+
+    def code(
+        self,
+        x: Float[Tensor, "batch d_in"],
+        encoder: Float[Tensor, "d_sae d_in"],
+        bias: Float[Tensor, " d_sae"],
+        step: int,
+        workspace: Workspace | None = None,
+    ) -> SparseCode:
+        """See `Sparsity.code`; keeps what is near a threshold for `penalize`."""
+        threshold = self._threshold()
+        fired, near, acts = [], [], []
+        for block in row_blocks(x, len(encoder)):
+            z = linear(block, encoder.to(block), bias.to(block)).to(bias)
+            on = (z > threshold) & (z > 0)
+            fired.append(pick(on, z))
+            close = (z - threshold).abs() < self.config.bandwidth / 2
+            # Ones mark what is near; zeros fill up.
+            near.append(pick(close, torch.ones_like(z)))
+            acts.append(pick(close, z * on))
+        self._near, self._acts = stack_codes(near), stack_codes(acts).values
+        return stack_codes(fired)
+
+    def penalize(self, terms: list[Term], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `Sparsity.penalize`."""
+        code, batch = terms[0].code, len(terms[0].grad)
+        weight, target, width = self._weight(step), self.target(step), self.config.bandwidth
+        l0 = (code.values > 0).to(code.values.dtype).sum() / batch
+        by_l0 = torch.zeros_like(l0)
+        if self.config.penalty == "l0":
+            excess = l0 / target - 1
+            loss, by_l0 = weight * excess.square(), 2 * weight * excess / target
+        else:
+            soft = torch.tanh(code.values)
+            loss = weight / (target * batch) * soft.sum()
+            terms[0] = terms[0]._replace(pull=weight / (target * batch) * (1 - soft.square()))
+        return loss, {
+            "threshold": self._threshold_gradient(terms, by_l0 / batch, weight / (target * batch), width)
+        }
+
+    def _threshold_gradient(self, terms: list[Term], by_count: Tensor, slope: float, width: float) -> Tensor:
+        """Sum over what is near of -(threshold / width) dL/d act - (1 / width) dL/d [fired]."""
+        indices, marks = self._near
+        threshold = self._threshold()
+        there = threshold[indices]
+        into = torch.zeros_like(marks)
+        for term, size in zip(terms, [len(threshold), *self.config.prefixes], strict=False):
+            into += picked_dots(term.grad, self.sae.W_dec.data, indices) * (indices < size)
+        if self.config.penalty == "tanh":
+            into += slope * (1 - torch.tanh(self._acts).square())
+        gradient = -(there * into + by_count) / width * marks
+        return torch.zeros_like(threshold).index_add_(0, indices.flatten(), gradient.flatten())
+
+    def _threshold(self) -> Tensor:
+        activation = self.sae.activation
+        assert isinstance(activation, JumpReLU)
+        return activation.threshold.detach()
+
+    def after(self, l0: float, step: int) -> None:
+        """See `Sparsity.after`; thresholds stay above zero."""
+        self._threshold().clamp_(min=0)
+        if self.config.penalty == "tanh":
+            self._steer(l0, step)
+
+
+KINDS: dict[str, type[Sparsity]] = {
+    "topk": Sparsity,
+    "batchtopk": _BatchTopK,
+    "jumprelu": _JumpReLU,
+    "relu": _ReLU,
+}
+"""How each of `dictionary.ACTIVATIONS` is trained."""
+
+
+def has_threshold(sae: SparseAutoencoder) -> bool:
+    """Whether its activation function fires above a threshold."""
+    return isinstance(sae.activation, BatchTopK | JumpReLU)
+
+
+def _largest(
+    x: Float[Tensor, "batch d_in"],
+    encoder: Float[Tensor, "d_sae d_in"],
+    bias: Float[Tensor, " d_sae"],
+    mean: float | int,
+    workspace: Workspace | None = None,
+) -> tuple[SparseCode, Float[Tensor, ""]]:
+    """A code that holds the mean x batch largest pre-activations of all rows, and the least of those."""
+    wanted = round(mean * len(x))
+    # Few rows hold many times the mean: look further only if one may hold more than was looked for.
+    width = min(len(encoder), 4 * math.ceil(mean))
+    while True:
+        found = encode_topk(x, encoder, bias, width, workspace=workspace)
+        values = found.values.flatten()
+        least = values.kthvalue(max(1, len(values) - wanted + 1)).values
+        if width == len(encoder) or not bool((found.values.amin(1) > least).any()):
+            return found, least
+        width = min(len(encoder), 2 * width)
+
+
+@torch.no_grad()
+def set_threshold(sae: SparseAutoencoder, sample: Float[Tensor, "n d_in"], l0: float | int) -> float:
+    """One threshold for all features, such that `l0` of them fire on a token of the sample; returns it.
+
+    It is zero where fewer have a positive pre-activation. Raises OptionError for an activation without
+    thresholds, or an l0 out of range.
+    """
+    activation: Any = sae.activation
+    require(
+        has_threshold(sae),
+        "activation",
+        sae.config.activation,
+        "'batchtopk' or 'jumprelu' to have a threshold",
+    )
+    require(0 < l0 <= sae.d_sae, "l0", l0, f"above 0 and at most d_sae={sae.d_sae}")
+    rows = sae.normalize(sample) - sae.b_dec
+    found, least = _largest(rows, sae.encoder_rows, sae.b_enc.data, l0)
+    below = found.values[found.values < least]
+    # Halfway to the next one, so that rounding decides nothing.
+    threshold = float((least + below.max()) / 2) if len(below) else 0.0
+    activation.threshold.data.fill_(threshold)
+    return threshold
