@@ -9,7 +9,8 @@ w_v where its head looks and writes one direction w_o:
     y    = (sum_i z_i w_o_i + b_o) / output_scale + output_mean
 
 x is what the attention layer reads (after its input norm), y what it writes (before any norm after it). Rows
-w_o have unit norm. Normalized inputs and outputs have mean square norm d_in.
+w_o have unit norm. Normalized inputs and outputs have mean square norm d_in. z~ is held whole, [batch position
+n_ov]: made for thousands of units, not for a million.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -245,6 +247,19 @@ class Lorsa(nn.Module):
     def forward(self, x: Num[Tensor, "batch position d_in"]) -> Float[Tensor, "batch position d_in"]:
         """What the attention layer would write, approximately, for what it reads; both in raw units."""
         return self.decode(self.encode(x))
+
+    def save(self, path: Path | str) -> None:
+        """Write one `.safetensors` file (see `lorsa_files.save_lorsa`)."""
+        from asi_lens.sae.lorsa_files import save_lorsa
+
+        save_lorsa(self, path)
+
+    @classmethod
+    def load(cls, path: Path | str) -> Lorsa:
+        """Read such a file (see `lorsa_files.load_lorsa`)."""
+        from asi_lens.sae.lorsa_files import load_lorsa
+
+        return load_lorsa(path)
 
     def extra_repr(self) -> str:
         """For `print`."""
