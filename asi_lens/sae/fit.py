@@ -113,7 +113,7 @@ def train_together(
     progress: bool = True,
     on_log: Callable[[Any, StepOutput], None] | None = None,
 ) -> list[list[Row]]:
-    """Train several dictionaries (or Lorsas) side by side on one stream of batches; returns each one's metrics.
+    """Train dictionaries (or Lorsas) side by side on one stream of batches; returns each one's metrics.
 
     Every trainer gets the batches it would get alone, so that it ends in the same weights. A dictionary
     without input normalization takes the store's mean and scale.

@@ -9,8 +9,8 @@ w_v where its head looks and writes one direction w_o:
     y    = (sum_i z_i w_o_i + b_o) / output_scale + output_mean
 
 x is what the attention layer reads (after its input norm), y what it writes (before any norm after it). Rows
-w_o have unit norm. Normalized inputs and outputs have mean square norm d_in. z~ is held whole, [batch position
-n_ov]: made for thousands of units, not for a million.
+w_o have unit norm. Normalized inputs and outputs have mean square norm d_in. z~ is held whole, [batch
+position n_ov]: this is made for thousands of units, not for a million.
 """
 
 from __future__ import annotations
