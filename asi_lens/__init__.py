@@ -29,6 +29,11 @@ _PUBLIC: dict[str, str] = {
         "sae.sparsity": ("SparsityConfig",),
         "sae.train": ("TrainConfig", "Trainer"),
         "sae.evaluate": ("Evaluation", "evaluate", "evaluate_together"),
+        "sae.lorsa": ("Lorsa", "LorsaConfig"),
+        "sae.lorsa_data": ("SequencePairs", "harvest_pairs"),
+        "sae.lorsa_init": ("from_attention", "initialize_lorsa"),
+        "sae.lorsa_train": ("LorsaTrainer",),
+        "sae.lorsa_evaluate": ("evaluate_lorsa",),
         "interventions": ("cross_entropy", "edited_cross_entropy", "truncation_sweep"),
     }.items()
     for name in names

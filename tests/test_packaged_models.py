@@ -85,3 +85,16 @@ def test_values_equal_plain_hooks(model: Any) -> None:
             value, expected[where], rtol=1e-5, atol=1e-5 * float(expected[where].abs().max())
         )
     torch.testing.assert_close(logits, expected_logits, rtol=1e-4, atol=1e-4)
+
+
+def test_attention_is_copied_exactly(model: Any) -> None:
+    from asi_lens.sae.lorsa_data import harvest_pairs
+    from asi_lens.sae.lorsa_evaluate import evaluate_lorsa
+    from asi_lens.sae.lorsa_init import from_attention
+
+    tokens = load_tokens("news-en", model, n_tokens=1024, context=256)
+    pairs = harvest_pairs(model, tokens, 15, progress=False)
+    found = evaluate_lorsa(from_attention(model, 15, 256), pairs, model=model, tokens=tokens, progress=False)
+    assert found.fvu < 1e-8
+    assert found.losses is not None
+    assert found.losses.cross_entropy_delta == pytest.approx(0, abs=1e-4)

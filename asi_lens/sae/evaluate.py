@@ -28,6 +28,9 @@ from asi_lens.store import ActivationStore
 
 _ROWS = 4096
 
+Hooks = Mapping[str, models.Hook]
+"""Hooks of a forward, by name."""
+
 
 @dataclass(frozen=True)
 class SpliceLosses:
@@ -182,6 +185,35 @@ def splice_losses(
 
     `mean` is what ablation puts there. The layers below run once per batch. Raises as `evaluate_together`.
     """
+    hook = models.hook_name(model, site, layer)
+    width = models.site_width(model, site, layer)
+    for sae in saes:
+        name = models.model_info(model).name
+        require(sae.d_in == width, "sae", f"d_in={sae.d_in}", f"{width} wide, as {site} of {name}")
+    ablated: Hooks = {hook: skip_first(mean_ablate(mean))}
+    spliced: list[Hooks] = [{hook: skip_first(_splice(sae))} for sae in saes]
+    return hooked_losses(
+        model, tokens, layer, ablated, spliced, site=site, batch_tokens=batch_tokens, progress=progress
+    )
+
+
+@torch.inference_mode()
+def hooked_losses(
+    model: nn.Module,
+    tokens: Tokens,
+    layer: int,
+    ablated: Hooks,
+    spliced: Sequence[Hooks],
+    *,
+    site: str,
+    batch_tokens: int = 1024,
+    progress: bool = True,
+) -> list[SpliceLosses]:
+    """Losses of the language model under each of `spliced`, beside the clean and the ablated one.
+
+    Hooks are of block `layer` or later: the layers below run once per batch. `site` names what they edit, for
+    the progress bar and errors. Raises as `evaluate_together`.
+    """
     info = models.model_info(model)
     if not info.causal:
         raise UnsupportedModelError(
@@ -190,11 +222,7 @@ def splice_losses(
     require(tokens.context >= 2, "context", tokens.context, "at least 2 (a first token predicts the next)")
     require(len(tokens) >= 1, "tokens", f"{len(tokens)} sequences", "at least one sequence")
     require(batch_tokens >= 1, "batch_tokens", batch_tokens, "at least 1")
-    hook = models.hook_name(model, site, layer)
-    width = models.site_width(model, site, layer)
-    for sae in saes:
-        require(sae.d_in == width, "sae", f"d_in={sae.d_in}", f"{width} wide, as {site} of {info.name}")
-    edits = [skip_first(mean_ablate(mean)), *(skip_first(_splice(sae)) for sae in saes)]
+    edits = [ablated, *spliced]
     clean_sum = 0.0
     sums = [0.0] * len(edits)
     divergences = [0.0] * len(edits)
@@ -214,18 +242,19 @@ def splice_losses(
             targets = ids.to(clean.device)
             clean_sum += next_token_loss(clean, targets).sum(dtype=torch.float64).item()
             for k, edit in enumerate(edits):
-                edited = run({hook: edit})
+                edited = run(edit)
                 sums[k] += next_token_loss(edited, targets).sum(dtype=torch.float64).item()
                 if k > 0:
                     divergences[k] += _divergence(clean, edited)
             bar.update(ids.shape[0] * (tokens.context - 1))
-    clean_loss, ablated, *spliced = (total / n for total in (clean_sum, *sums))
+    clean_loss, ablated_loss, *losses = (total / n for total in (clean_sum, *sums))
     out = []
-    for loss, divergence in zip(spliced, divergences[1:], strict=True):
-        if not all(abs(x) < float("inf") for x in (loss, clean_loss, ablated)):
+    for loss, divergence in zip(losses, divergences[1:], strict=True):
+        if not all(abs(x) < float("inf") for x in (loss, clean_loss, ablated_loss)):
             raise DataError(f"the cross-entropy with {site} of layer {layer} edited is not finite")
-        recovered = loss_recovered(loss, clean_loss, ablated)
-        out.append(SpliceLosses(loss, clean_loss, ablated, loss - clean_loss, recovered, divergence / n, n))
+        recovered = loss_recovered(loss, clean_loss, ablated_loss)
+        delta = loss - clean_loss
+        out.append(SpliceLosses(loss, clean_loss, ablated_loss, delta, recovered, divergence / n, n))
     return out
 
 

@@ -6,12 +6,13 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from asi_lens.errors import DataError, OptionError, require
@@ -22,14 +23,87 @@ from asi_lens.sae.checkpoints import (
     require_same,
     write_checkpoint,
 )
+from asi_lens.sae.deadness import DeadnessLedger
 from asi_lens.sae.metrics import Logger, MetricsLog, Row
-from asi_lens.sae.train import DivergedError, StepOutput, Trainer
-from asi_lens.store import ActivationStore
+from asi_lens.sae.train import DivergedError, StepOutput
+from asi_lens.sae.train_config import TrainConfig
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """What is trained: a `Trainer` of a dictionary, or one of something else with the same life."""
+
+    config: TrainConfig
+    ledger: DeadnessLedger
+
+    @property
+    def d_in(self) -> int:
+        """Width of the data."""
+        ...
+
+    @property
+    def steps(self) -> int:
+        """Steps done."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen: the position in the stream of data."""
+        ...
+
+    def prepare(self, store: Any) -> None:
+        """Called once before the first step. Raises OptionError for data that it cannot be trained on."""
+        ...
+
+    def step_on(self, batch: Any) -> StepOutput:
+        """One update. DataError and DivergedError leave everything as it was."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint must agree with to be continued (JSON values)."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor that the run depends on from here."""
+        ...
+
+    def load_state(self, read: Callable[[str], Tensor]) -> None:
+        """The inverse of `state`."""
+        ...
+
+
+@runtime_checkable
+class Data(Protocol):
+    """What it is trained on: an `ActivationStore`, or something else with a stream of batches."""
+
+    @property
+    def n(self) -> int:
+        """Tokens of one epoch."""
+        ...
+
+    @property
+    def d(self) -> int:
+        """Width."""
+        ...
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """Where the data come from."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the data."""
+        ...
+
+    def batches(self, batch_size: int, *, seed: int, start: int, n_tokens: int) -> Iterator[Sized]:
+        """Batches from token `start` to `n_tokens` of the stream; their length is their number of tokens."""
+        ...
 
 
 def train_together(
-    trainers: Sequence[Trainer],
-    store: ActivationStore,
+    trainers: Sequence[Learner],
+    store: Data,
     *,
     folders: Sequence[Path | str] | None = None,
     checkpoint_every: int = 1_000_000,
@@ -37,9 +111,9 @@ def train_together(
     windows: Sequence[int] = (),
     loggers: Iterable[str | Logger] = (),
     progress: bool = True,
-    on_log: Callable[[Trainer, StepOutput], None] | None = None,
+    on_log: Callable[[Any, StepOutput], None] | None = None,
 ) -> list[list[Row]]:
-    """Train several dictionaries side by side on one stream of batches; returns each one's metrics.
+    """Train dictionaries (or Lorsas) side by side on one stream of batches; returns each one's metrics.
 
     Every trainer gets the batches it would get alone, so that it ends in the same weights. A dictionary
     without input normalization takes the store's mean and scale.
@@ -68,7 +142,7 @@ def train_together(
         if len(values) > 1:
             raise OptionError(f"trainers on one stream have different {key}: {sorted(values)}")
     for trainer in trainers:
-        require(store.d == trainer.sae.d_in, "store", f"of width {store.d}", f"{trainer.sae.d_in} wide")
+        require(store.d == trainer.d_in, "store", f"of width {store.d}", f"{trainer.d_in} wide")
     paths: list[Path | None] = [None] * len(trainers)
     if folders is not None:
         paths = [Path(folder) for folder in folders]
@@ -88,7 +162,7 @@ def train_together(
     return [run.log.history for run in runs]
 
 
-def _loop(runs: Sequence[_Run], store: ActivationStore, progress: bool) -> None:
+def _loop(runs: Sequence[_Run], store: Data, progress: bool) -> None:
     config = runs[0].trainer.config
     position = min(run.trainer.tokens for run in runs)
     with (
@@ -136,14 +210,14 @@ class _Run:
 
     def __init__(
         self,
-        trainer: Trainer,
-        store: ActivationStore,
+        trainer: Learner,
+        store: Data,
         folder: Path | None,
         windows: Sequence[int],
         loggers: Sequence[str | Logger],
         log_every: int,
         checkpoint_every: int,
-        on_log: Callable[[Trainer, StepOutput], None] | None,
+        on_log: Callable[[Any, StepOutput], None] | None,
     ):
         self.trainer = trainer
         self.folder = folder
@@ -158,8 +232,7 @@ class _Run:
                 "metadata": _plain(store.metadata),
             },
         }
-        if not trainer.sae.is_normalized and trainer.steps == 0:
-            trainer.sae.set_normalization(store.mean, store.scale)
+        trainer.prepare(store)
         self.saved_at: int | None = None
         self.busy, self.busy_tokens = 0.0, 0
         columns = ["step", "tokens", "fvu", "l0", "loss", "aux_loss", "penalty"]
@@ -189,7 +262,7 @@ class _Run:
         trainer = self.trainer
         before = trainer.tokens
         started = time.perf_counter()
-        output = trainer.step(batch)
+        output = trainer.step_on(batch)
         self.busy += time.perf_counter() - started
         self.busy_tokens += len(batch)
         last = trainer.tokens >= trainer.config.n_tokens

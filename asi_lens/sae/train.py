@@ -84,6 +84,11 @@ class Trainer:
         self._probe: Tensor | None = None
 
     @property
+    def d_in(self) -> int:
+        """Width of the activations."""
+        return self.sae.d_in
+
+    @property
     def steps(self) -> int:
         """Steps done."""
         return self.optimizer.steps
@@ -177,6 +182,15 @@ class Trainer:
         share = torch.where(spread > 0, 1 / spread, 0.0)
         weight = self.config.aux_weight * sae.d_in * share
         return Term(code, missed * (2 * weight), holds_b_dec=False), missed.square().sum() * share
+
+    def prepare(self, store: ActivationStore) -> None:
+        """What `fit` does first: a dictionary without input normalization takes the store's."""
+        if not self.sae.is_normalized and self.steps == 0:
+            self.sae.set_normalization(store.mean, store.scale)
+
+    def step_on(self, batch: Num[Tensor, "batch d_in"]) -> StepOutput:
+        """`step`, by the name that `fit` calls it."""
+        return self.step(batch)
 
     def fit(
         self,

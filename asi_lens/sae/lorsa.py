@@ -1,0 +1,280 @@
+"""Low-rank sparse attention (Lorsa): an attention layer as many rank-1 units, few of which write at a time.
+
+Query-key heads say where each position looks, and groups of units share them. A unit reads one direction
+w_v where its head looks and writes one direction w_o:
+
+    x_n  = (x - input_mean) * input_scale
+    z~_i = A_h(i) (x_n . w_v_i + b_v_i)          [batch position unit], A_h(i) the pattern of its head
+    z    = TopK(ReLU(z~)) over the units of a position
+    y    = (sum_i z_i w_o_i + b_o) / output_scale + output_mean
+
+x is what the attention layer reads (after its input norm), y what it writes (before any norm after it). Rows
+w_o have unit norm. Normalized inputs and outputs have mean square norm d_in. z~ is held whole, [batch
+position n_ov]: this is made for thousands of units, not for a million.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Num
+from torch import Tensor, nn
+
+from asi_lens import models
+from asi_lens.errors import DataError, OptionError, require, unknown_name
+from asi_lens.sae.dictionary import draw_gaussian, unit_rows_
+from asi_lens.sae.lorsa_copy import AttentionLayer, read_attention, write_site
+from asi_lens.sae.lorsa_heads import PatternConfig, QueryKeyHeads
+from asi_lens.sae.sparse_ops import SparseCode, decode_sum, topk_exact
+
+
+@dataclass(frozen=True)
+class LorsaConfig:
+    """What a Lorsa is. Raises OptionError or UnknownNameError for values that cannot be.
+
+    Attributes:
+        d_in: width of what the layer reads and writes.
+        d_qk: width of queries and keys.
+        n_qk_heads: patterns.
+        n_ov: units, a multiple of n_qk_heads; unit i looks where head i // (n_ov / n_qk_heads) does.
+        k: units that may write at one position, 1 to n_ov.
+        pattern: how queries and keys become patterns.
+        rectify: units write above zero only; else the k largest by size do, of either sign.
+        seed: of the random directions.
+        metadata: where it comes from (model, layer, hook names ...); JSON values.
+    """
+
+    d_in: int
+    d_qk: int
+    n_qk_heads: int
+    n_ov: int
+    k: int
+    pattern: PatternConfig
+    rectify: bool = True
+    seed: int = 0
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for key in ("d_in", "d_qk", "n_qk_heads", "n_ov", "k", "seed"):
+            value = getattr(self, key)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            least = 0 if key == "seed" else 1
+            require(whole and value >= least, key, value, f"a whole number of at least {least}")
+        require(self.k <= self.n_ov, "k", self.k, f"from 1 to n_ov={self.n_ov}")
+        divisible = self.n_ov % self.n_qk_heads == 0
+        require(divisible, "n_ov", self.n_ov, f"a multiple of n_qk_heads={self.n_qk_heads}")
+        try:
+            # A copy of its own, in the form in which files give it back.
+            object.__setattr__(self, "metadata", json.loads(json.dumps(dict(self.metadata))))
+        except (TypeError, ValueError) as error:
+            raise OptionError(f"metadata={self.metadata!r} is not allowed: {error}") from error
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LorsaConfig:
+        """The configuration in `values`, as `dataclasses.asdict` gives it. Raises UnknownNameError for a key
+        that it does not have."""
+        for kind, given in ((cls, values), (PatternConfig, values.get("pattern", {}))):
+            known = [f.name for f in fields(kind)]
+            for key in given:
+                if key not in known:
+                    raise unknown_name(f"{kind.__name__} key", key, known)
+        return cls(**{**values, "pattern": PatternConfig(**values["pattern"])})
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        layer: int,
+        *,
+        n_ov: int,
+        k: int,
+        context: int,
+        n_qk_heads: int | None = None,
+        rectify: bool = True,
+        seed: int = 0,
+    ) -> LorsaConfig:
+        """The configuration for an attention layer of `model`, whose rules of patterns it takes.
+
+        `n_qk_heads` is a multiple of the layer's query heads (each is copied that often), by default just
+        those. Raises as `read_attention` does, and OptionError.
+        """
+        source = read_attention(model, layer, context)
+        return config_for(
+            source,
+            n_ov=n_ov,
+            k=k,
+            n_qk_heads=n_qk_heads,
+            rectify=rectify,
+            seed=seed,
+            metadata=origin(model, layer),
+        )
+
+
+def config_for(
+    source: AttentionLayer,
+    *,
+    n_ov: int,
+    k: int,
+    n_qk_heads: int | None = None,
+    rectify: bool = True,
+    seed: int = 0,
+    metadata: Mapping[str, Any] | None = None,
+) -> LorsaConfig:
+    """The configuration of a Lorsa for a layer that has been read; see `LorsaConfig.of`."""
+    heads = source.n_heads if n_qk_heads is None else n_qk_heads
+    multiple = heads > 0 and heads % source.n_heads == 0
+    require(multiple, "n_qk_heads", n_qk_heads, f"a multiple of the layer's {source.n_heads} query heads")
+    return LorsaConfig(
+        source.d_in, source.d_head, heads, n_ov, k, source.pattern, rectify, seed, metadata or {}
+    )
+
+
+def origin(model: nn.Module, layer: int) -> dict[str, Any]:
+    """Metadata of a Lorsa of `model`: its name and fingerprint, the layer, the hook it writes to."""
+    info = models.model_info(model)
+    return {
+        "model": info.name,
+        "fingerprint": info.fingerprint,
+        "layer": layer,
+        "hook_name": write_site(model, layer),
+    }
+
+
+class Lorsa(nn.Module):
+    """Query-key heads and the units that share them.
+
+    Parameters: those of `heads` (`QueryKeyHeads`), `W_V`, `W_O [n_ov d_in]`, `b_V [n_ov]`, `b_O [d_in]`.
+    Buffers: `input_mean`, `output_mean [d_in]`, `input_scale`, `output_scale []`.
+
+    A new one has Gaussian unit rows from `config.seed` and heads without weights, which look everywhere
+    alike: `initialize_lorsa` copies them from a model; `from_attention` makes one that is a layer exactly.
+    """
+
+    input_mean: Tensor
+    input_scale: Tensor
+    output_mean: Tensor
+    output_scale: Tensor
+
+    def __init__(self, config: LorsaConfig, *, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        require(
+            dtype in (torch.float32, torch.float64), "dtype", dtype, "float32 or float64 (master weights)"
+        )
+        self.config = config
+        d_in, n_ov = config.d_in, config.n_ov
+        self.heads = QueryKeyHeads(config.n_qk_heads, d_in, config.d_qk, config.pattern, dtype)
+        self.W_V = nn.Parameter(torch.empty(n_ov, d_in, dtype=dtype))
+        self.W_O = nn.Parameter(torch.empty(n_ov, d_in, dtype=dtype))
+        self.b_V = nn.Parameter(torch.zeros(n_ov, dtype=dtype))
+        self.b_O = nn.Parameter(torch.zeros(d_in, dtype=dtype))
+        for name in ("input", "output"):
+            self.register_buffer(f"{name}_mean", torch.zeros(d_in, dtype=dtype))
+            self.register_buffer(f"{name}_scale", torch.ones((), dtype=dtype))
+        self.initialization: dict[str, Any] = {}
+        """How the weights began (JSON values); `initialize_lorsa` fills it."""
+        draw_gaussian(self.W_V.data, config.seed)
+        # Any other stream of the same seed.
+        draw_gaussian(self.W_O.data, config.seed + 2**31)
+        unit_rows_(self.W_V.data)
+        unit_rows_(self.W_O.data)
+
+    @property
+    def d_in(self) -> int:
+        """Width of what it reads and writes."""
+        return self.config.d_in
+
+    @property
+    def n_ov(self) -> int:
+        """Number of units."""
+        return self.config.n_ov
+
+    @property
+    def k(self) -> int:
+        """Units that may write at one position."""
+        return self.config.k
+
+    @property
+    def head_of_unit(self) -> list[int]:
+        """The query-key head of each unit."""
+        group = self.n_ov // self.config.n_qk_heads
+        return [unit // group for unit in range(self.n_ov)]
+
+    def normalize(self, x: Num[Tensor, "batch position d_in"]) -> Float[Tensor, "batch position d_in"]:
+        """(x - input_mean) * input_scale in the weights' dtype.
+
+        Raises DataError for another width, no positions, more than the context, NaN or infinity.
+        """
+        self._require_sequences(x, "inputs")
+        return (x.to(self.input_mean) - self.input_mean) * self.input_scale
+
+    def normalize_output(self, y: Num[Tensor, "batch position d_in"]) -> Float[Tensor, "batch position d_in"]:
+        """(y - output_mean) * output_scale in the weights' dtype: the target. Raises as `normalize`."""
+        self._require_sequences(y, "outputs")
+        return (y.to(self.output_mean) - self.output_mean) * self.output_scale
+
+    def units(self, x: Num[Tensor, "batch position d_in"]) -> Float[Tensor, "batch position n_ov"]:
+        """z~: what each unit finds where its head looks, before the choice of k. Raises as `normalize`."""
+        x_n = self.normalize(x)
+        patterns = self.heads(x_n)
+        values = (x_n @ self.W_V.T + self.b_V).unflatten(-1, (self.config.n_qk_heads, -1))
+        return (patterns @ values.transpose(1, 2)).transpose(1, 2).flatten(2)
+
+    def encode(self, x: Num[Tensor, "batch position d_in"]) -> SparseCode:
+        """Units and values of raw inputs, [batch position k]; a zero value did not write.
+
+        Units come in no particular order. Raises DataError as `normalize` does.
+        """
+        z = self.units(x)
+        score = z.detach() if self.config.rectify else z.detach().abs()
+        indices = topk_exact(score.flatten(0, 1), self.k).indices.view(*z.shape[:2], self.k)
+        values = z.gather(-1, indices)
+        return SparseCode(indices, values.relu() if self.config.rectify else values)
+
+    def decode_normalized(self, code: SparseCode) -> Float[Tensor, "batch position d_in"]:
+        """sum_i z_i w_o_i + b_o: the output in normalized units, from a code [batch position k]."""
+        flat = SparseCode(*(part.flatten(0, 1) for part in code))
+        return decode_sum(flat, self.W_O).view(*code.indices.shape[:2], -1) + self.b_O
+
+    def decode(self, code: SparseCode) -> Float[Tensor, "batch position d_in"]:
+        """Raw outputs from a code [batch position k]."""
+        return self.decode_normalized(code) / self.output_scale + self.output_mean
+
+    def forward(self, x: Num[Tensor, "batch position d_in"]) -> Float[Tensor, "batch position d_in"]:
+        """What the attention layer would write, approximately, for what it reads; both in raw units."""
+        return self.decode(self.encode(x))
+
+    def save(self, path: Path | str) -> None:
+        """Write one `.safetensors` file (see `lorsa_files.save_lorsa`)."""
+        from asi_lens.sae.lorsa_files import save_lorsa
+
+        save_lorsa(self, path)
+
+    @classmethod
+    def load(cls, path: Path | str) -> Lorsa:
+        """Read such a file (see `lorsa_files.load_lorsa`)."""
+        from asi_lens.sae.lorsa_files import load_lorsa
+
+        return load_lorsa(path)
+
+    def extra_repr(self) -> str:
+        """For `print`."""
+        config = self.config
+        return f"d_in={config.d_in}, n_qk_heads={config.n_qk_heads}, n_ov={config.n_ov}, k={config.k}"
+
+    def _require_sequences(self, x: Tensor, what: str) -> None:
+        if x.ndim != 3 or x.shape[-1] != self.d_in or x.numel() == 0:
+            raise DataError(
+                f"{what} of shape {tuple(x.shape)}; a Lorsa takes [batch position {self.d_in}], none 0"
+            )
+        context = self.config.pattern.context
+        if x.shape[1] > context:
+            raise DataError(f"sequences of {x.shape[1]} positions given to a Lorsa with context={context}")
+        if not bool(torch.isfinite(x.sum(dtype=torch.float32))):
+            bad = (~torch.isfinite(x)).flatten(1).any(1).sum().item()
+            if bad:
+                raise DataError(f"{bad} of {len(x)} sequences of {what} hold NaN or infinity")
