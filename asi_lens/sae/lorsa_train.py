@@ -110,6 +110,7 @@ class LorsaTrainer:
             tokens=self.tokens,
             loss=missed / n,
             aux_loss=0.0,
+            penalty=0.0,
             fvu=missed / spread if spread else math.nan,
             l0=fired / n,
             dead_fraction=self.ledger.dead_fraction(config.dead_window),
