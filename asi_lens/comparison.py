@@ -22,6 +22,7 @@ from asi_lens.models import resolve_device, resolve_dtype
 from asi_lens.paths import cache_dir
 from asi_lens.sae.checkpoints import CHECKPOINT_FILE, held
 from asi_lens.sae.dictionary import ACTIVATIONS, SAEConfig, SparseAutoencoder
+from asi_lens.sae.drift import Drift
 from asi_lens.sae.fit import train_together
 from asi_lens.sae.initialize import METHODS, InitReport, auto_d_init, initialize
 from asi_lens.sae.metrics import METRICS_FILE, Row, read_metrics
@@ -92,6 +93,8 @@ class Run:
     train: TrainConfig
     d_init: int | None
     """Dimensions that the recipe's `d_init` came to."""
+    d_active: int
+    """Dimensions that drift is measured in: `d_init`, or what "auto" comes to."""
     folder: Path
     """Holds the dictionary (`sae`), its curve (`metrics.csv`) and what it is (`run.json`)."""
 
@@ -182,27 +185,23 @@ def _run(
 ) -> Run:
     config = SAEConfig(store.d, d_sae, k, recipe.activation, seed, store.metadata)
     train = replace(base, optimizer=recipe.optimizer, aux_k=recipe.aux_k, seed=seed)
-    d_init = auto_d_init(store.spectrum) if recipe.d_init == "auto" else recipe.d_init
+    automatic = auto_d_init(store.spectrum)
+    d_init = automatic if recipe.d_init == "auto" else recipe.d_init
     key = cache_key(
         format=FORMAT,
         store=store.fingerprint,
         d_sae=d_sae,
         k=k,
-        init=recipe.init,
-        d_init=d_init,
+        # Recipes of the same options are one run, whatever they are called and however they came to d_init.
+        recipe={**asdict(recipe), "name": None, "d_init": d_init},
         train=asdict(train),
         sample=_SAMPLE,
         **logging,
-        # Left out where they are what they were before there was a choice.
-        **({} if recipe.center else {"center": False}),
-        **({"inside": True} if recipe.inside else {}),
-        **({"activation": recipe.activation} if recipe.activation != "topk" else {}),
-        **({"sparsity": asdict(recipe.sparsity)} if recipe.sparsity != SparsityConfig() else {}),
     )
     known = (str(store.metadata[name]) for name in ("model", "site", "layer") if name in store.metadata)
     name = re.sub(r"[^\w.-]+", "-", "-".join([*known, str(d_sae), recipe.init, key]))
     assert not isinstance(d_init, str)  # "auto" was the only one that `initialize` takes
-    return Run(recipe, config, train, d_init, cache_dir("runs") / name)
+    return Run(recipe, config, train, d_init, d_init or automatic, cache_dir("runs") / name)
 
 
 def _train(
@@ -243,7 +242,9 @@ def _start(run: Run, rows: ActivationStore, device: torch.device) -> tuple[Train
         b_dec="mean" if center else "zeros",
         initial_l0=run.recipe.sparsity.initial_l0 if has_threshold(sae) else None,
     )
-    return Trainer(sae.to(device), run.train, run.recipe.sparsity), report
+    # Of all, also those that did not begin there; inside the subspace there is nowhere else to go.
+    drift = Drift(rows.spectrum, min(run.d_active, rows.d))
+    return Trainer(sae.to(device), run.train, run.recipe.sparsity, drift), report
 
 
 def _finish(run: Run, sae: SparseAutoencoder, report: InitReport, rows: ActivationStore) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from torch import nn
@@ -13,7 +14,8 @@ from asi_lens.cache import cached_json
 from asi_lens.comparison import FORMAT, Run
 from asi_lens.corpora import Tokens
 from asi_lens.models import model_info
-from asi_lens.results import DeadFeatureRow
+from asi_lens.results import DeadFeatureRow, DriftRow
+from asi_lens.sae.drift import COLUMNS
 from asi_lens.sae.evaluate import evaluate_together
 from asi_lens.split import Split
 
@@ -59,6 +61,34 @@ def dead_feature_rows(
                         )
             rows.append(DeadFeatureRow(**about, tokens=run.train.n_tokens, split="held_out", **found))
     return rows
+
+
+def drift_rows(
+    runs: Sequence[Run],
+    held_out: ActivationStore,
+    *,
+    model: nn.Module | None = None,
+    tokens: Tokens | None = None,
+    progress: bool = True,
+) -> list[DriftRow]:
+    """The same with the drift over training (`08_jumprelu_schedule.csv`); see `dead_feature_rows`."""
+    named = {(run.recipe.name, run.seed): run for run in runs}
+    moments = {(*who, moment["tokens"]): moment for who, run in named.items() for moment in run.history()}
+    out = []
+    for row in dead_feature_rows(runs, held_out, model=model, tokens=tokens, progress=progress):
+        run, moment = named[row.method, row.seed], moments[row.method, row.seed, row.tokens]
+        start = run.recipe.sparsity.initial_l0
+        inside: dict[str, Any] = {column: moment[column] for column in COLUMNS}
+        out.append(
+            DriftRow(
+                **asdict(row),
+                activation=run.config.activation,
+                initial_l0=None if start is None else float(start),
+                d_active=run.d_active,
+                **inside,
+            )
+        )
+    return out
 
 
 def budget(model: nn.Module, runs: Sequence[Run], data: Split, *, losses: bool = True) -> str:

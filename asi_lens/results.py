@@ -21,6 +21,7 @@ __all__ = [
     "VERDICTS",
     "ClaimRow",
     "DeadFeatureRow",
+    "DriftRow",
     "HeadOverlapRow",
     "LossRow",
     "OutputProjectionRow",
@@ -215,6 +216,29 @@ class RankedDeadFeatureRow(DeadFeatureRow):
 
     effective_rank_fraction: float
     """Effective rank over width of the activations that the dictionary was trained on."""
+
+
+@dataclass(frozen=True)
+class DriftRow(DeadFeatureRow):
+    """A `DeadFeatureRow` beside where the rows of the weights lie (`08_jumprelu_schedule.csv`)."""
+
+    activation: str
+    """`topk`, `jumprelu` ..."""
+    initial_l0: float | None
+    """Features per token that training began at; none for the aim from the first step."""
+    d_active: int
+    """Dimensions of the subspace that the next columns are about: `d_init`, or what it would have been."""
+    decoder_inside: float
+    """Mean over features of the share of a decoder row's squared norm in the active subspace."""
+    decoder_inside_p10: float
+    """Its 10 % quantile over features."""
+    decoder_inside_median: float
+    decoder_inside_p90: float
+    encoder_inside: float
+    """The same of encoder columns."""
+    encoder_inside_p10: float
+    encoder_inside_median: float
+    encoder_inside_p90: float
 
 
 @dataclass(frozen=True)

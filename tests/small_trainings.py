@@ -9,6 +9,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
@@ -46,6 +47,33 @@ def same_bits(a: Trainer, b: Trainer) -> bool:
     first, second = a.state(), b.state()
     assert first.keys() == second.keys()
     return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def same_gradients(
+    trainer: Trainer, x: torch.Tensor, loss: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> tuple[StepOutput, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """One step on `x`, its gradients held against those of `loss`, a definition of the same loss.
+
+    Returns what the step says, the gradients of the activation's own parameters, and autograd's of all.
+    """
+    sae = trainer.sae
+    loss.backward()
+    expected = {name: p.grad.clone() for name, p in sae.named_parameters() if p.grad is not None}
+    unit = sae.W_dec.detach().clone()
+    found: list[Any] = []
+    monkeypatch.setattr(trainer.optimizer, "step", lambda *args: found.append(args))
+    output = trainer.step(x)
+    ((grads, _, _, own),) = found
+    close(grads.encoder(0, sae.d_sae), expected["W_enc"].T)
+    close(grads.b_enc, expected["b_enc"])
+    close(grads.b_dec, expected["b_dec"])
+    decoder = expected["W_dec"]
+    close(grads.decoder(0, sae.d_sae, unit), decoder - (decoder * unit).sum(1, keepdim=True) * unit)
+    return output, own, expected
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
 
 
 class Stop(Exception):  # noqa: N818

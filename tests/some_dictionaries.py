@@ -37,6 +37,9 @@ def trained_like(dtype: torch.dtype = torch.float32, **config: Any) -> SparseAut
         sae.W_enc.add_(0.1 * torch.randn(sae.W_enc.shape, generator=generator))
         sae.b_enc.normal_(0, 0.1, generator=generator)
         sae.b_dec.normal_(0, 0.3, generator=generator)
+        for name in ("r_mag", "b_mag"):
+            if hasattr(sae.activation, name):
+                getattr(sae.activation, name).normal_(0, 0.3, generator=generator)
     sae.set_normalization(activations().mean(0), 0.37)
     sae.initialization = {"method": "asi", "d_init": 5}
     return sae
@@ -46,13 +49,15 @@ def theirs(values: dict[str, Any], w: dict[str, torch.Tensor], x: torch.Tensor) 
     """SAELens 6's TopK, JumpReLU and standard dictionaries, as its documentation has them; float64."""
     w = {name: tensor.double() for name, tensor in w.items()}
     x = x.double() - w["b_dec"] * values.get("apply_b_dec_to_input", True)
-    pre = x @ w["W_enc"] + w["b_enc"]
+    pre = x @ w["W_enc"] + w.get("b_enc", 0)
     norms = w["W_dec"].norm(dim=1) if values.get("rescale_acts_by_decoder_norm") else torch.ones(1).double()
     if values["architecture"] == "topk":
         top = (pre * norms).topk(values["k"])
         acts = torch.zeros_like(pre).scatter(-1, top.indices, relu(top.values))
     elif values["architecture"] == "jumprelu":
         acts = relu(pre) * (pre > w["threshold"])
+    elif values["architecture"] == "gated":
+        acts = (x @ w["W_enc"] + w["b_gate"] > 0) * relu(x @ (w["W_enc"] * w["r_mag"].exp()) + w["b_mag"])
     else:
         acts = relu(pre)
     return (acts / norms) @ w["W_dec"] + w["b_dec"]
@@ -89,6 +94,9 @@ def saelens_folder(
         values = {"k": K, "rescale_acts_by_decoder_norm": False, **values}
     if values["architecture"] == "jumprelu":
         w["threshold"] = torch.rand(D_SAE, generator=generator) * 2 - 0.5
+    if values["architecture"] == "gated":
+        w["b_gate"] = w.pop("b_enc")
+        w |= {name: 0.5 * torch.randn(D_SAE, generator=generator) for name in ("r_mag", "b_mag")}
     values = {key: value for key, value in values.items() if value is not None}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cfg.json").write_text(json.dumps(values))

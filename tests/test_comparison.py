@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ from small_trainings import D_IN, quick, rows
 from asi_lens import comparison, comparison_table
 from asi_lens.activation_store import ActivationStore
 from asi_lens.comparison import RECIPES, Recipe, train_recipes
-from asi_lens.comparison_table import budget, dead_feature_rows
+from asi_lens.comparison_table import budget, dead_feature_rows, drift_rows
 from asi_lens.errors import CacheError, OptionError, UnknownNameError
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
+from asi_lens.sae.drift import Drift
 from asi_lens.sae.fit import train_together
 from asi_lens.sae.initialize import auto_d_init, initialize
+from asi_lens.sae.sparsity import SparsityConfig
 from asi_lens.sae.subspace import SubspaceStore, expand
 from asi_lens.sae.train import Trainer
 from asi_lens.split import harvest_split
@@ -195,6 +197,28 @@ def test_rows_hold_curves_and_held_out_numbers(store: ActivationStore, held_out:
     error = (sae(x) - x).square().sum() / (x - x.mean(0)).square().sum()
     assert ends[0].fvu == pytest.approx(error.item(), rel=1e-4)
     assert (ends[0].tokens, ends[0].dead_window_tokens) == (640, 200)
+
+
+def test_drift_stands_beside_dead_features(store: ActivationStore, held_out: ActivationStore) -> None:
+    sparsity = SparsityConfig(initial_l0=8, bandwidth=0.5)
+    jump = Recipe("jump", "asi", 5, activation="jumprelu", sparsity=sparsity)
+    runs = train_recipes(store, ["random", jump], **OPTIONS)
+    found = drift_rows(runs, held_out)
+    plain = dead_feature_rows(runs, held_out)
+    names = [field.name for field in fields(plain[0])]
+    assert [[getattr(row, name) for name in names] for row in found] == [
+        [getattr(row, name) for name in names] for row in plain
+    ]
+    last = {row.method: row for row in found if row.split == "held_out"}
+    automatic = auto_d_init(store.spectrum)
+    assert (last["jump"].d_active, last["random"].d_active) == (5, automatic)
+    assert (last["jump"].activation, last["jump"].initial_l0) == ("jumprelu", 8)
+    for run in runs:
+        shares = Drift(store.spectrum, run.d_active)(run.sae())
+        assert last[run.recipe.name].decoder_inside == pytest.approx(shares["decoder_inside"], abs=1e-6)
+        assert last[run.recipe.name].encoder_inside_p10 == pytest.approx(
+            shares["encoder_inside_p10"], abs=1e-6
+        )
 
 
 def test_without_curves_the_last_moment_is_left(store: ActivationStore, held_out: ActivationStore) -> None:

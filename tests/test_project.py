@@ -54,6 +54,7 @@ LAYERS = (
     ("comparison_table",),
     ("figure_files", "figure_style"),
     ("figure_parts",),
+    ("sae_panels",),
     ("execute", "figures", "gallery", "profiles", "sae_figures"),
     ("reproduce",),
 )

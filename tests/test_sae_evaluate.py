@@ -16,7 +16,7 @@ from asi_lens.errors import DataError, OptionError, UnsupportedModelError
 from asi_lens.interventions import cross_entropy, edited_cross_entropy, mean_ablate, skip_first
 from asi_lens.sae import evaluate as module
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
-from asi_lens.sae.evaluate import alignment, evaluate, evaluate_together, splice_losses, subspace_share
+from asi_lens.sae.evaluate import alignment, evaluate, evaluate_together, splice_losses
 from asi_lens.spectra import Spectrum
 from asi_lens.store import ActivationStore, harvest_store
 
@@ -183,12 +183,6 @@ def test_alignment_is_the_share_of_the_squared_norm_inside() -> None:
     found = alignment(sae, spectrum, 5)
     assert found.decoder == pytest.approx(1, abs=1e-6)
     assert found.encoder == pytest.approx(0, abs=1e-6)
-
-
-def test_random_directions_lie_inside_by_the_subspace_s_share() -> None:
-    rows = torch.randn(4000, 30, generator=torch.Generator().manual_seed(0))
-    shares = subspace_share(rows, torch.eye(30).double()[:, :10])
-    assert shares.mean().item() == pytest.approx(1 / 3, abs=0.01)
 
 
 def test_options_that_belong_together(tiny_llama: Any) -> None:

@@ -78,7 +78,7 @@ def test_saelens_in_half_precision(tmp_path: Path) -> None:
     assert torch.equal(sae.W_enc, weights["W_enc"].float())
 
 
-@pytest.mark.parametrize("architecture", ["standard", "jumprelu"])
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu", "gated"])
 def test_saelens_without_a_k(tmp_path: Path, architecture: str) -> None:
     values, weights = saelens_folder(
         tmp_path, architecture=architecture, apply_b_dec_to_input=architecture == "standard"
@@ -108,7 +108,7 @@ def test_saelens_without_a_k(tmp_path: Path, architecture: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"architecture": "gated"}, OptionError, "architecture='gated' .* supported: topk"),
+        ({"architecture": "temporal"}, OptionError, "architecture='temporal' .* supported: topk"),
         ({"architecture": "matryoshka_batchtopk"}, OptionError, "is not supported"),
         ({"normalize_activations": "layer_norm"}, OptionError, "normalize_activations='layer_norm'"),
         ({"normalize_activations": "expected_average_only_in"}, OptionError, "normalize_activations"),
@@ -220,7 +220,7 @@ def test_saelens_opens_ours(sae_lens: ModuleType, tmp_path: Path) -> None:
     assert found.cfg.k == K
 
 
-@pytest.mark.parametrize("activation", ["batchtopk", "jumprelu", "relu"])
+@pytest.mark.parametrize("activation", ["batchtopk", "jumprelu", "relu", "gated"])
 def test_saelens_opens_what_fires_freely(sae_lens: ModuleType, tmp_path: Path, activation: str) -> None:
     ours = trained_like(activation=activation)
     if activation != "relu":
@@ -259,7 +259,7 @@ def test_ours_opens_saelens_topk(sae_lens: ModuleType, tmp_path: Path, apply: bo
     assert_opens(sae_lens.TopKSAE(config), tmp_path)
 
 
-@pytest.mark.parametrize("architecture", ["Standard", "JumpReLU"])
+@pytest.mark.parametrize("architecture", ["Standard", "JumpReLU", "Gated"])
 def test_ours_opens_saelens_without_a_k(sae_lens: ModuleType, tmp_path: Path, architecture: str) -> None:
     config = getattr(sae_lens, f"{architecture}SAEConfig")(d_in=D, d_sae=D_SAE)
     found = getattr(sae_lens, f"{architecture}SAE")(config)

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from small_trainings import D_IN, quick, rows, small_store
+from small_trainings import D_IN, close, quick, rows, same_gradients, small_store
 
 from asi_lens.errors import OptionError, UnknownNameError
 from asi_lens.sae.dictionary import ACTIVATIONS, SAEConfig, SparseAutoencoder
 from asi_lens.sae.initialize import initialize
-from asi_lens.sae.sparsity import KINDS, SparsityConfig, set_threshold
+from asi_lens.sae.sparsity import SparsityConfig, set_threshold
+from asi_lens.sae.sparsity_kinds import KINDS
 from asi_lens.sae.train import Trainer
 
 D_SAE, K, WIDTH = 96, 4, 0.3
@@ -47,6 +48,9 @@ def make(activation: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> 
         if activation == "jumprelu":
             threshold = sae.activation.threshold
             threshold += 0.6 + 0.3 * torch.rand(D_SAE, generator=generator)
+        if activation == "gated":
+            sae.activation.r_mag += 0.3 * torch.randn(D_SAE, generator=generator, dtype=dtype)
+            sae.activation.b_mag += 0.3 * torch.randn(D_SAE, generator=generator, dtype=dtype)
     return sae
 
 
@@ -56,6 +60,8 @@ def dense_loss(sae: SparseAutoencoder, x: torch.Tensor, config: SparsityConfig) 
     z = (x_n - sae.b_dec) @ sae.W_enc + sae.b_enc
     kind = sae.config.activation
     acts = Jump.apply(z, sae.activation.threshold, False) if kind == "jumprelu" else z.relu()
+    if kind == "gated":
+        acts = (z > 0) * ((z - sae.b_enc) * sae.activation.r_mag.exp() + sae.activation.b_mag).relu()
     if kind == "batchtopk":
         least = acts.flatten().topk(K * len(x)).values.min().detach()
         acts = acts * (acts >= least)
@@ -70,6 +76,11 @@ def dense_loss(sae: SparseAutoencoder, x: torch.Tensor, config: SparsityConfig) 
     weight = config.coefficient * D_IN
     if kind == "relu":
         loss = loss + weight / target * acts.sum(1).mean()
+    if kind == "gated":
+        gates = z.relu()
+        loss = loss + weight / target * gates.sum(1).mean()
+        missed = gates @ sae.W_dec.detach() + sae.b_dec.detach() - x_n
+        loss = loss + missed.square().sum(1).mean()
     if kind == "jumprelu" and config.penalty == "tanh":
         loss = loss + weight / target * acts.tanh().sum(1).mean()
     if kind == "jumprelu" and config.penalty == "l0":
@@ -83,6 +94,8 @@ CASES = [
     ("batchtopk", {}),
     ("batchtopk", {"prefixes": (10, 40)}),
     ("relu", {"coefficient": 0.3}),
+    ("gated", {"coefficient": 0.3}),
+    ("gated", {"coefficient": 0.3, "prefixes": (10, 40)}),
     ("jumprelu", {"coefficient": 0.3}),
     ("jumprelu", {"coefficient": 0.3, "initial_l0": 20.0, "prefixes": (10, 40)}),
     ("jumprelu", {"coefficient": 0.3, "penalty": "tanh"}),
@@ -97,38 +110,23 @@ def test_step_gradients_equal_autograd(
     config = SparsityConfig(bandwidth=WIDTH, **options)
     trainer = Trainer(sae, quick(), config)
     loss = dense_loss(sae, x, config)
-    loss.backward()
-    expected = {name: p.grad.clone() for name, p in sae.named_parameters() if p.grad is not None}
-    unit = sae.W_dec.detach().clone()
-    found: list[Any] = []
-    monkeypatch.setattr(trainer.optimizer, "step", lambda *args: found.append(args))
-    output = trainer.step(x)
-    ((grads, _, _, own),) = found
-
-    def same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
-
-    same(grads.encoder(0, D_SAE), expected["W_enc"].T)
-    same(grads.b_enc, expected["b_enc"])
-    same(grads.b_dec, expected["b_dec"])
-    decoder = expected["W_dec"]
-    same(grads.decoder(0, D_SAE, unit), decoder - (decoder * unit).sum(1, keepdim=True) * unit)
-    assert set(own) == ({"threshold"} if kind == "jumprelu" else set())
-    if kind == "jumprelu":
-        assert expected["activation.threshold"].any()
-        same(own["threshold"], expected["activation.threshold"])
+    output, own, expected = same_gradients(trainer, x, loss, monkeypatch)
+    assert set(own) == {"jumprelu": {"threshold"}, "gated": {"r_mag", "b_mag"}}.get(kind, set())
+    for name, grad in own.items():
+        assert expected[f"activation.{name}"].any()
+        close(grad, expected[f"activation.{name}"])
     if not config.prefixes:
         assert output.loss + output.penalty == pytest.approx(loss.item())
 
 
-@pytest.mark.parametrize("kind", ["batchtopk", "jumprelu", "relu"])
+@pytest.mark.parametrize("kind", ["batchtopk", "jumprelu", "relu", "gated"])
 @pytest.mark.parametrize("method", ["random", "asi"])
 def test_l0_reaches_its_target(kind: str, method: str) -> None:
     store = small_store()
     sae = SparseAutoencoder(SAEConfig(D_IN, D_SAE, K, kind))
     d_init = 8 if method == "asi" else None
     initialize(sae, method, store.spectrum, d_init, store.sample(500))
-    options = {"coefficient": 0.05} if kind == "relu" else {"bandwidth": 0.5}
+    options = {"bandwidth": 0.5} if kind in ("batchtopk", "jumprelu") else {"coefficient": 0.05}
     trainer = Trainer(sae, quick(n_tokens=64 * 600, lr=1e-2), SparsityConfig(**options))
     history = trainer.fit(store, progress=False, log_every=1)[-50:]
     assert sum(row["l0"] for row in history) / 50 == pytest.approx(K, rel=0.15)
@@ -182,7 +180,7 @@ def test_matryoshka_puts_the_variance_first() -> None:
     assert found[1] < 0.6 * found[0]
 
 
-@pytest.mark.parametrize("kind", ["batchtopk", "jumprelu", "relu"])
+@pytest.mark.parametrize("kind", ["batchtopk", "jumprelu", "relu", "gated"])
 def test_a_stored_run_goes_on_to_the_same_bits(kind: str, tmp_path: Any) -> None:
     store, finals = small_store(), []
     for stop in (None, 700):
@@ -224,11 +222,29 @@ def test_aux_k_reaches_dead_features(kind: str) -> None:
     assert not torch.equal(sae.encoder_rows[50:], before)
 
 
+def test_aux_k_reaches_behind_closed_gates() -> None:
+    store = small_store()
+    sae = SparseAutoencoder(SAEConfig(D_IN, D_SAE, K, "gated"))
+    initialize(sae, "random", store.spectrum, None, store.sample(500))
+    sae.b_enc.data[50:] = -50
+    before = sae.encoder_rows[50:].clone()
+    trainer = Trainer(sae, quick(aux_k=8, dead_window=64), SparsityConfig(coefficient=0.1))
+    for batch in store.batches(64, n_tokens=64 * 5):
+        output = trainer.step(batch)
+    assert output.aux_loss > 0
+    assert not torch.equal(sae.encoder_rows[50:], before)
+    # Only Adam's step for no gradient at all would leave these where they are.
+    assert torch.equal(sae.b_enc[50:], torch.full_like(sae.b_enc[50:], -50))
+
+
 def test_a_threshold_for_an_l0() -> None:
     x = rows()
-    for kind in ("batchtopk", "jumprelu"):
-        sae = make(kind, torch.float32)
+    for kind in ("batchtopk", "jumprelu", "gated"):
         for l0 in (2, 12.5):
+            sae = make(kind, torch.float32)
+            if kind == "gated":
+                # So large that every open gate fires.
+                sae.activation.b_mag.data.fill_(100)
             set_threshold(sae, x, l0)
             assert sae.encode_dense(x).gt(0).sum(1).double().mean().item() == pytest.approx(l0, abs=0.01)
     with pytest.raises(OptionError, match="to have a threshold"):

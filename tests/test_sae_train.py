@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from small_trainings import D_IN, D_SAE, K, make, quick, rows
+from small_trainings import D_IN, D_SAE, K, make, quick, rows, same_gradients
 
 from asi_lens.errors import DataError, OptionError, UnknownNameError
 from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.initialize import initialize
 from asi_lens.sae.optim import KINDS
-from asi_lens.sae.sparse_ops import sum_gradients
 from asi_lens.sae.train import TrainConfig, Trainer
 
 
@@ -35,17 +34,6 @@ def dense_step_loss(
     return loss + D_IN / 32 * normalized
 
 
-def caught(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    found: list[Any] = []
-
-    def catch(*args: Any) -> Any:
-        found.append(sum_gradients(*args))
-        return found[-1]
-
-    monkeypatch.setattr("asi_lens.sae.train.sum_gradients", catch)
-    return found
-
-
 @pytest.mark.parametrize("aux_k", [0, 7])
 def test_step_gradients_equal_autograd(aux_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     sae = make(dtype=torch.float64)
@@ -57,21 +45,8 @@ def test_step_gradients_equal_autograd(aux_k: int, monkeypatch: pytest.MonkeyPat
     trainer.ledger.last_fired[:100] = 10
     dead = torch.arange(100, D_SAE) if aux_k else None
     x = rows(64).double()
-    dense_step_loss(sae, x, dead, aux_k).backward()
-    expected = {name: p.grad.clone() for name, p in sae.named_parameters()}
-    unit = sae.W_dec.detach().clone()
-    found = caught(monkeypatch)
-    output = trainer.step(x)
-    (grads,) = found
-
-    def same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
-
-    same(grads.encoder(0, D_SAE), expected["W_enc"].T)
-    same(grads.b_enc, expected["b_enc"])
-    same(grads.b_dec, expected["b_dec"])
-    decoder = expected["W_dec"]
-    same(grads.decoder(0, D_SAE, unit), decoder - (decoder * unit).sum(1, keepdim=True) * unit)
+    loss = dense_step_loss(sae, x, dead, aux_k)
+    output, _, expected = same_gradients(trainer, x, loss, monkeypatch)
     if aux_k:
         # The auxiliary loss reaches the encoder of dead features, not only their decoder rows.
         assert expected["W_enc"][:, 100:].any()

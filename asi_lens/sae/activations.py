@@ -1,4 +1,5 @@
-"""Activation functions that fire on any number of features: ReLU, JumpReLU and BatchTopK, as they infer.
+"""Activation functions that fire on any number of features: ReLU, JumpReLU, BatchTopK and Gated, as they
+infer.
 
 A code is as wide as its widest row; the places that a row does not need hold zeros, which did not fire.
 How they are trained is in `sparsity`.
@@ -43,14 +44,14 @@ class ReLU:
         return _fired(x, encoder, bias, relu)
 
 
-class JumpReLU(nn.Module):
-    """z if z > threshold, else 0, and never below 0 (Rajamanoharan et al. 2024); `threshold [d_sae]`."""
+class Thresholded(nn.Module):
+    """z if z > threshold, else 0, and never below 0: what JumpReLU and BatchTopK have in common."""
 
-    threshold: nn.Parameter
+    threshold: Tensor
 
-    def __init__(self, config: HasWidth):
-        super().__init__()
-        self.threshold = nn.Parameter(torch.zeros(config.d_sae))
+    def folded(self, scale: Float[Tensor, ""]) -> dict[str, Tensor]:
+        """See `dictionary.SparseAutoencoder.folded`."""
+        return {"threshold": self.threshold.detach() / scale}
 
     def code(
         self,
@@ -64,20 +65,49 @@ class JumpReLU(nn.Module):
         return _fired(x, encoder, bias, lambda z: relu(z) * (z > threshold))
 
 
-class BatchTopK(nn.Module):
-    """z if z > threshold, else 0 (Bussmann et al. 2024): one `threshold []` for all features.
+class JumpReLU(Thresholded):
+    """A learned threshold for each feature (Rajamanoharan et al. 2024); `threshold [d_sae]`."""
+
+    def __init__(self, config: HasWidth):
+        super().__init__()
+        self.threshold = nn.Parameter(torch.zeros(config.d_sae))
+
+
+class BatchTopK(Thresholded):
+    """One `threshold []` for all features (Bussmann et al. 2024).
 
     In training the k x batch largest pre-activations of a batch fire; the threshold is the running mean of
     the smallest of them, so that inference does not depend on how tokens are batched.
     """
-
-    threshold: Tensor
 
     def __init__(self, config: HasWidth):
         super().__init__()
         del config
         self.register_buffer("threshold", torch.zeros(()))
 
+
+class Gated(nn.Module):
+    """Gate and magnitude apart (Rajamanoharan et al. 2024, "Improving Dictionary Learning with Gated SAEs").
+
+    A feature fires where x . w + b_enc > 0, with value ReLU(exp(r_mag) (x . w) + b_mag). Parameters: `r_mag`
+    and `b_mag`, each [d_sae]; b_enc is the paper's b_gate, w its W_gate.
+    """
+
+    def __init__(self, config: HasWidth):
+        super().__init__()
+        self.r_mag = nn.Parameter(torch.zeros(config.d_sae))
+        self.b_mag = nn.Parameter(torch.zeros(config.d_sae))
+
+    def folded(self, scale: Float[Tensor, ""]) -> dict[str, Tensor]:
+        """See `dictionary.SparseAutoencoder.folded`."""
+        return {"r_mag": self.r_mag.detach().clone(), "b_mag": self.b_mag.detach() / scale}
+
+    def magnitude(
+        self, gate: Float[Tensor, "batch d_sae"], bias: Float[Tensor, " d_sae"]
+    ) -> Float[Tensor, "batch d_sae"]:
+        """Values before ReLU, from the gate's pre-activations x . w + bias."""
+        return (gate - bias.to(gate)) * self.r_mag.exp().to(gate) + self.b_mag.to(gate)
+
     def code(
         self,
         x: Float[Tensor, "batch d_in"],
@@ -86,8 +116,7 @@ class BatchTopK(nn.Module):
         workspace: Workspace | None = None,
     ) -> SparseCode:
         """See `dictionary.Activation.code`."""
-        threshold = self.threshold.to(x)
-        return _fired(x, encoder, bias, lambda z: relu(z) * (z > threshold))
+        return _fired(x, encoder, bias, lambda z: relu(self.magnitude(z, bias)) * (z > 0))
 
 
 def pick(mask: Bool[Tensor, "batch n"], values: Float[Tensor, "batch n"]) -> SparseCode:

@@ -23,7 +23,7 @@ from jaxtyping import Float, Num
 from torch import Tensor, nn
 
 from asi_lens.errors import DataError, OptionError, require, unknown_name
-from asi_lens.sae.activations import BatchTopK, JumpReLU, ReLU, stack_codes
+from asi_lens.sae.activations import BatchTopK, Gated, JumpReLU, ReLU, Thresholded, stack_codes
 from asi_lens.sae.sparse_ops import SparseCode, Workspace, decode_sum, encode_topk
 
 # Rows encoded at a time outside of training.
@@ -40,7 +40,7 @@ class SAEConfig:
         d_in: width of the activations.
         d_sae: features.
         k: features that fire on one token, 1 to d_sae: at most (topk), on average (batchtopk), or as
-            `sparsity` aims at (jumprelu, relu).
+            `sparsity` aims at (jumprelu, relu, gated).
         activation: name in `ACTIVATIONS`.
         seed: of the random directions.
         metadata: where the activations come from (model, site, hook_name, layer, corpus ...); JSON values.
@@ -114,6 +114,7 @@ ACTIVATIONS: dict[str, Callable[[SAEConfig], Activation]] = {
     "batchtopk": BatchTopK,
     "jumprelu": JumpReLU,
     "relu": ReLU,
+    "gated": Gated,
 }
 """Activation functions by name; `sparsity` has how each is trained."""
 
@@ -244,10 +245,13 @@ class SparseAutoencoder(nn.Module):
 
         acts = TopK(ReLU((x - b_dec) W_enc + b_enc)), reconstruction = acts W_dec + b_dec. Decoder rows
         keep their unit norm, activations come in raw units (those inside divided by `input_scale`):
-        the convention of SAELens with `apply_b_dec_to_input` and of sparsify.
+        the convention of SAELens with `apply_b_dec_to_input` and of sparsify. Parameters of the activation
+        function come with them, by their own names.
         """
         scale = self.input_scale
+        own = self.activation.folded(scale) if isinstance(self.activation, Thresholded | Gated) else {}
         return {
+            **own,
             "W_enc": self.W_enc.detach().clone(),
             "b_enc": self.b_enc.detach() / scale,
             "W_dec": self.W_dec.detach().clone(),

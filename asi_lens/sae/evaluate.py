@@ -23,6 +23,7 @@ from asi_lens.harvest import SiteLayer
 from asi_lens.interventions import Edit, loss_recovered, mean_ablate, next_token_loss, skip_first
 from asi_lens.sae.deadness import DeadnessLedger
 from asi_lens.sae.dictionary import SparseAutoencoder
+from asi_lens.sae.drift import subspace_share
 from asi_lens.spectra import Spectrum
 from asi_lens.store import ActivationStore
 
@@ -270,18 +271,6 @@ def alignment(sae: SparseAutoencoder, spectrum: Spectrum, d_init: int) -> Alignm
     decoder = subspace_share(sae.W_dec.detach(), basis).mean().item()
     encoder = subspace_share(sae.W_enc.detach().T, basis).mean().item()
     return Alignment(d_init, decoder, encoder)
-
-
-def subspace_share(rows: Float[Tensor, "n d"], basis: Float[Tensor, "d r"]) -> Float[Tensor, " n"]:
-    """Share of each row's squared norm inside the span of `basis` (orthonormal columns), float64.
-
-    NaN for a row of zeros, which lies nowhere.
-    """
-    shares = []
-    for part in rows.split(_ROWS):
-        part = part.to(basis)
-        shares.append((part @ basis).square().sum(1) / part.square().sum(1))
-    return torch.cat(shares)
 
 
 @torch.inference_mode()

@@ -59,6 +59,10 @@ class Learner(Protocol):
         """One update. DataError and DivergedError leave everything as it was."""
         ...
 
+    def measure(self) -> Row:
+        """Columns of a logged row beside those of a step, always the same ones."""
+        ...
+
     def describe(self) -> dict[str, Any]:
         """What a checkpoint must agree with to be continued (JSON values)."""
         ...
@@ -124,7 +128,8 @@ def train_together(
         checkpoint_every: tokens between checkpoints; also one at the end, and on Ctrl-C or SIGTERM after
             the step under way (a second Ctrl-C stops at once, without).
         log_every: steps between rows of metrics (step, tokens, fvu, l0, loss, aux_loss, penalty,
-            dead_fraction_<window>, lr, tokens_per_s of time spent in steps, gradient_norm).
+            dead_fraction_<window>, lr, tokens_per_s of time spent in steps, gradient_norm, and those of the
+            trainer's `drift`).
         windows: tokens of dead fractions to log besides `dead_window`.
         loggers: "tensorboard", "wandb", or functions that take a row.
         on_log: called with trainer and output whenever a row is logged.
@@ -237,7 +242,8 @@ class _Run:
         self.busy, self.busy_tokens = 0.0, 0
         columns = ["step", "tokens", "fvu", "l0", "loss", "aux_loss", "penalty"]
         columns += [f"dead_fraction_{window}" for window in self.windows]
-        self.log = MetricsLog([*columns, "lr", "tokens_per_s", "gradient_norm"], folder, loggers)
+        columns += ["lr", "tokens_per_s", "gradient_norm", *trainer.measure()]
+        self.log = MetricsLog(columns, folder, loggers)
         self._resume()
 
     def _resume(self) -> None:
@@ -287,6 +293,7 @@ class _Run:
                 "lr": output.lr,
                 "tokens_per_s": round(self.busy_tokens / self.busy, 1),
                 "gradient_norm": output.gradient_norm,
+                **self.trainer.measure(),
             }
         )
         self.busy, self.busy_tokens = 0.0, 0

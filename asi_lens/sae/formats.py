@@ -38,14 +38,19 @@ OURS, OUR_WEIGHTS = "asi_lens.json", "asi_lens.safetensors"
 SAELENS_VERSION = "6.54.12"
 """The SAELens whose format this is; any 6 reads it."""
 
+# Names of SAELens and ours, by activation function, where they differ.
 _THRESHOLD = "activation.threshold"
-_OUR_NAMES = {"threshold": _THRESHOLD}
+_OUR_NAMES = {
+    "batchtopk": {"threshold": _THRESHOLD},
+    "jumprelu": {"threshold": _THRESHOLD},
+    "gated": {"b_gate": "b_enc", "r_mag": "activation.r_mag", "b_mag": "activation.b_mag"},
+}
 # Ours -> SAELens' name of what `SAEConfig.metadata` may hold.
 _RENAMED = {"model": "model_name", "context": "context_size", "bos": "prepend_bos", "corpus": "dataset_path"}
 # SAELens' architectures and the activation functions they are here.
-_ARCHITECTURES = {"topk": "topk", "jumprelu": "jumprelu", "standard": "relu"}
+_ARCHITECTURES = {"topk": "topk", "jumprelu": "jumprelu", "standard": "relu", "gated": "gated"}
 # Ours -> what SAELens reads it as; BatchTopK infers by a threshold, as JumpReLU does.
-_WRITTEN_AS = {"topk": "topk", "batchtopk": "jumprelu", "jumprelu": "jumprelu", "relu": "standard"}
+_WRITTEN_AS = {here: there for there, here in _ARCHITECTURES.items()} | {"batchtopk": "jumprelu"}
 _SAELENS_KEYS = {
     *("architecture", "d_in", "d_sae", "k", "dtype", "device", "metadata"),
     *("apply_b_dec_to_input", "normalize_activations", "reshape_activations"),
@@ -79,15 +84,18 @@ def save_folder(sae: SparseAutoencoder, folder: Path | str) -> None:
         raise OptionError(f"activation={config.activation!r} cannot be written; those that can: {known}")
     state = {name: tensor.detach() for name, tensor in sae.state_dict().items()}
     folded = {name: tensor.float() for name, tensor in sae.folded().items()}
-    if _THRESHOLD in state:
-        threshold = (state[_THRESHOLD] / state["input_scale"]).float()
-        folded["threshold"] = threshold.expand(config.d_sae).contiguous()
-    stored = {_OUR_NAMES.get(name, name): tensor for name, tensor in folded.items()}
+    if "threshold" in folded:
+        folded["threshold"] = folded["threshold"].expand(config.d_sae).contiguous()
+    names = _OUR_NAMES.get(config.activation, {})
+    # Those of the activation function have left its prefix behind already.
+    theirs_of = {here.removeprefix("activation."): there for there, here in names.items()}
+    folded = {theirs_of.get(name, name): tensor for name, tensor in folded.items()}
+    stored = {names.get(name, name): tensor for name, tensor in folded.items()}
     own = {name: tensor for name, tensor in state.items() if not _same_bits(tensor, stored.get(name))}
     norms = torch.linalg.vector_norm(folded["W_dec"], dim=1)
     with write_whole_folder(folder) as temporary:
         write_tensors(temporary / SAELENS, folded)
-        if config.activation == "topk":
+        if config.activation == "topk":  # the only one that sparsify has
             theirs = {"encoder.weight": folded["W_enc"].T, "encoder.bias": folded["b_enc"]}
             write_tensors(
                 temporary / SPARSIFY, {**theirs, "W_dec": folded["W_dec"], "b_dec": folded["b_dec"]}
@@ -106,7 +114,7 @@ def save_folder(sae: SparseAutoencoder, folder: Path | str) -> None:
 
 
 def load_folder(folder: Path | str) -> SparseAutoencoder:
-    """Read a folder of ours, of SAELens 6 (TopK, JumpReLU and standard) or of sparsify (TopK).
+    """Read a folder of ours, of SAELens 6 (TopK, JumpReLU, standard, gated) or of sparsify (TopK).
 
     A folder with files of SAELens and sparsify both is read as SAELens'. BatchTopK is JumpReLU there. What
     SAELens does to the encoder (no b_dec subtracted, scores times decoder norms) is folded into the weights.
@@ -179,7 +187,8 @@ def _load_ours(folder: Path) -> SparseAutoencoder:
     config = SAEConfig.from_dict(ours["config"])
     sae = SparseAutoencoder(config, draw=False, dtype=getattr(torch, ours["dtype"]))
     tensors = _read_tensors(folder / OUR_WEIGHTS)
-    shared = {_OUR_NAMES.get(name, name): t for name, t in _read_tensors(folder / SAELENS).items()}
+    names = _OUR_NAMES.get(config.activation, {})
+    shared = {names.get(name, name): t for name, t in _read_tensors(folder / SAELENS).items()}
     tensors |= {name: shared[name] for name in ours["in_sae_weights"]}
     if set(tensors) != set(sae.state_dict()):
         raise DataError(f"{folder} has weights {', '.join(sorted(tensors))}, which do not belong together")
@@ -218,9 +227,9 @@ def _load_saelens(folder: Path) -> SparseAutoencoder:
     renamed = {there: here for here, there in _RENAMED.items()}
     about = {str(renamed.get(key, key)): value for key, value in metadata.items()}
     config = SAEConfig(d_in=d_in, d_sae=d_sae, k=k, activation=activation, metadata=about)
-    shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
-    if activation == "jumprelu":
-        shapes["threshold"] = (d_sae,)
+    names = _OUR_NAMES.get(activation, {})
+    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    shapes |= dict.fromkeys([*names] if "b_gate" in names else ["b_enc", *names], (d_sae,))
     tensors = _read_tensors(folder / SAELENS)
     _require_shapes(tensors, shapes, folder / SAELENS)
     if values.get("rescale_acts_by_decoder_norm", False):
@@ -229,8 +238,13 @@ def _load_saelens(folder: Path) -> SparseAutoencoder:
         tensors["b_enc"] = tensors["b_enc"] * norms
         tensors["W_dec"] = tensors["W_dec"] / norms[:, None]
     if not values.get("apply_b_dec_to_input", True):
-        tensors["b_enc"] = tensors["b_enc"] + tensors["b_dec"].double() @ tensors["W_enc"].double()
-    state = {_OUR_NAMES.get(name, name): tensor for name, tensor in tensors.items()}
+        shift = tensors["b_dec"].double() @ tensors["W_enc"].double()
+        if activation == "gated":
+            tensors["b_gate"] = tensors["b_gate"] + shift
+            tensors["b_mag"] = tensors["b_mag"] + shift * tensors["r_mag"].double().exp()
+        else:
+            tensors["b_enc"] = tensors["b_enc"] + shift
+    state = {names.get(name, name): tensor for name, tensor in tensors.items()}
     return _filled(SparseAutoencoder(config, draw=False), state, folder)
 
 

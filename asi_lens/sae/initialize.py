@@ -17,10 +17,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from asi_lens.errors import OptionError, require, unknown_name
-from asi_lens.sae.activations import BatchTopK, JumpReLU
+from asi_lens.sae.activations import Thresholded
 from asi_lens.sae.dictionary import _DRAW, SparseAutoencoder, draw_gaussian
 from asi_lens.sae.sparse_ops import decode_sum
-from asi_lens.sae.sparsity import set_threshold
+from asi_lens.sae.sparsity import has_threshold, set_threshold
 from asi_lens.spectra import Spectrum
 
 METHODS = ("random", "orthogonal", "asi", "asi_authors")
@@ -129,8 +129,7 @@ def initialize(
     require(sample is not None or not needy, "sample", sample, f"given for {' and '.join(needy)}=True")
     if spectrum is not None:
         require(spectrum.d == sae.d_in, "spectrum", f"of width {spectrum.d}", f"of width d_in={sae.d_in}")
-    thresholds = sae.activation if isinstance(sae.activation, BatchTopK | JumpReLU) else None
-    if thresholds is None:
+    if not has_threshold(sae):
         require(initial_l0 is None, "initial_l0", initial_l0, "left out for an activation without thresholds")
     elif method == "asi_authors":
         raise OptionError(f"method={method!r} is not for activation={sae.config.activation!r}; take 'asi'")
@@ -162,15 +161,15 @@ def initialize(
     else:
         if center_encoder_bias and sample is not None:
             sae.b_enc.copy_(-_mean_pre(sae, sample))
-        if thresholds is not None and sample is not None:
+        if has_threshold(sae) and sample is not None:
             set_threshold(sae, sample, sae.k if initial_l0 is None else initial_l0)
         if norm_search and sample is not None:
             _, cross, power = _first_fit(sae, sample)
             scale = cross / power if cross > 0 else 1.0
             sae.encoder_rows.mul_(scale)
             sae.b_enc.mul_(scale)
-            if thresholds is not None:
-                thresholds.threshold.data.mul_(scale)
+            if isinstance(sae.activation, Thresholded):
+                sae.activation.threshold.data.mul_(scale)
     if sample is not None:
         total, cross, power = _first_fit(sae, sample)
         x = sae.normalize(sample).double()

@@ -68,6 +68,10 @@ class LorsaTrainer:
         """Positions seen that were in the loss."""
         return self.ledger.n_tokens
 
+    def measure(self) -> Row:
+        """Nothing beside what a step says."""
+        return {}
+
     def step(self, x: Tensor, y: Tensor) -> StepOutput:
         """One update on raw inputs and outputs of the layer, both [batch position d_in].
 

@@ -244,6 +244,12 @@ class Term(NamedTuple):
     """What a penalty on the values adds to dL / d values; only that of picks that fired counts."""
     holds_b_dec: bool = True
     """Whether b_dec is part of this term's reconstruction."""
+    gain: Float[Tensor, "batch k"] | None = None
+    """d value / d (x . encoder row), where it is not 1."""
+    to_b_enc: bool = True
+    """Whether b_enc is part of what the values come from."""
+    moves_decoder: bool = True
+    """Whether the decoder learns from this term; else it is taken as a constant."""
 
 
 def sum_gradients(
@@ -258,35 +264,42 @@ def sum_gradients(
     encoder's input, and is added by the reconstructions that hold it.
     """
     d_sae, batch = encoder.shape[0], x.shape[0]
-    parts: list[list[Tensor]] = [[] for _ in range(6)]
+    parts: list[list[Tensor]] = [[] for _ in range(7)]
     for place, term in enumerate(terms):
         code = term.code
         fired = (code.values > 0).flatten()
         dots = picked_dots(term.grad, decoder, code.indices).flatten()
         into = dots if term.pull is None else dots + term.pull.flatten()
+        into = into if term.gain is None else into * term.gain.flatten()
+        bias = into if term.to_b_enc else torch.zeros_like(into)
+        values = code.values.flatten() if term.moves_decoder else torch.zeros_like(into)
         sample = torch.arange(batch, device=x.device).repeat_interleave(code.indices.shape[1])
-        picks = (code.indices.flatten(), sample, sample + place * batch, code.values.flatten(), into, dots)
+        picks = (code.indices.flatten(), sample, sample + place * batch, values, into, dots, bias)
         every = bool(fired.all())
-        for part, values in zip(parts, picks, strict=True):
-            part.append(values if every else values[fired])
-    features, rows, table_rows, values, into, dots = (torch.cat(part) for part in parts)
+        for part, found in zip(parts, picks, strict=True):
+            part.append(found if every else found[fired])
+    features, rows, table_rows, values, into, dots, bias = (torch.cat(part) for part in parts)
     # Stable, so that sums run in the same order every time.
     features, order = features.sort(stable=True)
     values, into, dots = values[order], into[order], dots[order]
+    summed = [into, values * dots]
+    if not all(term.to_b_enc for term in terms):
+        summed.append(bias[order])
     counts = torch.bincount(features, minlength=d_sae)
     offsets = pad(counts.cumsum(0), (1, 0))
     sums = embedding_bag(
         torch.arange(len(order), device=x.device),
-        torch.stack([into, values * dots], 1),
+        torch.stack(summed, 1),
         offsets,
         mode="sum",
         include_last_offset=True,
     )
-    b_enc, parallel = sums.unbind(1)
+    pre, parallel, *other = sums.unbind(1)
+    b_enc = other[0] if other else pre
     active = counts.nonzero().flatten()
     # b_dec is subtracted before the encoder and added after the decoder.
     few = 4 * len(active) < d_sae
-    through = b_enc[active] @ encoder[active] if few else b_enc @ encoder
+    through = pre[active] @ encoder[active] if few else pre @ encoder
     return Gradients(
         features=active,
         offsets=offsets,

@@ -11,6 +11,8 @@ itself does not see to it:
   for pre-activations within half a bandwidth of the threshold. Penalty `l0`: c d_in (l0 / target - 1)^2, or
   `tanh`: c d_in / target mean_b sum_j tanh(act), steered.
 - `relu`: c d_in / target mean_b sum_j act (L1 with unit decoder rows), steered.
+- `gated` (Rajamanoharan et al. 2024): the same of ReLU(gate), steered, and the squared error of what
+  ReLU(gate) reconstructs with the decoder held constant: what teaches the gate.
 
 d_in stands there since the main loss, too, is d_in times a fraction of the variance. Steered: in every step c
 is multiplied by exp(0.03 (l0 / target - 1)), at most by 3 % either way.
@@ -26,18 +28,16 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import linear
 
 from asi_lens.errors import OptionError, require, unknown_name
-from asi_lens.sae.activations import BatchTopK, JumpReLU, keep, pick, row_blocks, stack_codes
+from asi_lens.sae.activations import (
+    Gated,
+    Thresholded,
+)
 from asi_lens.sae.dictionary import SparseAutoencoder
-from asi_lens.sae.sparse_ops import SparseCode, Term, Workspace, decode_sum, encode_topk, picked_dots
+from asi_lens.sae.sparse_ops import SparseCode, Term, Workspace, decode_sum, encode_topk
 
 PENALTIES = ("l0", "tanh")
-# Largest change of a steered coefficient in one step, and of what it reacts to.
-_STEERING = 0.03
-# Share of the newest batch in BatchTopK's running threshold.
-_NEWEST = 0.01
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,10 @@ class Sparsity:
     Attributes:
         sae: the dictionary. config: the options. n_steps: steps of the whole run.
         coefficient: weight of the penalty as it is now.
+        gates_apart: whether b_enc decides what fires and has no part in the values.
     """
+
+    gates_apart = False
 
     def __init__(self, sae: SparseAutoencoder, config: SparsityConfig, n_steps: int):
         for size in config.prefixes:
@@ -145,156 +148,12 @@ class Sparsity:
         """The inverse of `state`."""
 
 
-class _Penalized(Sparsity):
-    """What the kinds with a penalty share: its weight, which may be steered."""
-
-    def state(self) -> dict[str, Tensor]:
-        """See `Sparsity.state`."""
-        return {"coefficient": torch.tensor(self.coefficient, dtype=torch.float64)}
-
-    def load_state(self, read: Callable[[str], Tensor]) -> None:
-        """See `Sparsity.load_state`."""
-        self.coefficient = float(read("coefficient"))
-
-    def _weight(self, step: int) -> float:
-        """The coefficient, warmed up, with the factors that all penalties share."""
-        warm = min(1.0, (step + 1) / self.config.warmup_steps) if self.config.warmup_steps else 1.0
-        return self.coefficient * warm * self.sae.d_in
-
-    def _steer(self, l0: float, step: int) -> None:
-        excess = l0 / self.target(step) - 1
-        self.coefficient *= math.exp(_STEERING * max(-1.0, min(1.0, excess)))
-
-
-class _BatchTopK(Sparsity):
-    """The k x batch largest pre-activations of the batch fire, if they are above zero."""
-
-    _least: Tensor | None = None
-
-    def code(
-        self,
-        x: Float[Tensor, "batch d_in"],
-        encoder: Float[Tensor, "d_sae d_in"],
-        bias: Float[Tensor, " d_sae"],
-        step: int,
-        workspace: Workspace | None = None,
-    ) -> SparseCode:
-        """See `Sparsity.code`."""
-        found, least = _largest(x, encoder, bias, self.target(step), workspace)
-        kept = (found.values >= least) & (found.values > 0)
-        self._least = found.values[kept].amin() if bool(kept.any()) else None
-        return keep(found, kept)
-
-    def after(self, l0: float, step: int) -> None:
-        """See `Sparsity.after`; the threshold of inference follows."""
-        activation = self.sae.activation
-        assert isinstance(activation, BatchTopK)
-        if self._least is not None:
-            # The first batch sets it, unless `set_threshold` has.
-            share = _NEWEST if bool(activation.threshold > 0) else 1.0
-            activation.threshold.lerp_(self._least.to(activation.threshold), share)
-
-
-class _ReLU(_Penalized):
-    """L1, steered towards the target."""
-
-    def penalize(self, terms: list[Term], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """See `Sparsity.penalize`."""
-        code, batch = terms[0].code, len(terms[0].grad)
-        weight = self._weight(step) / (self.target(step) * batch)
-        terms[0] = terms[0]._replace(pull=torch.full_like(code.values, weight))
-        return weight * code.values.sum(), {}
-
-    def after(self, l0: float, step: int) -> None:
-        """See `Sparsity.after`."""
-        self._steer(l0, step)
-
-
-class _JumpReLU(_Penalized):
-    """Thresholds that learn from what lies near them."""
-
-    _near: SparseCode
-    _acts: Tensor
-
-    def code(
-        self,
-        x: Float[Tensor, "batch d_in"],
-        encoder: Float[Tensor, "d_sae d_in"],
-        bias: Float[Tensor, " d_sae"],
-        step: int,
-        workspace: Workspace | None = None,
-    ) -> SparseCode:
-        """See `Sparsity.code`; keeps what is near a threshold for `penalize`."""
-        threshold = self._threshold()
-        fired, near, acts = [], [], []
-        for block in row_blocks(x, len(encoder)):
-            z = linear(block, encoder.to(block), bias.to(block)).to(bias)
-            on = (z > threshold) & (z > 0)
-            fired.append(pick(on, z))
-            close = (z - threshold).abs() < self.config.bandwidth / 2
-            # Ones mark what is near; zeros fill up.
-            near.append(pick(close, torch.ones_like(z)))
-            acts.append(pick(close, z * on))
-        self._near, self._acts = stack_codes(near), stack_codes(acts).values
-        return stack_codes(fired)
-
-    def penalize(self, terms: list[Term], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """See `Sparsity.penalize`."""
-        code, batch = terms[0].code, len(terms[0].grad)
-        weight, target, width = self._weight(step), self.target(step), self.config.bandwidth
-        l0 = (code.values > 0).to(code.values.dtype).sum() / batch
-        by_l0 = torch.zeros_like(l0)
-        if self.config.penalty == "l0":
-            excess = l0 / target - 1
-            loss, by_l0 = weight * excess.square(), 2 * weight * excess / target
-        else:
-            soft = torch.tanh(code.values)
-            loss = weight / (target * batch) * soft.sum()
-            terms[0] = terms[0]._replace(pull=weight / (target * batch) * (1 - soft.square()))
-        return loss, {
-            "threshold": self._threshold_gradient(terms, by_l0 / batch, weight / (target * batch), width)
-        }
-
-    def _threshold_gradient(self, terms: list[Term], by_count: Tensor, slope: float, width: float) -> Tensor:
-        """Sum over what is near of -(threshold / width) dL/d act - (1 / width) dL/d [fired]."""
-        indices, marks = self._near
-        threshold = self._threshold()
-        there = threshold[indices]
-        into = torch.zeros_like(marks)
-        for term, size in zip(terms, [len(threshold), *self.config.prefixes], strict=False):
-            into += picked_dots(term.grad, self.sae.W_dec.data, indices) * (indices < size)
-        if self.config.penalty == "tanh":
-            into += slope * (1 - torch.tanh(self._acts).square())
-        gradient = -(there * into + by_count) / width * marks
-        return torch.zeros_like(threshold).index_add_(0, indices.flatten(), gradient.flatten())
-
-    def _threshold(self) -> Tensor:
-        activation = self.sae.activation
-        assert isinstance(activation, JumpReLU)
-        return activation.threshold.detach()
-
-    def after(self, l0: float, step: int) -> None:
-        """See `Sparsity.after`; thresholds stay above zero."""
-        self._threshold().clamp_(min=0)
-        if self.config.penalty == "tanh":
-            self._steer(l0, step)
-
-
-KINDS: dict[str, type[Sparsity]] = {
-    "topk": Sparsity,
-    "batchtopk": _BatchTopK,
-    "jumprelu": _JumpReLU,
-    "relu": _ReLU,
-}
-"""How each of `dictionary.ACTIVATIONS` is trained."""
-
-
 def has_threshold(sae: SparseAutoencoder) -> bool:
-    """Whether its activation function fires above a threshold."""
-    return isinstance(sae.activation, BatchTopK | JumpReLU)
+    """Whether its activation function fires above a threshold, which can be set without shrinking values."""
+    return isinstance(sae.activation, Thresholded | Gated)
 
 
-def _largest(
+def largest(
     x: Float[Tensor, "batch d_in"],
     encoder: Float[Tensor, "d_sae d_in"],
     bias: Float[Tensor, " d_sae"],
@@ -318,21 +177,24 @@ def _largest(
 def set_threshold(sae: SparseAutoencoder, sample: Float[Tensor, "n d_in"], l0: float | int) -> float:
     """One threshold for all features, such that `l0` of them fire on a token of the sample; returns it.
 
-    It is zero where fewer have a positive pre-activation. Raises OptionError for an activation without
-    thresholds, or an l0 out of range.
+    It is zero where fewer have a positive pre-activation; of gated dictionaries it is taken off `b_enc`, the
+    bias of the gate. Raises OptionError for an activation without thresholds, or an l0 out of range.
     """
     activation: Any = sae.activation
     require(
         has_threshold(sae),
         "activation",
         sae.config.activation,
-        "'batchtopk' or 'jumprelu' to have a threshold",
+        "'batchtopk', 'jumprelu' or 'gated' to have a threshold",
     )
     require(0 < l0 <= sae.d_sae, "l0", l0, f"above 0 and at most d_sae={sae.d_sae}")
     rows = sae.normalize(sample) - sae.b_dec
-    found, least = _largest(rows, sae.encoder_rows, sae.b_enc.data, l0)
+    found, least = largest(rows, sae.encoder_rows, sae.b_enc.data, l0)
     below = found.values[found.values < least]
     # Halfway to the next one, so that rounding decides nothing.
     threshold = float((least + below.max()) / 2) if len(below) else 0.0
-    activation.threshold.data.fill_(threshold)
+    if isinstance(activation, Gated):
+        sae.b_enc.data.sub_(threshold)
+    else:
+        activation.threshold.data.fill_(threshold)
     return threshold

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from asi_lens.errors import AsiLensError, DataError, OptionError, require
 from asi_lens.sae.deadness import DeadnessLedger
 from asi_lens.sae.dictionary import SparseAutoencoder
+from asi_lens.sae.drift import Drift
 from asi_lens.sae.metrics import Logger, Row
 from asi_lens.sae.optim import RowAdam, gradient_norm, lr_factor
 from asi_lens.sae.sparse_ops import Gradients, Term, Workspace, decode_sum, encode_topk, sum_gradients
-from asi_lens.sae.sparsity import KINDS, SparsityConfig
+from asi_lens.sae.sparsity import SparsityConfig
+from asi_lens.sae.sparsity_kinds import KINDS
 from asi_lens.sae.train_config import TrainConfig
 from asi_lens.store import ActivationStore
 
@@ -65,6 +67,7 @@ class Trainer:
 
     Attributes:
         sae: the dictionary. config: how it is trained. optimizer: moments and step. ledger: firings.
+        drift: what to measure of the weights in every logged row, if anything.
     """
 
     def __init__(
@@ -72,8 +75,10 @@ class Trainer:
         sae: SparseAutoencoder,
         config: TrainConfig | None = None,
         sparsity: SparsityConfig | None = None,
+        drift: Drift | None = None,
     ):
         self.sae = sae
+        self.drift = drift
         self.config = config or TrainConfig()
         self.sparsity = KINDS[sae.config.activation](sae, sparsity or SparsityConfig(), self.n_steps)
         self.optimizer = RowAdam(sae, self.config.optimizer)
@@ -167,11 +172,12 @@ class Trainer:
         without b_dec. The term added to the loss is aux_weight * d_in * L_aux: the main loss, too, is
         d_in times an error over a variance, as x_n has mean square norm d_in.
         """
-        sae = self.sae
+        sae, values_only = self.sae, self.sparsity.gates_apart
         code = encode_topk(
             x.to(self.compute_dtype),
             sae.encoder_rows,
-            sae.b_enc.data,
+            # Closed gates would let nothing through; their values can still learn.
+            torch.zeros_like(sae.b_enc) if values_only else sae.b_enc.data,
             self.aux_k,
             features=dead,
             workspace=self._workspace,
@@ -181,12 +187,17 @@ class Trainer:
         spread = (residual - residual.mean(0)).square().sum()
         share = torch.where(spread > 0, 1 / spread, 0.0)
         weight = self.config.aux_weight * sae.d_in * share
-        return Term(code, missed * (2 * weight), holds_b_dec=False), missed.square().sum() * share
+        term = Term(code, missed * (2 * weight), holds_b_dec=False, to_b_enc=not values_only)
+        return term, missed.square().sum() * share
 
     def prepare(self, store: ActivationStore) -> None:
         """What `fit` does first: a dictionary without input normalization takes the store's."""
         if not self.sae.is_normalized and self.steps == 0:
             self.sae.set_normalization(store.mean, store.scale)
+
+    def measure(self) -> Row:
+        """Columns of a logged row beside those of the step: of `drift`."""
+        return {} if self.drift is None else {**self.drift(self.sae)}
 
     def step_on(self, batch: Num[Tensor, "batch d_in"]) -> StepOutput:
         """`step`, by the name that `fit` calls it."""
@@ -225,11 +236,12 @@ class Trainer:
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint must agree with to be continued by this trainer (JSON values)."""
-        out = {"sae": asdict(self.sae.config), "train": asdict(self.config)}
-        # TopK alone has no use for these: its runs are those of before there were any.
-        if self.sae.config.activation != "topk" or self.sparsity.config.prefixes:
-            out["sparsity"] = asdict(self.sparsity.config)
-        return {**out, "initialization": self.sae.initialization}
+        return {
+            "sae": asdict(self.sae.config),
+            "train": asdict(self.config),
+            "sparsity": asdict(self.sparsity.config),
+            "initialization": self.sae.initialization,
+        }
 
     def _first_weights(self) -> Tensor:
         """A few rows of the weights that the run started from; equal ones mean the same start."""
