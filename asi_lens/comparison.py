@@ -6,8 +6,6 @@ they depend on, so that a notebook that asks again reads them, and one that was 
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,11 +14,11 @@ from typing import Any
 import torch
 
 from asi_lens.activation_store import ActivationStore
-from asi_lens.errors import CacheError, require, unknown_name
-from asi_lens.files import cache_key, write_whole
+from asi_lens.errors import require, unknown_name
+from asi_lens.files import cache_key
 from asi_lens.models import resolve_device, resolve_dtype
-from asi_lens.paths import cache_dir
-from asi_lens.sae.checkpoints import CHECKPOINT_FILE, held
+from asi_lens.run_folders import about_run, finish, is_finished, run_folder
+from asi_lens.sae.checkpoints import held
 from asi_lens.sae.dictionary import ACTIVATIONS, SAEConfig, SparseAutoencoder
 from asi_lens.sae.drift import Drift
 from asi_lens.sae.fit import train_together
@@ -33,7 +31,7 @@ from asi_lens.sae.train_config import TrainConfig
 
 # Raise it when a change to training, initialization or evaluation makes other numbers of the same options.
 FORMAT = 1
-_ABOUT = "run.json"
+_SAE = "sae"
 # Rows for the norm search.
 _SAMPLE = 8192
 
@@ -84,6 +82,30 @@ RECIPES: dict[str, Recipe] = {
 """The paper's comparison (C7, C9), what centering alone does, and training in the subspace alone."""
 
 
+DICTIONARIES = ("TopK", "BatchTopK", "Matryoshka BatchTopK", "JumpReLU", "Gated", "ReLU with L1")
+"""Kinds of dictionary that `dictionary_recipe` knows."""
+
+
+def dictionary_recipe(kind: str, d_sae: int) -> Recipe:
+    """A kind of dictionary from a random start, under its own name; `dataclasses.replace` changes the start.
+
+    Matryoshka's prefixes are a sixteenth, an eighth, a quarter and half of the dictionary. Raises
+    UnknownNameError for a name that is not in `DICTIONARIES`.
+    """
+    if kind not in DICTIONARIES:
+        raise unknown_name("kind of dictionary", kind, DICTIONARIES)
+    prefixes = tuple(d_sae // part for part in (16, 8, 4, 2))
+    activation, sparsity = {
+        "TopK": ("topk", SparsityConfig()),
+        "BatchTopK": ("batchtopk", SparsityConfig()),
+        "Matryoshka BatchTopK": ("batchtopk", SparsityConfig(prefixes=prefixes)),
+        "JumpReLU": ("jumprelu", SparsityConfig(bandwidth=0.5)),
+        "Gated": ("gated", SparsityConfig(coefficient=0.05)),
+        "ReLU with L1": ("relu", SparsityConfig(coefficient=0.05)),
+    }[kind]
+    return Recipe(kind, activation=activation, sparsity=sparsity)
+
+
 @dataclass(frozen=True)
 class Run:
     """One trained dictionary in the cache."""
@@ -112,15 +134,14 @@ class Run:
         """Logged metrics, as `Trainer.fit` returned them; FVU is always of whole activations."""
         history = read_metrics(self.folder / METRICS_FILE)
         if self.subspace is not None:
-            about = json.loads((self.folder / _ABOUT).read_text(encoding="utf-8"))
-            floor = about["discarded"]
+            floor = about_run(self.folder)["discarded"]
             for row in history:
                 row["fvu"] = None if row["fvu"] is None else floor + (1 - floor) * row["fvu"]
         return history
 
     def sae(self) -> SparseAutoencoder:
         """The trained dictionary."""
-        return SparseAutoencoder.load(self.folder / "sae")
+        return SparseAutoencoder.load(self.folder / _SAE)
 
 
 def train_recipes(
@@ -198,10 +219,10 @@ def _run(
         sample=_SAMPLE,
         **logging,
     )
-    known = (str(store.metadata[name]) for name in ("model", "site", "layer") if name in store.metadata)
-    name = re.sub(r"[^\w.-]+", "-", "-".join([*known, str(d_sae), recipe.init, key]))
+    known = [store.metadata[name] for name in ("model", "site", "layer") if name in store.metadata]
+    folder = run_folder([*known, d_sae, recipe.init], key)
     assert not isinstance(d_init, str)  # "auto" was the only one that `initialize` takes
-    return Run(recipe, config, train, d_init, d_init or automatic, cache_dir("runs") / name)
+    return Run(recipe, config, train, d_init, d_init or automatic, folder)
 
 
 def _train(
@@ -213,7 +234,11 @@ def _train(
 ) -> None:
     """Train what is missing: together where dictionaries read the same rows."""
     for r in dict.fromkeys(run.subspace for run in runs):
-        missing = {run.folder: run for run in runs if run.subspace == r and not _is_done(run)}
+        missing = {
+            run.folder: run
+            for run in runs
+            if run.subspace == r and not is_finished(run.folder, (METRICS_FILE, _SAE))
+        }
         if not missing:
             continue
         rows = store if r is None else SubspaceStore(store, r)
@@ -254,18 +279,5 @@ def _finish(run: Run, sae: SparseAutoencoder, report: InitReport, rows: Activati
         sae = expand(sae, rows.basis, rows.center)
         about["discarded"] = rows.discarded
     with held(run.folder):
-        sae.save(run.folder / "sae")
-        with write_whole(run.folder / _ABOUT) as temporary:
-            temporary.write_text(json.dumps(about, indent=1), encoding="utf-8")
-        # Moments of the optimizer: three times the dictionary, for nothing once it is trained.
-        (run.folder / CHECKPOINT_FILE).unlink(missing_ok=True)
-
-
-def _is_done(run: Run) -> bool:
-    path = run.folder / _ABOUT
-    if not path.exists():
-        return False
-    for needed in (run.folder / METRICS_FILE, run.folder / "sae"):
-        if not needed.exists():
-            raise CacheError(f"{path} tells of a finished run, but {needed} is missing; delete {run.folder}")
-    return True
+        sae.save(run.folder / _SAE)
+        finish(run.folder, about)

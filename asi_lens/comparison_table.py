@@ -40,26 +40,24 @@ def dead_feature_rows(
     Evaluations are cached. Raises as `evaluate_together`.
     """
     rows = []
-    for seed in dict.fromkeys(run.seed for run in runs):
-        group = [run for run in runs if run.seed == seed]
-        for run, found in zip(group, _evaluations(group, held_out, model, tokens, progress), strict=True):
-            about = _about(run, held_out)
-            history = run.history()
-            for moment in history if curves else history[-1:]:
-                shared = {**about, "tokens": moment["tokens"], "fvu": moment["fvu"], "l0": moment["l0"]}
-                for column, dead in moment.items():
-                    window = re.fullmatch(r"dead_fraction_(\d+)", column)
-                    if window and dead is not None and int(window[1]) <= (moment["tokens"] or 0):
-                        rows.append(
-                            DeadFeatureRow(
-                                **shared,
-                                split="train",
-                                dead_window_tokens=int(window[1]),
-                                dead_fraction=dead,
-                                cross_entropy_delta=None,
-                            )
+    for run, found in zip(runs, _evaluations(runs, held_out, model, tokens, progress), strict=True):
+        about = _about(run, held_out)
+        history = run.history()
+        for moment in history if curves else history[-1:]:
+            shared = {**about, "tokens": moment["tokens"], "fvu": moment["fvu"], "l0": moment["l0"]}
+            for column, dead in moment.items():
+                window = re.fullmatch(r"dead_fraction_(\d+)", column)
+                if window and dead is not None and int(window[1]) <= (moment["tokens"] or 0):
+                    rows.append(
+                        DeadFeatureRow(
+                            **shared,
+                            split="train",
+                            dead_window_tokens=int(window[1]),
+                            dead_fraction=dead,
+                            cross_entropy_delta=None,
                         )
-            rows.append(DeadFeatureRow(**about, tokens=run.train.n_tokens, split="held_out", **found))
+                    )
+        rows.append(DeadFeatureRow(**about, tokens=run.train.n_tokens, split="held_out", **found))
     return rows
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "VERDICTS",
     "ClaimRow",
     "DeadFeatureRow",
+    "DictionaryRow",
     "DriftRow",
     "HeadOverlapRow",
     "LossRow",
@@ -239,6 +240,16 @@ class DriftRow(DeadFeatureRow):
     encoder_inside_p10: float
     encoder_inside_median: float
     encoder_inside_p90: float
+
+
+@dataclass(frozen=True)
+class DictionaryRow(DeadFeatureRow):
+    """A `DeadFeatureRow` of one kind of dictionary (`10_dictionaries.csv`)."""
+
+    dictionary: str
+    """Kind, as the figure names it."""
+    activation: str
+    """`topk`, `jumprelu` ..."""
 
 
 @dataclass(frozen=True)

@@ -48,14 +48,14 @@ LAYERS = (
     ("store",),
     ("split",),
     ("sae",),
-    ("provenance", "tables"),
+    ("provenance", "run_folders", "tables"),
     ("results",),
-    ("comparison",),
+    ("comparison", "lorsa_comparison", "lorsa_contexts"),
     ("comparison_table",),
     ("figure_files", "figure_style"),
     ("figure_parts",),
     ("sae_panels",),
-    ("execute", "figures", "gallery", "profiles", "sae_figures"),
+    ("dictionary_figures", "execute", "figures", "gallery", "profiles", "sae_figures"),
     ("reproduce",),
 )
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}

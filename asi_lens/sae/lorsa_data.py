@@ -27,6 +27,7 @@ from asi_lens.moments import Moments
 from asi_lens.sae.lorsa import origin
 from asi_lens.sae.lorsa_copy import READ_SITE, write_site
 from asi_lens.shuffle import Permutation
+from asi_lens.store import harvest_stores
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,28 @@ def harvest_pairs(
     )
     harvest(model, tokens, [kept], batch_tokens=batch_tokens, drop_first=False, progress=progress)
     inputs, outputs = kept.rows.unflatten(1, (len(tokens), tokens.context))
+    about = {**origin(model, layer), "corpus": tokens.corpus, "tokens": tokens.fingerprint}
+    return SequencePairs(inputs, outputs, about)
+
+
+def stored_pairs(
+    model: nn.Module,
+    tokens: Tokens,
+    layer: int,
+    *,
+    budget_gb: int | float = 20,
+    progress: bool = True,
+) -> SequencePairs:
+    """The same from stores in the cache, in bfloat16, which are written if they are not there yet.
+
+    Raises as `harvest_stores` and `models.hook_name` do.
+    """
+    wheres = ((models.hook_name(model, READ_SITE, layer), layer), (write_site(model, layer), layer))
+    stores = harvest_stores(model, tokens, wheres, drop_first=False, budget_gb=budget_gb, progress=progress)
+    inputs, outputs = (
+        torch.cat(list(stores[where].in_order(8192))).view(len(tokens), tokens.context, -1)
+        for where in wheres
+    )
     about = {**origin(model, layer), "corpus": tokens.corpus, "tokens": tokens.fingerprint}
     return SequencePairs(inputs, outputs, about)
 

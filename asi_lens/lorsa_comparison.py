@@ -1,0 +1,263 @@
+"""Lorsas of one attention layer, begun in several ways and trained side by side: what notebook 09 compares.
+
+As in `comparison`, every one is trained once and stays in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from asi_lens.cache import cached_json
+from asi_lens.corpora import Tokens
+from asi_lens.errors import require, unknown_name
+from asi_lens.files import cache_key
+from asi_lens.models import model_info, resolve_device
+from asi_lens.results import DeadFeatureRow
+from asi_lens.run_folders import finish, is_finished, run_folder
+from asi_lens.sae.checkpoints import held
+from asi_lens.sae.fit import train_together
+from asi_lens.sae.lorsa import Lorsa, LorsaConfig
+from asi_lens.sae.lorsa_data import SequencePairs
+from asi_lens.sae.lorsa_evaluate import evaluate_lorsa
+from asi_lens.sae.lorsa_init import LORSA_METHODS, initialize_lorsa
+from asi_lens.sae.lorsa_train import LorsaTrainer
+from asi_lens.sae.metrics import METRICS_FILE, Row, read_metrics
+from asi_lens.sae.train_config import TrainConfig
+
+# Raise it when a change to training, initialization or evaluation makes other numbers of the same options.
+FORMAT = 1
+_WEIGHTS = "lorsa.safetensors"
+# Sequences for the subspaces and the norm search.
+_SAMPLE = 32
+
+
+@dataclass(frozen=True)
+class LorsaRecipe:
+    """One way to begin, named as in the figures' legends. Raises UnknownNameError."""
+
+    name: str
+    init: str = "random"
+    """Method of `initialize_lorsa`."""
+    d_init_fraction: float | int | None = None
+    """Dimensions of each head's active subspace over the width of a head, for "asi"."""
+
+    def __post_init__(self) -> None:
+        if self.init not in LORSA_METHODS:
+            raise unknown_name("initialization method", self.init, LORSA_METHODS)
+        fraction = self.d_init_fraction
+        fits = (fraction is None) == (self.init == "random") and (fraction is None or 0 < fraction <= 1)
+        require(fits, "d_init_fraction", fraction, "above 0 to 1 for 'asi', left out for 'random'")
+
+
+@dataclass(frozen=True)
+class LorsaRun:
+    """One trained Lorsa in the cache."""
+
+    recipe: LorsaRecipe
+    config: LorsaConfig
+    train: TrainConfig
+    d_init: int | None
+    """Dimensions of each head's active subspace."""
+    folder: Path
+
+    @property
+    def seed(self) -> int:
+        """Of the initial units and of the order of the data."""
+        return self.config.seed
+
+    def history(self) -> list[Row]:
+        """Logged metrics, as `LorsaTrainer.fit` returned them."""
+        return read_metrics(self.folder / METRICS_FILE)
+
+    def lorsa(self) -> Lorsa:
+        """The trained Lorsa."""
+        return Lorsa.load(self.folder / _WEIGHTS)
+
+
+def train_lorsas(
+    model: nn.Module,
+    layer: int,
+    pairs: SequencePairs,
+    recipes: Sequence[LorsaRecipe],
+    *,
+    n_ov: int,
+    k: int,
+    seeds: Sequence[int] = (0,),
+    train: TrainConfig | None = None,
+    log_every: int = 50,
+    device: str | torch.device = "auto",
+    progress: bool = True,
+) -> list[LorsaRun]:
+    """Train a Lorsa per recipe and seed, those of a seed on one stream of sequences.
+
+    Args:
+        pairs: of that layer. train: everything but `seed`, which `seeds` say.
+        n_ov, k: as in `LorsaConfig`. log_every: as in `train_together`.
+
+    Returns runs in order of seeds, then recipes. Raises what the parts raise, and CacheError for a run's
+    folder that cannot be read.
+    """
+    require(len(recipes) > 0, "recipes", [], "one or more")
+    require(len(seeds) > 0, "seeds", [], "one or more")
+    target, base, out = resolve_device(device), train or TrainConfig(), []
+    for seed in seeds:
+        config = LorsaConfig.of(model, layer, n_ov=n_ov, k=k, context=pairs.context, seed=seed)
+        runs = [_run(recipe, config, replace(base, seed=seed), pairs, log_every) for recipe in recipes]
+        missing = [run for run in runs if not is_finished(run.folder, (METRICS_FILE, _WEIGHTS))]
+        trainers = [_start(run, model, layer, pairs, target) for run in missing]
+        if missing:
+            folders = [run.folder for run in missing]
+            train_together(trainers, pairs, folders=folders, log_every=log_every, progress=progress)
+        for run, trainer in zip(missing, trainers, strict=True):
+            _finish(run, trainer.lorsa)
+        out += runs
+    return out
+
+
+def lorsa_rows(
+    runs: Sequence[LorsaRun],
+    held_out: SequencePairs,
+    *,
+    model: nn.Module | None = None,
+    tokens: Tokens | None = None,
+    progress: bool = True,
+) -> list[DeadFeatureRow]:
+    """Training curves and held-out numbers (`09_lorsa.csv`): features are units, the site is `attention`.
+
+    Args:
+        held_out: sequences of the same layer that no run was trained on.
+        model, tokens: both or none: for `cross_entropy_delta`.
+
+    Evaluations are cached. Raises as `evaluate_lorsa`.
+    """
+    rows = []
+    for run in runs:
+        about: dict[str, Any] = _about(run, held_out)
+        window = run.train.dead_window
+        for moment in run.history():
+            if (moment["tokens"] or 0) >= window:
+                shared: dict[str, Any] = {key: moment[key] for key in ("tokens", "fvu", "l0")}
+                dead = moment[f"dead_fraction_{window}"]
+                found: dict[str, Any] = {
+                    "dead_window_tokens": window,
+                    "dead_fraction": dead,
+                    "cross_entropy_delta": None,
+                }
+                rows.append(DeadFeatureRow(**about, **shared, **found, split="train"))
+        measured = _evaluation(run, held_out, model, tokens, progress)
+        rows.append(DeadFeatureRow(**about, tokens=run.train.n_tokens, split="held_out", **measured))
+    return rows
+
+
+def lorsa_budget(
+    model: nn.Module, runs: Sequence[LorsaRun], pairs: SequencePairs, held_out: SequencePairs, losses: Tokens
+) -> str:
+    """What stands behind the numbers of runs of one layer and size, for captions and the claims table."""
+    info, run = model_info(model), runs[0]
+    config, train = run.config, run.train
+    d_init = ", ".join(str(one) for one in sorted({one.d_init for one in runs if one.d_init}))
+    seeds = sorted({one.seed for one in runs})
+    parts = [
+        f"{info.name} ({info.weights}, {info.dtype})",
+        str(pairs.metadata["corpus"]),
+        f"attention of layer {config.metadata['layer']} (width {config.d_in})",
+        f"{config.n_ov:,} units under {config.n_qk_heads} heads, k {config.k}",
+        f"d_init {d_init} of {config.d_qk} a head",
+        f"{train.n_tokens:,} training positions ({train.n_tokens / pairs.n:.1f} passes) in sequences of "
+        f"{pairs.context}",
+        f"lr {train.lr:g}, batch {train.batch_size:,}, dead window {train.dead_window:,} positions",
+        f"{held_out.n:,} held-out positions",
+        f"losses on {losses.n_tokens:,} tokens of them",
+        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}",
+    ]
+    return ", ".join(parts)
+
+
+def _run(
+    recipe: LorsaRecipe, config: LorsaConfig, train: TrainConfig, pairs: SequencePairs, log_every: int
+) -> LorsaRun:
+    fraction = recipe.d_init_fraction
+    d_init = None if fraction is None else max(1, round(fraction * config.d_qk))
+    key = cache_key(
+        format=FORMAT,
+        pairs=pairs.fingerprint,
+        config=asdict(config),
+        init=recipe.init,
+        d_init=d_init,
+        train=asdict(train),
+        sample=_SAMPLE,
+        log_every=log_every,
+    )
+    about = config.metadata
+    folder = run_folder([about["model"], "lorsa", about["layer"], config.n_ov, recipe.init], key)
+    return LorsaRun(recipe, config, train, d_init, folder)
+
+
+def _start(
+    run: LorsaRun, model: nn.Module, layer: int, pairs: SequencePairs, device: torch.device
+) -> LorsaTrainer:
+    lorsa = Lorsa(run.config)
+    sample = pairs[: min(_SAMPLE, len(pairs))]
+    initialize_lorsa(lorsa, model, layer, sample, run.recipe.init, run.d_init)
+    return LorsaTrainer(lorsa.to(device), run.train)
+
+
+def _finish(run: LorsaRun, lorsa: Lorsa) -> None:
+    """Put the trained Lorsa into the run's folder."""
+    with held(run.folder):
+        lorsa.save(run.folder / _WEIGHTS)
+        about = {"format": FORMAT, "recipe": asdict(run.recipe), "initialization": lorsa.initialization}
+        finish(run.folder, about)
+
+
+def _evaluation(
+    run: LorsaRun,
+    held_out: SequencePairs,
+    model: nn.Module | None,
+    tokens: Tokens | None,
+    progress: bool,
+) -> Mapping[str, Any]:
+    """The fields of a `held_out` row that come from the evaluation."""
+    key = {
+        "format": FORMAT,
+        "run": run.folder.name,
+        "held_out": held_out.fingerprint,
+        "model": None if model is None else model_info(model).fingerprint,
+        "tokens": None if tokens is None else tokens.fingerprint,
+    }
+
+    def measure() -> dict[str, Any]:
+        found = evaluate_lorsa(run.lorsa(), held_out, model=model, tokens=tokens, progress=progress)
+        return {
+            "dead_window_tokens": found.n_tokens,
+            "dead_fraction": found.dead_fraction,
+            "fvu": found.fvu,
+            "l0": found.l0,
+            "cross_entropy_delta": found.losses.cross_entropy_delta if found.losses else None,
+        }
+
+    return cached_json("evaluations", key, measure)
+
+
+def _about(run: LorsaRun, held_out: SequencePairs) -> dict[str, Any]:
+    return {
+        "model": run.config.metadata["model"],
+        "corpus": held_out.metadata["corpus"],
+        "site": "attention",
+        "layer": run.config.metadata["layer"],
+        "method": run.recipe.name,
+        "init": run.recipe.init,
+        "d_init": run.d_init,
+        "optimizer": run.train.optimizer,
+        "aux_k": 0,
+        "d_sae": run.config.n_ov,
+        "k": run.config.k,
+        "lr": run.train.lr,
+        "seed": run.seed,
+    }
