@@ -1,4 +1,4 @@
-"""Dictionaries trained in several ways on one store, side by side: what notebooks 04 to 07 compare.
+"""Dictionaries trained in several ways on one store, side by side: what the notebooks from 04 on compare.
 
 Every dictionary is trained once. Its weights and training curve stay in the cache under a key of all that
 they depend on, so that a notebook that asks again reads them, and one that was stopped goes on.
@@ -7,103 +7,36 @@ they depend on, so that a notebook that asks again reads them, and one that was 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from asi_lens.activation_store import ActivationStore
-from asi_lens.errors import require, unknown_name
+from asi_lens.errors import require
 from asi_lens.files import cache_key
 from asi_lens.models import resolve_device, resolve_dtype
+from asi_lens.recipes import Recipe, find_recipe
 from asi_lens.run_folders import about_run, finish, is_finished, run_folder
 from asi_lens.sae.checkpoints import held
-from asi_lens.sae.dictionary import ACTIVATIONS, SAEConfig, SparseAutoencoder
+from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.drift import Drift
 from asi_lens.sae.fit import train_together
-from asi_lens.sae.initialize import METHODS, InitReport, auto_d_init, initialize
+from asi_lens.sae.initialize import InitReport, auto_d_init, initialize
 from asi_lens.sae.metrics import METRICS_FILE, Row, read_metrics
-from asi_lens.sae.sparsity import SparsityConfig, has_threshold
+from asi_lens.sae.sparsity import has_threshold
 from asi_lens.sae.subspace import SubspaceStore, expand
 from asi_lens.sae.train import Trainer
 from asi_lens.sae.train_config import TrainConfig
+from asi_lens.sae.transcoder import PairedStores, Transcoder
+from asi_lens.sae.transcoder_init import TranscoderInitReport, initialize_transcoder
 
 # Raise it when a change to training, initialization or evaluation makes other numbers of the same options.
 FORMAT = 1
 _SAE = "sae"
 # Rows for the norm search.
 _SAMPLE = 8192
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One way of training, named as in the figures' legends. Raises OptionError or UnknownNameError."""
-
-    name: str
-    init: str = "random"
-    """Method of `sae.initialize`."""
-    d_init: int | str | None = None
-    """Dimensions of the active subspace, or "auto"."""
-    optimizer: str = "adam"
-    """As in `TrainConfig`."""
-    aux_k: int | str = 0
-    """As in `TrainConfig`."""
-    center: bool = True
-    """Take the mean out of the input; else it is left in, and `b_dec` starts at zero."""
-    inside: bool = False
-    """Train on the coordinates in the active subspace alone (`sae.subspace`), for "asi"."""
-    activation: str = "topk"
-    """As in `SAEConfig`."""
-    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
-    """How it is kept sparse (`sae.sparsity`)."""
-
-    def __post_init__(self) -> None:
-        if self.init not in METHODS:
-            raise unknown_name("initialization method", self.init, METHODS)
-        TrainConfig(optimizer=self.optimizer, aux_k=self.aux_k)
-        if self.activation not in ACTIVATIONS:
-            raise unknown_name("activation", self.activation, ACTIVATIONS)
-        fits = not self.inside or (self.init == "asi" and self.d_init is not None and self.center)
-        require(fits, "inside", self.inside, "False but for a centered 'asi' with a d_init")
-
-
-RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe
-    for recipe in (
-        Recipe("random"),
-        Recipe("random + AuxK", aux_k="auto"),
-        Recipe("ASI", "asi", "auto"),
-        Recipe("ASI + sparse Adam", "asi", "auto", "sparse_adam"),
-        Recipe("random, not centered", center=False),
-        Recipe("inside the subspace", "asi", "auto", inside=True),
-    )
-}
-"""The paper's comparison (C7, C9), what centering alone does, and training in the subspace alone."""
-
-
-DICTIONARIES = ("TopK", "BatchTopK", "Matryoshka BatchTopK", "JumpReLU", "Gated", "ReLU with L1")
-"""Kinds of dictionary that `dictionary_recipe` knows."""
-
-
-def dictionary_recipe(kind: str, d_sae: int) -> Recipe:
-    """A kind of dictionary from a random start, under its own name; `dataclasses.replace` changes the start.
-
-    Matryoshka's prefixes are a sixteenth, an eighth, a quarter and half of the dictionary. Raises
-    UnknownNameError for a name that is not in `DICTIONARIES`.
-    """
-    if kind not in DICTIONARIES:
-        raise unknown_name("kind of dictionary", kind, DICTIONARIES)
-    prefixes = tuple(d_sae // part for part in (16, 8, 4, 2))
-    activation, sparsity = {
-        "TopK": ("topk", SparsityConfig()),
-        "BatchTopK": ("batchtopk", SparsityConfig()),
-        "Matryoshka BatchTopK": ("batchtopk", SparsityConfig(prefixes=prefixes)),
-        "JumpReLU": ("jumprelu", SparsityConfig(bandwidth=0.5)),
-        "Gated": ("gated", SparsityConfig(coefficient=0.05)),
-        "ReLU with L1": ("relu", SparsityConfig(coefficient=0.05)),
-    }[kind]
-    return Recipe(kind, activation=activation, sparsity=sparsity)
 
 
 @dataclass(frozen=True)
@@ -145,7 +78,7 @@ class Run:
 
 
 def train_recipes(
-    store: ActivationStore,
+    store: ActivationStore | PairedStores,
     recipes: Sequence[Recipe | str],
     *,
     d_sae: int,
@@ -162,7 +95,8 @@ def train_recipes(
     Recipes that come to the same options are one run. Those that are in the cache are not trained again.
 
     Args:
-        recipes: recipes, or names in `RECIPES`.
+        store: rows of one site, or paired stores for transcoders.
+        recipes: recipes, or names in `recipes.RECIPES`; transcoders have a `reader`.
         train: everything but `optimizer`, `aux_k` and `seed`, which recipes and `seeds` say.
         windows, log_every: as in `train_together`.
         device: where to train; "auto" is CUDA if there is one.
@@ -170,7 +104,7 @@ def train_recipes(
     Returns runs in order of seeds, then recipes. Raises what the parts raise, and CacheError for a run's
     folder that cannot be read.
     """
-    chosen = [_recipe(recipe) for recipe in recipes]
+    chosen = [find_recipe(recipe) for recipe in recipes]
     require(len(chosen) > 0, "recipes", [], "one or more")
     require(len(seeds) > 0, "seeds", [], "one or more")
     target = resolve_device(device)
@@ -187,16 +121,8 @@ def train_recipes(
     return out
 
 
-def _recipe(given: Recipe | str) -> Recipe:
-    if isinstance(given, Recipe):
-        return given
-    if given not in RECIPES:
-        raise unknown_name("recipe", given, RECIPES)
-    return RECIPES[given]
-
-
 def _run(
-    store: ActivationStore,
+    store: ActivationStore | PairedStores,
     recipe: Recipe,
     d_sae: int,
     k: int,
@@ -204,17 +130,29 @@ def _run(
     base: TrainConfig,
     logging: Mapping[str, Any],
 ) -> Run:
-    config = SAEConfig(store.d, d_sae, k, recipe.activation, seed, store.metadata)
+    paired = isinstance(store, PairedStores)
+    require(
+        paired == (recipe.reader is not None),
+        "reader",
+        recipe.reader,
+        "given for paired stores, and for nothing else",
+    )
+    spectrum = store.outputs.spectrum if isinstance(store, PairedStores) else store.spectrum
+    d_out = store.d_out if isinstance(store, PairedStores) else None
+    config = SAEConfig(store.d, d_sae, k, recipe.activation, seed, store.metadata, d_out)
     train = replace(base, optimizer=recipe.optimizer, aux_k=recipe.aux_k, seed=seed)
-    automatic = auto_d_init(store.spectrum)
+    automatic = auto_d_init(spectrum)
     d_init = automatic if recipe.d_init == "auto" else recipe.d_init
+    # Recipes of the same options are one run, whatever they are called and however they came to d_init.
+    options = {**asdict(recipe), "name": None, "d_init": d_init}
+    if options.pop("reader") is not None:
+        options["init"] = f"{recipe.init}, reads {recipe.reader}"
     key = cache_key(
         format=FORMAT,
         store=store.fingerprint,
         d_sae=d_sae,
         k=k,
-        # Recipes of the same options are one run, whatever they are called and however they came to d_init.
-        recipe={**asdict(recipe), "name": None, "d_init": d_init},
+        recipe=options,
         train=asdict(train),
         sample=_SAMPLE,
         **logging,
@@ -226,7 +164,7 @@ def _run(
 
 
 def _train(
-    store: ActivationStore,
+    store: ActivationStore | PairedStores,
     runs: Sequence[Run],
     logging: Mapping[str, Any],
     device: torch.device,
@@ -241,7 +179,7 @@ def _train(
         }
         if not missing:
             continue
-        rows = store if r is None else SubspaceStore(store, r)
+        rows = SubspaceStore(store, r) if r is not None and isinstance(store, ActivationStore) else store
         trainers, reports = [], []
         for run in missing.values():
             trainer, report = _start(run, rows, device)
@@ -252,7 +190,11 @@ def _train(
             _finish(run, trainer.sae, report, rows)
 
 
-def _start(run: Run, rows: ActivationStore, device: torch.device) -> tuple[Trainer, InitReport]:
+def _start(
+    run: Run, rows: ActivationStore | PairedStores, device: torch.device
+) -> tuple[Trainer, InitReport | TranscoderInitReport]:
+    if isinstance(rows, PairedStores):
+        return _start_transcoder(run, rows, device)
     sae = SparseAutoencoder(replace(run.config, d_in=rows.d))
     # Inside the subspace any direction is one of ASI's.
     method, d_init = (run.recipe.init, run.d_init) if run.subspace is None else ("random", None)
@@ -272,7 +214,28 @@ def _start(run: Run, rows: ActivationStore, device: torch.device) -> tuple[Train
     return Trainer(sae.to(device), run.train, run.recipe.sparsity, drift), report
 
 
-def _finish(run: Run, sae: SparseAutoencoder, report: InitReport, rows: ActivationStore) -> None:
+def _start_transcoder(
+    run: Run, store: PairedStores, device: torch.device
+) -> tuple[Trainer, TranscoderInitReport]:
+    sae, recipe = Transcoder(run.config), run.recipe
+    assert recipe.reader is not None  # `_run` has seen to it
+    report = initialize_transcoder(
+        sae,
+        store,
+        recipe.init,
+        recipe.reader,
+        run.d_init,
+        initial_l0=recipe.sparsity.initial_l0 if has_threshold(sae) else None,
+    )
+    return Trainer(sae.to(device), run.train, recipe.sparsity), report
+
+
+def _finish(
+    run: Run,
+    sae: SparseAutoencoder,
+    report: InitReport | TranscoderInitReport,
+    rows: ActivationStore | PairedStores,
+) -> None:
     """Put the trained dictionary into the run's folder, at full width."""
     about = {"format": FORMAT, "recipe": asdict(run.recipe), "initialization": asdict(report)}
     if isinstance(rows, SubspaceStore):

@@ -17,12 +17,14 @@ from asi_lens.models import model_info
 from asi_lens.results import DeadFeatureRow, DriftRow
 from asi_lens.sae.drift import COLUMNS
 from asi_lens.sae.evaluate import evaluate_together
+from asi_lens.sae.transcoder import PairedStores, Transcoder
+from asi_lens.sae.transcoder_evaluate import evaluate_transcoder
 from asi_lens.split import Split
 
 
 def dead_feature_rows(
     runs: Sequence[Run],
-    held_out: ActivationStore,
+    held_out: ActivationStore | PairedStores,
     *,
     model: nn.Module | None = None,
     tokens: Tokens | None = None,
@@ -63,7 +65,7 @@ def dead_feature_rows(
 
 def drift_rows(
     runs: Sequence[Run],
-    held_out: ActivationStore,
+    held_out: ActivationStore | PairedStores,
     *,
     model: nn.Module | None = None,
     tokens: Tokens | None = None,
@@ -117,7 +119,7 @@ def _numbers(values: Iterable[int]) -> str:
 
 def _evaluations(
     runs: Sequence[Run],
-    held_out: ActivationStore,
+    held_out: ActivationStore | PairedStores,
     model: nn.Module | None,
     tokens: Tokens | None,
     progress: bool,
@@ -133,7 +135,12 @@ def _evaluations(
 
     def measure() -> list[dict[str, Any]]:
         saes = [run.sae() for run in runs]
-        found = evaluate_together(saes, held_out, model=model, tokens=tokens, progress=progress)
+        options: dict[str, Any] = {"model": model, "tokens": tokens, "progress": progress}
+        if isinstance(held_out, PairedStores):
+            transcoders = [sae for sae in saes if isinstance(sae, Transcoder)]
+            found = [evaluate_transcoder(sae, held_out, **options) for sae in transcoders]
+        else:
+            found = evaluate_together(saes, held_out, **options)
         return [
             {
                 "dead_window_tokens": one.n_tokens,
@@ -148,7 +155,7 @@ def _evaluations(
     return cached_json("evaluations", key, measure)
 
 
-def _about(run: Run, held_out: ActivationStore) -> dict[str, Any]:
+def _about(run: Run, held_out: ActivationStore | PairedStores) -> dict[str, Any]:
     metadata = {**held_out.metadata, **run.config.metadata}
     return {
         "model": metadata["model"],
@@ -159,7 +166,7 @@ def _about(run: Run, held_out: ActivationStore) -> dict[str, Any]:
         "init": run.recipe.init,
         "d_init": run.d_init,
         "optimizer": run.train.optimizer,
-        "aux_k": run.config.d_in // 2 if run.train.aux_k == "auto" else run.train.aux_k,
+        "aux_k": (run.config.d_out or run.config.d_in) // 2 if run.train.aux_k == "auto" else run.train.aux_k,
         "d_sae": run.config.d_sae,
         "k": run.config.k if run.config.activation == "topk" else None,
         "lr": run.train.lr,

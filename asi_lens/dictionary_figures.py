@@ -11,7 +11,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from asi_lens.errors import DataError
-from asi_lens.figure_parts import bar, strips
+from asi_lens.figure_parts import strips
 from asi_lens.figure_style import METHOD_COLORS, methods, order, over
 from asi_lens.results import DictionaryRow, DriftRow
 from asi_lens.sae_panels import (
@@ -113,7 +113,19 @@ def _dots(
 ) -> None:
     """A dot per seed around `x`, a bar and a number at the mean."""
     tone, mean = METHOD_COLORS[name], float(rows[y].mean())
-    bar(figure, x, mean, f"{mean:.3g}", tone, half=0.13, right=name == "ASI", **where)
+    figure.add_scatter(
+        x=[x - 0.13, x, x + 0.13],
+        y=[mean] * 3,
+        mode="lines+text",
+        line={"color": tone, "width": 4},
+        # Above: beside it the next kind's numbers would be in the way.
+        text=["", f"{mean:.3g}", ""],
+        textposition="top center",
+        textfont={"size": 12},
+        showlegend=False,
+        hoverinfo="skip",
+        **where,
+    )
     figure.add_scatter(
         x=[x + 0.16 * ((i + 0.5) / len(rows) - 0.5) for i in range(len(rows))],
         y=rows[y],

@@ -174,7 +174,7 @@ def strips(
     figure.update_xaxes(
         tickvals=list(range(len(looks))),
         ticktext=[method.replace(" + ", "<br>+ ").replace(", ", ",<br>") for method in looks],
-        range=[-0.5, len(looks) - 0.3],
+        range=[-0.5, len(looks) - 0.1],
         ticks="",
         showgrid=False,
         tickangle=0,

@@ -36,6 +36,7 @@ _SPARE_METHODS = (
     ("#009E73", "x"),
     ("#D55E00", "pentagon"),
     ("#0072B2", "star-diamond"),
+    ("#777777", "hexagon"),
 )
 _SPARE_COLORS = ("#E69F00", "#56B4E9", "#000000", "#8C6D00")
 _FONT = "Arial, Helvetica, Liberation Sans, DejaVu Sans, sans-serif"

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import pandas as pd
+
 from asi_lens.errors import OptionError
 from asi_lens.files import locked
 from asi_lens.tables import Row, columns, frame, read_rows, write_rows
@@ -33,7 +35,9 @@ __all__ = [
     "claim_order",
     "columns",
     "drop_claims",
+    "final_numbers",
     "frame",
+    "in_every_seed",
     "read_claims",
     "read_rows",
     "verdict",
@@ -275,11 +279,40 @@ class ClaimRow(Row):
             raise OptionError(f"claim={self.claim!r} is not allowed; claim must be C1, C2, ...")
 
 
-def verdict(holds: bool, profile: str) -> Verdict:
-    """The verdict on a claim that was put to the test; a `smoke` run is too small to give one."""
-    if profile == "smoke":
+def verdict(holds: bool | None, profile: str) -> Verdict:
+    """The verdict on a claim that was put to the test.
+
+    There is none where seeds disagree (`holds` is None), and a `smoke` run is too small to give one.
+    """
+    if profile == "smoke" or holds is None:
         return "not testable here"
     return "supported" if holds else "not supported"
+
+
+def in_every_seed(better: pd.DataFrame) -> bool | None:
+    """Whether a claim of several parts holds: a row per seed, a column per part.
+
+    True if every part holds in every seed, False if one fails in every seed; None if it depends on the seed.
+    """
+    if bool(better.all(axis=None)):
+        return True
+    return False if bool((~better).all(axis=0).any()) else None
+
+
+def final_numbers(table: pd.DataFrame, dead_window: int) -> pd.DataFrame:
+    """The end of every run of a table of `DeadFeatureRow`s, by method and seed.
+
+    Columns: `dead_in_training` (over the last `dead_window` tokens), and on held-out text `silent_held_out`,
+    `fvu`, `l0`, `cross_entropy_delta`.
+    """
+    who = ["method", "seed"]
+    train = table[(table.split == "train") & (table.dead_window_tokens == dead_window)]
+    last = train[train.tokens == train.groupby(who).tokens.transform("max")].set_index(who)
+    held = table[table.split == "held_out"].set_index(who)
+    numbers = held[["dead_fraction", "fvu", "l0", "cross_entropy_delta"]]
+    numbers = numbers.rename(columns={"dead_fraction": "silent_held_out"})
+    numbers.insert(0, "dead_in_training", last.dead_fraction)
+    return numbers
 
 
 def write_claim(folder: Path | str, row: ClaimRow) -> Path:

@@ -47,13 +47,13 @@ _RANDOM, _ASI, _AUTOMATIC = "random", "ASI", "ASI, automatic d_init"
 _EDGE = {"width": 1, "color": "white"}
 
 
-def dead_feature_curves(table: pd.DataFrame) -> go.Figure:
-    """Dead features and FVU over training, and where each method ends on held-out text (C7, C9).
+def dead_feature_curves(table: pd.DataFrame, noun: str = "features") -> go.Figure:
+    """Dead features and FVU over training, and where each method ends on held-out text (C7, C9, C10).
 
     Takes `DeadFeatureRow`s of one model, text, site, layer and size. Lines are means over seeds, bands
     their range; at the end a dot per seed, a bar and a number at the mean. The window is the largest
     that is shorter than every run; curves begin when it has passed, since nothing can be dead before.
-    The axis of FVU spans the second half of training: the first points are huge.
+    The axis of FVU spans the second half of training: the first points are huge. `noun` says what dies.
     """
     check(table, DeadFeatureRow, "dead_feature_curves", "model", "corpus", "site", "layer", "d_sae")
     train = table[table.split == "train"]
@@ -61,16 +61,17 @@ def dead_feature_curves(table: pd.DataFrame) -> go.Figure:
     full = train[(train.dead_window_tokens == window) & (train.tokens >= window)]
     # A moment has a row for each window, all with its FVU.
     fvu = train[train.fvu.notna()].drop_duplicates([*RUN, "tokens"])
-    shown, limits = [dead_panel(full, window)], None
+    shown, limits = [dead_panel(full, window, noun)], None
     if len(fvu):
         low, high = fvu.fvu.min(), fvu.fvu[fvu.tokens >= fvu.tokens.max() / 2].max()
         pad = 0.08 * (high - low) or 0.05 * high
         limits = [low - pad, high + pad]
         cut = ", start cut off" if fvu.fvu.max() > limits[1] else ""
         shown.append(Panel(f"FVU, training batches{cut}", FVU, fvu, "fvu"))
-    held = [panel for panel in held_out_panels(table, "dead_feature_curves") if panel.column != "fvu"]
-    subtitle, rows = subtitle_of(table, over(table, "seed")), [shown, held] if held else [shown]
-    figure, place = grid("Dead features over training", subtitle, rows)
+    held = held_out_panels(table, "dead_feature_curves", noun)
+    held = [panel for panel in held if panel.column != "fvu"]
+    subtitle, rows = subtitle_of(table, over(table, "seed"), noun), [shown, held] if held else [shown]
+    figure, place = grid(f"Dead {noun} over training", subtitle, rows)
     figure.update_xaxes(title_text="training tokens", tickformat="~s", range=[0, 1.02 * end], row=1)
     if limits:
         figure.update_yaxes(range=limits, row=1, col=2)

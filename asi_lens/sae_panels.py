@@ -53,19 +53,19 @@ def window_of(train: pd.DataFrame, *, whole: bool) -> int:
     return int(max(fit if whole else [w for w in fit if w < last] or fit))
 
 
-def dead_panel(train: pd.DataFrame, window: int) -> Panel:
-    y = f"features without a firing in<br>the last {window:,} tokens (%)"
-    return Panel("Dead features, training", y, train.assign(dead=100 * train.dead_fraction), "dead")
+def dead_panel(train: pd.DataFrame, window: int, noun: str = "features") -> Panel:
+    y = f"{noun} without a firing in<br>the last {window:,} tokens (%)"
+    return Panel(f"Dead {noun}, training", y, train.assign(dead=100 * train.dead_fraction), "dead")
 
 
-def held_out_panels(table: pd.DataFrame, builder: str) -> list[Panel]:
+def held_out_panels(table: pd.DataFrame, builder: str, noun: str = "features") -> list[Panel]:
     """Panels of what was measured on held-out text at the end of each run."""
     held = ends(table[table.split == "held_out"])
     single(held, "dead_window_tokens", builder)
     window = int(held.dead_window_tokens.max()) if len(held) else 0
-    y = f"features without a firing in<br>{window:,} held-out tokens (%)"
+    y = f"{noun} without a firing in<br>{window:,} held-out tokens (%)"
     every = [
-        Panel("Silent features, held out", y, held.assign(silent=100 * held.dead_fraction), "silent"),
+        Panel(f"Silent {noun}, held out", y, held.assign(silent=100 * held.dead_fraction), "silent"),
         Panel("FVU, held out", FVU, held[held.fvu.notna()], "fvu"),
         Panel("Δ LM loss, held out", DELTA, held[held.cross_entropy_delta.notna()], "cross_entropy_delta"),
     ]
@@ -87,13 +87,13 @@ def grid(title: str, subtitle: str, rows: list[list[Panel]]) -> tuple[go.Figure,
     return figure, place
 
 
-def subtitle_of(table: pd.DataFrame, what: str) -> str:
+def subtitle_of(table: pd.DataFrame, what: str, noun: str = "features") -> str:
     """The setting with sites, layers, sizes and length of training, and `what` the marks are over."""
     layers = ", ".join(str(n) for n in sorted(table.layer.unique()))
     tokens = sorted({int(n) for n in ends(table).tokens})
     parts = [label(site) for site in sites(table) if table.site.nunique() == 1]
     parts.append(f"layer{'s' * (table.layer.nunique() > 1)} {layers}")
-    parts += [f"{n:,} features" for n in table.d_sae.unique() if table.d_sae.nunique() == 1]
+    parts += [f"{n:,} {noun}" for n in table.d_sae.unique() if table.d_sae.nunique() == 1]
     parts += [f"k = {n:g}" for n in table.k.dropna().unique() if table.k.nunique() == 1]
     parts.append(" to ".join(f"{n:,}" for n in dict.fromkeys([tokens[0], tokens[-1]])) + " training tokens")
     return setting(table, tokens=False, what=" · ".join([*parts, what] if what else parts))

@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 from torch.nn.functional import relu
 
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
+from asi_lens.sae.sparsity import set_threshold
+from asi_lens.sae.transcoder import Transcoder
 
 D, D_SAE, K = 10, 33, 4
 METADATA = {
@@ -42,6 +44,20 @@ def trained_like(dtype: torch.dtype = torch.float32, **config: Any) -> SparseAut
                 getattr(sae.activation, name).normal_(0, 0.3, generator=generator)
     sae.set_normalization(activations().mean(0), 0.37)
     sae.initialization = {"method": "asi", "d_init": 5}
+    return sae
+
+
+def transcoder_like(activation: str) -> Transcoder:
+    """A transcoder to a wider site in which no parameter is trivial."""
+    sae = Transcoder(SAEConfig(D, D_SAE, K, activation, 3, METADATA, d_out=D + 4))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        sae.b_enc.normal_(0, 0.1, generator=generator)
+        sae.b_dec.normal_(0, 0.3, generator=generator)
+    sae.set_normalization(activations().mean(0), 0.37)
+    sae.set_output_normalization(torch.arange(D + 4.0), 0.2)
+    if activation in ("batchtopk", "jumprelu"):
+        set_threshold(sae, activations(), 3)
     return sae
 
 

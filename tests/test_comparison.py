@@ -12,9 +12,10 @@ from small_trainings import D_IN, quick, rows
 
 from asi_lens import comparison, comparison_table
 from asi_lens.activation_store import ActivationStore
-from asi_lens.comparison import RECIPES, Recipe, train_recipes
+from asi_lens.comparison import train_recipes
 from asi_lens.comparison_table import budget, dead_feature_rows, drift_rows
 from asi_lens.errors import CacheError, OptionError, UnknownNameError
+from asi_lens.recipes import RECIPES, Recipe
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.drift import Drift
 from asi_lens.sae.fit import train_together
@@ -22,6 +23,9 @@ from asi_lens.sae.initialize import auto_d_init, initialize
 from asi_lens.sae.sparsity import SparsityConfig
 from asi_lens.sae.subspace import SubspaceStore, expand
 from asi_lens.sae.train import Trainer
+from asi_lens.sae.transcoder import PairedStores, Transcoder
+from asi_lens.sae.transcoder_evaluate import evaluate_transcoder
+from asi_lens.sae.transcoder_init import initialize_transcoder
 from asi_lens.split import harvest_split
 
 pytestmark = pytest.mark.filterwarnings("ignore::asi_lens.spectra.FewTokensWarning")
@@ -157,6 +161,25 @@ def test_inside_the_subspace_a_run_is_a_training_on_coordinates(
     ends = [row for row in dead_feature_rows([whole, inside], held_out) if row.split == "held_out"]
     assert [(row.method, row.d_init) for row in ends] == [("ASI", 6), ("inside", 6)]
     assert ends[1].fvu > 0.5 * floor
+
+
+def test_transcoders_are_compared_on_paired_stores(store: ActivationStore, held_out: ActivationStore) -> None:
+    pairs, held = PairedStores(store, store), PairedStores(held_out, held_out)
+    compared = [Recipe("a", "asi", "auto", reader="regression"), Recipe("b", reader="random")]
+    runs = train_recipes(pairs, compared, **OPTIONS)
+    d_init = auto_d_init(store.spectrum)
+    assert [run.d_init for run in runs] == [d_init, None]
+    sae = Transcoder(SAEConfig(D_IN, 64, 4, d_out=D_IN))
+    initialize_transcoder(sae, pairs, "asi", "regression", d_init)
+    Trainer(sae, OPTIONS["train"]).fit(pairs, progress=False)
+    torch.testing.assert_close(runs[0].sae()(rows(50)), sae(rows(50)))
+    ends = {row.method: row for row in dead_feature_rows(runs, held) if row.split == "held_out"}
+    assert ends["a"].fvu == pytest.approx(evaluate_transcoder(sae, held).fvu)
+    assert (ends["b"].d_init, ends["b"].site, ends["b"].dead_window_tokens) == (None, "attn_out", 200)
+    with pytest.raises(OptionError, match="reader=None"):
+        train_recipes(pairs, ["random"], **OPTIONS)
+    with pytest.raises(OptionError, match="reader='random'"):
+        train_recipes(store, compared[1:], **OPTIONS)
 
 
 def test_without_centering_the_mean_stays_in(store: ActivationStore) -> None:

@@ -9,8 +9,8 @@ import plotly.graph_objects as go
 import pytest
 
 from asi_lens import dictionary_figures
-from asi_lens.comparison import DICTIONARIES, dictionary_recipe
 from asi_lens.errors import DataError, UnknownNameError
+from asi_lens.recipes import DICTIONARIES, dictionary_recipe
 from asi_lens.results import DictionaryRow, DriftRow, frame
 from asi_lens.sae.drift import COLUMNS
 

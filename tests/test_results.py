@@ -8,6 +8,7 @@ import multiprocessing
 from pathlib import Path
 
 import jaxtyping
+import pandas as pd
 import pytest
 
 from asi_lens import results
@@ -72,6 +73,36 @@ def test_a_claim_has_a_number_and_one_of_three_verdicts() -> None:
     assert results.verdict(True, "quick") == "supported"
     assert results.verdict(False, "full") == "not supported"
     assert results.verdict(True, "smoke") == "not testable here"
+    assert results.verdict(None, "full") == "not testable here"
+
+
+def test_final_numbers_are_of_the_end_of_every_run() -> None:
+    rows = [
+        dict(method=method, seed=0, split=split, tokens=tokens, dead_window_tokens=window, **numbers)
+        for method, end in (("a", 100), ("b", 90))
+        for split, tokens, window, numbers in (
+            ("train", 50, 20, {"dead_fraction": 0.1, "fvu": 9, "l0": 9, "cross_entropy_delta": None}),
+            ("train", end, 20, {"dead_fraction": 0.2, "fvu": 9, "l0": 9, "cross_entropy_delta": None}),
+            ("train", end, 40, {"dead_fraction": 0.9, "fvu": 9, "l0": 9, "cross_entropy_delta": None}),
+            ("held_out", end, 64, {"dead_fraction": 0.3, "fvu": 0.5, "l0": 4, "cross_entropy_delta": 0.1}),
+        )
+    ]
+    found = results.final_numbers(pd.DataFrame(rows), 20)
+    assert found.columns.tolist() == [
+        "dead_in_training",
+        "silent_held_out",
+        "fvu",
+        "l0",
+        "cross_entropy_delta",
+    ]
+    assert found.loc["b", 0].tolist() == [0.2, 0.3, 0.5, 4, 0.1]
+
+
+def test_a_claim_of_parts_needs_every_seed_either_way() -> None:
+    holds, mixed, fails = [True, True], [True, False], [False, False]
+    assert results.in_every_seed(pd.DataFrame({"a": holds, "b": holds})) is True
+    assert results.in_every_seed(pd.DataFrame({"a": holds, "b": mixed})) is None
+    assert results.in_every_seed(pd.DataFrame({"a": mixed, "b": fails})) is False
 
 
 def test_claims_replace_their_own_row_and_are_sorted_by_number(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from some_dictionaries import (
     sparsify_folder,
     theirs,
     trained_like,
+    transcoder_like,
 )
 from torch.nn.functional import relu
 
@@ -228,6 +229,25 @@ def test_saelens_opens_what_fires_freely(sae_lens: ModuleType, tmp_path: Path, a
     ours.save(tmp_path)
     x = activations()
     torch.testing.assert_close(sae_lens.SAE.load_from_disk(tmp_path)(x), ours(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["batchtopk", "jumprelu", "relu"])
+def test_saelens_opens_our_transcoders(sae_lens: ModuleType, tmp_path: Path, activation: str) -> None:
+    ours = transcoder_like(activation)
+    ours.save(tmp_path)
+    x = activations()
+    found = sae_lens.SAE.load_from_disk(tmp_path)
+    assert "Transcoder" in type(found).__name__
+    torch.testing.assert_close(found(x), ours(x), rtol=1e-4, atol=1e-4)
+
+
+def test_sparsify_opens_our_transcoders(sparsify: ModuleType, tmp_path: Path) -> None:
+    ours = transcoder_like("topk")
+    ours.save(tmp_path)
+    x = activations()
+    found = sparsify.SparseCoder.load_from_disk(tmp_path)
+    assert found.cfg.transcode
+    torch.testing.assert_close(found(x).sae_out, ours(x), rtol=1e-4, atol=1e-4)
 
 
 def test_saelens_gives_back_what_it_got(sae_lens: ModuleType, tmp_path: Path) -> None:

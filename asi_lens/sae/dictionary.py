@@ -29,7 +29,7 @@ from asi_lens.sae.sparse_ops import SparseCode, Workspace, decode_sum, encode_to
 # Rows encoded at a time outside of training.
 _BLOCK = 4096
 # Rows of random directions drawn at a time; part of what a seed means.
-_DRAW = 16_384
+DRAW_ROWS = 16_384
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class SAEConfig:
             `sparsity` aims at (jumprelu, relu, gated).
         activation: name in `ACTIVATIONS`.
         seed: of the random directions.
+        d_out: width of what a transcoder writes; None is an autoencoder.
         metadata: where the activations come from (model, site, hook_name, layer, corpus ...); JSON values.
     """
 
@@ -52,9 +53,10 @@ class SAEConfig:
     activation: str = "topk"
     seed: int = 0
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    d_out: int | None = None
 
     def __post_init__(self) -> None:
-        for key in ("d_in", "d_sae", "k", "seed"):
+        for key in ("d_in", "d_sae", "k", "seed", *(["d_out"] if self.d_out is not None else [])):
             value = getattr(self, key)
             whole = isinstance(value, int) and not isinstance(value, bool)
             least = 0 if key == "seed" else 1
@@ -137,17 +139,23 @@ class SparseAutoencoder(nn.Module):
     input_mean: Tensor
     input_scale: Tensor
 
+    is_transcoder = False
+    """Whether it writes something else than it reads: a `transcoder.Transcoder`."""
+
     def __init__(self, config: SAEConfig, *, draw: bool = True, dtype: torch.dtype = torch.float32):
         super().__init__()
         require(
             dtype in (torch.float32, torch.float64), "dtype", dtype, "float32 or float64 (master weights)"
         )
+        if self.is_transcoder != (config.d_out is not None):
+            kind = "a Transcoder has one" if self.is_transcoder else "only a Transcoder has one"
+            raise OptionError(f"d_out={config.d_out} is not allowed: {kind}")
         self.config = config
-        d_in, d_sae = config.d_in, config.d_sae
+        d_in, d_sae, d_out = config.d_in, config.d_sae, config.d_out or config.d_in
         self.W_enc = nn.Parameter(torch.empty(d_sae, d_in, dtype=dtype).T)
         self.b_enc = nn.Parameter(torch.zeros(d_sae, dtype=dtype))
-        self.W_dec = nn.Parameter(torch.empty(d_sae, d_in, dtype=dtype))
-        self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype))
+        self.W_dec = nn.Parameter(torch.empty(d_sae, d_out, dtype=dtype))
+        self.b_dec = nn.Parameter(torch.zeros(d_out, dtype=dtype))
         self.register_buffer("input_mean", torch.zeros(d_in, dtype=dtype))
         self.register_buffer("input_scale", torch.ones((), dtype=dtype))
         self.activation = ACTIVATIONS[config.activation](config)
@@ -158,12 +166,18 @@ class SparseAutoencoder(nn.Module):
         if draw:
             draw_gaussian(self.W_dec.data, config.seed)
             unit_rows_(self.W_dec.data)
-            self.encoder_rows.copy_(self.W_dec.data)
+            if not self.is_transcoder:
+                self.encoder_rows.copy_(self.W_dec.data)
 
     @property
     def d_in(self) -> int:
         """Width of the activations."""
         return self.config.d_in
+
+    @property
+    def d_out(self) -> int:
+        """Width of the reconstruction."""
+        return self.config.d_out or self.config.d_in
 
     @property
     def d_sae(self) -> int:
@@ -209,13 +223,34 @@ class SparseAutoencoder(nn.Module):
                 raise DataError(f"{bad} of {len(rows)} activation rows hold NaN or infinity")
         return normalized
 
+    def centered(self, x: Num[Tensor, "*batch d_in"]) -> Float[Tensor, "n d_in"]:
+        """What the encoder reads: x_n - b_dec as rows. Raises as `normalize`."""
+        return self.normalize(x) - self.b_dec
+
+    def prepare(self, store: Any, *, first: bool) -> None:
+        """Before training on `store`: take its mean and scale where there are none yet, if it is the `first`
+        time. Raises OptionError for data that it cannot be trained on."""
+        require(not hasattr(store, "outputs"), "store", "pairs", "rows of one site, for an autoencoder")
+        if first and not self.is_normalized:
+            self.set_normalization(store.mean, store.scale)
+
+    def check_batch(self, batch: Any) -> None:
+        """Raise DataError unless `batch` is rows to train on."""
+        if not isinstance(batch, Tensor) or batch.ndim != 2 or len(batch) == 0:
+            found = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
+            raise DataError(f"a batch is rows [n {self.d_in}] with n at least 1, not {found}")
+
+    def sides(self, batch: Any) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
+        """What the encoder reads of a batch, and what acts W_dec is trained to be: here the same."""
+        x = self.centered(batch)
+        return x, x
+
     def encode(self, x: Num[Tensor, "*batch d_in"]) -> SparseCode:
         """Features and values of raw activations, each [*batch k]; a zero value did not fire.
 
         Features come in no particular order. Raises DataError as `normalize` does.
         """
-        centered = self.normalize(x) - self.b_dec
-        blocks = centered.split(_BLOCK)
+        blocks = self.centered(x).split(_BLOCK)
         codes = [self.activation.code(block, self.W_enc.T, self.b_enc) for block in blocks]
         indices, values = stack_codes(codes)
         shape = (*x.shape[:-1], indices.shape[1])
@@ -228,14 +263,14 @@ class SparseAutoencoder(nn.Module):
         # Codes that are filled up with zeros may name a feature twice.
         return dense.scatter_add(-1, code.indices, code.values)
 
-    def decode(self, code: SparseCode) -> Float[Tensor, "*batch d_in"]:
+    def decode(self, code: SparseCode) -> Float[Tensor, "*batch d_out"]:
         """Raw activations [*batch d_in] from a code [*batch k]."""
         flat = SparseCode(*(part.reshape(-1, part.shape[-1]) for part in code))
         normalized = decode_sum(flat, self.W_dec) + self.b_dec
         raw = normalized / self.input_scale + self.input_mean
         return raw.view(*code.indices.shape[:-1], self.d_in)
 
-    def forward(self, x: Num[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+    def forward(self, x: Num[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """The reconstruction of raw activations, in raw units."""
         return self.decode(self.encode(x))
 
@@ -249,14 +284,17 @@ class SparseAutoencoder(nn.Module):
         function come with them, by their own names.
         """
         scale = self.input_scale
-        own = self.activation.folded(scale) if isinstance(self.activation, Thresholded | Gated) else {}
         return {
-            **own,
+            **self._own_folded(scale),
             "W_enc": self.W_enc.detach().clone(),
             "b_enc": self.b_enc.detach() / scale,
             "W_dec": self.W_dec.detach().clone(),
             "b_dec": self.b_dec.detach() / scale + self.input_mean,
         }
+
+    def _own_folded(self, scale: Tensor) -> dict[str, Tensor]:
+        """Parameters of the activation function, for values in raw units."""
+        return self.activation.folded(scale) if isinstance(self.activation, Thresholded | Gated) else {}
 
     def save(self, folder: Path | str) -> None:
         """Write a folder that SAELens and sparsify open too (see `formats.save_folder`)."""
@@ -280,7 +318,7 @@ class SparseAutoencoder(nn.Module):
 def draw_gaussian(out: Float[Tensor, "n d"], seed: int) -> None:
     """Fill `out` with independent standard normal numbers, the same on every device and dtype."""
     generator = torch.Generator().manual_seed(seed)
-    for rows in out.split(_DRAW):
+    for rows in out.split(DRAW_ROWS):
         rows.copy_(torch.randn(rows.shape, generator=generator))
 
 

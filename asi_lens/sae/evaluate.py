@@ -152,6 +152,7 @@ def evaluate_together(
         raise OptionError("spectrum and d_init belong together: give both or neither")
     d_in = rows.d if isinstance(rows, ActivationStore) else rows.shape[1]
     for sae in saes:
+        require(not sae.is_transcoder, "saes", "a transcoder", "autoencoders; there is evaluate_transcoder")
         require(sae.d_in == d_in, "rows", f"of width {d_in}", f"{sae.d_in} wide, as the dictionary")
         if isinstance(rows, ActivationStore):
             _require_same_site(sae.config.metadata, rows.metadata)

@@ -11,7 +11,9 @@ Both libraries compute acts = TopK(ReLU((x - b_dec) W_enc + b_enc)), reconstruct
 raw activations x: the input's centering and scaling are folded in (`SparseAutoencoder.folded`). Read, a
 folder of ours is the same dictionary to the bit. Nothing is unpickled.
 
-Where the activation function is not TopK there is nothing for sparsify, which knows no other.
+Where the activation function is not TopK there is nothing for sparsify, which knows no other. Transcoders do
+not take b_dec off what they read; with TopK they are for sparsify alone, with ReLU, JumpReLU or BatchTopK for
+SAELens alone, Gated ones are for neither. Those of other libraries are not read.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from torch import Tensor
 from asi_lens.errors import DataError, OptionError, unknown_name
 from asi_lens.files import sha256_of, write_whole_folder
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
+from asi_lens.sae.transcoder import Transcoder
 from asi_lens.tensor_files import write_tensors
 
 FORMAT = 1
@@ -49,6 +52,12 @@ _OUR_NAMES = {
 _RENAMED = {"model": "model_name", "context": "context_size", "bos": "prepend_bos", "corpus": "dataset_path"}
 # SAELens' architectures and the activation functions they are here.
 _ARCHITECTURES = {"topk": "topk", "jumprelu": "jumprelu", "standard": "relu", "gated": "gated"}
+# The same for transcoders; SAELens has none of the others.
+_WRITTEN_TRANSCODERS = {
+    "jumprelu": "jumprelu_transcoder",
+    "batchtopk": "jumprelu_transcoder",
+    "relu": "transcoder",
+}
 # Ours -> what SAELens reads it as; BatchTopK infers by a threshold, as JumpReLU does.
 _WRITTEN_AS = {here: there for there, here in _ARCHITECTURES.items()} | {"batchtopk": "jumprelu"}
 _SAELENS_KEYS = {
@@ -101,7 +110,9 @@ def save_folder(sae: SparseAutoencoder, folder: Path | str) -> None:
                 temporary / SPARSIFY, {**theirs, "W_dec": folded["W_dec"], "b_dec": folded["b_dec"]}
             )
         write_tensors(temporary / OUR_WEIGHTS, own)
-        _write_json(temporary / CONFIG, _shared_config(config, bool(((norms - 1).abs() < 1e-3).all())))
+        shared = _shared_config(config, bool(((norms - 1).abs() < 1e-3).all()))
+        if shared is not None:
+            _write_json(temporary / CONFIG, shared)
         ours = {
             "format": FORMAT,
             "config": asdict(config),
@@ -137,24 +148,29 @@ def load_folder(folder: Path | str) -> SparseAutoencoder:
     )
 
 
-def _shared_config(config: SAEConfig, unit_norm: bool) -> dict[str, Any]:
-    """`cfg.json`: the keys of SAELens and those of sparsify."""
+def _shared_config(config: SAEConfig, unit_norm: bool) -> dict[str, Any] | None:
+    """`cfg.json`: the keys of SAELens and those of sparsify; none for what neither has."""
+    transcodes = config.d_out is not None
+    if transcodes and config.activation == "gated":
+        return None
     metadata = {_RENAMED.get(key, key): value for key, value in config.metadata.items()}
     hook = str(metadata.get("hook_name", ""))
-    architecture = _WRITTEN_AS[config.activation]
-    shared = {
-        "architecture": architecture,
+    written = _WRITTEN_TRANSCODERS if transcodes else _WRITTEN_AS
+    shared: dict[str, Any] = {
+        "architecture": written.get(config.activation, "topk"),
         "d_in": config.d_in,
         "d_sae": config.d_sae,
         "dtype": "float32",
         "device": "cpu",
-        "apply_b_dec_to_input": True,
+        "apply_b_dec_to_input": not transcodes,
         "normalize_activations": "none",
         # SAELens gets the heads' outputs as [n_heads d_head]; here they are one row.
         "reshape_activations": "hook_z" if hook.endswith("_z") else "none",
         "metadata": {"sae_lens_version": SAELENS_VERSION, "sae_lens_training_version": None, **metadata},
     }
-    if architecture != "topk":
+    if transcodes:
+        shared["d_out"] = config.d_out
+    if config.activation != "topk":
         return shared
     sparsify = {
         "activation": "topk",
@@ -163,7 +179,7 @@ def _shared_config(config: SAEConfig, unit_norm: bool) -> dict[str, Any]:
         "normalize_decoder": unit_norm,
         "multi_topk": False,
         "skip_connection": False,
-        "transcode": False,
+        "transcode": transcodes,
     }
     return {**shared, "k": config.k, "rescale_acts_by_decoder_norm": False, **sparsify}
 
@@ -185,7 +201,8 @@ def _load_ours(folder: Path) -> SparseAutoencoder:
                 f"wrote there, delete {OURS} and {OUR_WEIGHTS}"
             )
     config = SAEConfig.from_dict(ours["config"])
-    sae = SparseAutoencoder(config, draw=False, dtype=getattr(torch, ours["dtype"]))
+    kind = SparseAutoencoder if config.d_out is None else Transcoder
+    sae = kind(config, draw=False, dtype=getattr(torch, ours["dtype"]))
     tensors = _read_tensors(folder / OUR_WEIGHTS)
     names = _OUR_NAMES.get(config.activation, {})
     shared = {names.get(name, name): t for name, t in _read_tensors(folder / SAELENS).items()}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from asi_lens.errors import OptionError, require, unknown_name
 from asi_lens.sae.activations import Thresholded
-from asi_lens.sae.dictionary import _DRAW, SparseAutoencoder, draw_gaussian
+from asi_lens.sae.dictionary import DRAW_ROWS, SparseAutoencoder, draw_gaussian
 from asi_lens.sae.sparse_ops import decode_sum
 from asi_lens.sae.sparsity import has_threshold, set_threshold
 from asi_lens.spectra import Spectrum
@@ -133,7 +133,7 @@ def initialize(
         require(initial_l0 is None, "initial_l0", initial_l0, "left out for an activation without thresholds")
     elif method == "asi_authors":
         raise OptionError(f"method={method!r} is not for activation={sae.config.activation!r}; take 'asi'")
-    active = _active_subspace(method, spectrum, d_init, sae.d_in)
+    active = active_subspace_of(method, spectrum, d_init, sae.d_in)
     seed = sae.config.seed if seed is None else seed
     require(seed >= 0, "seed", seed, "at least 0")
 
@@ -141,13 +141,13 @@ def initialize(
     offset = (mean - sae.input_mean.double().cpu()) * sae.input_scale.double().cpu()
     sae.b_dec.copy_(offset if b_dec == "mean" else torch.zeros_like(offset))
     sae.b_enc.zero_()
-    norms = _directions(sae.W_dec.data, method, seed, active)
+    norms = directions(sae.W_dec.data, method, seed, active)
     if tied:
         sae.encoder_rows.copy_(sae.W_dec.data)
         norms = norms.square()
     else:
         # Any other stream of the same seed.
-        norms = norms * _directions(sae.encoder_rows, method, seed + 2**31, active)
+        norms = norms * directions(sae.encoder_rows, method, seed + 2**31, active)
 
     fvu = None
     if method == "asi_authors":
@@ -175,7 +175,7 @@ def initialize(
         x = sae.normalize(sample).double()
         fvu = (total - 2 * cross + power) / (x - x.mean(0)).square().sum().item()
     # Of the weights as they are stored now: scaling the encoder rounded it once more.
-    leaks = None if active is None else [_leak(w, active) for w in (sae.W_dec.data, sae.encoder_rows)]
+    leaks = None if active is None else [largest_leak(w, active) for w in (sae.W_dec.data, sae.encoder_rows)]
     report = InitReport(
         method=method,
         d_init=None if active is None else active.shape[1],
@@ -195,7 +195,7 @@ def initialize(
     return report
 
 
-def _active_subspace(
+def active_subspace_of(
     method: str, spectrum: Spectrum | None, d_init: int | str | None, d_in: int
 ) -> Float[Tensor, "d_in d_init"] | None:
     """V_active, or none for methods without one; options that do not go together raise."""
@@ -233,7 +233,7 @@ def _set_input(
     return mean
 
 
-def _directions(
+def directions(
     out: Float[Tensor, "d_sae d_in"], method: str, seed: int, active: Tensor | None
 ) -> Float[Tensor, " d_sae"]:
     """Fill `out` with unit directions; returns the norms before, float64."""
@@ -243,7 +243,7 @@ def _directions(
         draw_gaussian(out, seed)
     norms = []
     # Sets of d_in rows are orthonormal, so that is how many are taken at a time.
-    for rows in out.split(d_in if method == "orthogonal" else _DRAW):
+    for rows in out.split(d_in if method == "orthogonal" else DRAW_ROWS):
         if method == "orthogonal":
             square = torch.randn(d_in, d_in, generator=generator, dtype=torch.float64)
             q, r = torch.linalg.qr(square)
@@ -262,10 +262,10 @@ def _directions(
     return torch.cat(norms)
 
 
-def _leak(rows: Float[Tensor, "n d"], active: Float[Tensor, "d r"]) -> float:
+def largest_leak(rows: Float[Tensor, "n d"], active: Float[Tensor, "d r"]) -> float:
     """Largest share of a row's norm outside the subspace, in float64."""
     largest = 0.0
-    for block in rows.split(_DRAW):
+    for block in rows.split(DRAW_ROWS):
         exact = block.double().cpu()
         outside = exact - (exact @ active) @ active.T
         share = torch.linalg.vector_norm(outside, dim=1) / torch.linalg.vector_norm(exact, dim=1)
@@ -277,7 +277,7 @@ def _first_fit(sae: SparseAutoencoder, sample: Tensor) -> tuple[float, float, fl
     """Sums over the sample of |x|^2, x . r and |r|^2 for centered x and its first reconstruction r."""
     total = cross = power = 0.0
     for block in sample.split(2048):
-        x = sae.normalize(block) - sae.b_dec
+        x = sae.centered(block)
         r = decode_sum(sae.encode(block), sae.W_dec.data)
         total += x.double().square().sum().item()
         cross += (x.double() * r.double()).sum().item()
@@ -299,4 +299,4 @@ def _authors_grid(total: float, cross: float, power: float) -> float:
 
 def _mean_pre(sae: SparseAutoencoder, sample: Tensor) -> Float[Tensor, " d_sae"]:
     """Mean over the sample of pre-activations without bias."""
-    return (sae.normalize(sample) - sae.b_dec).mean(0) @ sae.W_enc.data
+    return sae.centered(sample).mean(0) @ sae.W_enc.data

@@ -141,13 +141,13 @@ def encode_topk(
     return SparseCode(indices, best.values.relu().to(bias.dtype))
 
 
-def decode_sum(code: SparseCode, decoder: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "batch d_in"]:
+def decode_sum(code: SparseCode, decoder: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "batch d_out"]:
     """sum_j values[b, j] decoder[indices[b, j]], without a batch x d_sae array."""
     return embedding_bag(code.indices, decoder, per_sample_weights=code.values, mode="sum")
 
 
 def picked_dots(
-    grad: Float[Tensor, "batch d_in"], decoder: Float[Tensor, "d_sae d_in"], indices: Int[Tensor, "batch k"]
+    grad: Float[Tensor, "batch d_out"], decoder: Float[Tensor, "d_sae d_out"], indices: Int[Tensor, "batch k"]
 ) -> Float[Tensor, "batch k"]:
     """grad[b] . decoder[indices[b, j]]: the derivative of a loss in the values of a code."""
     batch, k = indices.shape
@@ -164,7 +164,7 @@ class Gradients:
     """Gradients of one step, kept as picks sorted by feature: rows are summed when asked for.
 
     `offsets [d_sae + 1]` bounds each feature's picks; `features` those with at least one (the only
-    rows whose gradient is not zero). `b_enc [d_sae]` and `b_dec [d_in]` are summed already.
+    rows whose gradient is not zero). `b_enc [d_sae]` and `b_dec [d_out]` are summed already.
     `parallel [d_sae]` is decoder gradient . decoder row, which falls out of the picks for nothing.
     """
 
@@ -173,11 +173,11 @@ class Gradients:
     encoder_table: Float[Tensor, "batch d_in"]
     encoder_rows: Int[Tensor, " picks"]
     encoder_weights: Float[Tensor, " picks"]
-    decoder_table: Float[Tensor, "rows d_in"]
+    decoder_table: Float[Tensor, "rows d_out"]
     decoder_rows: Int[Tensor, " picks"]
     decoder_weights: Float[Tensor, " picks"]
     b_enc: Float[Tensor, " d_sae"]
-    b_dec: Float[Tensor, " d_in"]
+    b_dec: Float[Tensor, " d_out"]
     parallel: Float[Tensor, " d_sae"]
 
     def encoder(self, start: int, stop: int) -> Float[Tensor, "n d_in"]:
@@ -189,8 +189,8 @@ class Gradients:
         return self._encoder(self._bounds(first, last))
 
     def decoder(
-        self, start: int, stop: int, unit_rows: Float[Tensor, "d_sae d_in"] | None
-    ) -> Float[Tensor, "n d_in"]:
+        self, start: int, stop: int, unit_rows: Float[Tensor, "d_sae d_out"] | None
+    ) -> Float[Tensor, "n d_out"]:
         """dL / d decoder rows; given the decoder, whose rows must be unit, without the part along them.
 
         That part would only change a row's norm, which is then put back to one.
@@ -201,8 +201,8 @@ class Gradients:
         return grad.addcmul_(self.parallel[start:stop, None], unit_rows[start:stop], value=-1)
 
     def decoder_of(
-        self, first: int, last: int, unit_rows: Float[Tensor, "d_sae d_in"]
-    ) -> Float[Tensor, "n d_in"]:
+        self, first: int, last: int, unit_rows: Float[Tensor, "d_sae d_out"]
+    ) -> Float[Tensor, "n d_out"]:
         """The same of `features[first:last]` alone, without the part along the rows."""
         fired = self.features[first:last]
         grad = self._decoder(self._bounds(first, last))
@@ -239,7 +239,7 @@ class Term(NamedTuple):
     """One loss term: `grad [batch d_in]` is dL / d(sum of picked decoder rows), for the picks of `code`."""
 
     code: SparseCode
-    grad: Float[Tensor, "batch d_in"]
+    grad: Float[Tensor, "batch d_out"]
     pull: Float[Tensor, "batch k"] | None = None
     """What a penalty on the values adds to dL / d values; only that of picks that fired counts."""
     holds_b_dec: bool = True
@@ -256,12 +256,14 @@ def sum_gradients(
     terms: Sequence[Term],
     x: Float[Tensor, "batch d_in"],
     encoder: Float[Tensor, "d_sae d_in"],
-    decoder: Float[Tensor, "d_sae d_in"],
+    decoder: Float[Tensor, "d_sae d_out"],
+    *,
+    b_dec_is_read: bool = True,
 ) -> Gradients:
     """Gradients of all terms in encoder, decoder and biases.
 
     `x` are the centered rows x_n - b_dec that were encoded: b_dec reaches every pick through the
-    encoder's input, and is added by the reconstructions that hold it.
+    encoder's input (unless not `b_dec_is_read`), and is added by the reconstructions that hold it.
     """
     d_sae, batch = encoder.shape[0], x.shape[0]
     parts: list[list[Tensor]] = [[] for _ in range(7)]
@@ -297,9 +299,11 @@ def sum_gradients(
     pre, parallel, *other = sums.unbind(1)
     b_enc = other[0] if other else pre
     active = counts.nonzero().flatten()
-    # b_dec is subtracted before the encoder and added after the decoder.
-    few = 4 * len(active) < d_sae
-    through = pre[active] @ encoder[active] if few else pre @ encoder
+    b_dec = torch.stack([term.grad.sum(0) for term in terms if term.holds_b_dec]).sum(0)
+    if b_dec_is_read:
+        # It is subtracted before the encoder and added after the decoder.
+        few = 4 * len(active) < d_sae
+        b_dec = b_dec - (pre[active] @ encoder[active] if few else pre @ encoder)
     return Gradients(
         features=active,
         offsets=offsets,
@@ -310,6 +314,6 @@ def sum_gradients(
         decoder_rows=table_rows[order],
         decoder_weights=values,
         b_enc=b_enc.contiguous(),
-        b_dec=torch.stack([term.grad.sum(0) for term in terms if term.holds_b_dec]).sum(0) - through,
+        b_dec=b_dec,
         parallel=parallel.contiguous(),
     )

@@ -122,15 +122,16 @@ class Sparsity:
         return self.sae.activation.code(x, encoder, bias, workspace)
 
     def terms(
-        self, code: SparseCode, x: Float[Tensor, "batch d_in"]
-    ) -> tuple[Float[Tensor, "batch d_in"], list[Term]]:
-        """Reconstruction minus x, and the terms of the main loss: the whole dictionary, then its prefixes."""
-        decoder, scale = self.sae.W_dec.data, 2 / len(x)
-        residual = decode_sum(code, decoder).sub_(x)
+        self, code: SparseCode, goal: Float[Tensor, "batch d_out"]
+    ) -> tuple[Float[Tensor, "batch d_out"], list[Term]]:
+        """Reconstruction minus goal, both without b_dec, and the terms of the main loss: the whole
+        dictionary, then its prefixes."""
+        decoder, scale = self.sae.W_dec.data, 2 / len(goal)
+        residual = decode_sum(code, decoder).sub_(goal)
         terms = [Term(code, residual * scale)]
         for size in self.config.prefixes:
             part = SparseCode(code.indices, code.values * (code.indices < size))
-            terms.append(Term(part, decode_sum(part, decoder).sub_(x).mul_(scale)))
+            terms.append(Term(part, decode_sum(part, decoder).sub_(goal).mul_(scale)))
         return residual, terms
 
     def penalize(self, terms: list[Term], step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -188,7 +189,7 @@ def set_threshold(sae: SparseAutoencoder, sample: Float[Tensor, "n d_in"], l0: f
         "'batchtopk', 'jumprelu' or 'gated' to have a threshold",
     )
     require(0 < l0 <= sae.d_sae, "l0", l0, f"above 0 and at most d_sae={sae.d_sae}")
-    rows = sae.normalize(sample) - sae.b_dec
+    rows = sae.centered(sample)
     found, least = largest(rows, sae.encoder_rows, sae.b_enc.data, l0)
     below = found.values[found.values < least]
     # Halfway to the next one, so that rounding decides nothing.

@@ -34,7 +34,7 @@ class _Penalized(Sparsity):
     def _weight(self, step: int) -> float:
         """The coefficient, warmed up, with the factors that all penalties share."""
         warm = min(1.0, (step + 1) / self.config.warmup_steps) if self.config.warmup_steps else 1.0
-        return self.coefficient * warm * self.sae.d_in
+        return self.coefficient * warm * self.sae.d_out
 
     def _steer(self, l0: float, step: int) -> None:
         excess = l0 / self.target(step) - 1
@@ -110,14 +110,14 @@ class _Gated(_Penalized):
         return stack_codes(fired)
 
     def terms(
-        self, code: SparseCode, x: Float[Tensor, "batch d_in"]
-    ) -> tuple[Float[Tensor, "batch d_in"], list[Term]]:
+        self, code: SparseCode, goal: Float[Tensor, "batch d_out"]
+    ) -> tuple[Float[Tensor, "batch d_out"], list[Term]]:
         """See `Sparsity.terms`; the last one is the gates'."""
-        residual, terms = super().terms(code, x)
+        residual, terms = super().terms(code, goal)
         gain = self._activation().r_mag.detach().exp()[code.indices]
         terms = [term._replace(gain=gain, to_b_enc=False) for term in terms]
         # b_dec, too, is constant there.
-        missed = decode_sum(self._gates, self.sae.W_dec.data).sub_(x).mul_(2 / len(x))
+        missed = decode_sum(self._gates, self.sae.W_dec.data).sub_(goal).mul_(2 / len(goal))
         return residual, [*terms, Term(self._gates, missed, holds_b_dec=False, moves_decoder=False)]
 
     def penalize(self, terms: list[Term], step: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -80,6 +80,7 @@ def expand(
     Exact up to rounding, and decoder rows keep their norm. Raises OptionError for a basis whose columns are
     not orthonormal or not as many as the dictionary is wide.
     """
+    require(not sae.is_transcoder, "sae", "a transcoder", "an autoencoder")
     d, r = basis.shape
     require(r == sae.d_in, "basis", f"of {r} columns", f"of {sae.d_in}, as the dictionary is wide")
     require(center.shape == (d,), "center", tuple(center.shape), f"of shape ({d},)")

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Num
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from asi_lens.errors import AsiLensError, DataError, OptionError, require
+from asi_lens.errors import AsiLensError, OptionError, require
 from asi_lens.sae.deadness import DeadnessLedger
 from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.drift import Drift
@@ -22,7 +22,6 @@ from asi_lens.sae.sparse_ops import Gradients, Term, Workspace, decode_sum, enco
 from asi_lens.sae.sparsity import SparsityConfig
 from asi_lens.sae.sparsity_kinds import KINDS
 from asi_lens.sae.train_config import TrainConfig
-from asi_lens.store import ActivationStore
 
 __all__ = ["DivergedError", "SparsityConfig", "StepOutput", "TrainConfig", "Trainer"]
 
@@ -83,7 +82,7 @@ class Trainer:
         self.sparsity = KINDS[sae.config.activation](sae, sparsity or SparsityConfig(), self.n_steps)
         self.optimizer = RowAdam(sae, self.config.optimizer)
         self.ledger = DeadnessLedger(sae.d_sae, sae.W_dec.device)
-        self.aux_k = sae.d_in // 2 if self.config.aux_k == "auto" else int(self.config.aux_k)
+        self.aux_k = sae.d_out // 2 if self.config.aux_k == "auto" else int(self.config.aux_k)
         self.compute_dtype = _compute_dtype(self.config.compute_dtype, sae.W_dec)
         self._workspace = Workspace()
         self._probe: Tensor | None = None
@@ -109,35 +108,31 @@ class Trainer:
         return math.ceil(self.config.n_tokens / self.config.batch_size)
 
     @torch.no_grad()
-    def step(self, batch: Num[Tensor, "batch d_in"]) -> StepOutput:
-        """One update on raw activations.
+    def step(self, batch: Any) -> StepOutput:
+        """One update on raw activations [batch d_in] (of a transcoder: on a `Pair` of those and outputs).
 
         Raises DataError for a batch of the wrong width, without rows, or with NaN or infinity, and
         DivergedError (naming the step) if loss or gradients are not finite. Nothing has changed then.
         """
-        if batch.ndim != 2 or len(batch) == 0:
-            raise DataError(
-                f"a batch is rows [n {self.sae.d_in}] with n at least 1, not {tuple(batch.shape)}"
-            )
         sae, config = self.sae, self.config
+        sae.check_batch(batch)
         self._first_weights()
         encoder, decoder = sae.encoder_rows, sae.W_dec.data
-        normalized = sae.normalize(batch)
-        x = normalized - sae.b_dec.data
+        x, goal = sae.sides(batch)
         code = self.sparsity.code(
             x.to(self.compute_dtype), encoder, sae.b_enc.data, self.steps, self._workspace
         )
         # b_dec cancels: reconstruction - x_n = acts W_dec + b_dec - x_n = acts W_dec - x.
-        residual, terms = self.sparsity.terms(code, x)
+        residual, terms = self.sparsity.terms(code, goal)
         penalty, own = self.sparsity.penalize(terms, self.steps)
         error = residual.square().sum()
-        variance = (normalized - normalized.mean(0)).square().sum()
+        variance = (goal - goal.mean(0)).square().sum()
         aux_loss = torch.zeros_like(error)
         dead = self.ledger.dead(config.dead_window) if self.aux_k else code.indices[:0, 0]
         if len(dead):
             term, aux_loss = self._auxiliary(x, residual, dead)
             terms.append(term)
-        grads = sum_gradients(terms, x, encoder, decoder)
+        grads = sum_gradients(terms, x, encoder, decoder, b_dec_is_read=not sae.is_transcoder)
         norm = gradient_norm(grads, decoder, own) if config.clip_norm else None
         checks = [error, variance, aux_loss, penalty, _total(grads, own) if norm is None else norm]
         # One wait for the device instead of one per number.
@@ -169,8 +164,8 @@ class Trainer:
         """AuxK: the top aux_k dead features of each token reconstruct what the others left.
 
         L_aux = sum |e - e^|^2 / sum |e - mean e|^2 with e = x_n - reconstruction, held constant, and e^
-        without b_dec. The term added to the loss is aux_weight * d_in * L_aux: the main loss, too, is
-        d_in times an error over a variance, as x_n has mean square norm d_in.
+        without b_dec. The term added to the loss is aux_weight * d_out * L_aux: the main loss, too, is
+        d_out times an error over a variance, as what is reconstructed has mean square norm d_out.
         """
         sae, values_only = self.sae, self.sparsity.gates_apart
         code = encode_topk(
@@ -186,26 +181,25 @@ class Trainer:
         missed = decode_sum(code, sae.W_dec.data).add_(residual)
         spread = (residual - residual.mean(0)).square().sum()
         share = torch.where(spread > 0, 1 / spread, 0.0)
-        weight = self.config.aux_weight * sae.d_in * share
+        weight = self.config.aux_weight * sae.d_out * share
         term = Term(code, missed * (2 * weight), holds_b_dec=False, to_b_enc=not values_only)
         return term, missed.square().sum() * share
 
-    def prepare(self, store: ActivationStore) -> None:
+    def prepare(self, store: Any) -> None:
         """What `fit` does first: a dictionary without input normalization takes the store's."""
-        if not self.sae.is_normalized and self.steps == 0:
-            self.sae.set_normalization(store.mean, store.scale)
+        self.sae.prepare(store, first=self.steps == 0)
 
     def measure(self) -> Row:
         """Columns of a logged row beside those of the step: of `drift`."""
         return {} if self.drift is None else {**self.drift(self.sae)}
 
-    def step_on(self, batch: Num[Tensor, "batch d_in"]) -> StepOutput:
+    def step_on(self, batch: Any) -> StepOutput:
         """`step`, by the name that `fit` calls it."""
         return self.step(batch)
 
     def fit(
         self,
-        store: ActivationStore,
+        store: Any,
         *,
         folder: Path | str | None = None,
         checkpoint_every: int = 1_000_000,
@@ -215,7 +209,8 @@ class Trainer:
         progress: bool = True,
         on_log: Callable[[Trainer, StepOutput], None] | None = None,
     ) -> list[Row]:
-        """Train on shuffled batches of `store` up to `n_tokens`; returns the logged metrics.
+        """Train on shuffled batches of an `ActivationStore` (of `PairedStores`, for a transcoder) up to
+        `n_tokens`; returns the logged metrics.
 
         See `fit.train_together`, of which this is the case of one.
         """
@@ -249,7 +244,8 @@ class Trainer:
             sae = self.sae
             stride = max(1, sae.d_sae // _PROBE_ROWS)
             rows = [weights[::stride] for weights in (sae.encoder_rows, sae.W_dec.data)]
-            self._probe = torch.cat([*rows, sae.b_dec.data.unsqueeze(0), sae.input_mean.unsqueeze(0)])
+            parts = [*rows, sae.b_dec.data, *self._normalization().values()]
+            self._probe = torch.cat([part.flatten() for part in parts])
         return self._probe
 
     def state(self) -> dict[str, Tensor]:
@@ -261,14 +257,16 @@ class Trainer:
             "sae.b_enc": sae.b_enc.data,
             "sae.W_dec": sae.W_dec.data,
             "sae.b_dec": sae.b_dec.data,
-            "sae.input_mean": sae.input_mean,
-            "sae.input_scale": sae.input_scale,
             "first_weights": self._first_weights(),
         }
+        out |= {f"sae.{name}": tensor for name, tensor in self._normalization().items()}
         out |= {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()}
         out |= {f"sparsity.{name}": tensor for name, tensor in self.sparsity.state().items()}
         out |= {f"activation.{name}": tensor for name, tensor in self._activation_state().items()}
         return out | {f"ledger.{name}": tensor for name, tensor in self.ledger.state().items()}
+
+    def _normalization(self) -> dict[str, Tensor]:
+        return dict(self.sae.named_buffers(recurse=False))
 
     def _activation_state(self) -> dict[str, Tensor]:
         activation = self.sae.activation
@@ -289,8 +287,8 @@ class Trainer:
         sae.W_dec.data.copy_(read("sae.W_dec"))
         for name in ("b_enc", "b_dec"):
             getattr(sae, name).data.copy_(read(f"sae.{name}"))
-        sae.input_mean.copy_(read("sae.input_mean"))
-        sae.input_scale.copy_(read("sae.input_scale"))
+        for name, tensor in self._normalization().items():
+            tensor.copy_(read(f"sae.{name}"))
         self.optimizer.load_state(lambda name: read(f"optimizer.{name}"))
         self.sparsity.load_state(lambda name: read(f"sparsity.{name}"))
         for name, tensor in self._activation_state().items():

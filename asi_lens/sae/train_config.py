@@ -23,7 +23,7 @@ class TrainConfig:
             moments decay); see `optim`.
         warmup_steps: steps over which the learning rate rises linearly.
         decay_fraction: share of the steps, at the end, over which it falls linearly.
-        aux_k: dead features that reconstruct the residual (Gao et al. 2024); 0 is off, "auto" d_in // 2.
+        aux_k: dead features that reconstruct the residual (Gao et al. 2024); 0 is off, "auto" d_out // 2.
         aux_weight: weight of that loss.
         clip_norm: gradients are scaled down to this L2 norm over all four parameters together (parallel
             part of the decoder's removed, loss summed over d_in); None is off.

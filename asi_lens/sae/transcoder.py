@@ -1,0 +1,189 @@
+"""Transcoders: dictionaries that read one site and write another, such as a layer's input and its output.
+
+Outside, inputs and outputs are raw. Inside, each side has its own normalization, to mean square norm d_in
+and d_out:
+
+    pre  = x_n W_enc + b_enc                      x_n = (x - input_mean) * input_scale
+    acts = the activation function of pre
+    y    = (acts W_dec + b_dec) / output_scale + output_mean
+
+They are trained by `Trainer` on `PairedStores`, with every activation function, optimizer and AuxK.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Num
+from torch import Tensor
+
+from asi_lens.errors import DataError, OptionError, require
+from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder, draw_gaussian, unit_rows_
+from asi_lens.sae.sparse_ops import SparseCode, decode_sum
+from asi_lens.store import ActivationStore
+
+# What two stores of the same tokens of the same model agree in.
+_SHARED = ("model", "weights_fingerprint", "tokens_fingerprint", "drop_first")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Raw inputs and outputs of the same tokens; its length is their number."""
+
+    x: Num[Tensor, "batch d_in"]
+    y: Num[Tensor, "n d_out"]
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+class PairedStores:
+    """Two stores of the same tokens, row by row: what a transcoder reads and what it is to write.
+
+    Attributes:
+        inputs, outputs: the stores. n: tokens. d, d_out: widths. metadata: where the outputs come from, and
+            as `reads` what of the inputs differs.
+    """
+
+    def __init__(self, inputs: ActivationStore, outputs: ActivationStore):
+        """Raises OptionError for stores of different length, model or text."""
+        require(inputs.n == outputs.n, "outputs", f"{outputs.n:,} rows", f"{inputs.n:,} rows, as the inputs")
+        for key in _SHARED:
+            mine, theirs = inputs.metadata.get(key), outputs.metadata.get(key)
+            if mine != theirs:
+                raise OptionError(f"inputs of {key} {mine!r} and outputs of {key} {theirs!r}")
+        self.inputs, self.outputs = inputs, outputs
+        self.n, self.d, self.d_out = inputs.n, inputs.d, outputs.d
+        of_inputs = {key: inputs.metadata.get(key) for key in ("site", "layer", "hook_name")}
+        self.metadata: Mapping[str, Any] = {**outputs.metadata, "reads": of_inputs}
+
+    def __len__(self) -> int:
+        return self.n
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the rows of either."""
+        both = self.inputs.fingerprint + self.outputs.fingerprint
+        return hashlib.sha256(both.encode()).hexdigest()[:16]
+
+    def batches(
+        self, batch_size: int, *, seed: int = 0, start: int = 0, n_tokens: int | None = None
+    ) -> Iterator[Pair]:
+        """As `ActivationStore.batches`, the same tokens of both."""
+        options: dict[str, Any] = {"seed": seed, "start": start, "n_tokens": n_tokens}
+        sides = (store.batches(batch_size, **options) for store in (self.inputs, self.outputs))
+        return (Pair(x, y) for x, y in zip(*sides, strict=True))
+
+    def sample(self, n: int, seed: int = 0) -> Pair:
+        """`n` different tokens drawn at random, float32. Raises as `ActivationStore.sample`."""
+        return Pair(self.inputs.sample(n, seed), self.outputs.sample(n, seed))
+
+    def in_order(self, batch_size: int) -> Iterator[Pair]:
+        """All tokens once, in order."""
+        for start in range(0, self.n, batch_size):
+            index = torch.arange(start, min(start + batch_size, self.n))
+            yield Pair(self.inputs.rows(index), self.outputs.rows(index))
+
+
+class Transcoder(SparseAutoencoder):
+    """A `SparseAutoencoder` whose decoder writes another site: `W_dec [d_sae d_out]`, `b_dec [d_out]`.
+
+    Buffers besides: `output_mean [d_out]`, `output_scale []`. A new one has Gaussian unit directions, drawn
+    apart for encoder and decoder; `initialize_transcoder` does it properly.
+    """
+
+    is_transcoder = True
+
+    output_mean: Tensor
+    output_scale: Tensor
+
+    def __init__(self, config: SAEConfig, *, draw: bool = True, dtype: torch.dtype = torch.float32):
+        super().__init__(config, draw=draw, dtype=dtype)
+        self.register_buffer("output_mean", torch.zeros(self.d_out, dtype=dtype))
+        self.register_buffer("output_scale", torch.ones((), dtype=dtype))
+        if draw:
+            # Any other stream of the same seed.
+            draw_gaussian(self.encoder_rows, config.seed + 2**31)
+            unit_rows_(self.encoder_rows)
+
+    @torch.no_grad()
+    def set_output_normalization(self, mean: Float[Tensor, " d_out"], scale: float) -> None:
+        """Set `output_mean` (raw units) and `output_scale`. Raises OptionError as `set_normalization`."""
+        require(mean.shape == (self.d_out,), "mean", tuple(mean.shape), f"of shape ({self.d_out},)")
+        require(bool(torch.isfinite(mean).all()), "mean", "not finite", "finite")
+        require(0 < float(scale) < math.inf, "scale", scale, "finite and above 0")
+        self.output_mean.copy_(mean)
+        self.output_scale.fill_(float(scale))
+
+    def normalize_output(self, y: Num[Tensor, "*batch d_out"]) -> Float[Tensor, "n d_out"]:
+        """(y - output_mean) * output_scale as rows: the target.
+
+        Raises DataError if `y` is not d_out wide, or holds NaN or infinity.
+        """
+        if y.ndim == 0 or y.shape[-1] != self.d_out:
+            raise DataError(
+                f"outputs of shape {tuple(y.shape)} given to a transcoder with d_out={self.d_out}"
+            )
+        normalized = (y.reshape(-1, self.d_out).to(self.output_mean) - self.output_mean) * self.output_scale
+        if not bool(torch.isfinite(normalized.sum())):
+            bad = (~torch.isfinite(normalized)).any(1).sum().item()
+            if bad:
+                raise DataError(f"{bad} of {len(normalized)} output rows hold NaN or infinity")
+        return normalized
+
+    def centered(self, x: Num[Tensor, "*batch d_in"]) -> Float[Tensor, "n d_in"]:
+        """What the encoder reads: x_n as rows."""
+        return self.normalize(x)
+
+    def prepare(self, store: Any, *, first: bool) -> None:
+        """See `SparseAutoencoder.prepare`; both sides."""
+        require(isinstance(store, PairedStores), "store", type(store).__name__, "PairedStores")
+        require(store.d_out == self.d_out, "store", f"with outputs {store.d_out} wide", f"{self.d_out} wide")
+        super().prepare(store.inputs, first=first)
+        plain = not bool((self.output_scale != 1) | (self.output_mean != 0).any())
+        if first and plain:
+            self.set_output_normalization(store.outputs.mean, store.outputs.scale)
+
+    def check_batch(self, batch: Any) -> None:
+        """Raise DataError unless `batch` is a pair of rows to train on."""
+        if not isinstance(batch, Pair) or len(batch.x) != len(batch.y) or len(batch) == 0:
+            known = isinstance(batch, Pair)
+            found = [tuple(batch.x.shape), tuple(batch.y.shape)] if known else type(batch).__name__
+            raise DataError(
+                f"a batch is a Pair of rows [n {self.d_in}] and [n {self.d_out}], n at least 1, not {found}"
+            )
+
+    def sides(self, batch: Any) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
+        """See `SparseAutoencoder.sides`."""
+        return self.normalize(batch.x), self.normalize_output(batch.y) - self.b_dec
+
+    def decode(self, code: SparseCode) -> Float[Tensor, "*batch d_out"]:
+        """Raw outputs [*batch d_out] from a code [*batch k]."""
+        flat = SparseCode(*(part.reshape(-1, part.shape[-1]) for part in code))
+        raw = (decode_sum(flat, self.W_dec) + self.b_dec) / self.output_scale + self.output_mean
+        return raw.view(*code.indices.shape[:-1], self.d_out)
+
+    @torch.no_grad()
+    def folded(self) -> dict[str, Tensor]:
+        """The same function of raw activations: acts = f(x W_enc + b_enc), y = acts W_dec + b_dec.
+
+        Decoder rows keep their unit norm, activations come in raw units of the output: the convention of
+        sparsify's transcoders and of SAELens'.
+        """
+        raw = 1 / self.output_scale
+        shift = (self.input_mean * self.input_scale) @ self.W_enc
+        own = self._own_folded(self.output_scale)
+        if "b_mag" in own:  # of magnitudes, which b_enc has no part in
+            own["b_mag"] = own["b_mag"] - own["r_mag"].exp() * shift * raw
+        return {
+            **own,
+            "W_enc": self.W_enc.detach() * (self.input_scale * raw),
+            "b_enc": (self.b_enc - shift) * raw,
+            "W_dec": self.W_dec.detach().clone(),
+            "b_dec": self.b_dec.detach() * raw + self.output_mean,
+        }

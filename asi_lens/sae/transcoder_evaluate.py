@@ -1,0 +1,125 @@
+"""What a transcoder writes on held-out tokens, what that does to the language model, which features fire."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from asi_lens import models
+from asi_lens.corpora import Tokens
+from asi_lens.errors import DataError, OptionError, require
+from asi_lens.interventions import mean_ablate, skip_first
+from asi_lens.sae.deadness import DeadnessLedger
+from asi_lens.sae.evaluate import Evaluation, Hooks, SpliceLosses, hooked_losses
+from asi_lens.sae.transcoder import PairedStores, Transcoder
+
+_ROWS = 4096
+
+
+@torch.inference_mode()
+def evaluate_transcoder(
+    sae: Transcoder,
+    store: PairedStores,
+    *,
+    model: nn.Module | None = None,
+    tokens: Tokens | None = None,
+    batch_tokens: int = 1024,
+    progress: bool = True,
+) -> Evaluation:
+    """Numbers of a transcoder on tokens that it was not trained on; `fvu` is of the outputs.
+
+    In the result `dead_windows` is empty and `alignment` None.
+
+    Args:
+        model, tokens: both or none: for the losses of the language model with what the transcoder writes in
+            place of the output site, reading the input site of the same forward pass.
+
+    Raises OptionError for options that do not belong together, widths that differ, or stores whose hooks are
+    not known where losses are asked for; DataError for outputs that never vary, or values or losses that are
+    not finite; UnsupportedModelError for a model that does not predict next tokens.
+    """
+    if (model is None) != (tokens is None):
+        raise OptionError("model and tokens belong together: give both or neither")
+    widths = (store.d, store.d_out)
+    require(widths == (sae.d_in, sae.d_out), "store", f"of widths {widths}", f"{(sae.d_in, sae.d_out)}")
+    moments = store.outputs.moments
+    variance = moments.scatter.trace().item()
+    if not variance > 1e-28 * moments.n * moments.mean.square().sum().item():
+        raise DataError("the outputs never vary: the fraction of variance unexplained is not defined")
+    ledger = DeadnessLedger(sae.d_sae, sae.W_dec.device)
+    error, fired = 0.0, 0
+    for pair in store.in_order(_ROWS):
+        code = sae.encode(pair.x)
+        error += (pair.y.double() - sae.decode(code).double()).square().sum().item()
+        fired += int((code.values > 0).sum())
+        ledger.update(code)
+    losses = None
+    if model is not None and tokens is not None:
+        losses = splice_transcoder(
+            sae,
+            model,
+            tokens,
+            store.metadata,
+            moments.mean,
+            batch_tokens=batch_tokens,
+            progress=progress,
+        )
+    return Evaluation(
+        n_tokens=store.n,
+        fvu=error / variance,
+        explained_variance=1 - error / variance,
+        l0=fired / store.n,
+        dead_fraction=ledger.silent_fraction,
+        losses=losses,
+    )
+
+
+def splice_transcoder(
+    sae: Transcoder,
+    model: nn.Module,
+    tokens: Tokens,
+    about: Mapping[str, Any],
+    mean: Tensor,
+    *,
+    batch_tokens: int = 1024,
+    progress: bool = True,
+) -> SpliceLosses:
+    """Losses with what the transcoder writes in place of the output site, position 0 left as it is.
+
+    `about` is the metadata of `PairedStores`; `mean [d_out]` is what ablation writes. Raises OptionError if a
+    site is not known or the inputs are of a later layer than the outputs.
+    """
+    reads = about.get("reads", {})
+    for side in (reads, about):
+        for key in ("site", "layer"):
+            if side.get(key) is None:
+                raise OptionError(f"the {key} of these stores is not known: their metadata do not say")
+    read = models.hook_name(model, str(reads["site"]), int(reads["layer"]))
+    write = models.hook_name(model, str(about["site"]), int(about["layer"]))
+    require(read != write, "output site", write, "another than the input site")
+    first = int(reads["layer"])
+    require(first <= int(about["layer"]), "layer of the inputs", first, f"at most {about['layer']}")
+    seen: list[Tensor] = []
+
+    def look(x: Tensor) -> None:
+        seen[:] = [x]
+
+    def put(y: Tensor) -> Tensor:
+        return torch.cat([y[:, :1], sae(seen.pop())[:, 1:].to(y)], dim=1)
+
+    spliced: Hooks = {read: look, write: put}
+    ablated: Hooks = {write: skip_first(mean_ablate(mean))}
+    (losses,) = hooked_losses(
+        model,
+        tokens,
+        first,
+        ablated,
+        [spliced],
+        site=str(about["site"]),
+        batch_tokens=batch_tokens,
+        progress=progress,
+    )
+    return losses

@@ -1,0 +1,170 @@
+"""How a transcoder begins: what its features write, and what they read.
+
+Decoder directions are those of `initialize`: random, or in the active subspace of the *outputs* (ASI). A
+feature that writes w should fire where the output has much of w, so the encoder starts from what the inputs
+tell of that. Three ways:
+
+- `regression`: x_n -> M x_n is the best linear guess of the output (ridge regression on the store), and a
+  feature reads M^T w, the direction whose reading is that guess of the output along w.
+- `active`: drawn on its own in the active subspace of the *inputs*.
+- `random`: drawn on its own, isotropically.
+
+Encoder rows get unit norm, then one factor makes the first reconstruction best.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from asi_lens.errors import require, unknown_name
+from asi_lens.sae.activations import Thresholded
+from asi_lens.sae.dictionary import unit_rows_
+from asi_lens.sae.initialize import active_subspace_of, auto_d_init, directions, largest_leak
+from asi_lens.sae.sparse_ops import decode_sum
+from asi_lens.sae.sparsity import has_threshold, set_threshold
+from asi_lens.sae.transcoder import Pair, PairedStores, Transcoder
+
+TRANSCODER_METHODS = ("random", "asi")
+"""Decoder directions: Gaussian, or in the active subspace of the outputs."""
+READERS = ("random", "active", "regression")
+"""What the encoder starts from."""
+
+# Ridge, as a share of the inputs' mean variance per direction (1 in normalized units).
+_RIDGE = 1e-2
+_SAMPLE = 8192
+
+
+@dataclass(frozen=True)
+class TranscoderInitReport:
+    """What `initialize_transcoder` did, and how exact it came out.
+
+    Attributes:
+        d_init: dimensions of the outputs' active subspace; none for "random".
+        d_reads: dimensions of the inputs' active subspace; none but for reader "active".
+        leak_decoder: largest share of a decoder row's norm outside, in float64; none for "random".
+        encoder_norm: norm of the encoder's rows.
+        linear_fvu: fraction of the outputs' variance that the linear guess leaves; none but for "regression".
+        fvu: fraction of the sample's output variance that the first reconstruction leaves.
+    """
+
+    method: str
+    reader: str
+    d_init: int | None
+    d_reads: int | None
+    seed: int
+    leak_decoder: float | None
+    encoder_norm: float
+    linear_fvu: float | None
+    fvu: float
+
+
+@torch.no_grad()
+def initialize_transcoder(
+    sae: Transcoder,
+    store: PairedStores,
+    method: str = "asi",
+    reader: str = "regression",
+    d_init: int | str | None = None,
+    *,
+    initial_l0: float | int | None = None,
+    seed: int | None = None,
+) -> TranscoderInitReport:
+    """Set every weight of `sae` and the normalization of both sides, in place.
+
+    Args:
+        store: what it will be trained on: for means, scales, subspaces, the regression and the norm.
+        method: one of `TRANSCODER_METHODS`. reader: one of `READERS`.
+        d_init: dimensions of the outputs' active subspace, 1 to d_out, or "auto" (`auto_d_init`). ASI only.
+        initial_l0: as in `initialize`.
+        seed: of the directions; by default that of the configuration.
+
+    Raises OptionError, UnknownNameError, or DataError for rows that never vary.
+    """
+    if method not in TRANSCODER_METHODS:
+        raise unknown_name("initialization method", method, TRANSCODER_METHODS)
+    if reader not in READERS:
+        raise unknown_name("reader", reader, READERS)
+    require(store.d == sae.d_in, "store", f"with inputs {store.d} wide", f"{sae.d_in} wide")
+    require(store.d_out == sae.d_out, "store", f"with outputs {store.d_out} wide", f"{sae.d_out} wide")
+    if not has_threshold(sae):
+        require(initial_l0 is None, "initial_l0", initial_l0, "left out for an activation without thresholds")
+    written = store.outputs.spectrum if method == "asi" else None
+    active = active_subspace_of(method, written, d_init, sae.d_out)
+    seed = sae.config.seed if seed is None else seed
+    require(seed >= 0, "seed", seed, "at least 0")
+
+    sae.set_normalization(store.inputs.mean, store.inputs.scale)
+    sae.set_output_normalization(store.outputs.mean, store.outputs.scale)
+    sae.b_enc.zero_()
+    sae.b_dec.zero_()
+    directions(sae.W_dec.data, method, seed, active)
+    linear_fvu, reads = None, None
+    if reader == "regression":
+        guess, linear_fvu = linear_guess(sae, store)
+        for w_enc, w_dec in zip(sae.encoder_rows.split(4096), sae.W_dec.data.split(4096), strict=True):
+            w_enc.copy_(w_dec.double() @ guess.to(w_dec.device))
+        unit_rows_(sae.encoder_rows)
+    else:
+        if reader == "active":
+            spectrum = store.inputs.spectrum
+            reads = active_subspace_of("asi", spectrum, auto_d_init(spectrum), sae.d_in)
+        # Any other stream of the same seed.
+        directions(sae.encoder_rows, "random" if reads is None else "asi", seed + 2**31, reads)
+
+    sample = store.sample(min(_SAMPLE, store.n))
+    if has_threshold(sae):
+        set_threshold(sae, sample.x, sae.k if initial_l0 is None else initial_l0)
+    _, cross, power = _first_fit(sae, sample)
+    scale = cross / power if cross > 0 else 1.0
+    sae.encoder_rows.mul_(scale)
+    sae.b_enc.mul_(scale)
+    if isinstance(sae.activation, Thresholded):
+        sae.activation.threshold.data.mul_(scale)
+    total, cross, power = _first_fit(sae, sample)
+    report = TranscoderInitReport(
+        method=method,
+        reader=reader,
+        d_init=None if active is None else active.shape[1],
+        d_reads=None if reads is None else reads.shape[1],
+        seed=seed,
+        leak_decoder=None if active is None else largest_leak(sae.W_dec.data, active),
+        encoder_norm=torch.linalg.vector_norm(sae.encoder_rows, dim=1).mean().item(),
+        linear_fvu=linear_fvu,
+        fvu=(total - 2 * cross + power) / total,
+    )
+    settings = ("method", "reader", "d_init", "d_reads", "seed")
+    sae.initialization = {key: value for key, value in asdict(report).items() if key in settings}
+    return report
+
+
+def linear_guess(sae: Transcoder, store: PairedStores) -> tuple[Float[Tensor, "d_out d_in"], float]:
+    """M of the ridge regression y_n ~ M x_n over the whole store, float64, and the fraction of variance that
+    it leaves there."""
+    outer = torch.zeros(sae.d_out, sae.d_in, dtype=torch.float64)
+    power = torch.zeros(sae.d_in, sae.d_in, dtype=torch.float64)
+    total = 0.0
+    for pair in store.in_order(8192):
+        x, y = sae.normalize(pair.x).double().cpu(), sae.normalize_output(pair.y).double().cpu()
+        outer += y.T @ x
+        power += x.T @ x
+        total += y.square().sum().item()
+    ridge = power + _RIDGE * store.n * torch.eye(sae.d_in, dtype=torch.float64)
+    guess = torch.linalg.solve(ridge, outer.T).T
+    explained = 2 * (guess * outer).sum() - ((guess @ power) * guess).sum()
+    return guess, 1 - explained.item() / total
+
+
+def _first_fit(sae: Transcoder, sample: Pair) -> tuple[float, float, float]:
+    """Sums over the sample of |t|^2, t . r and |r|^2 for normalized targets t and their reconstructions r."""
+    total = cross = power = 0.0
+    for x, y in zip(sample.x.split(2048), sample.y.split(2048), strict=True):
+        t = (sae.normalize_output(y) - sae.b_dec).double()
+        r = decode_sum(sae.encode(x), sae.W_dec.data).double()
+        total += t.square().sum().item()
+        cross += (t * r).sum().item()
+        power += r.square().sum().item()
+    return total, cross, power

@@ -1,0 +1,108 @@
+"""Time and memory of a training step of every kind of dictionary, against TopK.
+
+    python benchmarks/dictionaries.py [--d-sae 2048] [--batch 256] [--steps 40]
+
+Every kind runs in a process of its own, one after the other: median seconds of a step after `--settle` steps,
+in which thresholds and penalties find their l0, and peak resident memory above that of the process before
+the dictionary was made. Data is Gaussian with the spectrum of a collapsed activation; the transcoder reads
+and writes the same rows. Quote the ratios: times depend on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+
+from asi_lens.activation_store import ActivationStore
+from asi_lens.recipes import DICTIONARIES, dictionary_recipe
+from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
+from asi_lens.sae.initialize import initialize
+from asi_lens.sae.train import Trainer
+from asi_lens.sae.train_config import TrainConfig
+from asi_lens.sae.transcoder import PairedStores, Transcoder
+from asi_lens.sae.transcoder_init import initialize_transcoder
+
+TRANSCODER = "TopK transcoder"
+
+
+def rows(n: int, d_in: int) -> torch.Tensor:
+    """Rows whose singular values fall by a factor of 30 over the width."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(n, d_in, generator=generator) * torch.logspace(0, -1.5, d_in)
+
+
+def peak_mib() -> float:
+    """Largest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def measure(kind: str, args: argparse.Namespace) -> dict[str, float]:
+    """Seconds of a step, MiB, and the l0 of the last step."""
+    store = ActivationStore.from_tensor(rows(16 * args.batch, args.d_in))
+    _ = store.spectrum
+    before = peak_mib()
+    config = TrainConfig(batch_size=args.batch, n_tokens=args.batch * (args.settle + args.steps))
+    if kind == TRANSCODER:
+        pairs = PairedStores(store, store)
+        coder = Transcoder(SAEConfig(store.d, args.d_sae, args.k, d_out=store.d))
+        initialize_transcoder(coder, pairs, "random", "regression")
+        trainer, stream = Trainer(coder, config), pairs.batches(args.batch)
+    else:
+        recipe = dictionary_recipe(kind, args.d_sae)
+        sae = SparseAutoencoder(SAEConfig(store.d, args.d_sae, args.k, recipe.activation))
+        initialize(sae, "random", store.spectrum, None, store.sample(args.batch))
+        trainer, stream = Trainer(sae, config, recipe.sparsity), store.batches(args.batch)
+    seconds = []
+    for _, batch in zip(range(args.settle + args.steps), stream, strict=False):
+        start = time.perf_counter()
+        output = trainer.step(batch)
+        seconds.append(time.perf_counter() - start)
+    return {
+        "seconds": statistics.median(seconds[args.settle :]),
+        "peak_mib": peak_mib() - before,
+        "l0": output.l0,
+    }
+
+
+def main() -> None:
+    """Print one JSON object."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--d-in", type=int, default=576)
+    parser.add_argument("--d-sae", type=int, default=2048)
+    parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--settle", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--only", choices=[*DICTIONARIES, TRANSCODER])
+    args = parser.parse_args()
+    if args.only:
+        print(json.dumps(measure(args.only, args)))
+        return
+    found: dict[str, Any] = {}
+    for kind in (*DICTIONARIES, TRANSCODER):
+        command = [sys.executable, __file__, *sys.argv[1:], "--only", kind]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found[kind] = json.loads(done.stdout.splitlines()[-1])
+    first = found["TopK"]
+    report = {
+        kind: {
+            "times_topk": round(one["seconds"] / first["seconds"], 2),
+            "peak_mib": round(one["peak_mib"]),
+            "l0": round(one["l0"], 1),
+        }
+        for kind, one in found.items()
+    }
+    print(json.dumps({"kinds": report, "threads": torch.get_num_threads(), "options": vars(args)}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
