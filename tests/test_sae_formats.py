@@ -216,6 +216,14 @@ def test_folders_that_are_no_dictionary(tmp_path: Path) -> None:
             load_folder(tmp_path)
 
 
+def test_thresholds_below_zero_are_not_written(tmp_path: Path) -> None:
+    sae = trained_like(activation="jumprelu")
+    sae.get_parameter("activation.threshold").data[3] = -0.1
+    with pytest.raises(OptionError, match="thresholds below zero"):
+        sae.save(tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
 def test_batchtopk_is_written_as_jumprelu_and_read_as_itself(tmp_path: Path) -> None:
     sae, x = trained_like(activation="batchtopk"), activations()
     set_threshold(sae, x, 3)

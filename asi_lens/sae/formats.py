@@ -81,8 +81,8 @@ _SPARSIFY_KEYS = {
 def save_folder(sae: SparseAutoencoder, folder: Path | str) -> None:
     """Write a dictionary, whole or not at all; a folder that already holds one is replaced.
 
-    Raises OptionError for a folder that holds anything else or an activation function that SAELens does
-    not have, OSError for a full disk and the like.
+    Raises OptionError for a folder that holds anything else, an activation function that cannot be written or
+    thresholds below zero, OSError for a full disk and the like.
     """
     folder = Path(folder)
     if folder.exists():
@@ -94,6 +94,8 @@ def save_folder(sae: SparseAutoencoder, folder: Path | str) -> None:
     state = {name: tensor.detach() for name, tensor in sae.state_dict().items()}
     folded = {name: tensor.float() for name, tensor in sae.folded().items()}
     if "threshold" in folded:
+        if bool((folded["threshold"] < 0).any()):
+            raise OptionError(f"{folder}: thresholds below zero cannot be written; zero is the same function")
         folded["threshold"] = folded["threshold"].expand(config.d_sae).contiguous()
     names = _OUR_NAMES.get(config.activation, {})
     # Those of the activation function have left its prefix behind already.
@@ -261,6 +263,9 @@ def _load_saelens(folder: Path) -> SparseAutoencoder:
             tensors["b_mag"] = tensors["b_mag"] + shift * tensors["r_mag"].double().exp()
         else:
             tensors["b_enc"] = tensors["b_enc"] + shift
+    if "threshold" in tensors:
+        # Below zero it is the same function as at zero.
+        tensors["threshold"] = tensors["threshold"].clamp_min(0)
     state = {names.get(name, name): tensor for name, tensor in tensors.items()}
     return _filled(SparseAutoencoder(config, draw=False), state, folder)
 

@@ -53,13 +53,16 @@ def rows_per_chunk(d_in: int, device: torch.device) -> int:
 
 
 def gradient_norm(
-    grads: Gradients, decoder: Float[Tensor, "d_sae d_in"], own: Mapping[str, Tensor] | None = None
+    grads: Gradients,
+    decoder: Float[Tensor, "d_sae d_out"],
+    own: Mapping[str, Tensor] | None = None,
+    over_features: Callable[[Tensor], Tensor] | None = None,
 ) -> Float[Tensor, ""]:
     """L2 norm over the gradients of all parameters, the parallel part of the decoder's removed.
 
-    `own` are those of the activation function's parameters.
+    `own` are those of the activation function's parameters. `over_features` adds up parts of the features.
     """
-    total = grads.b_enc.square().sum() + grads.b_dec.square().sum()
+    total = grads.b_enc.square().sum()
     for grad in (own or {}).values():
         total = total + grad.square().sum()
     step = rows_per_chunk(decoder.shape[1], decoder.device)
@@ -67,7 +70,9 @@ def gradient_norm(
         stop = min(start + step, len(grads))
         total = total + grads.encoder(start, stop).square().sum()
         total = total + grads.decoder(start, stop, decoder).square().sum()
-    return total.sqrt()
+    total = total if over_features is None else over_features(total)
+    # Every rank has the same b_dec.
+    return (total + grads.b_dec.square().sum()).sqrt()
 
 
 def _are_few(fired: Tensor | None, n: int) -> bool:

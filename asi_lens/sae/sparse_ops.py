@@ -9,7 +9,7 @@ The loss is L = mean over the batch of sum over d_in of (reconstruction - x_n)^2
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -259,11 +259,13 @@ def sum_gradients(
     decoder: Float[Tensor, "d_sae d_out"],
     *,
     b_dec_is_read: bool = True,
+    over_features: Callable[[Tensor], Tensor] | None = None,
 ) -> Gradients:
     """Gradients of all terms in encoder, decoder and biases.
 
     `x` are the centered rows x_n - b_dec that were encoded: b_dec reaches every pick through the
-    encoder's input (unless not `b_dec_is_read`), and is added by the reconstructions that hold it.
+    encoder's input (unless not `b_dec_is_read`), and is added by the reconstructions that hold it. Where
+    `encoder` has a part of the features, `over_features` adds up what the parts say of b_dec.
     """
     d_sae, batch = encoder.shape[0], x.shape[0]
     parts: list[list[Tensor]] = [[] for _ in range(7)]
@@ -303,7 +305,8 @@ def sum_gradients(
     if b_dec_is_read:
         # It is subtracted before the encoder and added after the decoder.
         few = 4 * len(active) < d_sae
-        b_dec = b_dec - (pre[active] @ encoder[active] if few else pre @ encoder)
+        through = pre[active] @ encoder[active] if few else pre @ encoder
+        b_dec = b_dec - (through if over_features is None else over_features(through))
     return Gradients(
         features=active,
         offsets=offsets,

@@ -35,6 +35,7 @@ from asi_lens.sae.activations import (
     Thresholded,
 )
 from asi_lens.sae.dictionary import SparseAutoencoder
+from asi_lens.sae.mesh import Mesh
 from asi_lens.sae.sparse_ops import SparseCode, Term, Workspace, decode_sum, encode_topk
 
 PENALTIES = ("l0", "tanh")
@@ -89,7 +90,9 @@ class Sparsity:
 
     gates_apart = False
 
-    def __init__(self, sae: SparseAutoencoder, config: SparsityConfig, n_steps: int):
+    def __init__(
+        self, sae: SparseAutoencoder, config: SparsityConfig, n_steps: int, mesh: Mesh | None = None
+    ):
         for size in config.prefixes:
             require(size < sae.d_sae, "prefixes", size, f"below d_sae={sae.d_sae}")
         start = sae.k if config.initial_l0 is None else config.initial_l0
@@ -101,6 +104,7 @@ class Sparsity:
         self.sae = sae
         self.config = config
         self.n_steps = n_steps
+        self.mesh = mesh or Mesh()
         self.coefficient = config.coefficient
 
     def target(self, step: int) -> float:
@@ -122,12 +126,14 @@ class Sparsity:
         return self.sae.activation.code(x, encoder, bias, workspace)
 
     def terms(
-        self, code: SparseCode, goal: Float[Tensor, "batch d_out"]
+        self, code: SparseCode, goal: Float[Tensor, "part d_out"], n: int
     ) -> tuple[Float[Tensor, "batch d_out"], list[Term]]:
         """Reconstruction minus goal, both without b_dec, and the terms of the main loss: the whole
-        dictionary, then its prefixes."""
-        decoder, scale = self.sae.W_dec.data, 2 / len(goal)
-        residual = decode_sum(code, decoder).sub_(goal)
+        dictionary, then its prefixes. They are of all `n` tokens of the batch, `code` and `goal` of this
+        rank's."""
+        decoder, scale = self.sae.W_dec.data, 2 / n
+        residual = self.mesh.over_features(decode_sum(code, decoder)).sub_(goal)
+        code, residual = self.mesh.whole_code(code, n), self.mesh.whole(residual, n)
         terms = [Term(code, residual * scale)]
         for size in self.config.prefixes:
             part = SparseCode(code.indices, code.values * (code.indices < size))

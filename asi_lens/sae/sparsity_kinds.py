@@ -110,10 +110,10 @@ class _Gated(_Penalized):
         return stack_codes(fired)
 
     def terms(
-        self, code: SparseCode, goal: Float[Tensor, "batch d_out"]
+        self, code: SparseCode, goal: Float[Tensor, "part d_out"], n: int
     ) -> tuple[Float[Tensor, "batch d_out"], list[Term]]:
         """See `Sparsity.terms`; the last one is the gates'."""
-        residual, terms = super().terms(code, goal)
+        residual, terms = super().terms(code, goal, n)
         gain = self._activation().r_mag.detach().exp()[code.indices]
         terms = [term._replace(gain=gain, to_b_enc=False) for term in terms]
         # b_dec, too, is constant there.

@@ -16,6 +16,7 @@ from asi_lens.errors import AsiLensError, OptionError, require
 from asi_lens.sae.deadness import DeadnessLedger
 from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.drift import Drift
+from asi_lens.sae.mesh import Mesh
 from asi_lens.sae.metrics import Logger, Row
 from asi_lens.sae.optim import RowAdam, gradient_norm, lr_factor
 from asi_lens.sae.sparse_ops import Gradients, Term, Workspace, decode_sum, encode_topk, sum_gradients
@@ -67,6 +68,8 @@ class Trainer:
     Attributes:
         sae: the dictionary. config: how it is trained. optimizer: moments and step. ledger: firings.
         drift: what to measure of the weights in every logged row, if anything.
+        mesh: where its features and tokens lie. On a rank of several, `sae` has the features of that rank
+            (`mesh.shard`), every rank is given the same batch, and takes its own tokens of it.
     """
 
     def __init__(
@@ -75,11 +78,19 @@ class Trainer:
         config: TrainConfig | None = None,
         sparsity: SparsityConfig | None = None,
         drift: Drift | None = None,
+        mesh: Mesh | None = None,
     ):
         self.sae = sae
         self.drift = drift
+        self.mesh = mesh or Mesh()
         self.config = config or TrainConfig()
-        self.sparsity = KINDS[sae.config.activation](sae, sparsity or SparsityConfig(), self.n_steps)
+        sparsity = sparsity or SparsityConfig()
+        if self.mesh.config.size > 1 and (sae.config.activation != "topk" or sparsity.prefixes):
+            raise OptionError(
+                f"activation={sae.config.activation!r} with prefixes={list(sparsity.prefixes)} is not "
+                "allowed over several ranks; there it is 'topk' without prefixes"
+            )
+        self.sparsity = KINDS[sae.config.activation](sae, sparsity, self.n_steps, self.mesh)
         self.optimizer = RowAdam(sae, self.config.optimizer)
         self.ledger = DeadnessLedger(sae.d_sae, sae.W_dec.device)
         self.aux_k = sae.d_out // 2 if self.config.aux_k == "auto" else int(self.config.aux_k)
@@ -114,48 +125,64 @@ class Trainer:
         Raises DataError for a batch of the wrong width, without rows, or with NaN or infinity, and
         DivergedError (naming the step) if loss or gradients are not finite. Nothing has changed then.
         """
-        sae, config = self.sae, self.config
+        sae, config, mesh, n = self.sae, self.config, self.mesh, len(batch)
         sae.check_batch(batch)
         self._first_weights()
         encoder, decoder = sae.encoder_rows, sae.W_dec.data
+        if mesh.config.data > 1:
+            first, last = mesh.tokens(n)
+            batch = batch[first:last]
         x, goal = sae.sides(batch)
         code = self.sparsity.code(
             x.to(self.compute_dtype), encoder, sae.b_enc.data, self.steps, self._workspace
         )
         # b_dec cancels: reconstruction - x_n = acts W_dec + b_dec - x_n = acts W_dec - x.
-        residual, terms = self.sparsity.terms(code, goal)
+        residual, terms = self.sparsity.terms(mesh.pick(code, sae.k), goal, n)
         penalty, own = self.sparsity.penalize(terms, self.steps)
         error = residual.square().sum()
-        variance = (goal - goal.mean(0)).square().sum()
         aux_loss = torch.zeros_like(error)
         dead = self.ledger.dead(config.dead_window) if self.aux_k else code.indices[:0, 0]
-        if len(dead):
+        if self.aux_k and int(mesh.over_features(torch.tensor(len(dead), device=x.device))):
             term, aux_loss = self._auxiliary(x, residual, dead)
             terms.append(term)
-        grads = sum_gradients(terms, x, encoder, decoder, b_dec_is_read=not sae.is_transcoder)
-        norm = gradient_norm(grads, decoder, own) if config.clip_norm else None
-        checks = [error, variance, aux_loss, penalty, _total(grads, own) if norm is None else norm]
+        # From here on all tokens of the batch, for the features of this rank.
+        code, itself = terms[0].code, goal is x
+        x = mesh.whole(x, n)
+        goal = x if itself else mesh.whole(goal, n)
+        variance = (goal - goal.mean(0)).square().sum()
+        grads = sum_gradients(
+            terms,
+            x,
+            encoder,
+            decoder,
+            b_dec_is_read=not sae.is_transcoder,
+            over_features=mesh.over_features,
+        )
+        norm = gradient_norm(grads, decoder, own, mesh.over_features) if config.clip_norm else None
+        check = mesh.over_features(_total(grads, own)) if norm is None else norm
+        checks = [error, variance, aux_loss, penalty, check]
+        firings = mesh.over_features((code.values > 0).sum())
         # One wait for the device instead of one per number.
-        total, spread, aux, added, size, fired = torch.stack([*checks, (code.values > 0).sum()]).tolist()
+        total, spread, aux, added, size, fired = torch.stack([*checks, firings]).tolist()
         if not all(math.isfinite(number) for number in (total, aux, added, size)):
             raise DivergedError(
-                f"step {self.steps + 1}: loss {total / len(batch)} or its gradient is not finite; "
+                f"step {self.steps + 1}: loss {total / n} or its gradient is not finite; "
                 "nothing was updated. A smaller lr or clip_norm may help"
             )
         lr = config.lr * lr_factor(self.steps, self.n_steps, config.warmup_steps, config.decay_fraction)
         scale = min(1.0, config.clip_norm / size) if config.clip_norm and size else 1.0
         self.optimizer.step(grads, lr, scale, own)
-        self.sparsity.after(fired / len(batch), self.steps - 1)
+        self.sparsity.after(fired / n, self.steps - 1)
         self.ledger.update(code)
         return StepOutput(
             step=self.steps,
             tokens=self.tokens,
-            loss=total / len(batch),
+            loss=total / n,
             aux_loss=aux,
             penalty=added,
             fvu=total / spread if spread else math.nan,
-            l0=fired / len(batch),
-            dead_fraction=self.ledger.dead_fraction(config.dead_window),
+            l0=fired / n,
+            dead_fraction=self.dead_fraction(config.dead_window),
             lr=lr,
             gradient_norm=None if norm is None else size,
         )
@@ -177,13 +204,24 @@ class Trainer:
             features=dead,
             workspace=self._workspace,
         )
+        mesh, n = self.mesh, len(residual)
+        first, last = mesh.tokens(n)
+        code = mesh.pick(code, self.aux_k)
         # residual is reconstruction - x_n, that is -e.
-        missed = decode_sum(code, sae.W_dec.data).add_(residual)
+        missed = mesh.over_features(decode_sum(code, sae.W_dec.data)).add_(residual[first:last])
+        code, missed = mesh.whole_code(code, n), mesh.whole(missed, n)
         spread = (residual - residual.mean(0)).square().sum()
         share = torch.where(spread > 0, 1 / spread, 0.0)
         weight = self.config.aux_weight * sae.d_out * share
         term = Term(code, missed * (2 * weight), holds_b_dec=False, to_b_enc=not values_only)
         return term, missed.square().sum() * share
+
+    def dead_fraction(self, window: int) -> float:
+        """Share of features silent for the last `window` tokens or more, over all ranks."""
+        if self.mesh.config.model == 1:
+            return self.ledger.dead_fraction(window)
+        dead = torch.tensor(len(self.ledger.dead(window)), device=self.sae.W_dec.device)
+        return int(self.mesh.over_features(dead)) / (self.sae.d_sae * self.mesh.config.model)
 
     def prepare(self, store: Any) -> None:
         """What `fit` does first: a dictionary without input normalization takes the store's."""

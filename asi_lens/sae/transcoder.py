@@ -41,6 +41,9 @@ class Pair:
     def __len__(self) -> int:
         return len(self.x)
 
+    def __getitem__(self, part: slice) -> Pair:
+        return Pair(self.x[part], self.y[part])
+
 
 class PairedStores:
     """Two stores of the same tokens, row by row: what a transcoder reads and what it is to write.

@@ -1,0 +1,180 @@
+"""Where the features and the tokens of one training lie: on this process, or over a mesh of ranks.
+
+A mesh has two dimensions. Ranks along `model` hold different features (rows of W_enc and W_dec, their moments
+and firings) and read the same tokens; ranks along `data` hold the same features and read different tokens.
+Every method does nothing on one process, so that `Trainer.step` is written once.
+
+What a rank receives in a step of B tokens, k picks and width d, with D ranks along `data` and M along `model`
+(numbers of 4 bytes; an all_reduce counts as 2 (M - 1) / M of what is summed):
+
+- along `model`: values of picks, (M - 1) k B / D; partial reconstructions, 2 (M - 1) / M d B / D; the
+  gradient of b_dec through the encoder and a few sums, 2 (M - 1) / M (d + 4).
+- along `data`: inputs, residuals and picks of the other ranks' tokens, (D - 1) / D B (2 d + 3 k). That is
+  less than the gradients of all rows that fired, up to 2 d k B, and every rank then sums the same rows in
+  the same order as one process does.
+
+The picks of a token are the k largest of what its ranks found: `sparse_ops.merge_topk`, as of chunks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor
+
+from asi_lens.errors import OptionError, require
+from asi_lens.sae.dictionary import SparseAutoencoder
+from asi_lens.sae.sparse_ops import SparseCode, merge_topk
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Ranks along `data` and `model`. Raises OptionError for fewer than one."""
+
+    data: int = 1
+    model: int = 1
+
+    def __post_init__(self) -> None:
+        for key in ("data", "model"):
+            value = getattr(self, key)
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            require(whole, key, value, "a whole number of at least 1")
+
+    @property
+    def size(self) -> int:
+        """Ranks in all."""
+        return self.data * self.model
+
+
+class Mesh:
+    """One process alone.
+
+    Attributes:
+        config: its size. data_rank, model_rank: this process's place. bytes_received: by its collectives.
+    """
+
+    config = MeshConfig()
+    data_rank = model_rank = 0
+    bytes_received = 0
+
+    def features(self, d_sae: int) -> tuple[int, int]:
+        """First feature of this rank, and the one after its last. Raises OptionError for unequal shares."""
+        n = self.config.model
+        require(d_sae % n == 0, "d_sae", d_sae, f"a multiple of model={n}")
+        return self.model_rank * (d_sae // n), (self.model_rank + 1) * (d_sae // n)
+
+    def tokens(self, n: int) -> tuple[int, int]:
+        """First of the rows of this rank in a batch of `n`, and the one after its last."""
+        share, rest = divmod(n, self.config.data)
+        first = self.data_rank * share + min(self.data_rank, rest)
+        return first, first + share + (self.data_rank < rest)
+
+    def pick(self, code: SparseCode, k: int) -> SparseCode:
+        """This rank's picks that are among the k largest of a token; the others become zeros."""
+        return code
+
+    def over_features(self, tensor: Tensor) -> Tensor:
+        """The sum of what the ranks along `model` have."""
+        return tensor
+
+    def whole(self, rows: Tensor, n: int) -> Tensor:
+        """The rows of all `n` tokens of a batch, in its order, from those of this rank."""
+        return rows
+
+    def whole_code(self, code: SparseCode, n: int) -> SparseCode:
+        """The same of a code."""
+        return SparseCode(self.whole(code.indices, n), self.whole(code.values, n))
+
+
+class RankMesh(Mesh):
+    """This process as a rank of `torch.distributed`, which runs already (torchrun, init_process_group)."""
+
+    def __init__(self, config: MeshConfig, device: torch.device | str = "cpu"):
+        """Raises OptionError where the number of processes is not that of the mesh."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        ranks = dist.get_world_size()
+        if ranks != config.size:
+            raise OptionError(
+                f"a mesh of data={config.data} x model={config.model} needs {config.size} processes, there "
+                f"are {ranks}"
+            )
+        self.config = config
+        kind = torch.device(device).type
+        self.device_mesh = init_device_mesh(
+            kind, (config.data, config.model), mesh_dim_names=("data", "model")
+        )
+        self.data_rank = self.device_mesh.get_local_rank("data")
+        self.model_rank = self.device_mesh.get_local_rank("model")
+        self._data = self.device_mesh.get_group("data")
+        self._model = self.device_mesh.get_group("model")
+        self.bytes_received = 0
+
+    def pick(self, code: SparseCode, k: int) -> SparseCode:
+        """See `Mesh.pick`."""
+        ranks = self.config.model
+        if ranks == 1:
+            return code
+        # A shard may have fewer features than k, or (of dead ones) none.
+        width = code.values.shape[1]
+        mine = torch.nn.functional.pad(code.values, (0, max(0, k - width)), value=-1.0).contiguous()
+        gathered = [torch.empty_like(mine) for _ in range(ranks)]
+        dist.all_gather(gathered, mine, group=self._model)
+        self._count(mine, ranks - 1)
+        places = torch.arange(mine.shape[1], device=mine.device).expand_as(mine)
+        every = [SparseCode(places + rank * mine.shape[1], found) for rank, found in enumerate(gathered)]
+        chosen = merge_topk(every, k).indices - self.model_rank * mine.shape[1]
+        kept = torch.zeros(len(mine), mine.shape[1] + 1, dtype=torch.bool, device=mine.device)
+        # Picks of other ranks are marked in a column that is cut off.
+        own = (chosen >= 0) & (chosen < mine.shape[1])
+        kept.scatter_(1, torch.where(own, chosen, mine.shape[1]), value=True)
+        return SparseCode(code.indices, code.values * kept[:, :width])
+
+    def over_features(self, tensor: Tensor) -> Tensor:
+        """See `Mesh.over_features`."""
+        ranks = self.config.model
+        if ranks == 1:
+            return tensor
+        total = tensor.contiguous()
+        dist.all_reduce(total, group=self._model)
+        self._count(total, 2 * (ranks - 1) / ranks)
+        return total
+
+    def whole(self, rows: Float[Tensor, "part ..."], n: int) -> Float[Tensor, "n ..."]:
+        """See `Mesh.whole`."""
+        ranks = self.config.data
+        if ranks == 1:
+            return rows
+        shares = [n // ranks + (rank < n % ranks) for rank in range(ranks)]
+        # Shares differ by one row at most; all_gather wants them equal.
+        mine = rows.new_zeros(shares[0], *rows.shape[1:])
+        mine[: len(rows)] = rows
+        gathered = [torch.empty_like(mine) for _ in range(ranks)]
+        dist.all_gather(gathered, mine, group=self._data)
+        self._count(mine, ranks - 1)
+        return torch.cat([found[:share] for found, share in zip(gathered, shares, strict=True)])
+
+    def _count(self, tensor: Tensor, times: float) -> None:
+        self.bytes_received += round(tensor.numel() * tensor.element_size() * times)
+
+
+@torch.no_grad()
+def shard(sae: SparseAutoencoder, mesh: Mesh) -> SparseAutoencoder:
+    """The features of this rank of a TopK dictionary, copied; everything else is whole.
+
+    Raises OptionError for another activation function, or features that cannot be shared out.
+    """
+    require(sae.config.activation == "topk", "activation", sae.config.activation, "'topk' over several ranks")
+    first, last = mesh.features(sae.d_sae)
+    out = type(sae)(replace(sae.config, d_sae=last - first), draw=False, dtype=sae.W_dec.dtype)
+    out.encoder_rows.copy_(sae.encoder_rows[first:last])
+    out.b_enc.copy_(sae.b_enc[first:last])
+    out.W_dec.copy_(sae.W_dec[first:last])
+    out.b_dec.copy_(sae.b_dec)
+    for name, buffer in sae.named_buffers():
+        out.get_buffer(name).copy_(buffer)
+    out.initialization = dict(sae.initialization)
+    return out.to(sae.W_dec.device)
