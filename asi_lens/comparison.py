@@ -145,6 +145,8 @@ def _run(
     d_init = automatic if recipe.d_init == "auto" else recipe.d_init
     # Recipes of the same options are one run, whatever they are called and however they came to d_init.
     options = {**asdict(recipe), "name": None, "d_init": d_init}
+    if recipe.activation != "jumprelu":  # nothing else has thresholds that learn
+        del options["sparsity"]["threshold_lr"]
     if options.pop("reader") is not None:
         options["init"] = f"{recipe.init}, reads {recipe.reader}"
     key = cache_key(

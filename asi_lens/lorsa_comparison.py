@@ -5,7 +5,7 @@ As in `comparison`, every one is trained once and stays in the cache.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from asi_lens.sae.checkpoints import held
 from asi_lens.sae.fit import train_together
 from asi_lens.sae.lorsa import Lorsa, LorsaConfig
 from asi_lens.sae.lorsa_data import SequencePairs
-from asi_lens.sae.lorsa_evaluate import evaluate_lorsa
+from asi_lens.sae.lorsa_evaluate import evaluate_lorsas
 from asi_lens.sae.lorsa_init import LORSA_METHODS, initialize_lorsa
 from asi_lens.sae.lorsa_train import LorsaTrainer
 from asi_lens.sae.metrics import METRICS_FILE, Row, read_metrics
@@ -134,10 +134,10 @@ def lorsa_rows(
         held_out: sequences of the same layer that no run was trained on.
         model, tokens: both or none: for `cross_entropy_delta`.
 
-    Evaluations are cached. Raises as `evaluate_lorsa`.
+    Evaluations are cached. Raises as `evaluate_lorsas`.
     """
     rows = []
-    for run in runs:
+    for run, measured in zip(runs, _evaluations(runs, held_out, model, tokens, progress), strict=True):
         about: dict[str, Any] = _about(run, held_out)
         window = run.train.dead_window
         for moment in run.history():
@@ -150,7 +150,6 @@ def lorsa_rows(
                     "cross_entropy_delta": None,
                 }
                 rows.append(DeadFeatureRow(**about, **shared, **found, split="train"))
-        measured = _evaluation(run, held_out, model, tokens, progress)
         rows.append(DeadFeatureRow(**about, tokens=run.train.n_tokens, split="held_out", **measured))
     return rows
 
@@ -216,31 +215,35 @@ def _finish(run: LorsaRun, lorsa: Lorsa) -> None:
         finish(run.folder, about)
 
 
-def _evaluation(
-    run: LorsaRun,
+def _evaluations(
+    runs: Sequence[LorsaRun],
     held_out: SequencePairs,
     model: nn.Module | None,
     tokens: Tokens | None,
     progress: bool,
-) -> Mapping[str, Any]:
+) -> list[dict[str, Any]]:
     """The fields of a `held_out` row that come from the evaluation."""
     key = {
         "format": FORMAT,
-        "run": run.folder.name,
+        "runs": [run.folder.name for run in runs],
         "held_out": held_out.fingerprint,
         "model": None if model is None else model_info(model).fingerprint,
         "tokens": None if tokens is None else tokens.fingerprint,
     }
 
-    def measure() -> dict[str, Any]:
-        found = evaluate_lorsa(run.lorsa(), held_out, model=model, tokens=tokens, progress=progress)
-        return {
-            "dead_window_tokens": found.n_tokens,
-            "dead_fraction": found.dead_fraction,
-            "fvu": found.fvu,
-            "l0": found.l0,
-            "cross_entropy_delta": found.losses.cross_entropy_delta if found.losses else None,
-        }
+    def measure() -> list[dict[str, Any]]:
+        lorsas = [run.lorsa() for run in runs]
+        found = evaluate_lorsas(lorsas, held_out, model=model, tokens=tokens, progress=progress)
+        return [
+            {
+                "dead_window_tokens": one.n_tokens,
+                "dead_fraction": one.dead_fraction,
+                "fvu": one.fvu,
+                "l0": one.l0,
+                "cross_entropy_delta": one.losses.cross_entropy_delta if one.losses else None,
+            }
+            for one in found
+        ]
 
     return cached_json("evaluations", key, measure)
 

@@ -72,7 +72,7 @@ def test_finished_runs_are_read(
     ]
     rows = lorsa_rows(first, pairs)
     monkeypatch.setattr(lorsa_comparison, "train_together", refuse)
-    monkeypatch.setattr(lorsa_comparison, "evaluate_lorsa", refuse)
+    monkeypatch.setattr(lorsa_comparison, "evaluate_lorsas", refuse)
     again = train_lorsas(tiny_llama, LAYER, pairs, RECIPES, seeds=[0, 1], **options)
     assert again == first
     assert lorsa_rows(again, pairs) == rows

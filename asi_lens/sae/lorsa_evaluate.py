@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +21,6 @@ from asi_lens.sae.lorsa_init import codes
 from asi_lens.sae.sparse_ops import SparseCode
 
 
-@torch.inference_mode()
 def evaluate_lorsa(
     lorsa: Lorsa,
     pairs: SequencePairs,
@@ -29,31 +31,80 @@ def evaluate_lorsa(
     batch_tokens: int = 1024,
     progress: bool = True,
 ) -> Evaluation:
-    """Numbers of a Lorsa on sequences that it was not trained on, all over the positions but the first.
+    """Evaluate one Lorsa; see `evaluate_lorsas`."""
+    return evaluate_lorsas(
+        [lorsa],
+        pairs,
+        model=model,
+        tokens=tokens,
+        layer=layer,
+        batch_tokens=batch_tokens,
+        progress=progress,
+    )[0]
 
-    In the result a feature is a unit and `n_tokens` the positions counted; `dead_windows` is empty and
-    `alignment` None.
+
+@torch.inference_mode()
+def evaluate_lorsas(
+    lorsas: Sequence[Lorsa],
+    pairs: SequencePairs,
+    *,
+    model: nn.Module | None = None,
+    tokens: Tokens | None = None,
+    layer: int | None = None,
+    batch_tokens: int = 1024,
+    progress: bool = True,
+) -> list[Evaluation]:
+    """Numbers of Lorsas of one layer on sequences that they were not trained on, all over the positions but
+    the first.
+
+    In the results a feature is a unit and `n_tokens` the positions counted; `dead_windows` is empty and
+    `alignment` None. The clean and the ablated model run once for all.
 
     Args:
         model, tokens: both or none: for the losses of the language model with the reconstruction in place of
             what the attention layer writes.
-        layer: of the Lorsa; by default what its metadata say.
+        layer: of the Lorsas; by default what their metadata say.
         batch_tokens: tokens of a forward pass; logits of all of them are held.
 
     Raises OptionError for options that do not belong together or pairs of another width or layer; DataError
     for outputs that never vary, values or losses that are not finite, or sequences longer than the context;
     UnsupportedModelError for a model that does not predict next tokens.
     """
+    require(len(lorsas) > 0, "lorsas", [], "one or more")
     if (model is None) != (tokens is None):
         raise OptionError("model and tokens belong together: give both or neither")
-    require(pairs.d == lorsa.d_in, "pairs", f"of width {pairs.d}", f"{lorsa.d_in} wide, as the Lorsa")
-    mine, theirs = (about.get("hook_name") for about in (lorsa.config.metadata, pairs.metadata))
-    if None not in (mine, theirs) and mine != theirs:
-        raise OptionError(f"a Lorsa of {mine} and pairs of {theirs}")
+    for lorsa in lorsas:
+        require(pairs.d == lorsa.d_in, "pairs", f"of width {pairs.d}", f"{lorsa.d_in} wide, as the Lorsa")
+        mine, theirs = (about.get("hook_name") for about in (lorsa.config.metadata, pairs.metadata))
+        if None not in (mine, theirs) and mine != theirs:
+            raise OptionError(f"a Lorsa of {mine} and pairs of {theirs}")
     moments = pairs.output_moments
     variance = moments.scatter.trace().item()
     if not variance > 1e-28 * moments.n * moments.mean.square().sum().item():
         raise DataError("the outputs never vary: the fraction of variance unexplained is not defined")
+    losses: Sequence[SpliceLosses | None] = [None] * len(lorsas)
+    if model is not None and tokens is not None:
+        known = {lorsa.config.metadata.get("layer") for lorsa in lorsas} if layer is None else {layer}
+        layer = known.pop() if len(known) == 1 else None
+        if layer is None:
+            raise OptionError("the layer of these Lorsas is not known, or not one; give layer=...")
+        losses = splice_lorsas(
+            lorsas,
+            model,
+            tokens,
+            layer,
+            moments.mean,
+            batch_tokens=batch_tokens,
+            progress=progress,
+        )
+    return [
+        Evaluation(**_numbers(lorsa, pairs, variance), losses=loss)
+        for lorsa, loss in zip(lorsas, losses, strict=True)
+    ]
+
+
+def _numbers(lorsa: Lorsa, pairs: SequencePairs, variance: float) -> dict[str, Any]:
+    """The fields of `Evaluation` that come from the pairs."""
     ledger = DeadnessLedger(lorsa.n_ov, lorsa.W_O.device)
     error, fired = 0.0, 0
     for target, code in codes(lorsa, pairs):
@@ -61,26 +112,17 @@ def evaluate_lorsa(
         fired += int((code.values != 0).sum())
         ledger.update(SparseCode(code.indices.flatten(0, 1), code.values.abs().flatten(0, 1)))
     fvu = error / lorsa.output_scale.double().item() ** 2 / variance
-    losses = None
-    if model is not None and tokens is not None:
-        layer = lorsa.config.metadata.get("layer") if layer is None else layer
-        if layer is None:
-            raise OptionError("the layer of this Lorsa is not known; give layer=...")
-        losses = splice_lorsa(
-            lorsa, model, tokens, layer, moments.mean, batch_tokens=batch_tokens, progress=progress
-        )
-    return Evaluation(
-        n_tokens=pairs.n,
-        fvu=fvu,
-        explained_variance=1 - fvu,
-        l0=fired / pairs.n,
-        dead_fraction=ledger.silent_fraction,
-        losses=losses,
-    )
+    return {
+        "n_tokens": pairs.n,
+        "fvu": fvu,
+        "explained_variance": 1 - fvu,
+        "l0": fired / pairs.n,
+        "dead_fraction": ledger.silent_fraction,
+    }
 
 
-def splice_lorsa(
-    lorsa: Lorsa,
+def splice_lorsas(
+    lorsas: Sequence[Lorsa],
     model: nn.Module,
     tokens: Tokens,
     layer: int,
@@ -88,14 +130,29 @@ def splice_lorsa(
     *,
     batch_tokens: int = 1024,
     progress: bool = True,
-) -> SpliceLosses:
-    """Losses with the Lorsa's output in place of the attention layer's, position 0 left as it is.
+) -> list[SpliceLosses]:
+    """Losses with each Lorsa's output in place of the attention layer's, position 0 left as it is.
 
-    The Lorsa reads what the layer reads in the same forward pass. `mean [d_in]` is what ablation writes.
+    A Lorsa reads what the layer reads in the same forward pass. `mean [d_in]` is what ablation writes.
     """
     width = models.model_info(model).d_model
-    require(lorsa.d_in == width, "lorsa", f"d_in={lorsa.d_in}", f"{width} wide, as the model")
+    for lorsa in lorsas:
+        require(lorsa.d_in == width, "lorsa", f"d_in={lorsa.d_in}", f"{width} wide, as the model")
     read, write = models.hook_name(model, READ_SITE, layer), write_site(model, layer)
+    ablated: Hooks = {write: skip_first(mean_ablate(mean))}
+    return hooked_losses(
+        model,
+        tokens,
+        layer,
+        ablated,
+        [_splice(lorsa, read, write) for lorsa in lorsas],
+        site="the attention",
+        batch_tokens=batch_tokens,
+        progress=progress,
+    )
+
+
+def _splice(lorsa: Lorsa, read: str, write: str) -> Hooks:
     seen: list[Tensor] = []
 
     def look(x: Tensor) -> None:
@@ -104,16 +161,4 @@ def splice_lorsa(
     def put(y: Tensor) -> Tensor:
         return torch.cat([y[:, :1], lorsa(seen.pop())[:, 1:].to(y)], dim=1)
 
-    spliced: Hooks = {read: look, write: put}
-    ablated: Hooks = {write: skip_first(mean_ablate(mean))}
-    (losses,) = hooked_losses(
-        model,
-        tokens,
-        layer,
-        ablated,
-        [spliced],
-        site="the attention",
-        batch_tokens=batch_tokens,
-        progress=progress,
-    )
-    return losses
+    return {read: look, write: put}

@@ -118,11 +118,17 @@ class RowAdam:
 
     @torch.no_grad()
     def step(
-        self, grads: Gradients, lr: float, scale: float = 1.0, own: Mapping[str, Tensor] | None = None
+        self,
+        grads: Gradients,
+        lr: float,
+        scale: float = 1.0,
+        own: Mapping[str, Tensor] | None = None,
+        own_lr: float | int = 1.0,
     ) -> None:
         """One update with learning rate `lr`, gradients multiplied by `scale` (of clipping).
 
-        `own` are gradients of the activation function's parameters, which every kind moves as Adam does.
+        `own` are gradients of the activation function's parameters, which every kind moves as Adam does, with
+        `own_lr` times the learning rate.
         """
         self.steps += 1
         weights = self._weights()
@@ -159,7 +165,7 @@ class RowAdam:
         self._update(weights["b_dec"], m, v, grads.b_dec * scale, lr)
         for name, grad in (own or {}).items():
             m, v = self._moments[name]
-            self._update(weights[name], m, v, grad * scale, lr)
+            self._update(weights[name], m, v, grad * scale, lr * own_lr)
         if decay is not None:
             self._updated[grads.features] = self.steps
 

@@ -53,6 +53,9 @@ class SparsityConfig:
             k; None is k from the first step.
         anneal_fraction: share of the steps that takes.
         bandwidth: of JumpReLU's kernel, in units of normalized activations.
+        threshold_lr: factor on the learning rate of JumpReLU's thresholds. They are numbers around 1 in those
+            units, on which Adam moves weights by the learning rate in a step: an l0 that is annealed would
+            wait for them.
         prefixes: sizes of the nested dictionaries below the whole one, ascending; none is no Matryoshka.
     """
 
@@ -62,10 +65,11 @@ class SparsityConfig:
     initial_l0: float | int | None = None
     anneal_fraction: float | int = 0.5
     bandwidth: float | int = 0.1
+    threshold_lr: float | int = 10.0
     prefixes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for key in ("coefficient", "bandwidth"):
+        for key in ("coefficient", "bandwidth", "threshold_lr"):
             value = getattr(self, key)
             require(math.isfinite(value) and value > 0, key, value, "above 0")
         whole = isinstance(self.warmup_steps, int) and self.warmup_steps >= 0
@@ -86,6 +90,7 @@ class Sparsity:
         sae: the dictionary. config: the options. n_steps: steps of the whole run.
         coefficient: weight of the penalty as it is now.
         gates_apart: whether b_enc decides what fires and has no part in the values.
+        own_lr: factor on the learning rate of the activation's own parameters.
     """
 
     gates_apart = False
@@ -106,6 +111,7 @@ class Sparsity:
         self.n_steps = n_steps
         self.mesh = mesh or Mesh()
         self.coefficient = config.coefficient
+        self.own_lr = config.threshold_lr if sae.config.activation == "jumprelu" else 1.0
 
     def target(self, step: int) -> float:
         """Features a token that step `step` (from 0) aims at."""

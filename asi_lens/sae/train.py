@@ -171,7 +171,7 @@ class Trainer:
             )
         lr = config.lr * lr_factor(self.steps, self.n_steps, config.warmup_steps, config.decay_fraction)
         scale = min(1.0, config.clip_norm / size) if config.clip_norm and size else 1.0
-        self.optimizer.step(grads, lr, scale, own)
+        self.optimizer.step(grads, lr, scale, own, self.sparsity.own_lr)
         self.sparsity.after(fired / n, self.steps - 1)
         self.ledger.update(code)
         return StepOutput(
