@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -20,7 +20,7 @@ from asi_lens import models
 from asi_lens.corpora import Tokens
 from asi_lens.errors import DataError, OptionError, UnsupportedModelError, require
 from asi_lens.harvest import SiteLayer
-from asi_lens.interventions import Edit, loss_recovered, mean_ablate, next_token_loss, skip_first
+from asi_lens.interventions import Edit, loss_recovered, mean_ablate, skip_first
 from asi_lens.sae.deadness import DeadnessLedger
 from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.drift import subspace_share
@@ -240,14 +240,15 @@ def hooked_losses(
                 assert logits is not None  # asked for
                 return logits
 
-            clean = run({})
-            targets = ids.to(clean.device)
-            clean_sum += next_token_loss(clean, targets).sum(dtype=torch.float64).item()
+            clean = _log_probabilities(run({}))
+            targets = ids[:, 1:].to(clean.device).long()
+            clean_sum += _loss(clean, targets)
+            p = clean.exp()
             for k, edit in enumerate(edits):
-                edited = run(edit)
-                sums[k] += next_token_loss(edited, targets).sum(dtype=torch.float64).item()
+                edited = _log_probabilities(run(edit))
+                sums[k] += _loss(edited, targets)
                 if k > 0:
-                    divergences[k] += _divergence(clean, edited)
+                    divergences[k] += _divergence(p, clean, edited)
             bar.update(ids.shape[0] * (tokens.context - 1))
     clean_loss, ablated_loss, *losses = (total / n for total in (clean_sum, *sums))
     out = []
@@ -331,13 +332,26 @@ def _splice(sae: SparseAutoencoder) -> Edit:
     return lambda x: sae(x).to(x)
 
 
-def _divergence(clean: Float[Tensor, "batch position d"], edited: Float[Tensor, "batch position d"]) -> float:
-    """Sum of KL(clean || edited) over all predictions, one sequence at a time: logits are large."""
-    total = 0.0
-    for p, q in zip(clean[:, :-1], edited[:, :-1], strict=True):
-        log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
-        total += (log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64).item()
-    return total
+def _log_probabilities(logits: Float[Tensor, "batch position d"]) -> Float[Tensor, "batch predicted d"]:
+    """Of the next token after every position but the last, float32."""
+    return logits[:, :-1].float().log_softmax(-1)
+
+
+def _loss(log_p: Float[Tensor, "batch predicted d"], targets: Int[Tensor, "batch predicted"]) -> float:
+    """Sum of the cross-entropies, nats."""
+    return -log_p.gather(-1, targets[..., None]).sum(dtype=torch.float64).item()
+
+
+def _divergence(
+    p: Float[Tensor, "batch predicted d"],
+    log_p: Float[Tensor, "batch predicted d"],
+    log_q: Float[Tensor, "batch predicted d"],
+) -> float:
+    """Sum of KL(p || q) over all predictions, one sequence at a time: they are large."""
+    parts = zip(p, log_p, log_q, strict=True)
+    return sum(
+        (one * (log_one - log_other)).sum(dtype=torch.float64).item() for one, log_one, log_other in parts
+    )
 
 
 def _where(model: nn.Module, about: Sequence[Mapping[str, Any]]) -> SiteLayer:
