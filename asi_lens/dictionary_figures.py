@@ -80,6 +80,11 @@ def dictionaries(table: pd.DataFrame) -> go.Figure:
     figure, place = grid("ASI in every dictionary", subtitle, [[panel] for panel in held])
     for panel in held:
         row, col = place[panel.title]
+        values = panel.rows[panel.column]
+        low = min(0, values.min()) if panel.column != "fvu" else values.min()
+        room = (values.max() - low) or 1
+        # Room above for the numbers.
+        figure.update_yaxes(range=[low - 0.05 * room, values.max() + 0.18 * room], row=row, col=col)
         for x, kind in enumerate(kinds):
             for side, (start, (said, symbol)) in zip((-1, 1), _STARTS.items(), strict=True):
                 rows = panel.rows[(panel.rows.dictionary == kind) & (panel.rows.init == start)]
@@ -113,19 +118,12 @@ def _dots(
 ) -> None:
     """A dot per seed around `x`, a bar and a number at the mean."""
     tone, mean = METHOD_COLORS[name], float(rows[y].mean())
-    figure.add_scatter(
-        x=[x - 0.13, x, x + 0.13],
-        y=[mean] * 3,
-        mode="lines+text",
-        line={"color": tone, "width": 4},
-        # Above: beside it the next kind's numbers would be in the way.
-        text=["", f"{mean:.3g}", ""],
-        textposition="top center",
-        textfont={"size": 12},
-        showlegend=False,
-        hoverinfo="skip",
-        **where,
-    )
+    quiet: dict[str, Any] = {"showlegend": False, "hoverinfo": "skip", **where}
+    line = {"color": tone, "width": 4}
+    figure.add_scatter(x=[x - 0.13, x + 0.13], y=[mean, mean], mode="lines", line=line, **quiet)
+    # Above the dots: beside them the next kind's numbers would be in the way.
+    number = {"text": [f"{mean:.3g}<br>\u00a0"], "textposition": "top center", "textfont": {"size": 11}}
+    figure.add_scatter(x=[x], y=[float(rows[y].max())], mode="text", **number, **quiet)
     figure.add_scatter(
         x=[x + 0.16 * ((i + 0.5) / len(rows) - 0.5) for i in range(len(rows))],
         y=rows[y],
