@@ -125,8 +125,9 @@ class Trainer:
         Raises DataError for a batch of the wrong width, without rows, or with NaN or infinity, and
         DivergedError (naming the step) if loss or gradients are not finite. Nothing has changed then.
         """
-        sae, config, mesh, n = self.sae, self.config, self.mesh, len(batch)
+        sae, config, mesh = self.sae, self.config, self.mesh
         sae.check_batch(batch)
+        n = len(batch)
         self._first_weights()
         encoder, decoder = sae.encoder_rows, sae.W_dec.data
         if mesh.config.data > 1:
