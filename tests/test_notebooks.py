@@ -15,6 +15,8 @@ from asi_lens.profiles import merged_parameters, notebook_names
 from asi_lens.reproduce import reproduce
 from asi_lens.results import (
     DeadFeatureRow,
+    DictionaryRow,
+    DriftRow,
     HeadOverlapRow,
     LossRow,
     OutputProjectionRow,
@@ -37,7 +39,11 @@ TABLES = {
     "05_d_init": DeadFeatureRow,
     "06_dictionary_size": DeadFeatureRow,
     "07_layers_and_sites": RankedDeadFeatureRow,
+    "08_jumprelu_schedule": DriftRow,
+    "09_lorsa": DeadFeatureRow,
+    "10_dictionaries": DictionaryRow,
     "11_inside_the_subspace": DeadFeatureRow,
+    "12_transcoders": DeadFeatureRow,
 }
 CLAIMS = [
     ("C1", "01"),
@@ -50,7 +56,9 @@ CLAIMS = [
     ("C7", "06"),
     ("C8", "05"),
     ("C9", "04"),
+    ("C10", "09"),
     ("C11", "07"),
+    ("C12", "08"),
 ]
 SHARED = {"context": 16, "n_tokens": 1_024, "dtype": "float32"}
 TRAINING = {
@@ -81,6 +89,10 @@ OWN: dict[str, dict[str, Any]] = {
         "d_sae": 48,
         "layer_fractions": [0.0, 0.9],
     },
+    "08_jumprelu_schedule": {**TRAINING, "d_sae": 48, "n_seeds": 2, "high_l0": 12},
+    "09_lorsa": {**TRAINING, "units_per_head": 12, "n_seeds": 2, "n_units_shown": 2},
+    "10_dictionaries": {**TRAINING, "d_sae": 48, "n_seeds": 2},
+    "12_transcoders": {**TRAINING, "d_sae": 48},
 }
 
 
