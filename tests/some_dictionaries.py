@@ -47,15 +47,15 @@ def trained_like(dtype: torch.dtype = torch.float32, **config: Any) -> SparseAut
     return sae
 
 
-def transcoder_like(activation: str) -> Transcoder:
-    """A transcoder to a wider site in which no parameter is trivial."""
-    sae = Transcoder(SAEConfig(D, D_SAE, K, activation, 3, METADATA, d_out=D + 4))
+def transcoder_like(activation: str, d_out: int = D + 4) -> Transcoder:
+    """A transcoder in which no parameter is trivial, by default to a wider site."""
+    sae = Transcoder(SAEConfig(D, D_SAE, K, activation, 3, METADATA, d_out=d_out))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         sae.b_enc.normal_(0, 0.1, generator=generator)
         sae.b_dec.normal_(0, 0.3, generator=generator)
     sae.set_normalization(activations().mean(0), 0.37)
-    sae.set_output_normalization(torch.arange(D + 4.0), 0.2)
+    sae.set_output_normalization(torch.arange(float(d_out)), 0.2)
     if activation in ("batchtopk", "jumprelu"):
         set_threshold(sae, activations(), 3)
     return sae

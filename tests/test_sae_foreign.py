@@ -242,7 +242,7 @@ def test_saelens_opens_our_transcoders(sae_lens: ModuleType, tmp_path: Path, act
 
 
 def test_sparsify_opens_our_transcoders(sparsify: ModuleType, tmp_path: Path) -> None:
-    ours = transcoder_like("topk")
+    ours = transcoder_like("topk", d_out=D)
     ours.save(tmp_path)
     x = activations()
     found = sparsify.SparseCoder.load_from_disk(tmp_path)

@@ -12,8 +12,8 @@ raw activations x: the input's centering and scaling are folded in (`SparseAutoe
 folder of ours is the same dictionary to the bit. Nothing is unpickled.
 
 Where the activation function is not TopK there is nothing for sparsify, which knows no other. Transcoders do
-not take b_dec off what they read; with TopK they are for sparsify alone, with ReLU, JumpReLU or BatchTopK for
-SAELens alone, Gated ones are for neither. Those of other libraries are not read.
+not take b_dec off what they read; with TopK they are for sparsify (if both sides are as wide), with ReLU,
+JumpReLU or BatchTopK for SAELens; others are for us alone. Those of other libraries are not read.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def save_folder(sae: SparseAutoencoder, folder: Path | str) -> None:
     norms = torch.linalg.vector_norm(folded["W_dec"], dim=1)
     with write_whole_folder(folder) as temporary:
         write_tensors(temporary / SAELENS, folded)
-        if config.activation == "topk":  # the only one that sparsify has
+        if config.activation == "topk" and config.d_out in (None, config.d_in):  # all that sparsify has
             theirs = {"encoder.weight": folded["W_enc"].T, "encoder.bias": folded["b_enc"]}
             write_tensors(
                 temporary / SPARSIFY, {**theirs, "W_dec": folded["W_dec"], "b_dec": folded["b_dec"]}
@@ -153,7 +153,8 @@ def load_folder(folder: Path | str) -> SparseAutoencoder:
 def _shared_config(config: SAEConfig, unit_norm: bool) -> dict[str, Any] | None:
     """`cfg.json`: the keys of SAELens and those of sparsify; none for what neither has."""
     transcodes = config.d_out is not None
-    if transcodes and config.activation == "gated":
+    wide = config.activation == "topk" and config.d_out not in (None, config.d_in)
+    if wide or (transcodes and config.activation == "gated"):
         return None
     metadata = {_RENAMED.get(key, key): value for key, value in config.metadata.items()}
     hook = str(metadata.get("hook_name", ""))
