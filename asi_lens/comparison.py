@@ -130,18 +130,12 @@ def _run(
     base: TrainConfig,
     logging: Mapping[str, Any],
 ) -> Run:
-    paired = isinstance(store, PairedStores)
-    require(
-        paired == (recipe.reader is not None),
-        "reader",
-        recipe.reader,
-        "given for paired stores, and for nothing else",
-    )
-    spectrum = store.outputs.spectrum if isinstance(store, PairedStores) else store.spectrum
     d_out = store.d_out if isinstance(store, PairedStores) else None
+    fits = (d_out is not None) == (recipe.reader is not None)
+    require(fits, "reader", recipe.reader, "given for paired stores, and for nothing else")
     config = SAEConfig(store.d, d_sae, k, recipe.activation, seed, store.metadata, d_out)
     train = replace(base, optimizer=recipe.optimizer, aux_k=recipe.aux_k, seed=seed)
-    automatic = auto_d_init(spectrum)
+    automatic = auto_d_init(store.spectrum)
     d_init = automatic if recipe.d_init == "auto" else recipe.d_init
     # Recipes of the same options are one run, whatever they are called and however they came to d_init.
     options = {**asdict(recipe), "name": None, "d_init": d_init}

@@ -10,15 +10,15 @@ from typing import Any
 from torch import nn
 
 from asi_lens.activation_store import ActivationStore
-from asi_lens.cache import cached_json
 from asi_lens.comparison import FORMAT, Run
 from asi_lens.corpora import Tokens
+from asi_lens.evaluations import held_out_numbers
 from asi_lens.models import model_info
 from asi_lens.results import DeadFeatureRow, DriftRow
 from asi_lens.sae.drift import COLUMNS
-from asi_lens.sae.evaluate import evaluate_together
+from asi_lens.sae.evaluate import Evaluation, evaluate_together
 from asi_lens.sae.transcoder import PairedStores, Transcoder
-from asi_lens.sae.transcoder_evaluate import evaluate_transcoder
+from asi_lens.sae.transcoder_evaluate import evaluate_transcoders
 from asi_lens.split import Split
 
 
@@ -124,35 +124,18 @@ def _evaluations(
     tokens: Tokens | None,
     progress: bool,
 ) -> list[dict[str, Any]]:
-    """The fields of a `held_out` row that come from the evaluation."""
-    key = {
-        "format": FORMAT,
-        "runs": [run.folder.name for run in runs],
-        "held_out": held_out.fingerprint,
-        "model": None if model is None else model_info(model).fingerprint,
-        "tokens": None if tokens is None else tokens.fingerprint,
-    }
+    """The fields of `held_out` rows that come from the evaluation."""
 
-    def measure() -> list[dict[str, Any]]:
+    def evaluate() -> list[Evaluation]:
         saes = [run.sae() for run in runs]
         options: dict[str, Any] = {"model": model, "tokens": tokens, "progress": progress}
         if isinstance(held_out, PairedStores):
             transcoders = [sae for sae in saes if isinstance(sae, Transcoder)]
-            found = [evaluate_transcoder(sae, held_out, **options) for sae in transcoders]
-        else:
-            found = evaluate_together(saes, held_out, **options)
-        return [
-            {
-                "dead_window_tokens": one.n_tokens,
-                "dead_fraction": one.dead_fraction,
-                "fvu": one.fvu,
-                "l0": one.l0,
-                "cross_entropy_delta": one.losses.cross_entropy_delta if one.losses else None,
-            }
-            for one in found
-        ]
+            return evaluate_transcoders(transcoders, held_out, **options)
+        return evaluate_together(saes, held_out, **options)
 
-    return cached_json("evaluations", key, measure)
+    folders = [run.folder for run in runs]
+    return held_out_numbers(folders, FORMAT, held_out.fingerprint, model, tokens, evaluate)
 
 
 def _about(run: Run, held_out: ActivationStore | PairedStores) -> dict[str, Any]:

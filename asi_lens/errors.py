@@ -52,3 +52,17 @@ def require(condition: bool, key: str, value: Any, allowed: str) -> None:
     """Raise OptionError naming the key, the value and what is allowed, unless `condition`."""
     if not condition:
         raise OptionError(f"{key}={value!r} is not allowed; {key} must be {allowed}")
+
+
+def require_whole(key: str, value: Any, least: int) -> None:
+    """Raise OptionError unless `value` is a whole number of at least `least`; True and False are none."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    require(whole and value >= least, key, value, f"a whole number of at least {least}")
+
+
+def require_known(keys: Iterable[str], known: Iterable[str], kind: str) -> None:
+    """Raise UnknownNameError for the first of `keys` that is not among `known`; `kind` says what they are."""
+    names = list(known)
+    for key in keys:
+        if key not in names:
+            raise unknown_name(kind, key, names)

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from asi_lens.cache import cached_json
 from asi_lens.corpora import Tokens
 from asi_lens.errors import require, unknown_name
+from asi_lens.evaluations import held_out_numbers
 from asi_lens.files import cache_key
 from asi_lens.models import model_info, resolve_device
 from asi_lens.results import DeadFeatureRow
 from asi_lens.run_folders import finish, is_finished, run_folder
 from asi_lens.sae.checkpoints import held
+from asi_lens.sae.evaluate import Evaluation
 from asi_lens.sae.fit import train_together
 from asi_lens.sae.lorsa import Lorsa, LorsaConfig
 from asi_lens.sae.lorsa_data import SequencePairs
@@ -222,30 +223,14 @@ def _evaluations(
     tokens: Tokens | None,
     progress: bool,
 ) -> list[dict[str, Any]]:
-    """The fields of a `held_out` row that come from the evaluation."""
-    key = {
-        "format": FORMAT,
-        "runs": [run.folder.name for run in runs],
-        "held_out": held_out.fingerprint,
-        "model": None if model is None else model_info(model).fingerprint,
-        "tokens": None if tokens is None else tokens.fingerprint,
-    }
+    """The fields of `held_out` rows that come from the evaluation."""
 
-    def measure() -> list[dict[str, Any]]:
+    def evaluate() -> list[Evaluation]:
         lorsas = [run.lorsa() for run in runs]
-        found = evaluate_lorsas(lorsas, held_out, model=model, tokens=tokens, progress=progress)
-        return [
-            {
-                "dead_window_tokens": one.n_tokens,
-                "dead_fraction": one.dead_fraction,
-                "fvu": one.fvu,
-                "l0": one.l0,
-                "cross_entropy_delta": one.losses.cross_entropy_delta if one.losses else None,
-            }
-            for one in found
-        ]
+        return evaluate_lorsas(lorsas, held_out, model=model, tokens=tokens, progress=progress)
 
-    return cached_json("evaluations", key, measure)
+    folders = [run.folder for run in runs]
+    return held_out_numbers(folders, FORMAT, held_out.fingerprint, model, tokens, evaluate)
 
 
 def _about(run: LorsaRun, held_out: SequencePairs) -> dict[str, Any]:

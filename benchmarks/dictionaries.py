@@ -20,6 +20,7 @@ import time
 from typing import Any
 
 import torch
+from train_step import rows
 
 from asi_lens.activation_store import ActivationStore
 from asi_lens.recipes import DICTIONARIES, dictionary_recipe
@@ -31,12 +32,6 @@ from asi_lens.sae.transcoder import PairedStores, Transcoder
 from asi_lens.sae.transcoder_init import initialize_transcoder
 
 TRANSCODER = "TopK transcoder"
-
-
-def rows(n: int, d_in: int) -> torch.Tensor:
-    """Rows whose singular values fall by a factor of 30 over the width."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(n, d_in, generator=generator) * torch.logspace(0, -1.5, d_in)
 
 
 def peak_mib() -> float:

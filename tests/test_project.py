@@ -48,7 +48,7 @@ LAYERS = (
     ("store",),
     ("split",),
     ("sae",),
-    ("provenance", "run_folders", "tables"),
+    ("evaluations", "provenance", "run_folders", "tables"),
     ("results",),
     ("lorsa_comparison", "lorsa_contexts", "recipes"),
     ("comparison",),

@@ -13,7 +13,7 @@ from asi_lens.sae.dictionary import ACTIVATIONS, SAEConfig, SparseAutoencoder
 from asi_lens.sae.initialize import initialize
 from asi_lens.sae.sparsity import SparsityConfig, set_threshold
 from asi_lens.sae.sparsity_kinds import KINDS
-from asi_lens.sae.train import Trainer
+from asi_lens.sae.train import StepOutput, Trainer
 
 D_SAE, K, WIDTH = 96, 4, 0.3
 
@@ -154,7 +154,7 @@ def test_batchtopk_keeps_the_largest_of_the_batch() -> None:
     x[0] = 30 * (x[0] - 1) + 1
     trainer = Trainer(sae, quick())
     centered = sae.normalize(x) - sae.b_dec.detach()
-    code = trainer.sparsity.code(centered, sae.encoder_rows, sae.b_enc.data, 0)
+    code = trainer.sparsity.code(centered, 0)
     dense = torch.zeros(50, D_SAE, dtype=torch.float64).scatter_add(1, code.indices, code.values)
     z = (centered @ sae.W_enc + sae.b_enc).detach().relu()
     least = z.flatten().topk(K * 50).values.min()
@@ -202,8 +202,9 @@ def test_a_stored_run_goes_on_to_the_same_bits(kind: str, tmp_path: Any) -> None
     assert all(torch.equal(finals[0][name], finals[1][name]) for name in finals[0])
 
 
-@pytest.mark.parametrize("kind", ["batchtopk", "jumprelu", "relu"])
-def test_aux_k_reaches_dead_features(kind: str) -> None:
+def buried(kind: str) -> tuple[Trainer, torch.Tensor, StepOutput]:
+    """Five steps with AuxK of a dictionary whose features from the 50th on are far below zero: the trainer,
+    the encoder rows of those before, and what the last step says."""
     store = small_store()
     sae = SparseAutoencoder(SAEConfig(D_IN, D_SAE, K, kind))
     initialize(sae, "random", store.spectrum, None, store.sample(500))
@@ -212,6 +213,13 @@ def test_aux_k_reaches_dead_features(kind: str) -> None:
     trainer = Trainer(sae, quick(aux_k=8, dead_window=64), SparsityConfig(coefficient=0.1))
     for batch in store.batches(64, n_tokens=64 * 5):
         output = trainer.step(batch)
+    return trainer, before, output
+
+
+@pytest.mark.parametrize("kind", ["batchtopk", "jumprelu", "relu"])
+def test_aux_k_reaches_dead_features(kind: str) -> None:
+    trainer, before, output = buried(kind)
+    sae, store = trainer.sae, small_store()
     assert output.dead_fraction > 0.4
     # So far below zero nothing can be picked, and nothing is learned.
     assert torch.equal(sae.encoder_rows[50:], before)
@@ -223,14 +231,8 @@ def test_aux_k_reaches_dead_features(kind: str) -> None:
 
 
 def test_aux_k_reaches_behind_closed_gates() -> None:
-    store = small_store()
-    sae = SparseAutoencoder(SAEConfig(D_IN, D_SAE, K, "gated"))
-    initialize(sae, "random", store.spectrum, None, store.sample(500))
-    sae.b_enc.data[50:] = -50
-    before = sae.encoder_rows[50:].clone()
-    trainer = Trainer(sae, quick(aux_k=8, dead_window=64), SparsityConfig(coefficient=0.1))
-    for batch in store.batches(64, n_tokens=64 * 5):
-        output = trainer.step(batch)
+    trainer, before, output = buried("gated")
+    sae = trainer.sae
     assert output.aux_loss > 0
     assert not torch.equal(sae.encoder_rows[50:], before)
     # Only Adam's step for no gradient at all would leave these where they are.

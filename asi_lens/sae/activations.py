@@ -7,7 +7,7 @@ How they are trained is in `sparsity`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -27,11 +27,14 @@ class HasWidth(Protocol):
         """Number of features."""
 
 
-class ReLU:
-    """ReLU(.): every feature with a positive pre-activation fires ("standard" in SAELens)."""
+class FiresFreely:
+    """What these functions share: a code of all features whose value is above zero."""
 
-    def __init__(self, config: HasWidth):
-        del config
+    def values(
+        self, z: Float[Tensor, "batch d_sae"], bias: Float[Tensor, " d_sae"]
+    ) -> Float[Tensor, "batch d_sae"]:
+        """Values from pre-activations z, in which `bias` is; zero where nothing fires."""
+        raise NotImplementedError
 
     def code(
         self,
@@ -41,10 +44,25 @@ class ReLU:
         workspace: Workspace | None = None,
     ) -> SparseCode:
         """See `dictionary.Activation.code`."""
-        return _fired(x, encoder, bias, relu)
+        codes = []
+        for z in pre_activations(x, encoder, bias):
+            values = self.values(z, bias)
+            codes.append(pick(values > 0, values))
+        return stack_codes(codes)
 
 
-class Thresholded(nn.Module):
+class ReLU(FiresFreely):
+    """ReLU(.): every feature with a positive pre-activation fires ("standard" in SAELens)."""
+
+    def __init__(self, config: HasWidth):
+        del config
+
+    def values(self, z: Tensor, bias: Tensor) -> Tensor:
+        """See `FiresFreely.values`."""
+        return relu(z)
+
+
+class Thresholded(FiresFreely, nn.Module):
     """z if z > threshold, else 0, and never below 0: what JumpReLU and BatchTopK have in common."""
 
     threshold: Tensor
@@ -53,16 +71,9 @@ class Thresholded(nn.Module):
         """See `dictionary.SparseAutoencoder.folded`."""
         return {"threshold": self.threshold.detach() / scale}
 
-    def code(
-        self,
-        x: Float[Tensor, "batch d_in"],
-        encoder: Float[Tensor, "d_sae d_in"],
-        bias: Float[Tensor, " d_sae"],
-        workspace: Workspace | None = None,
-    ) -> SparseCode:
-        """See `dictionary.Activation.code`."""
-        threshold = self.threshold.to(x)
-        return _fired(x, encoder, bias, lambda z: relu(z) * (z > threshold))
+    def values(self, z: Tensor, bias: Tensor) -> Tensor:
+        """See `FiresFreely.values`."""
+        return relu(z) * (z > self.threshold.to(z))
 
 
 class JumpReLU(Thresholded):
@@ -86,7 +97,7 @@ class BatchTopK(Thresholded):
         self.register_buffer("threshold", torch.zeros(()))
 
 
-class Gated(nn.Module):
+class Gated(FiresFreely, nn.Module):
     """Gate and magnitude apart (Rajamanoharan et al. 2024, "Improving Dictionary Learning with Gated SAEs").
 
     A feature fires where x . w + b_enc > 0, with value ReLU(exp(r_mag) (x . w) + b_mag). Parameters: `r_mag`
@@ -108,15 +119,9 @@ class Gated(nn.Module):
         """Values before ReLU, from the gate's pre-activations x . w + bias."""
         return (gate - bias.to(gate)) * self.r_mag.exp().to(gate) + self.b_mag.to(gate)
 
-    def code(
-        self,
-        x: Float[Tensor, "batch d_in"],
-        encoder: Float[Tensor, "d_sae d_in"],
-        bias: Float[Tensor, " d_sae"],
-        workspace: Workspace | None = None,
-    ) -> SparseCode:
-        """See `dictionary.Activation.code`."""
-        return _fired(x, encoder, bias, lambda z: relu(self.magnitude(z, bias)) * (z > 0))
+    def values(self, z: Tensor, bias: Tensor) -> Tensor:
+        """See `FiresFreely.values`."""
+        return relu(self.magnitude(z, bias)) * (z > 0)
 
 
 def pick(mask: Bool[Tensor, "batch n"], values: Float[Tensor, "batch n"]) -> SparseCode:
@@ -148,19 +153,9 @@ def stack_codes(codes: Sequence[SparseCode]) -> SparseCode:
     return SparseCode(torch.cat(indices), torch.cat(values))
 
 
-def row_blocks(x: Float[Tensor, "batch d_in"], d_sae: int) -> Sequence[Float[Tensor, "rows d_in"]]:
-    """Rows in blocks whose pre-activations fit into `CHUNK_BYTES`."""
-    return x.split(max(1, CHUNK_BYTES // (4 * d_sae)))
-
-
-def _fired(
-    x: Float[Tensor, "batch d_in"],
-    encoder: Float[Tensor, "d_sae d_in"],
-    bias: Float[Tensor, " d_sae"],
-    gate: Callable[[Tensor], Tensor],
-) -> SparseCode:
-    codes = []
-    for block in row_blocks(x, len(encoder)):
-        values = gate(linear(block, encoder.to(block), bias.to(block)))
-        codes.append(pick(values > 0, values))
-    return stack_codes(codes)
+def pre_activations(
+    x: Float[Tensor, "batch d_in"], encoder: Float[Tensor, "d_sae d_in"], bias: Float[Tensor, " d_sae"]
+) -> Iterator[Float[Tensor, "rows d_sae"]]:
+    """x W + b in the dtype of `x`, of as many rows at a time as fit into `CHUNK_BYTES`."""
+    for block in x.split(max(1, CHUNK_BYTES // (4 * len(encoder)))):
+        yield linear(block, encoder.to(block), bias.to(block))

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Num
 from torch import Tensor, nn
 
-from asi_lens.errors import DataError, OptionError, require, unknown_name
+from asi_lens.errors import DataError, OptionError, require, require_known, require_whole, unknown_name
 from asi_lens.sae.activations import BatchTopK, Gated, JumpReLU, ReLU, Thresholded, stack_codes
 from asi_lens.sae.sparse_ops import SparseCode, Workspace, decode_sum, encode_topk
 
@@ -57,27 +57,25 @@ class SAEConfig:
 
     def __post_init__(self) -> None:
         for key in ("d_in", "d_sae", "k", "seed", *(["d_out"] if self.d_out is not None else [])):
-            value = getattr(self, key)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            least = 0 if key == "seed" else 1
-            require(whole and value >= least, key, value, f"a whole number of at least {least}")
+            require_whole(key, getattr(self, key), 0 if key == "seed" else 1)
         require(self.k <= self.d_sae, "k", self.k, f"from 1 to d_sae={self.d_sae}")
         if self.activation not in ACTIVATIONS:
             raise unknown_name("activation", self.activation, ACTIVATIONS)
-        try:
-            # A copy of its own, in the form in which files give it back.
-            object.__setattr__(self, "metadata", json.loads(json.dumps(dict(self.metadata))))
-        except (TypeError, ValueError) as error:
-            raise OptionError(f"metadata={self.metadata!r} is not allowed: {error}") from error
+        object.__setattr__(self, "metadata", plain_metadata(self.metadata))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SAEConfig:
         """The configuration in `values`. Raises UnknownNameError for a key that it does not have."""
-        known = [f.name for f in fields(cls)]
-        for key in values:
-            if key not in known:
-                raise unknown_name("SAEConfig key", key, known)
+        require_known(values, [f.name for f in fields(cls)], "SAEConfig key")
         return cls(**values)
+
+
+def plain_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy in the form in which files give it back. Raises OptionError for what JSON does not have."""
+    try:
+        return json.loads(json.dumps(dict(metadata)))
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"metadata={metadata!r} is not allowed: {error}") from error
 
 
 class Activation(Protocol):

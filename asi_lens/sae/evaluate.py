@@ -7,7 +7,7 @@ does not depend on how the tokens are batched. Sums run in float64.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from asi_lens.corpora import Tokens
 from asi_lens.errors import DataError, OptionError, UnsupportedModelError, require
 from asi_lens.harvest import SiteLayer
 from asi_lens.interventions import Edit, loss_recovered, mean_ablate, skip_first
+from asi_lens.moments import Moments
 from asi_lens.sae.deadness import DeadnessLedger
 from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.drift import subspace_share
@@ -259,6 +260,27 @@ def hooked_losses(
         delta = loss - clean_loss
         out.append(SpliceLosses(loss, clean_loss, ablated_loss, delta, recovered, divergence / n, n))
     return out
+
+
+def splice_through(coder: Callable[[Tensor], Tensor], read: str, write: str) -> Hooks:
+    """Hooks that put at `write` what `coder` makes of what passes `read`, position 0 left as it is."""
+    seen: list[Tensor] = []
+
+    def look(x: Tensor) -> None:
+        seen[:] = [x]
+
+    def put(y: Tensor) -> Tensor:
+        return torch.cat([y[:, :1], coder(seen.pop())[:, 1:].to(y)], dim=1)
+
+    return {read: look, write: put}
+
+
+def scatter_of(outputs: Moments) -> float:
+    """Sum of squared distances from the mean. Raises DataError where the outputs never vary."""
+    scatter = outputs.scatter.trace().item()
+    if not scatter > 1e-28 * outputs.n * outputs.mean.square().sum().item():
+        raise DataError("the outputs never vary: the fraction of variance unexplained is not defined")
+    return scatter
 
 
 def alignment(sae: SparseAutoencoder, spectrum: Spectrum, d_init: int) -> Alignment:

@@ -19,7 +19,7 @@ JumpReLU or BatchTopK for SAELens; others are for us alone. Those of other libra
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from packaging.version import InvalidVersion, Version
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from asi_lens.errors import DataError, OptionError, unknown_name
+from asi_lens.errors import DataError, OptionError, require_known
 from asi_lens.files import sha256_of, write_whole_folder
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.transcoder import Transcoder
@@ -229,7 +229,7 @@ def _load_saelens(folder: Path) -> SparseAutoencoder:
         known = ", ".join(_ARCHITECTURES)
         raise OptionError(f"architecture={architecture!r} in {folder} is not supported; supported: {known}")
     activation = _ARCHITECTURES[architecture]
-    _require_known(values, _SAELENS_KEYS | _TRAINING_KEYS | _SPARSIFY_KEYS, "SAELens")
+    require_known(values, _SAELENS_KEYS | _TRAINING_KEYS | _SPARSIFY_KEYS, "SAELens configuration key")
     normalize = values.get("normalize_activations", "none")
     if normalize != "none":
         raise OptionError(
@@ -273,7 +273,7 @@ def _load_saelens(folder: Path) -> SparseAutoencoder:
 
 def _load_sparsify(folder: Path) -> SparseAutoencoder:
     values = _read_json(folder / CONFIG)
-    _require_known(values, _SPARSIFY_KEYS, "sparsify")
+    require_known(values, _SPARSIFY_KEYS, "sparsify configuration key")
     for key, only in {"activation": "topk", "skip_connection": False, "transcode": False}.items():
         if values.get(key, only) != only:
             raise OptionError(f"{key}={values[key]!r} in {folder} is not supported; supported: {only!r}")
@@ -318,12 +318,6 @@ def _require_replaceable(folder: Path) -> None:
             f"{folder} holds other files, which replacing it would delete ({', '.join(sorted(others)[:5])}); "
             "save the dictionary in a folder of its own"
         )
-
-
-def _require_known(values: Mapping[str, Any], known: Iterable[str], library: str) -> None:
-    for key in values:
-        if key not in known:
-            raise unknown_name(f"{library} configuration key", key, known)
 
 
 def _require_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:

@@ -15,7 +15,6 @@ position n_ov]: this is made for thousands of units, not for a million.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -26,8 +25,8 @@ from jaxtyping import Float, Num
 from torch import Tensor, nn
 
 from asi_lens import models
-from asi_lens.errors import DataError, OptionError, require, unknown_name
-from asi_lens.sae.dictionary import draw_gaussian, unit_rows_
+from asi_lens.errors import DataError, require, require_known, require_whole
+from asi_lens.sae.dictionary import draw_gaussian, plain_metadata, unit_rows_
 from asi_lens.sae.lorsa_copy import AttentionLayer, read_attention, write_site
 from asi_lens.sae.lorsa_heads import PatternConfig, QueryKeyHeads
 from asi_lens.sae.sparse_ops import SparseCode, decode_sum, topk_exact
@@ -61,28 +60,18 @@ class LorsaConfig:
 
     def __post_init__(self) -> None:
         for key in ("d_in", "d_qk", "n_qk_heads", "n_ov", "k", "seed"):
-            value = getattr(self, key)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            least = 0 if key == "seed" else 1
-            require(whole and value >= least, key, value, f"a whole number of at least {least}")
+            require_whole(key, getattr(self, key), 0 if key == "seed" else 1)
         require(self.k <= self.n_ov, "k", self.k, f"from 1 to n_ov={self.n_ov}")
         divisible = self.n_ov % self.n_qk_heads == 0
         require(divisible, "n_ov", self.n_ov, f"a multiple of n_qk_heads={self.n_qk_heads}")
-        try:
-            # A copy of its own, in the form in which files give it back.
-            object.__setattr__(self, "metadata", json.loads(json.dumps(dict(self.metadata))))
-        except (TypeError, ValueError) as error:
-            raise OptionError(f"metadata={self.metadata!r} is not allowed: {error}") from error
+        object.__setattr__(self, "metadata", plain_metadata(self.metadata))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LorsaConfig:
         """The configuration in `values`, as `dataclasses.asdict` gives it. Raises UnknownNameError for a key
         that it does not have."""
         for kind, given in ((cls, values), (PatternConfig, values.get("pattern", {}))):
-            known = [f.name for f in fields(kind)]
-            for key in given:
-                if key not in known:
-                    raise unknown_name(f"{kind.__name__} key", key, known)
+            require_known(given, [f.name for f in fields(kind)], f"{kind.__name__} key")
         return cls(**{**values, "pattern": PatternConfig(**values["pattern"])})
 
     @classmethod

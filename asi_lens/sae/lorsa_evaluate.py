@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from asi_lens import models
 from asi_lens.corpora import Tokens
-from asi_lens.errors import DataError, OptionError, require
+from asi_lens.errors import OptionError, require
 from asi_lens.interventions import mean_ablate, skip_first
 from asi_lens.sae.deadness import DeadnessLedger
-from asi_lens.sae.evaluate import Evaluation, Hooks, SpliceLosses, hooked_losses
+from asi_lens.sae.evaluate import Evaluation, Hooks, SpliceLosses, hooked_losses, scatter_of, splice_through
 from asi_lens.sae.lorsa import Lorsa
 from asi_lens.sae.lorsa_copy import READ_SITE, write_site
 from asi_lens.sae.lorsa_data import SequencePairs
@@ -79,9 +79,7 @@ def evaluate_lorsas(
         if None not in (mine, theirs) and mine != theirs:
             raise OptionError(f"a Lorsa of {mine} and pairs of {theirs}")
     moments = pairs.output_moments
-    variance = moments.scatter.trace().item()
-    if not variance > 1e-28 * moments.n * moments.mean.square().sum().item():
-        raise DataError("the outputs never vary: the fraction of variance unexplained is not defined")
+    variance = scatter_of(moments)
     losses: Sequence[SpliceLosses | None] = [None] * len(lorsas)
     if model is not None and tokens is not None:
         known = {lorsa.config.metadata.get("layer") for lorsa in lorsas} if layer is None else {layer}
@@ -145,20 +143,8 @@ def splice_lorsas(
         tokens,
         layer,
         ablated,
-        [_splice(lorsa, read, write) for lorsa in lorsas],
+        [splice_through(lorsa, read, write) for lorsa in lorsas],
         site="the attention",
         batch_tokens=batch_tokens,
         progress=progress,
     )
-
-
-def _splice(lorsa: Lorsa, read: str, write: str) -> Hooks:
-    seen: list[Tensor] = []
-
-    def look(x: Tensor) -> None:
-        seen[:] = [x]
-
-    def put(y: Tensor) -> Tensor:
-        return torch.cat([y[:, :1], lorsa(seen.pop())[:, 1:].to(y)], dim=1)
-
-    return {read: look, write: put}

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
-from asi_lens.errors import require
+from asi_lens.errors import require, require_whole
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,7 @@ class PatternConfig:
             value = getattr(self, key)
             if key == "window" and value is None:
                 continue
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            require(whole and value >= least, key, value, f"a whole number of at least {least}")
+            require_whole(key, value, least)
         require(self.rotary_dim % 2 == 0, "rotary_dim", self.rotary_dim, "even")
         for key in ("scale", "softcap", "norm_eps"):
             value = getattr(self, key)

@@ -7,9 +7,8 @@ normalized units, as for a dictionary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,14 +21,14 @@ from asi_lens.sae.deadness import DeadnessLedger
 from asi_lens.sae.dictionary import unit_rows_
 from asi_lens.sae.lorsa import Lorsa
 from asi_lens.sae.lorsa_data import PairBatch, SequencePairs
-from asi_lens.sae.metrics import Logger, Row
+from asi_lens.sae.metrics import Row
 from asi_lens.sae.optim import lr_factor
 from asi_lens.sae.sparse_ops import SparseCode
-from asi_lens.sae.train import DivergedError, StepOutput
+from asi_lens.sae.train import DivergedError, Fits, StepOutput
 from asi_lens.sae.train_config import TrainConfig
 
 
-class LorsaTrainer:
+class LorsaTrainer(Fits):
     """Trains one Lorsa, which it holds and changes in place, on the device where it is by then.
 
     Of `TrainConfig`, `batch_size` and `n_tokens` count positions that are in the loss (context - 1 of each
@@ -151,38 +150,6 @@ class LorsaTrainer:
     def step_on(self, batch: PairBatch) -> StepOutput:
         """`step`, by the name that `fit` calls it."""
         return self.step(batch.x, batch.y)
-
-    def fit(
-        self,
-        store: SequencePairs,
-        *,
-        folder: Path | str | None = None,
-        checkpoint_every: int = 1_000_000,
-        log_every: int = 50,
-        windows: Sequence[int] = (),
-        loggers: Iterable[str | Logger] = (),
-        progress: bool = True,
-        on_log: Callable[[LorsaTrainer, StepOutput], None] | None = None,
-    ) -> list[Row]:
-        """Train on shuffled sequences of `store` up to `n_tokens` positions; returns the logged metrics.
-
-        A step takes as many whole sequences as fit into `batch_size`. See `fit.train_together`, of which this
-        is the case of one; several Lorsas can be trained side by side with it.
-        """
-        from asi_lens.sae.fit import train_together
-
-        (history,) = train_together(
-            [self],
-            store,
-            folders=None if folder is None else [folder],
-            checkpoint_every=checkpoint_every,
-            log_every=log_every,
-            windows=windows,
-            loggers=loggers,
-            progress=progress,
-            on_log=on_log,
-        )
-        return history
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint must agree with to be continued by this trainer (JSON values)."""

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
-from asi_lens.errors import OptionError, require
+from asi_lens.errors import OptionError, require, require_whole
 from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.sparse_ops import SparseCode, merge_topk
 
@@ -39,9 +39,7 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         for key in ("data", "model"):
-            value = getattr(self, key)
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            require(whole, key, value, "a whole number of at least 1")
+            require_whole(key, getattr(self, key), 1)
 
     @property
     def size(self) -> int:
@@ -79,6 +77,10 @@ class Mesh:
     def over_features(self, tensor: Tensor) -> Tensor:
         """The sum of what the ranks along `model` have."""
         return tensor
+
+    def count(self, n: int) -> int:
+        """The sum of what the ranks along `model` count."""
+        return n
 
     def whole(self, rows: Tensor, n: int) -> Tensor:
         """The rows of all `n` tokens of a batch, in its order, from those of this rank."""
@@ -142,6 +144,10 @@ class RankMesh(Mesh):
         dist.all_reduce(total, group=self._model)
         self._count(total, 2 * (ranks - 1) / ranks)
         return total
+
+    def count(self, n: int) -> int:
+        """See `Mesh.count`."""
+        return int(self.over_features(torch.tensor(n, device=self.device_mesh.device_type)))
 
     def whole(self, rows: Float[Tensor, "part ..."], n: int) -> Float[Tensor, "n ..."]:
         """See `Mesh.whole`."""

@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from asi_lens.errors import OptionError, require, unknown_name
+from asi_lens.errors import OptionError, require, require_whole, unknown_name
 from asi_lens.sae.activations import (
     Gated,
     Thresholded,
@@ -72,8 +72,7 @@ class SparsityConfig:
         for key in ("coefficient", "bandwidth", "threshold_lr"):
             value = getattr(self, key)
             require(math.isfinite(value) and value > 0, key, value, "above 0")
-        whole = isinstance(self.warmup_steps, int) and self.warmup_steps >= 0
-        require(whole, "warmup_steps", self.warmup_steps, "a whole number of at least 0")
+        require_whole("warmup_steps", self.warmup_steps, 0)
         if self.penalty not in PENALTIES:
             raise unknown_name("penalty", self.penalty, PENALTIES)
         require(0 <= self.anneal_fraction <= 1, "anneal_fraction", self.anneal_fraction, "from 0 to 1")
@@ -121,15 +120,10 @@ class Sparsity:
         return start + share * (self.sae.k - start)
 
     def code(
-        self,
-        x: Float[Tensor, "batch d_in"],
-        encoder: Float[Tensor, "d_sae d_in"],
-        bias: Float[Tensor, " d_sae"],
-        step: int,
-        workspace: Workspace | None = None,
+        self, x: Float[Tensor, "batch d_in"], step: int, workspace: Workspace | None = None
     ) -> SparseCode:
         """The picks of a batch of centered rows."""
-        return self.sae.activation.code(x, encoder, bias, workspace)
+        return self.sae.activation.code(x, self.sae.encoder_rows, self.sae.b_enc.data, workspace)
 
     def terms(
         self, code: SparseCode, goal: Float[Tensor, "part d_out"], n: int

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import linear
 
-from asi_lens.sae.activations import BatchTopK, Gated, JumpReLU, keep, pick, row_blocks, stack_codes
+from asi_lens.sae.activations import BatchTopK, Gated, JumpReLU, keep, pick, pre_activations, stack_codes
 from asi_lens.sae.sparse_ops import SparseCode, Term, Workspace, decode_sum, picked_dots
 from asi_lens.sae.sparsity import Sparsity, largest
 
@@ -36,6 +35,11 @@ class _Penalized(Sparsity):
         warm = min(1.0, (step + 1) / self.config.warmup_steps) if self.config.warmup_steps else 1.0
         return self.coefficient * warm * self.sae.d_out
 
+    def _pre_activations(self, x: Float[Tensor, "batch d_in"]) -> Iterator[Float[Tensor, "rows d_sae"]]:
+        """As `pre_activations`, in the weights' dtype."""
+        bias = self.sae.b_enc.data
+        return (z.to(bias) for z in pre_activations(x, self.sae.encoder_rows, bias))
+
     def _steer(self, l0: float, step: int) -> None:
         excess = l0 / self.target(step) - 1
         self.coefficient *= math.exp(_STEERING * max(-1.0, min(1.0, excess)))
@@ -47,15 +51,11 @@ class _BatchTopK(Sparsity):
     _least: Tensor | None = None
 
     def code(
-        self,
-        x: Float[Tensor, "batch d_in"],
-        encoder: Float[Tensor, "d_sae d_in"],
-        bias: Float[Tensor, " d_sae"],
-        step: int,
-        workspace: Workspace | None = None,
+        self, x: Float[Tensor, "batch d_in"], step: int, workspace: Workspace | None = None
     ) -> SparseCode:
         """See `Sparsity.code`."""
-        found, least = largest(x, encoder, bias, self.target(step), workspace)
+        sae = self.sae
+        found, least = largest(x, sae.encoder_rows, sae.b_enc.data, self.target(step), workspace)
         kept = (found.values >= least) & (found.values > 0)
         self._least = found.values[kept].amin() if bool(kept.any()) else None
         return keep(found, kept)
@@ -92,17 +92,11 @@ class _Gated(_Penalized):
     _gates: SparseCode
 
     def code(
-        self,
-        x: Float[Tensor, "batch d_in"],
-        encoder: Float[Tensor, "d_sae d_in"],
-        bias: Float[Tensor, " d_sae"],
-        step: int,
-        workspace: Workspace | None = None,
+        self, x: Float[Tensor, "batch d_in"], step: int, workspace: Workspace | None = None
     ) -> SparseCode:
         """See `Sparsity.code`; keeps the open gates for `terms`."""
-        fired, gates = [], []
-        for block in row_blocks(x, len(encoder)):
-            z = linear(block, encoder.to(block), bias.to(block)).to(bias)
+        fired, gates, bias = [], [], self.sae.b_enc.data
+        for z in self._pre_activations(x):
             values = self._activation().magnitude(z, bias)
             fired.append(pick((z > 0) & (values > 0), values))
             gates.append(pick(z > 0, z))
@@ -160,18 +154,12 @@ class _JumpReLU(_Penalized):
     _acts: Tensor
 
     def code(
-        self,
-        x: Float[Tensor, "batch d_in"],
-        encoder: Float[Tensor, "d_sae d_in"],
-        bias: Float[Tensor, " d_sae"],
-        step: int,
-        workspace: Workspace | None = None,
+        self, x: Float[Tensor, "batch d_in"], step: int, workspace: Workspace | None = None
     ) -> SparseCode:
         """See `Sparsity.code`; keeps what is near a threshold for `penalize`."""
         threshold = self._threshold()
         fired, near, acts = [], [], []
-        for block in row_blocks(x, len(encoder)):
-            z = linear(block, encoder.to(block), bias.to(block)).to(bias)
+        for z in self._pre_activations(x):
             on = (z > threshold) & (z > 0)
             fired.append(pick(on, z))
             close = (z - threshold).abs() < self.config.bandwidth / 2

@@ -62,7 +62,45 @@ class StepOutput:
     gradient_norm: float | None = None
 
 
-class Trainer:
+class Fits:
+    """What trainers share: a whole run of one of them."""
+
+    def fit(
+        self,
+        store: Any,
+        *,
+        folder: Path | str | None = None,
+        checkpoint_every: int = 1_000_000,
+        log_every: int = 50,
+        windows: Sequence[int] = (),
+        loggers: Iterable[str | Logger] = (),
+        progress: bool = True,
+        on_log: Callable[[Any, StepOutput], None] | None = None,
+    ) -> list[Row]:
+        """Train on shuffled batches of `store` up to `n_tokens`; returns the logged metrics.
+
+        `store` is an `ActivationStore`, of transcoders `PairedStores`, of Lorsas `SequencePairs` (a step has
+        as many whole sequences as fit into `batch_size`). See `fit.train_together`, of which this is the
+        case of one.
+        """
+        from asi_lens.sae.fit import Learner, train_together
+
+        assert isinstance(self, Learner)  # what has this method has the others
+        (history,) = train_together(
+            [self],
+            store,
+            folders=None if folder is None else [folder],
+            checkpoint_every=checkpoint_every,
+            log_every=log_every,
+            windows=windows,
+            loggers=loggers,
+            progress=progress,
+            on_log=on_log,
+        )
+        return history
+
+
+class Trainer(Fits):
     """Trains one dictionary, which it holds and changes in place, on the device where it is by then.
 
     Attributes:
@@ -134,16 +172,14 @@ class Trainer:
             first, last = mesh.tokens(n)
             batch = batch[first:last]
         x, goal = sae.sides(batch)
-        code = self.sparsity.code(
-            x.to(self.compute_dtype), encoder, sae.b_enc.data, self.steps, self._workspace
-        )
+        code = self.sparsity.code(x.to(self.compute_dtype), self.steps, self._workspace)
         # b_dec cancels: reconstruction - x_n = acts W_dec + b_dec - x_n = acts W_dec - x.
         residual, terms = self.sparsity.terms(mesh.pick(code, sae.k), goal, n)
         penalty, own = self.sparsity.penalize(terms, self.steps)
         error = residual.square().sum()
         aux_loss = torch.zeros_like(error)
         dead = self.ledger.dead(config.dead_window) if self.aux_k else code.indices[:0, 0]
-        if self.aux_k and int(mesh.over_features(torch.tensor(len(dead), device=x.device))):
+        if self.aux_k and mesh.count(len(dead)):
             term, aux_loss = self._auxiliary(x, residual, dead)
             terms.append(term)
         # From here on all tokens of the batch, for the features of this rank.
@@ -219,10 +255,8 @@ class Trainer:
 
     def dead_fraction(self, window: int) -> float:
         """Share of features silent for the last `window` tokens or more, over all ranks."""
-        if self.mesh.config.model == 1:
-            return self.ledger.dead_fraction(window)
-        dead = torch.tensor(len(self.ledger.dead(window)), device=self.sae.W_dec.device)
-        return int(self.mesh.over_features(dead)) / (self.sae.d_sae * self.mesh.config.model)
+        dead = self.mesh.count(len(self.ledger.dead(window)))
+        return dead / (self.sae.d_sae * self.mesh.config.model)
 
     def prepare(self, store: Any) -> None:
         """What `fit` does first: a dictionary without input normalization takes the store's."""
@@ -235,38 +269,6 @@ class Trainer:
     def step_on(self, batch: Any) -> StepOutput:
         """`step`, by the name that `fit` calls it."""
         return self.step(batch)
-
-    def fit(
-        self,
-        store: Any,
-        *,
-        folder: Path | str | None = None,
-        checkpoint_every: int = 1_000_000,
-        log_every: int = 50,
-        windows: Sequence[int] = (),
-        loggers: Iterable[str | Logger] = (),
-        progress: bool = True,
-        on_log: Callable[[Trainer, StepOutput], None] | None = None,
-    ) -> list[Row]:
-        """Train on shuffled batches of an `ActivationStore` (of `PairedStores`, for a transcoder) up to
-        `n_tokens`; returns the logged metrics.
-
-        See `fit.train_together`, of which this is the case of one.
-        """
-        from asi_lens.sae.fit import train_together
-
-        (history,) = train_together(
-            [self],
-            store,
-            folders=None if folder is None else [folder],
-            checkpoint_every=checkpoint_every,
-            log_every=log_every,
-            windows=windows,
-            loggers=loggers,
-            progress=progress,
-            on_log=on_log,
-        )
-        return history
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint must agree with to be continued by this trainer (JSON values)."""

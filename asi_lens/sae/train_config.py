@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from asi_lens.errors import require, unknown_name
+from asi_lens.errors import require, require_known, require_whole, unknown_name
 from asi_lens.sae.optim import KINDS
 
 
@@ -51,12 +51,7 @@ class TrainConfig:
         require(_finite(self.lr) and self.lr > 0, "lr", self.lr, "above 0")
         least = {"batch_size": 1, "n_tokens": 1, "warmup_steps": 0, "seed": 0, "dead_window": 1}
         for key, minimum in least.items():
-            require(
-                _whole(getattr(self, key)) and getattr(self, key) >= minimum,
-                key,
-                getattr(self, key),
-                f"a whole number of at least {minimum}",
-            )
+            require_whole(key, getattr(self, key), minimum)
         if self.optimizer not in KINDS:
             raise unknown_name("optimizer", self.optimizer, KINDS)
         share = _finite(self.decay_fraction) and 0 <= self.decay_fraction <= 1
@@ -74,9 +69,7 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
         """The configuration in `values`. Raises UnknownNameError for a key that it does not have."""
-        for key in values:
-            if key not in cls.__dataclass_fields__:
-                raise unknown_name("TrainConfig key", key, cls.__dataclass_fields__)
+        require_known(values, cls.__dataclass_fields__, "TrainConfig key")
         return cls(**values)
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from asi_lens.errors import DataError, OptionError, require
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder, draw_gaussian, unit_rows_
 from asi_lens.sae.sparse_ops import SparseCode, decode_sum
+from asi_lens.spectra import Spectrum
 from asi_lens.store import ActivationStore
 
 # What two stores of the same tokens of the same model agree in.
@@ -73,6 +74,11 @@ class PairedStores:
         """Changes with the rows of either."""
         both = self.inputs.fingerprint + self.outputs.fingerprint
         return hashlib.sha256(both.encode()).hexdigest()[:16]
+
+    @property
+    def spectrum(self) -> Spectrum:
+        """Of the outputs, which ASI starts from."""
+        return self.outputs.spectrum
 
     def batches(
         self, batch_size: int, *, seed: int = 0, start: int = 0, n_tokens: int | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,16 +10,15 @@ from torch import Tensor, nn
 
 from asi_lens import models
 from asi_lens.corpora import Tokens
-from asi_lens.errors import DataError, OptionError, require
+from asi_lens.errors import OptionError, require
 from asi_lens.interventions import mean_ablate, skip_first
 from asi_lens.sae.deadness import DeadnessLedger
-from asi_lens.sae.evaluate import Evaluation, Hooks, SpliceLosses, hooked_losses
+from asi_lens.sae.evaluate import Evaluation, Hooks, SpliceLosses, hooked_losses, scatter_of, splice_through
 from asi_lens.sae.transcoder import PairedStores, Transcoder
 
 _ROWS = 4096
 
 
-@torch.inference_mode()
 def evaluate_transcoder(
     sae: Transcoder,
     store: PairedStores,
@@ -29,37 +28,47 @@ def evaluate_transcoder(
     batch_tokens: int = 1024,
     progress: bool = True,
 ) -> Evaluation:
-    """Numbers of a transcoder on tokens that it was not trained on; `fvu` is of the outputs.
+    """Evaluate one transcoder; see `evaluate_transcoders`."""
+    return evaluate_transcoders(
+        [sae], store, model=model, tokens=tokens, batch_tokens=batch_tokens, progress=progress
+    )[0]
 
-    In the result `dead_windows` is empty and `alignment` None.
+
+@torch.inference_mode()
+def evaluate_transcoders(
+    saes: Sequence[Transcoder],
+    store: PairedStores,
+    *,
+    model: nn.Module | None = None,
+    tokens: Tokens | None = None,
+    batch_tokens: int = 1024,
+    progress: bool = True,
+) -> list[Evaluation]:
+    """Numbers of transcoders of the same sites on tokens that none was trained on; FVU of the outputs.
+
+    In the results `dead_windows` is empty and `alignment` None. The clean and the ablated model run once for
+    all.
 
     Args:
-        model, tokens: both or none: for the losses of the language model with what the transcoder writes in
+        model, tokens: both or none: for the losses of the language model with what a transcoder writes in
             place of the output site, reading the input site of the same forward pass.
 
     Raises OptionError for options that do not belong together, widths that differ, or stores whose hooks are
     not known where losses are asked for; DataError for outputs that never vary, or values or losses that are
     not finite; UnsupportedModelError for a model that does not predict next tokens.
     """
+    require(len(saes) > 0, "saes", [], "one or more")
     if (model is None) != (tokens is None):
         raise OptionError("model and tokens belong together: give both or neither")
     widths = (store.d, store.d_out)
-    require(widths == (sae.d_in, sae.d_out), "store", f"of widths {widths}", f"{(sae.d_in, sae.d_out)}")
+    for sae in saes:
+        require(widths == (sae.d_in, sae.d_out), "store", f"of widths {widths}", f"{(sae.d_in, sae.d_out)}")
     moments = store.outputs.moments
-    variance = moments.scatter.trace().item()
-    if not variance > 1e-28 * moments.n * moments.mean.square().sum().item():
-        raise DataError("the outputs never vary: the fraction of variance unexplained is not defined")
-    ledger = DeadnessLedger(sae.d_sae, sae.W_dec.device)
-    error, fired = 0.0, 0
-    for pair in store.in_order(_ROWS):
-        code = sae.encode(pair.x)
-        error += (pair.y.double() - sae.decode(code).double()).square().sum().item()
-        fired += int((code.values > 0).sum())
-        ledger.update(code)
-    losses = None
+    variance = scatter_of(moments)
+    losses: Sequence[SpliceLosses | None] = [None] * len(saes)
     if model is not None and tokens is not None:
-        losses = splice_transcoder(
-            sae,
+        losses = splice_transcoders(
+            saes,
             model,
             tokens,
             store.metadata,
@@ -67,18 +76,32 @@ def evaluate_transcoder(
             batch_tokens=batch_tokens,
             progress=progress,
         )
-    return Evaluation(
-        n_tokens=store.n,
-        fvu=error / variance,
-        explained_variance=1 - error / variance,
-        l0=fired / store.n,
-        dead_fraction=ledger.silent_fraction,
-        losses=losses,
-    )
+    return [
+        Evaluation(**_numbers(sae, store, variance), losses=loss)
+        for sae, loss in zip(saes, losses, strict=True)
+    ]
 
 
-def splice_transcoder(
-    sae: Transcoder,
+def _numbers(sae: Transcoder, store: PairedStores, variance: float) -> dict[str, Any]:
+    """The fields of `Evaluation` that come from the store."""
+    ledger = DeadnessLedger(sae.d_sae, sae.W_dec.device)
+    error, fired = 0.0, 0
+    for pair in store.in_order(_ROWS):
+        code = sae.encode(pair.x)
+        error += (pair.y.double() - sae.decode(code).double()).square().sum().item()
+        fired += int((code.values > 0).sum())
+        ledger.update(code)
+    return {
+        "n_tokens": store.n,
+        "fvu": error / variance,
+        "explained_variance": 1 - error / variance,
+        "l0": fired / store.n,
+        "dead_fraction": ledger.silent_fraction,
+    }
+
+
+def splice_transcoders(
+    saes: Sequence[Transcoder],
     model: nn.Module,
     tokens: Tokens,
     about: Mapping[str, Any],
@@ -86,8 +109,8 @@ def splice_transcoder(
     *,
     batch_tokens: int = 1024,
     progress: bool = True,
-) -> SpliceLosses:
-    """Losses with what the transcoder writes in place of the output site, position 0 left as it is.
+) -> list[SpliceLosses]:
+    """Losses with what each transcoder writes in place of the output site, position 0 left as it is.
 
     `about` is the metadata of `PairedStores`; `mean [d_out]` is what ablation writes. Raises OptionError if a
     site is not known or the inputs are of a later layer than the outputs.
@@ -102,24 +125,14 @@ def splice_transcoder(
     require(read != write, "output site", write, "another than the input site")
     first = int(reads["layer"])
     require(first <= int(about["layer"]), "layer of the inputs", first, f"at most {about['layer']}")
-    seen: list[Tensor] = []
-
-    def look(x: Tensor) -> None:
-        seen[:] = [x]
-
-    def put(y: Tensor) -> Tensor:
-        return torch.cat([y[:, :1], sae(seen.pop())[:, 1:].to(y)], dim=1)
-
-    spliced: Hooks = {read: look, write: put}
     ablated: Hooks = {write: skip_first(mean_ablate(mean))}
-    (losses,) = hooked_losses(
+    return hooked_losses(
         model,
         tokens,
         first,
         ablated,
-        [spliced],
+        [splice_through(sae, read, write) for sae in saes],
         site=str(about["site"]),
         batch_tokens=batch_tokens,
         progress=progress,
     )
-    return losses
