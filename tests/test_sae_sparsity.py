@@ -241,7 +241,7 @@ def test_aux_k_reaches_behind_closed_gates() -> None:
 
 def test_a_threshold_for_an_l0() -> None:
     x = rows()
-    for kind in ("batchtopk", "jumprelu", "gated"):
+    for kind in ("batchtopk", "jumprelu", "gated", "relu"):
         for l0 in (2, 12.5):
             sae = make(kind, torch.float32)
             if kind == "gated":

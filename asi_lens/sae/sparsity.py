@@ -30,10 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from asi_lens.errors import OptionError, require, require_whole, unknown_name
-from asi_lens.sae.activations import (
-    Gated,
-    Thresholded,
-)
+from asi_lens.sae.activations import Gated, ReLU, Thresholded
 from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.mesh import Mesh
 from asi_lens.sae.sparse_ops import SparseCode, Term, Workspace, decode_sum, encode_topk
@@ -156,8 +153,8 @@ class Sparsity:
 
 
 def has_threshold(sae: SparseAutoencoder) -> bool:
-    """Whether its activation function fires above a threshold, which can be set without shrinking values."""
-    return isinstance(sae.activation, Thresholded | Gated)
+    """Whether how many features fire is a matter of thresholds or biases, which `set_threshold` sets."""
+    return isinstance(sae.activation, Thresholded | Gated | ReLU)
 
 
 def largest(
@@ -184,15 +181,16 @@ def largest(
 def set_threshold(sae: SparseAutoencoder, sample: Float[Tensor, "n d_in"], l0: float | int) -> float:
     """One threshold for all features, such that `l0` of them fire on a token of the sample; returns it.
 
-    It is zero where fewer have a positive pre-activation; of gated dictionaries it is taken off `b_enc`, the
-    bias of the gate. Raises OptionError for an activation without thresholds, or an l0 out of range.
+    It is zero where fewer have a positive pre-activation. Gated dictionaries and ReLU have it taken off
+    `b_enc` (with ReLU that shrinks values too, but half of all features firing at first is no start either).
+    Raises OptionError for an activation without thresholds, or an l0 out of range.
     """
     activation: Any = sae.activation
     require(
         has_threshold(sae),
         "activation",
         sae.config.activation,
-        "'batchtopk', 'jumprelu' or 'gated' to have a threshold",
+        "'batchtopk', 'jumprelu', 'gated' or 'relu' to have a threshold",
     )
     require(0 < l0 <= sae.d_sae, "l0", l0, f"above 0 and at most d_sae={sae.d_sae}")
     rows = sae.centered(sample)
@@ -200,7 +198,7 @@ def set_threshold(sae: SparseAutoencoder, sample: Float[Tensor, "n d_in"], l0: f
     below = found.values[found.values < least]
     # Halfway to the next one, so that rounding decides nothing.
     threshold = float((least + below.max()) / 2) if len(below) else 0.0
-    if isinstance(activation, Gated):
+    if isinstance(activation, Gated | ReLU):
         sae.b_enc.data.sub_(threshold)
     else:
         activation.threshold.data.fill_(threshold)
