@@ -232,6 +232,7 @@ class ActivationStore:
         start: int = 0,
         n_tokens: int | None = None,
         dtype: torch.dtype | None = torch.float32,
+        share: Callable[[int], tuple[int, int]] | None = None,
     ) -> Iterator[Float[Tensor, "batch d"]]:
         """The stream of shuffled rows, from position `start` up to position `n_tokens` (None: endless).
 
@@ -241,6 +242,8 @@ class ActivationStore:
 
         Args:
             dtype: of the batches; None leaves the store's.
+            share: of a batch of n rows, the first of those that are read, and the one after the last; None is
+                all of them. Positions count whole batches.
         """
         require(batch_size >= 1, "batch_size", batch_size, "at least 1")
         require(start >= 0, "start", start, "at least 0")
@@ -248,10 +251,16 @@ class ActivationStore:
         require(
             n_tokens is None or n_tokens >= start, "n_tokens", n_tokens, f"None or at least start={start}"
         )
-        return self._stream(batch_size, seed, start, n_tokens, dtype)
+        return self._stream(batch_size, seed, start, n_tokens, dtype, share)
 
     def _stream(
-        self, batch_size: int, seed: int, start: int, n_tokens: int | None, dtype: torch.dtype | None
+        self,
+        batch_size: int,
+        seed: int,
+        start: int,
+        n_tokens: int | None,
+        dtype: torch.dtype | None,
+        share: Callable[[int], tuple[int, int]] | None,
     ) -> Iterator[Float[Tensor, "batch d"]]:
         epoch, shuffle = -1, Permutation(self.n)
         while n_tokens is None or start < n_tokens:
@@ -265,7 +274,11 @@ class ActivationStore:
                 last = min(stop - epoch * self.n, self.n)
                 index.append(shuffle(np.arange(first, last)))
                 start += last - first
-            yield self._gather(torch.from_numpy(np.concatenate(index)), dtype)
+            chosen = torch.from_numpy(np.concatenate(index))
+            if share is not None:
+                first, last = share(len(chosen))
+                chosen = chosen[first:last]
+            yield self._gather(chosen, dtype)
 
     def sample(self, n: int, seed: int = 0) -> Float[Tensor, "n d"]:
         """`n` different rows drawn at random, float32. Raises OptionError for more rows than there are."""

@@ -17,6 +17,7 @@ from asi_lens import models, shards
 from asi_lens.activation_store import ActivationStore
 from asi_lens.corpora import Tokens
 from asi_lens.errors import CacheError, DataError, OptionError
+from asi_lens.sae.mesh import Mesh, MeshConfig
 from asi_lens.store import harvest_store
 
 # Tiny stores: too few tokens for a rank is what they always have.
@@ -184,6 +185,20 @@ def test_every_batch_mixes_the_whole_store(numbered: ActivationStore) -> None:
         assert counts.max() <= 25
     # rows that were neighbours in the text are not neighbours in the stream
     assert ((stream[1:] - stream[:-1]).abs() == 1).sum() < 15
+
+
+def test_shares_of_a_batch_are_the_batch(numbered: ActivationStore) -> None:
+    options = {"seed": 3, "start": 20, "n_tokens": 155}
+    whole = list(numbered.batches(30, **options))
+    parts = []
+    for rank in range(4):
+        mesh = Mesh()
+        mesh.config, mesh.data_rank = MeshConfig(data=4), rank
+        parts.append(list(numbered.batches(30, share=mesh.tokens, **options)))
+    for batch, *shares in zip(whole, *parts, strict=True):
+        assert torch.equal(torch.cat(shares), batch)
+        sizes = [len(share) for share in shares]
+        assert max(sizes) - min(sizes) <= 1
 
 
 def test_batches_have_the_dtype_asked_for(small: ActivationStore) -> None:

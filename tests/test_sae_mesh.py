@@ -31,7 +31,8 @@ CHILD = """
     import torch, torch.distributed as dist
     from safetensors.torch import save_file
     from asi_lens.sae.mesh import MeshConfig, RankMesh, shard
-    from test_sae_mesh import start, batches
+    from small_trainings import small_store
+    from test_sae_mesh import start
     from asi_lens.sae.train import Trainer
     torch.set_num_threads(1)
     rank, size = int(sys.argv[1]), int(sys.argv[2])
@@ -41,7 +42,8 @@ CHILD = """
     for name, (sae, config) in start().items():
         trainer = Trainer(shard(sae, mesh), config, mesh=mesh)
         mesh.bytes_received = 0
-        outputs = [trainer.step(batch) for batch in batches()]
+        # What `fit` does: each rank reads its own rows alone.
+        outputs = [trainer.step(batch) for batch in trainer.stream(small_store(), 0)]
         out[name] = dict(
             loss=[one.loss for one in outputs],
             fvu=[one.fvu for one in outputs],

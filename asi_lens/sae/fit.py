@@ -55,6 +55,10 @@ class Learner(Protocol):
         """Called once before the first step. Raises OptionError for data that it cannot be trained on."""
         ...
 
+    def stream(self, store: Any, start: int) -> Iterator[Sized]:
+        """Batches from token `start` to the last; their length is their number of tokens."""
+        ...
+
     def step_on(self, batch: Any) -> StepOutput:
         """One update. DataError and DivergedError leave everything as it was."""
         ...
@@ -182,10 +186,7 @@ def _loop(runs: Sequence[_Run], store: Data, progress: bool) -> None:
         ) as bar,
     ):
         if position < config.n_tokens:
-            stream = store.batches(
-                config.batch_size, seed=config.seed, start=position, n_tokens=config.n_tokens
-            )
-            for batch in stream:
+            for batch in runs[0].trainer.stream(store, position):
                 position += len(batch)
                 # After a kill one may be behind the others: they wait.
                 try:

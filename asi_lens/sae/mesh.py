@@ -19,6 +19,7 @@ The picks of a token are the k largest of what its ranks found: `sparse_ops.merg
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -45,6 +46,17 @@ class MeshConfig:
     def size(self) -> int:
         """Ranks in all."""
         return self.data * self.model
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of this rank of a batch of `n` tokens; its length is that of the batch."""
+
+    rows: Any
+    n: int
+
+    def __len__(self) -> int:
+        return self.n
 
 
 class Mesh:

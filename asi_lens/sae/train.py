@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from asi_lens.errors import AsiLensError, OptionError, require
 from asi_lens.sae.deadness import DeadnessLedger
 from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.drift import Drift
-from asi_lens.sae.mesh import Mesh
+from asi_lens.sae.mesh import Mesh, Part
 from asi_lens.sae.metrics import Logger, Row
 from asi_lens.sae.optim import RowAdam, gradient_norm, lr_factor
 from asi_lens.sae.sparse_ops import Gradients, Term, Workspace, decode_sum, encode_topk, sum_gradients
@@ -107,7 +107,8 @@ class Trainer(Fits):
         sae: the dictionary. config: how it is trained. optimizer: moments and step. ledger: firings.
         drift: what to measure of the weights in every logged row, if anything.
         mesh: where its features and tokens lie. On a rank of several, `sae` has the features of that rank
-            (`mesh.shard`), every rank is given the same batch, and takes its own tokens of it.
+            (`mesh.shard`), and a batch is the same one on every rank, which takes its own tokens of it, or a
+            `Part` with those.
     """
 
     def __init__(
@@ -164,14 +165,13 @@ class Trainer(Fits):
         DivergedError (naming the step) if loss or gradients are not finite. Nothing has changed then.
         """
         sae, config, mesh = self.sae, self.config, self.mesh
-        sae.check_batch(batch)
+        part = batch if isinstance(batch, Part) else None
+        sae.check_batch(batch if part is None else part.rows)
         n = len(batch)
         self._first_weights()
         encoder, decoder = sae.encoder_rows, sae.W_dec.data
-        if mesh.config.data > 1:
-            first, last = mesh.tokens(n)
-            batch = batch[first:last]
-        x, goal = sae.sides(batch)
+        first, last = mesh.tokens(n)
+        x, goal = sae.sides(batch[first:last] if part is None else part.rows)
         code = self.sparsity.code(x.to(self.compute_dtype), self.steps, self._workspace)
         # b_dec cancels: reconstruction - x_n = acts W_dec + b_dec - x_n = acts W_dec - x.
         residual, terms = self.sparsity.terms(mesh.pick(code, sae.k), goal, n)
@@ -265,6 +265,18 @@ class Trainer(Fits):
     def measure(self) -> Row:
         """Columns of a logged row beside those of the step: of `drift`."""
         return {} if self.drift is None else {**self.drift(self.sae)}
+
+    def stream(self, store: Any, start: int) -> Iterator[Sized]:
+        """Batches from token `start` to `n_tokens`; on a rank of several, its parts of them."""
+        config, mesh = self.config, self.mesh
+        options = {"seed": config.seed, "start": start, "n_tokens": config.n_tokens}
+        if mesh.config.data == 1:
+            yield from store.batches(config.batch_size, **options)
+            return
+        for rows in store.batches(config.batch_size, share=mesh.tokens, **options):
+            n = min(config.batch_size, config.n_tokens - start)
+            start += n
+            yield Part(rows, n)
 
     def step_on(self, batch: Any) -> StepOutput:
         """`step`, by the name that `fit` calls it."""
