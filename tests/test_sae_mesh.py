@@ -31,8 +31,8 @@ CHILD = """
     import torch, torch.distributed as dist
     from safetensors.torch import save_file
     from asi_lens.sae.mesh import MeshConfig, RankMesh, shard
-    from small_trainings import small_store
-    from test_sae_mesh import start
+    from small_trainings import make, small_store
+    from test_sae_mesh import begin, start
     from asi_lens.sae.train import Trainer
     torch.set_num_threads(1)
     rank, size = int(sys.argv[1]), int(sys.argv[2])
@@ -40,7 +40,13 @@ CHILD = """
     mesh = RankMesh(MeshConfig(data={data}, model={model}))
     out = {{}}
     for name, (sae, config) in start().items():
-        trainer = Trainer(shard(sae, mesh), config, mesh=mesh)
+        own = shard(sae, mesh)
+        # Begun by the ranks themselves, it is the same.
+        fresh = shard(make(), mesh)
+        begin(fresh, name, mesh)
+        assert torch.equal(fresh.W_dec, own.W_dec)
+        torch.testing.assert_close(fresh.W_enc, own.W_enc, rtol=1e-5, atol=1e-6)
+        trainer = Trainer(own, config, mesh=mesh)
         mesh.bytes_received = 0
         # What `fit` does: each rank reads its own rows alone.
         outputs = [trainer.step(batch) for batch in trainer.stream(small_store(), 0)]
@@ -64,18 +70,26 @@ CHILD = """
 """
 
 
+def begin(sae: SparseAutoencoder, name: str, mesh: Mesh | None = None) -> None:
+    """ASI, or random directions, as the name says."""
+    store, method = small_store(), name.partition("-")[0]
+    d_init = 5 if method == "asi" else None
+    initialize(sae, method, store.spectrum, d_init, store.sample(500), mesh=mesh)
+
+
 def start() -> dict[str, tuple[SparseAutoencoder, Any]]:
     """Dictionaries as they begin, and how they are trained."""
-    store, out = small_store(), {}
-    for name, method, optimizer, more in (
-        ("random-adam", "random", "adam", {}),
-        ("asi-adam", "asi", "adam", {"clip_norm": 1.0}),
-        ("random-sparse_adam", "random", "sparse_adam", {"aux_k": 7, "dead_window": 300}),
-        ("asi-sparse_adam_decay", "asi", "sparse_adam_decay", {}),
+    out = {}
+    for name, more in (
+        ("random-adam", {}),
+        ("asi-adam", {"clip_norm": 1.0}),
+        ("random-sparse_adam", {"aux_k": 7, "dead_window": 300}),
+        ("asi-sparse_adam_decay", {}),
     ):
         sae = make()
-        initialize(sae, method, store.spectrum, 5 if method == "asi" else None, store.sample(500))
-        options = {"batch_size": BATCH, "n_tokens": BATCH * STEPS, "optimizer": optimizer, **more}
+        begin(sae, name)
+        options = {"batch_size": BATCH, "n_tokens": BATCH * STEPS, **more}
+        options["optimizer"] = name.partition("-")[2]
         out[name] = (sae, quick(**options))
     return out
 

@@ -313,11 +313,18 @@ class SparseAutoencoder(nn.Module):
 
 
 @torch.no_grad()
-def draw_gaussian(out: Float[Tensor, "n d"], seed: int) -> None:
-    """Fill `out` with independent standard normal numbers, the same on every device and dtype."""
-    generator = torch.Generator().manual_seed(seed)
-    for rows in out.split(DRAW_ROWS):
-        rows.copy_(torch.randn(rows.shape, generator=generator))
+def draw_gaussian(out: Float[Tensor, "n d"], seed: int, first: int = 0, total: int | None = None) -> None:
+    """Fill `out` with independent standard normal numbers, the same on every device and dtype.
+
+    They are rows `first` and on of `total` (by default, of as many as `out` has).
+    """
+    generator, last = torch.Generator().manual_seed(seed), first + len(out)
+    for start in range(0, last, DRAW_ROWS):
+        size = min(DRAW_ROWS, (last if total is None else total) - start)
+        drawn = torch.randn(size, out.shape[1], generator=generator)
+        begin, end = max(first, start), min(last, start + size)
+        if begin < end:
+            out[begin - first : end - first].copy_(drawn[begin - start : end - start])
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from torch import Tensor
 from asi_lens.errors import OptionError, require, unknown_name
 from asi_lens.sae.activations import Thresholded
 from asi_lens.sae.dictionary import DRAW_ROWS, SparseAutoencoder, draw_gaussian
+from asi_lens.sae.mesh import Mesh
 from asi_lens.sae.sparse_ops import decode_sum
 from asi_lens.sae.sparsity import has_threshold, set_threshold
 from asi_lens.spectra import Spectrum
@@ -94,6 +95,7 @@ def initialize(
     center_encoder_bias: bool = False,
     initial_l0: float | int | None = None,
     seed: int | None = None,
+    mesh: Mesh | None = None,
 ) -> InitReport:
     """Set every weight of `sae` and its input normalization, in place.
 
@@ -118,9 +120,14 @@ def initialize(
         initial_l0: features that fire on a token of the sample, for activation functions with a threshold
             (`sparsity.set_threshold`); by default the dictionary's k.
         seed: of the directions; by default that of the configuration.
+        mesh: where `sae` has the features of one rank of several (`mesh.shard`): they get the weights that
+            they would have in the whole dictionary. Every rank gives the same spectrum and sample.
 
     Raises OptionError, UnknownNameError, or DataError for a sample that is not finite.
     """
+    mesh = mesh or Mesh()
+    total = sae.d_sae * mesh.config.model
+    first, _ = mesh.features(total)
     if method not in METHODS:
         raise unknown_name("initialization method", method, METHODS)
     require(b_dec in ("mean", "zeros"), "b_dec", b_dec, "'mean' or 'zeros'")
@@ -141,20 +148,20 @@ def initialize(
     offset = (mean - sae.input_mean.double().cpu()) * sae.input_scale.double().cpu()
     sae.b_dec.copy_(offset if b_dec == "mean" else torch.zeros_like(offset))
     sae.b_enc.zero_()
-    norms = directions(sae.W_dec.data, method, seed, active)
+    norms = directions(sae.W_dec.data, method, seed, active, first, total)
     if tied:
         sae.encoder_rows.copy_(sae.W_dec.data)
         norms = norms.square()
     else:
         # Any other stream of the same seed.
-        norms = norms * directions(sae.encoder_rows, method, seed + 2**31, active)
+        norms = norms * directions(sae.encoder_rows, method, seed + 2**31, active, first, total)
 
     fvu = None
     if method == "asi_authors":
         # Rows of norm n in both, as theirs are, give n^2 relu(x . w) w with unit w.
         scale: Tensor | float = norms.to(sae.W_dec).unsqueeze(1)
         if norm_search and sample is not None:
-            scale = _authors_grid(*_first_fit(sae, sample))
+            scale = _authors_grid(*_first_fit(sae, sample, mesh))
         sae.encoder_rows.mul_(scale)
         if center_encoder_bias and sample is not None:
             sae.b_enc.copy_(-_mean_pre(sae, sample))
@@ -164,18 +171,21 @@ def initialize(
         if has_threshold(sae) and sample is not None:
             set_threshold(sae, sample, sae.k if initial_l0 is None else initial_l0)
         if norm_search and sample is not None:
-            _, cross, power = _first_fit(sae, sample)
+            _, cross, power = _first_fit(sae, sample, mesh)
             scale = cross / power if cross > 0 else 1.0
             sae.encoder_rows.mul_(scale)
             sae.b_enc.mul_(scale)
             if isinstance(sae.activation, Thresholded):
                 sae.activation.threshold.data.mul_(scale)
     if sample is not None:
-        total, cross, power = _first_fit(sae, sample)
+        square, cross, power = _first_fit(sae, sample, mesh)
         x = sae.normalize(sample).double()
-        fvu = (total - 2 * cross + power) / (x - x.mean(0)).square().sum().item()
+        fvu = (square - 2 * cross + power) / (x - x.mean(0)).square().sum().item()
     # Of the weights as they are stored now: scaling the encoder rounded it once more.
-    leaks = None if active is None else [largest_leak(w, active) for w in (sae.W_dec.data, sae.encoder_rows)]
+    leaks = None
+    if active is not None:
+        leaks = [mesh.largest(largest_leak(w, active)) for w in (sae.W_dec.data, sae.encoder_rows)]
+    norm = torch.linalg.vector_norm(sae.encoder_rows, dim=1).double().sum()
     report = InitReport(
         method=method,
         d_init=None if active is None else active.shape[1],
@@ -187,7 +197,7 @@ def initialize(
         center_encoder_bias=center_encoder_bias,
         leak_decoder=None if leaks is None else leaks[0],
         leak_encoder=None if leaks is None else leaks[1],
-        encoder_norm=torch.linalg.vector_norm(sae.encoder_rows, dim=1).mean().item(),
+        encoder_norm=mesh.over_features(norm).item() / total,
         fvu=fvu,
     )
     settings = ("method", "d_init", "seed", "tied", "norm_search", "b_dec", "center", "center_encoder_bias")
@@ -234,13 +244,23 @@ def _set_input(
 
 
 def directions(
-    out: Float[Tensor, "d_sae d_in"], method: str, seed: int, active: Tensor | None
+    out: Float[Tensor, "d_sae d_in"],
+    method: str,
+    seed: int,
+    active: Tensor | None,
+    first: int = 0,
+    total: int | None = None,
 ) -> Float[Tensor, " d_sae"]:
-    """Fill `out` with unit directions; returns the norms before, float64."""
+    """Fill `out` with unit directions, `first` and on of `total`; returns the norms before, float64.
+
+    Raises OptionError for orthogonal or the authors' directions of which `out` has a part.
+    """
+    whole = total in (None, len(out))
+    require(whole or method in ("random", "asi"), "method", method, "'random' or 'asi' over several ranks")
     d_in = out.shape[1]
     generator = torch.Generator().manual_seed(seed)
     if method != "asi_authors":
-        draw_gaussian(out, seed)
+        draw_gaussian(out, seed, first, total)
     norms = []
     # Sets of d_in rows are orthonormal, so that is how many are taken at a time.
     for rows in out.split(d_in if method == "orthogonal" else DRAW_ROWS):
@@ -273,12 +293,12 @@ def largest_leak(rows: Float[Tensor, "n d"], active: Float[Tensor, "d r"]) -> fl
     return largest
 
 
-def _first_fit(sae: SparseAutoencoder, sample: Tensor) -> tuple[float, float, float]:
+def _first_fit(sae: SparseAutoencoder, sample: Tensor, mesh: Mesh) -> tuple[float, float, float]:
     """Sums over the sample of |x|^2, x . r and |r|^2 for centered x and its first reconstruction r."""
     total = cross = power = 0.0
     for block in sample.split(2048):
         x = sae.centered(block)
-        r = decode_sum(sae.encode(block), sae.W_dec.data)
+        r = mesh.over_features(decode_sum(mesh.pick(sae.encode(block), sae.k), sae.W_dec.data))
         total += x.double().square().sum().item()
         cross += (x.double() * r.double()).sum().item()
         power += r.double().square().sum().item()

@@ -94,6 +94,10 @@ class Mesh:
         """The sum of what the ranks along `model` count."""
         return n
 
+    def largest(self, number: float) -> float:
+        """The largest of what the ranks along `model` have."""
+        return number
+
     def whole(self, rows: Tensor, n: int) -> Tensor:
         """The rows of all `n` tokens of a batch, in its order, from those of this rank."""
         return rows
@@ -160,6 +164,12 @@ class RankMesh(Mesh):
     def count(self, n: int) -> int:
         """See `Mesh.count`."""
         return int(self.over_features(torch.tensor(n, device=self.device_mesh.device_type)))
+
+    def largest(self, number: float) -> float:
+        """See `Mesh.largest`."""
+        found = torch.tensor(number, dtype=torch.float64, device=self.device_mesh.device_type)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self._model)
+        return found.item()
 
     def whole(self, rows: Float[Tensor, "part ..."], n: int) -> Float[Tensor, "n ..."]:
         """See `Mesh.whole`."""
