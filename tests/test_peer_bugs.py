@@ -11,7 +11,7 @@ from small_trainings import D_IN, D_SAE, K, make, quick, rows, small_store
 
 from asi_lens.errors import UnknownNameError
 from asi_lens.interventions import loss_recovered
-from asi_lens.sae import fit
+from asi_lens.sae import mesh_checkpoints
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.evaluate import evaluate
 from asi_lens.sae.initialize import initialize
@@ -90,10 +90,10 @@ def test_checkpoints_count_tokens_whatever_the_batch(monkeypatch: pytest.MonkeyP
     for batch_size in (32, 64):
         written: list[int] = []
 
-        def keep(folder: Path, state: Any, about: Any, written: list[int] = written) -> None:
+        def keep(folder: Path, state: Any, about: Any, mesh: Any, written: list[int] = written) -> None:
             written.append(about["tokens"])
 
-        monkeypatch.setattr(fit, "write_checkpoint", keep)
+        monkeypatch.setattr(mesh_checkpoints, "write", keep)
         config = quick(batch_size=batch_size, n_tokens=640)
         Trainer(make(), config).fit(
             small_store(), folder=tmp_path / str(batch_size), checkpoint_every=192, progress=False

@@ -28,45 +28,43 @@ STEPS, BATCH = 100, 50  # not a multiple of 4: ranks have unequal shares
 CHILD = """
     import json, sys
     sys.path.insert(0, {tests!r})
-    import torch, torch.distributed as dist
+    import torch
     from safetensors.torch import save_file
+    from asi_lens.ranks import joined
     from asi_lens.sae.mesh import MeshConfig, RankMesh, shard
     from small_trainings import make, small_store
     from test_sae_mesh import begin, start
     from asi_lens.sae.train import Trainer
     torch.set_num_threads(1)
-    rank, size = int(sys.argv[1]), int(sys.argv[2])
-    dist.init_process_group("gloo", init_method="tcp://127.0.0.1:{port}", rank=rank, world_size=size)
-    mesh = RankMesh(MeshConfig(data={data}, model={model}))
-    out = {{}}
-    for name, (sae, config) in start().items():
-        own = shard(sae, mesh)
-        # Begun by the ranks themselves, it is the same.
-        fresh = shard(make(), mesh)
-        begin(fresh, name, mesh)
-        assert torch.equal(fresh.W_dec, own.W_dec)
-        torch.testing.assert_close(fresh.W_enc, own.W_enc, rtol=1e-5, atol=1e-6)
-        trainer = Trainer(own, config, mesh=mesh)
-        mesh.bytes_received = 0
-        # What `fit` does: each rank reads its own rows alone.
-        outputs = [trainer.step(batch) for batch in trainer.stream(small_store(), 0)]
-        out[name] = dict(
-            loss=[one.loss for one in outputs],
-            fvu=[one.fvu for one in outputs],
-            dead=[one.dead_fraction for one in outputs],
-            l0=[one.l0 for one in outputs],
-            aux=[one.aux_loss for one in outputs],
-            norm=outputs[-1].gradient_norm,
-            bytes=mesh.bytes_received,
-        )
-        if mesh.data_rank == 0:
-            weights = {{n: p.detach().contiguous().clone() for n, p in trainer.sae.named_parameters()}}
-            weights["last_fired"] = trainer.ledger.last_fired
-            save_file(weights, "{folder}/" + name + "." + str(mesh.model_rank) + ".safetensors")
-    if rank == 0:
-        open("{folder}/out.json", "w").write(json.dumps(out))
-    dist.barrier()
-    dist.destroy_process_group()
+    with joined(timeout_s=60) as ranks:
+        mesh = RankMesh(MeshConfig(data={data}, model={model}), ranks)
+        out = {{}}
+        for name, (sae, config) in start().items():
+            own = shard(sae, mesh)
+            # Begun by the ranks themselves, it is the same.
+            fresh = shard(make(), mesh)
+            begin(fresh, name, mesh)
+            assert torch.equal(fresh.W_dec, own.W_dec)
+            torch.testing.assert_close(fresh.W_enc, own.W_enc, rtol=1e-5, atol=1e-6)
+            trainer = Trainer(own, config, mesh=mesh)
+            mesh.bytes_received = 0
+            # What `fit` does: each rank reads its own rows alone.
+            outputs = [trainer.step(batch) for batch in trainer.stream(small_store(), 0)]
+            out[name] = dict(
+                loss=[one.loss for one in outputs],
+                fvu=[one.fvu for one in outputs],
+                dead=[one.dead_fraction for one in outputs],
+                l0=[one.l0 for one in outputs],
+                aux=[one.aux_loss for one in outputs],
+                norm=outputs[-1].gradient_norm,
+                bytes=mesh.bytes_received,
+            )
+            if mesh.data_rank == 0:
+                weights = {{n: p.detach().contiguous().clone() for n, p in trainer.sae.named_parameters()}}
+                weights["last_fired"] = trainer.ledger.last_fired
+                save_file(weights, "{folder}/" + name + "." + str(mesh.model_rank) + ".safetensors")
+        if ranks.rank == 0:
+            open("{folder}/out.json", "w").write(json.dumps(out))
 """
 
 
@@ -104,14 +102,15 @@ def on_ranks(data: int, model: int, folder: Path) -> dict[str, Any]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     code = textwrap.dedent(CHILD).format(
-        tests=str(Path(__file__).parent), port=port, data=data, model=model, folder=folder
+        tests=str(Path(__file__).parent), data=data, model=model, folder=folder
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     size = data * model
+    environment |= {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", code, str(rank), str(size)],
-            env=environment,
+            [sys.executable, "-c", code],
+            env={**environment, "RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -21,7 +21,7 @@ from asi_lens.errors import AsiLensError, CacheError
 from asi_lens.files import write_whole
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
-_FORMAT = 1
+FORMAT = 1
 
 
 class FolderInUseError(AsiLensError, RuntimeError):
@@ -58,7 +58,7 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], about: Mapping
     Raises OSError naming the file if it cannot be written; the last one then stays.
     """
     path = folder / CHECKPOINT_FILE
-    text = json.dumps({"format": _FORMAT, **about}, allow_nan=False)
+    text = json.dumps({"format": FORMAT, **about}, allow_nan=False)
     # On a GPU the tensors are copied; on a CPU they are written from where they lie.
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with write_whole(path) as temporary:
@@ -83,9 +83,9 @@ def read_checkpoint(folder: Path) -> Iterator[tuple[dict[str, Any], Callable[[st
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get("asi_lens_checkpoint")
             about = json.loads(text) if text else {}
-            if about.get("format") != _FORMAT:
+            if about.get("format") != FORMAT:
                 raise CacheError(
-                    f"{path} has format {about.get('format')!r}, this version reads {_FORMAT}; delete it"
+                    f"{path} has format {about.get('format')!r}, this version reads {FORMAT}; delete it"
                 )
             yield about, file.get_tensor
     except (SafetensorError, json.JSONDecodeError) as error:

@@ -279,14 +279,14 @@ class SparseAutoencoder(nn.Module):
         acts = TopK(ReLU((x - b_dec) W_enc + b_enc)), reconstruction = acts W_dec + b_dec. Decoder rows
         keep their unit norm, activations come in raw units (those inside divided by `input_scale`):
         the convention of SAELens with `apply_b_dec_to_input` and of sparsify. Parameters of the activation
-        function come with them, by their own names.
+        function come with them, by their own names. W_enc and W_dec are those here, not copies.
         """
         scale = self.input_scale
         return {
             **self._own_folded(scale),
-            "W_enc": self.W_enc.detach().clone(),
+            "W_enc": self.W_enc.detach(),
             "b_enc": self.b_enc.detach() / scale,
-            "W_dec": self.W_dec.detach().clone(),
+            "W_dec": self.W_dec.detach(),
             "b_dec": self.b_dec.detach() / scale + self.input_mean,
         }
 

@@ -16,14 +16,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from asi_lens.errors import DataError, OptionError, require
-from asi_lens.sae.checkpoints import (
-    OtherConfigurationError,
-    held,
-    read_checkpoint,
-    require_same,
-    write_checkpoint,
-)
-from asi_lens.sae.deadness import DeadnessLedger
+from asi_lens.sae import mesh_checkpoints
+from asi_lens.sae.checkpoints import OtherConfigurationError, held, require_same
+from asi_lens.sae.mesh import Mesh
 from asi_lens.sae.metrics import Logger, MetricsLog, Row
 from asi_lens.sae.train import DivergedError, StepOutput
 from asi_lens.sae.train_config import TrainConfig
@@ -34,7 +29,7 @@ class Learner(Protocol):
     """What is trained: a `Trainer` of a dictionary, or one of something else with the same life."""
 
     config: TrainConfig
-    ledger: DeadnessLedger
+    mesh: Mesh
 
     @property
     def d_in(self) -> int:
@@ -57,6 +52,10 @@ class Learner(Protocol):
 
     def stream(self, store: Any, start: int) -> Iterator[Sized]:
         """Batches from token `start` to the last; their length is their number of tokens."""
+        ...
+
+    def dead_fraction(self, window: int) -> float:
+        """Share of features silent for the last `window` tokens or more, over all ranks."""
         ...
 
     def step_on(self, batch: Any) -> StepOutput:
@@ -158,11 +157,18 @@ def train_together(
         distinct = len({path.resolve() for path in paths if path}) == len(trainers)
         require(distinct, "folders", [str(path) for path in paths], "one of its own for each trainer")
 
-    loggers = list(loggers)
+    mesh = trainers[0].mesh
+    one = mesh.config.size == 1 or all(trainer.mesh is mesh for trainer in trainers)
+    require(one, "mesh", "another for some", "the same one for all trainers")
+    loggers = list(loggers) if mesh.leads else []
     with ExitStack() as stack:
-        for path in paths:
-            if path is not None:
-                stack.enter_context(held(path))
+
+        def hold() -> None:
+            for path in paths:
+                if path is not None and mesh.leads:
+                    stack.enter_context(held(path))
+
+        mesh.ranks.together("the output folder", hold)
         runs = [
             _Run(trainer, store, path, windows, loggers, log_every, checkpoint_every, on_log)
             for trainer, path in zip(trainers, paths, strict=True)
@@ -172,7 +178,7 @@ def train_together(
 
 
 def _loop(runs: Sequence[_Run], store: Data, progress: bool) -> None:
-    config = runs[0].trainer.config
+    config, mesh = runs[0].trainer.config, runs[0].trainer.mesh
     position = min(run.trainer.tokens for run in runs)
     with (
         _Stop() as stop,
@@ -182,7 +188,7 @@ def _loop(runs: Sequence[_Run], store: Data, progress: bool) -> None:
             unit="tok",
             unit_scale=True,
             desc="train",
-            disable=not progress,
+            disable=not (progress and mesh.leads),
         ) as bar,
     ):
         if position < config.n_tokens:
@@ -191,15 +197,19 @@ def _loop(runs: Sequence[_Run], store: Data, progress: bool) -> None:
                 # After a kill one may be behind the others: they wait.
                 try:
                     outputs = [run.step(batch) for run in runs if run.trainer.tokens < position]
-                except (DataError, DivergedError):
-                    # Neither changed anything, so these are the last good states.
-                    for run in runs:
-                        run.checkpoint()
+                except (DataError, DivergedError) as error:
+                    # Neither changed anything, so these are the last good states. Rows that are not finite
+                    # may be those of one rank, which the others wait for.
+                    if mesh.config.size == 1 or isinstance(error, DivergedError):
+                        for run in runs:
+                            run.checkpoint()
                     raise
                 bar.update(len(batch))
                 if outputs:
                     bar.set_postfix_str(_summary(outputs), refresh=False)
-                if stop.received:
+                # All ranks stop after the same step, whichever were told to.
+                if mesh.any(stop.received is not None):
+                    stop.received = stop.received or signal.SIGTERM
                     break
         for run in runs:
             run.checkpoint()
@@ -244,13 +254,13 @@ class _Run:
         columns = ["step", "tokens", "fvu", "l0", "loss", "aux_loss", "penalty"]
         columns += [f"dead_fraction_{window}" for window in self.windows]
         columns += ["lr", "tokens_per_s", "gradient_norm", *trainer.measure()]
-        self.log = MetricsLog(columns, folder, loggers)
+        self.log = MetricsLog(columns, folder if trainer.mesh.leads else None, loggers)
         self._resume()
 
     def _resume(self) -> None:
         if self.folder is None:
             return
-        with read_checkpoint(self.folder) as found:
+        with mesh_checkpoints.read(self.folder, self.trainer.mesh) as found:
             if found is not None:
                 about, read = found
                 require_same(self.folder, about["run"], self.about)
@@ -280,7 +290,7 @@ class _Run:
         return output
 
     def _add_row(self, output: StepOutput) -> None:
-        dead = {f"dead_fraction_{w}": self.trainer.ledger.dead_fraction(w) for w in self.windows}
+        dead = {f"dead_fraction_{w}": self.trainer.dead_fraction(w) for w in self.windows}
         self.log.add(
             {
                 "step": output.step,
@@ -307,7 +317,7 @@ class _Run:
         if self.folder is None or self.saved_at == trainer.tokens:
             return
         about = {"run": self.about, "step": trainer.steps, "tokens": trainer.tokens}
-        write_checkpoint(self.folder, trainer.state(), about)
+        mesh_checkpoints.write(self.folder, trainer.state(), about, trainer.mesh)
         self.saved_at = trainer.tokens
 
 

@@ -19,6 +19,7 @@ The picks of a token are the k largest of what its ranks found: `sparse_ops.merg
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from asi_lens.errors import OptionError, require, require_whole
-from asi_lens.sae.dictionary import SparseAutoencoder
+from asi_lens.ranks import Ranks
+from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.sparse_ops import SparseCode, merge_topk
 
 
@@ -64,11 +66,19 @@ class Mesh:
 
     Attributes:
         config: its size. data_rank, model_rank: this process's place. bytes_received: by its collectives.
+        ranks: the processes that it is made of. device: where tensors lie that are sent.
     """
 
     config = MeshConfig()
     data_rank = model_rank = 0
     bytes_received = 0
+    ranks = Ranks()
+    device = torch.device("cpu")
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank does what is to be done once: bars, tables, the names of files."""
+        return self.ranks.rank == 0
 
     def features(self, d_sae: int) -> tuple[int, int]:
         """First feature of this rank, and the one after its last. Raises OptionError for unequal shares."""
@@ -98,6 +108,14 @@ class Mesh:
         """The largest of what the ranks along `model` have."""
         return number
 
+    def any(self, condition: bool) -> bool:
+        """Whether `condition` holds on any rank."""
+        return condition
+
+    def shared_out(self, tensor: Tensor) -> Tensor:
+        """A tensor with one row per feature of this rank, as a part of that of all features."""
+        return tensor
+
     def whole(self, rows: Tensor, n: int) -> Tensor:
         """The rows of all `n` tokens of a batch, in its order, from those of this rank."""
         return rows
@@ -108,27 +126,32 @@ class Mesh:
 
 
 class RankMesh(Mesh):
-    """This process as a rank of `torch.distributed`, which runs already (torchrun, init_process_group)."""
+    """This process as one of `ranks` (`ranks.joined`)."""
 
-    def __init__(self, config: MeshConfig, device: torch.device | str = "cpu"):
+    def __init__(self, config: MeshConfig, ranks: Ranks, device: torch.device | str = "cpu"):
         """Raises OptionError where the number of processes is not that of the mesh."""
-        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.device_mesh import DeviceMesh
 
-        ranks = dist.get_world_size()
-        if ranks != config.size:
+        if ranks.size != config.size:
             raise OptionError(
                 f"a mesh of data={config.data} x model={config.model} needs {config.size} processes, there "
-                f"are {ranks}"
+                f"are {ranks.size}"
             )
         self.config = config
-        kind = torch.device(device).type
-        self.device_mesh = init_device_mesh(
-            kind, (config.data, config.model), mesh_dim_names=("data", "model")
-        )
-        self.data_rank = self.device_mesh.get_local_rank("data")
-        self.model_rank = self.device_mesh.get_local_rank("model")
-        self._data = self.device_mesh.get_group("data")
-        self._model = self.device_mesh.get_group("model")
+        self.ranks = ranks
+        self.device = torch.device(device)
+        places = torch.arange(config.size).view(config.data, config.model)
+        limit = timedelta(seconds=ranks.timeout_s)
+        with ranks.talking():
+            self._data, _ = dist.new_subgroups_by_enumeration(places.T.tolist(), timeout=limit)
+            self._model, _ = dist.new_subgroups_by_enumeration(places.tolist(), timeout=limit)
+            self.device_mesh = DeviceMesh.from_group(
+                [self._data, self._model],
+                self.device.type,
+                mesh=places,
+                mesh_dim_names=("data", "model"),
+            )
+        self.data_rank, self.model_rank = divmod(ranks.rank, config.model)
         self.bytes_received = 0
 
     def pick(self, code: SparseCode, k: int) -> SparseCode:
@@ -140,7 +163,8 @@ class RankMesh(Mesh):
         width = code.values.shape[1]
         mine = torch.nn.functional.pad(code.values, (0, max(0, k - width)), value=-1.0).contiguous()
         gathered = [torch.empty_like(mine) for _ in range(ranks)]
-        dist.all_gather(gathered, mine, group=self._model)
+        with self.ranks.talking():
+            dist.all_gather(gathered, mine, group=self._model)
         self._count(mine, ranks - 1)
         places = torch.arange(mine.shape[1], device=mine.device).expand_as(mine)
         every = [SparseCode(places + rank * mine.shape[1], found) for rank, found in enumerate(gathered)]
@@ -157,19 +181,34 @@ class RankMesh(Mesh):
         if ranks == 1:
             return tensor
         total = tensor.contiguous()
-        dist.all_reduce(total, group=self._model)
+        with self.ranks.talking():
+            dist.all_reduce(total, group=self._model)
         self._count(total, 2 * (ranks - 1) / ranks)
         return total
 
     def count(self, n: int) -> int:
         """See `Mesh.count`."""
-        return int(self.over_features(torch.tensor(n, device=self.device_mesh.device_type)))
+        return int(self.over_features(torch.tensor(n, device=self.device)))
 
     def largest(self, number: float) -> float:
         """See `Mesh.largest`."""
-        found = torch.tensor(number, dtype=torch.float64, device=self.device_mesh.device_type)
-        dist.all_reduce(found, dist.ReduceOp.MAX, group=self._model)
+        found = torch.tensor(number, dtype=torch.float64, device=self.device)
+        with self.ranks.talking():
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=self._model)
         return found.item()
+
+    def any(self, condition: bool) -> bool:
+        """See `Mesh.any`."""
+        found = torch.tensor(condition, dtype=torch.int32, device=self.device)
+        with self.ranks.talking():
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+        return bool(found)
+
+    def shared_out(self, tensor: Tensor) -> Tensor:
+        """See `Mesh.shared_out`."""
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
+        return DTensor.from_local(tensor, self.device_mesh, [Replicate(), Shard(0)], run_check=False)
 
     def whole(self, rows: Float[Tensor, "part ..."], n: int) -> Float[Tensor, "n ..."]:
         """See `Mesh.whole`."""
@@ -181,7 +220,8 @@ class RankMesh(Mesh):
         mine = rows.new_zeros(shares[0], *rows.shape[1:])
         mine[: len(rows)] = rows
         gathered = [torch.empty_like(mine) for _ in range(ranks)]
-        dist.all_gather(gathered, mine, group=self._data)
+        with self.ranks.talking():
+            dist.all_gather(gathered, mine, group=self._data)
         self._count(mine, ranks - 1)
         return torch.cat([found[:share] for found, share in zip(gathered, shares, strict=True)])
 
@@ -189,15 +229,28 @@ class RankMesh(Mesh):
         self.bytes_received += round(tensor.numel() * tensor.element_size() * times)
 
 
+def part_of(config: SAEConfig, mesh: Mesh) -> SAEConfig:
+    """The configuration of the features of one rank.
+
+    Raises OptionError for an activation function other than TopK, features that cannot be shared out, or
+    fewer than k of them on a rank.
+    """
+    if mesh.config.size > 1:
+        require(config.activation == "topk", "activation", config.activation, "'topk' over several ranks")
+    first, last = mesh.features(config.d_sae)
+    least = f"at least k={config.k} times model={mesh.config.model}"
+    require(last - first >= config.k, "d_sae", config.d_sae, least)
+    return replace(config, d_sae=last - first)
+
+
 @torch.no_grad()
 def shard(sae: SparseAutoencoder, mesh: Mesh) -> SparseAutoencoder:
     """The features of this rank of a TopK dictionary, copied; everything else is whole.
 
-    Raises OptionError for another activation function, or features that cannot be shared out.
+    Raises OptionError as `part_of` does.
     """
-    require(sae.config.activation == "topk", "activation", sae.config.activation, "'topk' over several ranks")
+    out = type(sae)(part_of(sae.config, mesh), draw=False, dtype=sae.W_dec.dtype)
     first, last = mesh.features(sae.d_sae)
-    out = type(sae)(replace(sae.config, d_sae=last - first), draw=False, dtype=sae.W_dec.dtype)
     out.encoder_rows.copy_(sae.encoder_rows[first:last])
     out.b_enc.copy_(sae.b_enc[first:last])
     out.W_dec.copy_(sae.W_dec[first:last])

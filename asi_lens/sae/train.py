@@ -65,6 +65,14 @@ class StepOutput:
 class Fits:
     """What trainers share: a whole run of one of them."""
 
+    ledger: DeadnessLedger
+    mesh = Mesh()
+
+    def dead_fraction(self, window: int) -> float:
+        """Share of features (or units) silent for the last `window` tokens or more, over all ranks."""
+        dead, mesh = self.mesh.count(len(self.ledger.dead(window))), self.mesh
+        return dead / (len(self.ledger.counts) * mesh.config.model)
+
     def fit(
         self,
         store: Any,
@@ -124,6 +132,8 @@ class Trainer(Fits):
         self.mesh = mesh or Mesh()
         self.config = config or TrainConfig()
         sparsity = sparsity or SparsityConfig()
+        if self.mesh.config.size > 1 and drift is not None:
+            raise OptionError("drift is not measured over several ranks; leave it out")
         if self.mesh.config.size > 1 and (sae.config.activation != "topk" or sparsity.prefixes):
             raise OptionError(
                 f"activation={sae.config.activation!r} with prefixes={list(sparsity.prefixes)} is not "
@@ -253,11 +263,6 @@ class Trainer(Fits):
         term = Term(code, missed * (2 * weight), holds_b_dec=False, to_b_enc=not values_only)
         return term, missed.square().sum() * share
 
-    def dead_fraction(self, window: int) -> float:
-        """Share of features silent for the last `window` tokens or more, over all ranks."""
-        dead = self.mesh.count(len(self.ledger.dead(window)))
-        return dead / (self.sae.d_sae * self.mesh.config.model)
-
     def prepare(self, store: Any) -> None:
         """What `fit` does first: a dictionary without input normalization takes the store's."""
         self.sae.prepare(store, first=self.steps == 0)
@@ -285,7 +290,7 @@ class Trainer(Fits):
     def describe(self) -> dict[str, Any]:
         """What a checkpoint must agree with to be continued by this trainer (JSON values)."""
         return {
-            "sae": asdict(self.sae.config),
+            "sae": {**asdict(self.sae.config), "d_sae": self.sae.d_sae * self.mesh.config.model},
             "train": asdict(self.config),
             "sparsity": asdict(self.sparsity.config),
             "initialization": self.sae.initialization,
@@ -294,10 +299,17 @@ class Trainer(Fits):
     def _first_weights(self) -> Tensor:
         """A few rows of the weights that the run started from; equal ones mean the same start."""
         if self._probe is None or self.steps == 0:
-            sae = self.sae
-            stride = max(1, sae.d_sae // _PROBE_ROWS)
-            rows = [weights[::stride] for weights in (sae.encoder_rows, sae.W_dec.data)]
-            parts = [*rows, sae.b_dec.data, *self._normalization().values()]
+            sae, mesh = self.sae, self.mesh
+            total = sae.d_sae * mesh.config.model
+            first, last = mesh.features(total)
+            chosen = torch.arange(0, total, max(1, total // _PROBE_ROWS), device=sae.W_dec.device)
+            own = (chosen >= first) & (chosen < last)
+            parts = [sae.b_dec.data, *self._normalization().values()]
+            for weights in (sae.W_dec.data, sae.encoder_rows):
+                rows = weights.new_zeros(len(chosen), weights.shape[1])
+                rows[own] = weights[chosen[own] - first]
+                # Each row is of one rank; the others add zeros.
+                parts.insert(0, mesh.over_features(rows))
             self._probe = torch.cat([part.flatten() for part in parts])
         return self._probe
 
@@ -365,3 +377,9 @@ def _compute_dtype(choice: str, weights: Tensor) -> torch.dtype:
 
         return resolve_dtype("auto", weights.device)
     return torch.bfloat16 if choice == "bfloat16" else torch.float32
+
+
+if __name__ == "__main__":
+    from asi_lens.sae.run import main
+
+    raise SystemExit(main())

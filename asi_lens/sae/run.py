@@ -1,0 +1,181 @@
+"""Whole training runs from a file: `python -m asi_lens.sae.train run.yaml`, with torchrun over several ranks.
+
+    store: stores/attn_out.15          # an ActivationStore's folder
+    sae: {d_sae: 16384, k: 32}         # as SAEConfig; d_in is the store's
+    initialize: {method: asi, d_init: auto}   # as `initialize`; `sample` is a number of rows
+    train: {n_tokens: 4000000, optimizer: sparse_adam}   # as TrainConfig
+    mesh: {data: 1, model: 1}          # ranks along each dimension
+    output: runs/asi                   # metrics.csv, checkpoints, and at the end the dictionary in `sae`
+    fit: {checkpoint_every: 1000000}   # optional: checkpoint_every, log_every, windows, loggers
+    device: cpu                        # optional: cpu or cuda
+    timeout_s: 600                     # optional: how long a rank waits for another
+
+A run that was stopped or killed goes on when the same command is given again, on another mesh too. Relative
+paths are relative to the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from asi_lens.activation_store import ActivationStore
+from asi_lens.errors import AsiLensError, DataError, OptionError, require, require_known, require_whole
+from asi_lens.ranks import Ranks, joined
+from asi_lens.sae import mesh_checkpoints
+from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
+from asi_lens.sae.initialize import initialize
+from asi_lens.sae.mesh import Mesh, MeshConfig, RankMesh, part_of
+from asi_lens.sae.train import Trainer
+from asi_lens.sae.train_config import TrainConfig
+
+FINISHED = "sae"
+"""The folder of the trained dictionary in a run's `output`."""
+SAMPLE_ROWS = 8192
+"""Rows for the norm search unless the file says otherwise."""
+_INITIALIZE = (
+    *("method", "d_init", "sample", "tied", "norm_search", "b_dec", "center", "center_encoder_bias"),
+    *("initial_l0", "seed"),
+)
+_FIT = ("checkpoint_every", "log_every", "windows", "loggers")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What a run file holds, checked. Raises OptionError or UnknownNameError.
+
+    Attributes:
+        store, output: folders. sae, initialize, train, fit: keyword arguments of what they are named after.
+    """
+
+    store: Path
+    output: Path
+    sae: Mapping[str, Any]
+    initialize: Mapping[str, Any] = field(default_factory=dict)
+    train: Mapping[str, Any] = field(default_factory=dict)
+    mesh: Mapping[str, Any] = field(default_factory=dict)
+    fit: Mapping[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
+    timeout_s: float | int = 600
+
+    def __post_init__(self) -> None:
+        known: dict[str, Sequence[str]] = {
+            "sae": [f.name for f in fields(SAEConfig) if f.name not in ("d_out", "metadata")],
+            "initialize": _INITIALIZE,
+            "train": [f.name for f in fields(TrainConfig)],
+            "mesh": [f.name for f in fields(MeshConfig)],
+            "fit": _FIT,
+        }
+        for section, keys in known.items():
+            require_known(getattr(self, section), keys, f"{section} key")
+        require("d_sae" in self.sae, "sae", dict(self.sae), "given with d_sae")
+        require(self.device.split(":")[0] in ("cpu", "cuda"), "device", self.device, "'cpu' or 'cuda'")
+        number = isinstance(self.timeout_s, int | float) and not isinstance(self.timeout_s, bool)
+        require(number and self.timeout_s > 0, "timeout_s", self.timeout_s, "seconds above 0")
+        require_whole("sample", self.initialize.get("sample", SAMPLE_ROWS), 1)
+        TrainConfig(**self.train)
+        MeshConfig(**self.mesh)
+
+    @classmethod
+    def read(cls, path: Path | str) -> RunConfig:
+        """The configuration in a YAML file. Raises DataError for what is no such file."""
+        import yaml
+
+        path = Path(path)
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise DataError(f"{path} cannot be read: {error}") from error
+        if not isinstance(values, dict):
+            raise DataError(f"{path} must hold keys and values")
+        require_known(values, [f.name for f in fields(cls)], f"key in {path.name}")
+        for key in ("store", "sae", "output"):
+            if key not in values:
+                raise OptionError(f"{path.name} has no {key}")
+        for key in ("sae", "initialize", "train", "mesh", "fit"):
+            require(isinstance(values.get(key, {}), dict), key, values.get(key), "keys and values")
+        folders = {key: path.parent / Path(str(values[key])).expanduser() for key in ("store", "output")}
+        return cls(**{**values, **folders})
+
+
+def run(config: RunConfig, ranks: Ranks, *, progress: bool = True) -> Trainer:
+    """Train what `config` says, as one of `ranks`; the dictionary is then in `output/sae`.
+
+    Raises RankError, naming the rank, where they cannot begin together; else as `Trainer.fit`.
+    """
+    ranks.require_same("versions", _versions())
+    # Folders may be mounted in different places.
+    same = {key: value for key, value in asdict(config).items() if key not in ("store", "output")}
+    ranks.require_same("configurations", same)
+    store = ranks.together("opening the store", lambda: ActivationStore.open(config.store))
+    ranks.require_same("stores", {"fingerprint": store.fingerprint, "rows": store.n})
+    device = config.device
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.cuda.set_device(device)
+    shape = MeshConfig(**config.mesh)
+    mesh = Mesh() if ranks.size == shape.size == 1 else RankMesh(shape, ranks, device)
+
+    whole = SAEConfig(**{"d_in": store.d, **config.sae}, metadata=dict(store.metadata))
+    sae = SparseAutoencoder(part_of(whole, mesh), draw=False).to(device)
+    options = {"method": "asi", "sample": SAMPLE_ROWS, **config.initialize}
+    if options["method"].startswith("asi"):
+        options.setdefault("d_init", "auto")
+    sample = store.sample(min(options.pop("sample"), store.n))
+    initialize(sae, spectrum=store.spectrum, sample=sample, mesh=mesh, **options)
+    trainer = Trainer(sae, TrainConfig(**config.train), mesh=mesh)
+    trainer.fit(store, folder=config.output, progress=progress, **config.fit)
+
+    def export() -> None:
+        if mesh.leads:
+            export_folder(config.output, config.output / FINISHED)
+
+    ranks.together("writing the dictionary", export)
+    return trainer
+
+
+def export_folder(run_folder: Path | str, folder: Path | str) -> None:
+    """The dictionary of a run's newest checkpoint as a folder (`SparseAutoencoder.save`).
+
+    Its weights are mapped from disk and written a piece at a time, so that it fits into any memory. Raises as
+    `mesh_checkpoints.mapped_weights` and `save` do.
+    """
+    with mesh_checkpoints.mapped_weights(Path(run_folder)) as (about, weights):
+        # Without memory: every tensor is one from the checkpoint.
+        with torch.device("meta"):
+            sae = SparseAutoencoder(SAEConfig.from_dict(about["run"]["sae"]), draw=False)
+        sae.W_enc = torch.nn.Parameter(weights.pop("encoder").T)
+        sae.load_state_dict({**weights, "W_enc": sae.W_enc}, assign=True)
+        sae.initialization = about["run"]["initialization"]
+        sae.save(folder)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns 0, or 1 after saying what is wrong."""
+    parser = argparse.ArgumentParser(prog="asi_lens.sae.train", description=__doc__)
+    parser.add_argument("file", type=Path, help="the run's YAML file")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    given = parser.parse_args(arguments)
+    try:
+        config = RunConfig.read(given.file)
+        with joined(config.device, config.timeout_s) as ranks:
+            run(config, ranks, progress=not given.quiet)
+    except (AsiLensError, OSError) as error:
+        rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+        print(f"{rank}{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _versions() -> dict[str, str]:
+    names = ("asi_lens", "torch", "safetensors", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
