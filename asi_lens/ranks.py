@@ -46,9 +46,15 @@ class Ranks:
         """Around everything that waits for other ranks. Raises RankError naming the ones that are lost."""
         yield
 
-    def exchange(self, what: str, text: str) -> list[str]:
-        """What every rank says about `what`, by rank."""
+    def exchange(self, what: str, text: str, *, patient: bool = False) -> list[str]:
+        """What every rank says about `what`, by rank. A `patient` rank waits as long as the others `advance`.
+
+        Raises RankError naming a rank that says nothing within `timeout_s`.
+        """
         return [text]
+
+    def advance(self) -> None:
+        """Say that the work goes on, to ranks that wait patiently."""
 
     def together(self, what: str, work: Callable[[], Result]) -> Result:
         """The result of `work` here; raises RankError on every rank if it failed on any (here: its error)."""
@@ -86,7 +92,7 @@ class _Joined(Ranks):
         self.rank, self.size, self.timeout_s = rank, size, timeout_s
         # A connection of its own: torch's is busy while it waits for others.
         self._store = _common_store(timeout_s, "asi_lens", host=False)
-        self._waiting = 0
+        self._waiting = self._advances = 0
         self._exchanges = 0
         self._ended = threading.Event()
         threading.Thread(target=self._beat, name="signs of life", daemon=True).start()
@@ -104,14 +110,18 @@ class _Joined(Ranks):
         finally:
             self._waiting -= 1
 
-    def exchange(self, what: str, text: str) -> list[str]:
+    def advance(self) -> None:
+        """See `Ranks.advance`."""
+        self._advances += 1
+
+    def exchange(self, what: str, text: str, *, patient: bool = False) -> list[str]:
         """See `Ranks.exchange`."""
         self._exchanges += 1
         said = [f"said/{self._exchanges}/{rank}" for rank in range(self.size)]
         heard = [f"heard/{self._exchanges}/{rank}" for rank in range(self.size)]
         with self.talking():
             self._store.set(said[self.rank], text)
-            self._await(what, said)
+            self._await(what, said, patient=patient)
             texts = [self._store.get(key).decode() for key in said]
             self._store.set(heard[self.rank], "")
             if self.rank == 0:
@@ -119,9 +129,12 @@ class _Joined(Ranks):
                 self._await(what, heard)
             return texts
 
-    def _await(self, what: str, keys: list[str]) -> None:
-        until = time.monotonic() + self.timeout_s
+    def _await(self, what: str, keys: list[str], *, patient: bool = False) -> None:
+        until, before = time.monotonic() + self.timeout_s, self._advanced()
         while missing := [rank for rank, key in enumerate(keys) if not self._store.check([key])]:
+            now = self._advanced() if patient else before
+            if all(now[rank] != before[rank] for rank in missing):
+                until, before = time.monotonic() + self.timeout_s, now
             failed = self._failed()
             if failed or time.monotonic() > until:
                 silent = ", ".join(f"rank {rank}" for rank in missing)
@@ -142,7 +155,8 @@ class _Joined(Ranks):
         while not self._ended.is_set():
             count += 1
             with suppress(RuntimeError):
-                self._store.set(f"beat/{self.rank}", f"{count} {'waits' if self._waiting else 'works'}")
+                does = "waits" if self._waiting else "works"
+                self._store.set(f"beat/{self.rank}", f"{count} {does} {self._advances}")
             self._ended.wait(_BEAT)
 
     def _failed(self) -> str:
@@ -150,6 +164,9 @@ class _Joined(Ranks):
         others = [rank for rank in range(self.size) if self._store.check([f"failed/{rank}"])]
         said = [f"rank {rank} stopped with {self._store.get(f'failed/{rank}').decode()}" for rank in others]
         return "; ".join(said)
+
+    def _advanced(self) -> list[str]:
+        return [beat[2] if beat else "" for beat in self._beats()]
 
     def _beats(self) -> list[list[str]]:
         keys = [f"beat/{rank}" for rank in range(self.size)]

@@ -4,6 +4,7 @@
     shard-00000.safetensors one tensor `rows [n_i d]`; the shards in order are the rows in order
     moments.safetensors     count, mean and scatter of all rows, float64
     partial.safetensors     instead of the manifest while a harvest is under way: the shards that are whole
+    part-000/ ...           of a harvest by several processes: the shards of each
 
 A shard is written under a temporary name and renamed when it is whole, so a kill costs one shard at most.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -83,7 +84,7 @@ class Manifest:
         """
         path = folder / MANIFEST
         if not path.is_file():
-            if (folder / PARTIAL).is_file():
+            if unfinished(folder):
                 raise DataError(
                     f"the store in {folder} is not finished ({progress(folder)} rows so far): run the "
                     "harvest again, it goes on from there"
@@ -151,9 +152,43 @@ def read_moments(folder: Path) -> Moments:
     return Moments.from_state(state)
 
 
+def unfinished(folder: Path) -> list[Path]:
+    """The folders in which a harvest under way, of one process or several, has whole shards."""
+    return sorted(path.parent for path in (*folder.glob(PARTIAL), *folder.glob(f"part-*/{PARTIAL}")))
+
+
 def progress(folder: Path) -> int:
     """Rows in whole shards of a harvest under way."""
-    return int(json.loads(_load(folder / PARTIAL)[1]["state"])["n"])
+    return sum(int(json.loads(_load(part / PARTIAL)[1]["state"])["n"]) for part in unfinished(folder))
+
+
+def part_folder(folder: Path, rank: int) -> Path:
+    """Where process `rank` of several writes its shards."""
+    return folder / f"part-{rank:03d}"
+
+
+def join_parts(folder: Path, origin: Mapping[str, Any], n_parts: int) -> None:
+    """Make the finished parts of a harvest by several processes one store, by its moments and manifest.
+
+    The shards stay where they are. Raises DataError where a part is not whole, CacheError where its state is
+    damaged.
+    """
+    parts = [part_folder(folder, rank) for rank in range(n_parts)]
+    read = [_load(part / PARTIAL) for part in parts]
+    states = [json.loads(metadata["state"]) for _, metadata in read]
+    shards = []
+    for part, state in zip(parts, states, strict=True):
+        if state["n"] != state["n_total"]:
+            raise DataError(f"the store in {part} has {state['n']} of {state['n_total']} rows")
+        for values in state["shards"]:
+            _check_size(part / values["file"], Shard(**values))
+            shards.append(Shard(**{**values, "file": f"{part.name}/{values['file']}"}))
+    moments = Moments.from_state(read[0][0])
+    for tensors, _ in read[1:]:
+        moments.merge(Moments.from_state(tensors))
+    _write_manifest(folder, origin, states[0]["dtype"], moments, shards)
+    for part in parts:
+        (part / PARTIAL).unlink()
 
 
 def differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
@@ -227,18 +262,7 @@ class ShardWriter:
         """Write moments and manifest: from here on the folder is a store."""
         if self.n != self.n_total or self._file is not None:
             raise DataError(f"the store in {self.folder} has {self.n} of {self.n_total} rows")
-        _save(self.folder / MOMENTS, self.moments.state(), {})
-        Manifest(
-            FORMAT,
-            self.n,
-            self.d,
-            self.dtype,
-            tuple(self.moments.mean.tolist()),
-            self.moments.scatter.diagonal().sum().item() / self.n,
-            self.origin,
-            tuple(self.shards),
-            sha256_of(self.folder / MOMENTS),
-        ).write(self.folder)
+        _write_manifest(self.folder, self.origin, self.dtype, self.moments, self.shards)
         (self.folder / PARTIAL).unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -319,6 +343,24 @@ class ShardWriter:
             f"cannot write {self.folder / self._shard_name()}: {error.strerror or error}; {whole} of "
             f"{self.n_total} rows are safe, the same call goes on behind them",
         )
+
+
+def _write_manifest(
+    folder: Path, origin: Mapping[str, Any], dtype: str, moments: Moments, shards: Sequence[Shard]
+) -> None:
+    """Write moments, then the manifest: from here on the folder is a store."""
+    _save(folder / MOMENTS, moments.state(), {})
+    Manifest(
+        FORMAT,
+        moments.n,
+        len(moments.mean),
+        dtype,
+        tuple(moments.mean.tolist()),
+        moments.scatter.diagonal().sum().item() / moments.n,
+        dict(origin),
+        tuple(shards),
+        sha256_of(folder / MOMENTS),
+    ).write(folder)
 
 
 def _check_size(path: Path, shard: Shard) -> None:

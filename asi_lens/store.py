@@ -1,7 +1,8 @@
 """From a model and tokens to activation stores on disk: `harvest_store`, `harvest_stores`.
 
 One pass of the model writes every (site, layer) asked for, each into a folder of its own. A harvest that
-was killed goes on at the last whole shard, to the same bytes.
+was killed goes on at the last whole shard, to the same bytes. Several processes (`ranks.joined`, or
+`torchrun -m asi_lens.harvest_run harvest.yaml`) take a stretch of the text each.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from asi_lens.errors import CacheError, DataError, OptionError, require
 from asi_lens.files import cache_key
 from asi_lens.harvest import BATCH_TOKENS, SiteLayer, harvest, pairs
 from asi_lens.paths import cache_dir
+from asi_lens.ranks import Ranks
 
 __all__ = ["ActivationStore", "harvest_store", "harvest_stores"]
 
@@ -49,6 +51,7 @@ def harvest_store(
     drop_first: bool = True,
     batch_tokens: int = BATCH_TOKENS,
     progress: bool = True,
+    ranks: Ranks | None = None,
 ) -> ActivationStore:
     """Store one site's activations in `folder`; all else is as in `harvest_stores`."""
     (where,) = pairs(model, [site], [layer])
@@ -62,6 +65,7 @@ def harvest_store(
         drop_first=drop_first,
         batch_tokens=batch_tokens,
         progress=progress,
+        ranks=ranks or Ranks(),
     )[where]
 
 
@@ -77,6 +81,7 @@ def harvest_stores(
     drop_first: bool = True,
     batch_tokens: int = BATCH_TOKENS,
     progress: bool = True,
+    ranks: Ranks | None = None,
 ) -> dict[SiteLayer, ActivationStore]:
     """Store several (site, layer) pairs in one pass of the model, each in `folder/site.layer`.
 
@@ -91,6 +96,8 @@ def harvest_stores(
         drop_first: leave out position 0 of every sequence (see `harvest.harvest`).
         batch_tokens: tokens of a forward pass.
         progress: show a bar.
+        ranks: the processes that call this together, each of which runs the model over its stretch of the
+            tokens; the first one writes what makes it a store. The folder must be one that all of them see.
 
     Raises OptionError over the budget (it says both numbers) and for a folder that holds another store,
     DataError for activations that are NaN, infinite or too large for the dtype, CacheError while another
@@ -108,6 +115,7 @@ def harvest_stores(
         drop_first=drop_first,
         batch_tokens=batch_tokens,
         progress=progress,
+        ranks=ranks or Ranks(),
     )
 
 
@@ -122,6 +130,7 @@ def _harvest(
     drop_first: bool,
     batch_tokens: int,
     progress: bool,
+    ranks: Ranks,
 ) -> dict[SiteLayer, ActivationStore]:
     require(dtype in shards.DTYPES, "dtype", dtype, " or ".join(map(repr, shards.DTYPES)))
     require(budget_gb > 0, "budget_gb", budget_gb, "above 0")
@@ -139,40 +148,85 @@ def _harvest(
     folders = {where: folder or _cached(origins[where], dtype) for where, folder in chosen.items()}
     size = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
     # Shards of whole forward batches: a pass that resumes cuts the text into the same batches.
-    batch_rows = max(1, batch_tokens // tokens.context) * per_sequence
+    per_batch = max(1, batch_tokens // tokens.context)
+    batch_rows = per_batch * per_sequence
+    first, last = _stretch(len(tokens), per_batch, ranks)
     with ExitStack() as stack:
         writers: dict[SiteLayer, shards.ShardWriter] = {}
-        for where, folder in folders.items():
-            stack.enter_context(_alone(folder))
-            if (folder / shards.MANIFEST).exists():
-                _require_same(folder, origins[where], dtype)
-                continue
-            d = models.site_width(model, *where)
-            rows = shard_tokens or _SHARD_BYTES // (d * size)
-            writers[where] = shards.ShardWriter(
-                folder,
-                {**origins[where], "batch_tokens": batch_tokens},
-                n_total=n,
-                d=d,
-                dtype=dtype,
-                shard_rows=max(1, rows // batch_rows) * batch_rows,
-            )
-            stack.callback(writers[where].close)
+
+        def begin() -> None:
+            for where, folder in folders.items():
+                if ranks.rank == 0:
+                    stack.enter_context(_alone(folder))
+                if (folder / shards.MANIFEST).exists():
+                    _require_same(folder, origins[where], dtype)
+                    continue
+                d = models.site_width(model, *where)
+                rows = shard_tokens or _SHARD_BYTES // (d * size)
+                own = folder if ranks.size == 1 else shards.part_folder(folder, ranks.rank)
+                own.mkdir(parents=True, exist_ok=True)
+                _require_begun_so(folder, own)
+                writers[where] = shards.ShardWriter(
+                    own,
+                    {**origins[where], "batch_tokens": batch_tokens},
+                    n_total=(last - first) * per_sequence,
+                    d=d,
+                    dtype=dtype,
+                    shard_rows=max(1, rows // batch_rows) * batch_rows,
+                )
+                stack.callback(writers[where].close)
+            if writers:
+                _state_size(writers, n, size, budget_gb, ranks)
+
+        ranks.together("beginning the harvest", begin)
         if writers:
-            _state_size(writers, size, budget_gb)
             start = min(writer.n for writer in writers.values())
             harvest(
                 model,
-                tokens,
+                tokens[:last],
                 [_Appending(writers, start)],
                 batch_tokens=batch_tokens,
                 drop_first=drop_first,
-                start=start // per_sequence,
-                progress=progress,
+                start=first + start // per_sequence,
+                after_batch=lambda done: ranks.advance(),
+                progress=progress and ranks.rank == 0,
             )
-            for writer in writers.values():
-                writer.finish()
+            ranks.exchange("the harvest", "", patient=True)
+
+            def finish() -> None:
+                for where, writer in writers.items():
+                    if ranks.size == 1:
+                        writer.finish()
+                    elif ranks.rank == 0:
+                        shards.join_parts(folders[where], writer.origin, ranks.size)
+
+            ranks.together("finishing the store", finish)
     return {where: ActivationStore.open(folder) for where, folder in folders.items()}
+
+
+def _stretch(n: int, per_batch: int, ranks: Ranks) -> tuple[int, int]:
+    """First of this rank's sequences, and the one after its last, in whole forward batches.
+
+    Raises OptionError for fewer batches than ranks.
+    """
+    n_batches = -(-n // per_batch)
+    if n_batches < ranks.size:
+        raise OptionError(
+            f"{n} sequences are {n_batches} forward batches of {per_batch}: too few for {ranks.size} "
+            "processes"
+        )
+    first, last = (min(n, n_batches * k // ranks.size * per_batch) for k in (ranks.rank, ranks.rank + 1))
+    return first, last
+
+
+def _require_begun_so(folder: Path, own: Path) -> None:
+    """Raise OptionError where the harvest in `folder` was begun by another number of processes."""
+    there = shards.unfinished(folder)
+    if folder in there if own != folder else there and folder not in there:
+        raise OptionError(
+            f"{folder} holds the beginning of a harvest by "
+            f"{'one process' if folder in there else 'several processes'}; finish it so, or delete the folder"
+        )
 
 
 class _Appending:
@@ -245,13 +299,16 @@ def _alone(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _state_size(writers: Mapping[SiteLayer, shards.ShardWriter], size: int, budget_gb: int | float) -> None:
+def _state_size(
+    writers: Mapping[SiteLayer, shards.ShardWriter], n: int, size: int, budget_gb: int | float, ranks: Ranks
+) -> None:
     """Say what will be written, and refuse what is over the budget or the free space."""
-    total = sum(writer.n_total * writer.d * size for writer in writers.values())
-    left = sum((writer.n_total - writer.n) * writer.d * size for writer in writers.values())
+    total = sum(n * writer.d * size for writer in writers.values())
+    # Other processes are as far as this one, more or less.
+    left = sum((n - writer.n * ranks.size) * writer.d * size for writer in writers.values())
     (where, first), *others = writers.items()
     what = f"{len(writers)} sites" if others else f"{where[0]} {where[1]}"
-    what += f", {first.n_total:,} rows in {first.dtype}"
+    what += f", {n:,} rows in {first.dtype}"
     if total > budget_gb * 1e9:
         raise OptionError(
             f"{what}: {total / 1e9:.3g} GB, over budget_gb={budget_gb}; take fewer tokens or sites, or raise "
@@ -264,7 +321,8 @@ def _state_size(writers: Mapping[SiteLayer, shards.ShardWriter], size: int, budg
             f"{what}: {left / 1e9:.3g} GB are to be written to {first.folder}, {free / 1e9:.3g} GB are free",
         )
     done = f", {1 - left / total:.0%} there already" if left < total else ""
-    tqdm.write(f"store of {what}: {total / 1e9:.3g} GB{done}, in {first.folder}")
+    if ranks.rank == 0:
+        tqdm.write(f"store of {what}: {total / 1e9:.3g} GB{done}, in {first.folder}")
 
 
 def _require_same(folder: Path, origin: Mapping[str, Any], dtype: str) -> None:

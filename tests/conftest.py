@@ -82,6 +82,22 @@ def tiny_tokens() -> Any:
 
 
 @pytest.fixture
+def launch() -> Any:
+    """Starts ranks (`small_ranks.Launched`), which end with the test."""
+    from small_ranks import Launched
+
+    started: list[Launched] = []
+
+    def begin(*files: Path, module: str = "asi_lens.sae.train") -> Launched:
+        started.append(Launched(files, module))
+        return started[-1]
+
+    yield begin
+    for one in started:
+        one.close()
+
+
+@pytest.fixture
 def ids() -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randint(4, tiny_models.D_VOCAB, (2, 20), generator=generator)

@@ -35,7 +35,8 @@ TARGETS = ("setup", "figures", "test", "test-tl4", "lint", "lab", "bench", "clea
 # A module imports only from rows above its own. What is not written yet may stand here already.
 LAYERS = (
     ("errors", "files", "paths"),
-    ("cache", "chrome", "correlation", "download", "plain", "tensor_files"),
+    ("cache", "chrome", "correlation", "download", "plain", "ranks", "tensor_files"),
+    ("run_files",),
     ("sources",),
     ("documents", "forward", "gguf"),
     ("models",),
@@ -46,7 +47,7 @@ LAYERS = (
     ("interventions", "output_projection", "shards", "shuffle"),
     ("activation_store",),
     ("store",),
-    ("split",),
+    ("harvest_run", "split"),
     ("sae",),
     ("evaluations", "provenance", "run_folders", "tables"),
     ("results",),

@@ -7,18 +7,16 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
-import yaml
+from small_ranks import Launched, file_of
 from small_trainings import rows
 
 from asi_lens.errors import DataError, OptionError, UnknownNameError
@@ -55,66 +53,6 @@ def values(store: Path, output: Path, data: int = 1, model: int = 1) -> dict[str
         "output": str(output),
         "timeout_s": TIMEOUT,
     }
-
-
-def file_of(folder: Path, content: dict[str, Any], name: str = "run.yaml") -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / name
-    path.write_text(yaml.safe_dump(content))
-    return path
-
-
-class Launched:
-    """Ranks, each a process with a file of its own."""
-
-    def __init__(self, files: list[Path]):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        shared = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-        shared |= {"WORLD_SIZE": str(len(files)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", "asi_lens.sae.train", str(path), "--quiet"],
-                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank, path in enumerate(files)
-        ]
-
-    def ended(self, timeout: float = 120) -> tuple[list[int], str]:
-        """Exit statuses, and all that was said."""
-        until = time.monotonic() + timeout
-        said = [process.communicate(timeout=until - time.monotonic())[0] for process in self.processes]
-        return [process.returncode for process in self.processes], "\n".join(said)
-
-    def at_step(self, output: Path, step: int) -> None:
-        """Wait for it."""
-        until = time.monotonic() + 120
-        while not any((row["step"] or 0) >= step for row in read_metrics(output / "metrics.csv")):
-            assert time.monotonic() < until, self.ended(1)
-            assert self.processes[0].poll() is None, self.ended()
-            time.sleep(0.002)
-
-    def close(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.communicate()
-
-
-@pytest.fixture
-def launch() -> Iterator[Any]:
-    started: list[Launched] = []
-
-    def begin(*files: Path) -> Launched:
-        started.append(Launched(list(files)))
-        return started[-1]
-
-    yield begin
-    for one in started:
-        one.close()
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +219,7 @@ def test_a_mesh_of_another_size_is_refused(store: Path, tmp_path: Path, capsys: 
 
 def test_versions_must_agree() -> None:
     class Two(Ranks):
-        def exchange(self, what: str, text: str) -> list[str]:
+        def exchange(self, what: str, text: str, *, patient: bool = False) -> list[str]:
             return [text, json.dumps({"torch": "2.0"})]
 
     from asi_lens.ranks import RankError

@@ -16,21 +16,17 @@ paths are relative to the file.
 
 from __future__ import annotations
 
-import argparse
-import os
-import platform
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from asi_lens import run_files
 from asi_lens.activation_store import ActivationStore
-from asi_lens.errors import AsiLensError, DataError, OptionError, require, require_known, require_whole
-from asi_lens.ranks import Ranks, joined
+from asi_lens.errors import require, require_known, require_whole
+from asi_lens.ranks import Ranks
 from asi_lens.sae import mesh_checkpoints
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.initialize import initialize
@@ -78,50 +74,34 @@ class RunConfig:
         for section, keys in known.items():
             require_known(getattr(self, section), keys, f"{section} key")
         require("d_sae" in self.sae, "sae", dict(self.sae), "given with d_sae")
-        require(self.device.split(":")[0] in ("cpu", "cuda"), "device", self.device, "'cpu' or 'cuda'")
-        number = isinstance(self.timeout_s, int | float) and not isinstance(self.timeout_s, bool)
-        require(number and self.timeout_s > 0, "timeout_s", self.timeout_s, "seconds above 0")
+        run_files.require_machine(self.device, self.timeout_s)
         require_whole("sample", self.initialize.get("sample", SAMPLE_ROWS), 1)
         TrainConfig(**self.train)
         MeshConfig(**self.mesh)
 
     @classmethod
     def read(cls, path: Path | str) -> RunConfig:
-        """The configuration in a YAML file. Raises DataError for what is no such file."""
-        import yaml
-
-        path = Path(path)
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise DataError(f"{path} cannot be read: {error}") from error
-        if not isinstance(values, dict):
-            raise DataError(f"{path} must hold keys and values")
-        require_known(values, [f.name for f in fields(cls)], f"key in {path.name}")
-        for key in ("store", "sae", "output"):
-            if key not in values:
-                raise OptionError(f"{path.name} has no {key}")
-        for key in ("sae", "initialize", "train", "mesh", "fit"):
-            require(isinstance(values.get(key, {}), dict), key, values.get(key), "keys and values")
-        folders = {key: path.parent / Path(str(values[key])).expanduser() for key in ("store", "output")}
+        """The configuration in a YAML file; raises as `run_files.read_yaml` too."""
+        known = [f.name for f in fields(cls)]
+        sections = ("sae", "initialize", "train", "mesh", "fit")
+        values = run_files.read_yaml(path, known, ("store", "sae", "output"), sections)
+        folders = {
+            key: Path(path).parent / Path(str(values[key])).expanduser() for key in ("store", "output")
+        }
         return cls(**{**values, **folders})
 
 
-def run(config: RunConfig, ranks: Ranks, *, progress: bool = True) -> Trainer:
+def run(config: RunConfig, ranks: Ranks, progress: bool = True) -> Trainer:
     """Train what `config` says, as one of `ranks`; the dictionary is then in `output/sae`.
 
     Raises RankError, naming the rank, where they cannot begin together; else as `Trainer.fit`.
     """
-    ranks.require_same("versions", _versions())
     # Folders may be mounted in different places.
     same = {key: value for key, value in asdict(config).items() if key not in ("store", "output")}
-    ranks.require_same("configurations", same)
+    run_files.agree(ranks, same)
     store = ranks.together("opening the store", lambda: ActivationStore.open(config.store))
     ranks.require_same("stores", {"fingerprint": store.fingerprint, "rows": store.n})
-    device = config.device
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        torch.cuda.set_device(device)
+    device = run_files.device_here(config.device)
     shape = MeshConfig(**config.mesh)
     mesh = Mesh() if ranks.size == shape.size == 1 else RankMesh(shape, ranks, device)
 
@@ -160,22 +140,5 @@ def export_folder(run_folder: Path | str, folder: Path | str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns 0, or 1 after saying what is wrong."""
-    parser = argparse.ArgumentParser(prog="asi_lens.sae.train", description=__doc__)
-    parser.add_argument("file", type=Path, help="the run's YAML file")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    given = parser.parse_args(arguments)
-    try:
-        config = RunConfig.read(given.file)
-        with joined(config.device, config.timeout_s) as ranks:
-            run(config, ranks, progress=not given.quiet)
-    except (AsiLensError, OSError) as error:
-        rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
-        print(f"{rank}{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _versions() -> dict[str, str]:
-    names = ("asi_lens", "torch", "safetensors", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    """The command."""
+    return run_files.command("asi_lens.sae.train", __doc__, RunConfig.read, run, arguments)
