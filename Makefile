@@ -7,6 +7,8 @@ VENV_PEERS ?= .venv-peers
 MODEL     ?= smollm2-135m
 PROFILE   ?= quick
 NOTEBOOKS ?=
+# Most of a smoke run is one thread that starts things; elsewhere a notebook fills the machine.
+JOBS      ?= $(if $(filter smoke,$(PROFILE)),2,1)
 ARGS      ?=
 
 BIN        := $(VENV)/bin
@@ -31,6 +33,7 @@ help: ## show this
 	@echo "  MODEL      a packaged name, a hub name, a folder or a .gguf file"
 	@echo "  PROFILE    smoke (minutes, no claims), quick, full (hours), paper (GPUs)"
 	@echo "  NOTEBOOKS  comma-separated names; all of them if empty"
+	@echo "  JOBS       notebooks at a time (now $(JOBS))"
 	@echo "  ARGS       more arguments for the program behind figures, test, test-tl4, lab and bench"
 
 setup: $(SETUP) ## make .venv, register the kernel, find or fetch a Chrome (again: only what is missing)
@@ -38,7 +41,7 @@ setup: $(SETUP) ## make .venv, register the kernel, find or fetch a Chrome (agai
 	@touch $(CHROME)
 
 figures: $(SETUP) $(CHROME) ## run the notebooks that are out of date, build the gallery figures/index.html
-	$(BIN)/python -m asi_lens.reproduce --model "$(MODEL)" --profile "$(PROFILE)" $(if $(NOTEBOOKS),--notebooks "$(NOTEBOOKS)") $(ARGS)
+	$(BIN)/python -m asi_lens.reproduce --model "$(MODEL)" --profile "$(PROFILE)" $(if $(NOTEBOOKS),--notebooks "$(NOTEBOOKS)") --jobs $(JOBS) $(ARGS)
 
 test: $(SETUP) $(CHROME) ## install and run the tests
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)

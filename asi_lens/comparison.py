@@ -18,7 +18,7 @@ from asi_lens.errors import require
 from asi_lens.files import cache_key
 from asi_lens.models import resolve_device, resolve_dtype
 from asi_lens.recipes import Recipe, find_recipe
-from asi_lens.run_folders import about_run, finish, is_finished, run_folder
+from asi_lens.run_folders import about_run, alone, finish, is_finished, run_folder
 from asi_lens.sae.checkpoints import held
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.drift import Drift
@@ -116,7 +116,8 @@ def train_recipes(
     out = []
     for seed in seeds:
         runs = [_run(store, recipe, d_sae, k, seed, base, logging) for recipe in chosen]
-        _train(store, runs, logging, target, progress)
+        with alone(run.folder for run in runs):
+            _train(store, runs, logging, target, progress)
         out += runs
     return out
 

@@ -19,7 +19,7 @@ from asi_lens.evaluations import held_out_numbers
 from asi_lens.files import cache_key
 from asi_lens.models import model_info, resolve_device
 from asi_lens.results import DeadFeatureRow
-from asi_lens.run_folders import finish, is_finished, run_folder
+from asi_lens.run_folders import alone, finish, is_finished, run_folder
 from asi_lens.sae.checkpoints import held
 from asi_lens.sae.evaluate import Evaluation
 from asi_lens.sae.fit import train_together
@@ -110,13 +110,14 @@ def train_lorsas(
     for seed in seeds:
         config = LorsaConfig.of(model, layer, n_ov=n_ov, k=k, context=pairs.context, seed=seed)
         runs = [_run(recipe, config, replace(base, seed=seed), pairs, log_every) for recipe in recipes]
-        missing = [run for run in runs if not is_finished(run.folder, (METRICS_FILE, _WEIGHTS))]
-        trainers = [_start(run, model, layer, pairs, target) for run in missing]
-        if missing:
-            folders = [run.folder for run in missing]
-            train_together(trainers, pairs, folders=folders, log_every=log_every, progress=progress)
-        for run, trainer in zip(missing, trainers, strict=True):
-            _finish(run, trainer.lorsa)
+        with alone(run.folder for run in runs):
+            missing = [run for run in runs if not is_finished(run.folder, (METRICS_FILE, _WEIGHTS))]
+            trainers = [_start(run, model, layer, pairs, target) for run in missing]
+            if missing:
+                folders = [run.folder for run in missing]
+                train_together(trainers, pairs, folders=folders, log_every=log_every, progress=progress)
+            for run, trainer in zip(missing, trainers, strict=True):
+                _finish(run, trainer.lorsa)
         out += runs
     return out
 

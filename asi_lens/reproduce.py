@@ -11,16 +11,19 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from asi_lens import provenance
 from asi_lens.chrome import chrome_or_reason
-from asi_lens.errors import AsiLensError
+from asi_lens.errors import AsiLensError, require_whole
 from asi_lens.execute import execute
-from asi_lens.files import cache_key, sha256_of, write_whole
+from asi_lens.files import cache_key, locked, sha256_of, write_whole
 from asi_lens.gallery import build_gallery, update_readme
 from asi_lens.paths import figures_dir, figures_root, notebooks_dir
 from asi_lens.profiles import choose, merged_parameters, parse_given
@@ -28,6 +31,7 @@ from asi_lens.results import ClaimRow, drop_claims, read_claims, write_claim
 
 STATE_FILE = ".state.json"
 EXECUTED = ".executed"
+_Execute = Callable[[Path, Mapping[str, Any], Path], None]
 _OUTPUTS = (".csv", ".png", ".html")
 # Parts of the package that no notebook uses: a change to them runs nothing again.
 _NOT_IN_NOTEBOOKS = ("reproduce.py", "execute.py", "gallery.py", "profiles.py")
@@ -40,37 +44,78 @@ def reproduce(
     *,
     given: Mapping[str, Any] | None = None,
     force: bool = False,
+    jobs: int = 1,
 ) -> Path:
-    """Run what is out of date, one notebook after the other; returns the gallery's page.
+    """Run what is out of date, `jobs` notebooks at a time; returns the gallery's page.
 
     Stops at the first failure (NotebookError, with the failing cell's error and the executed notebook's
-    path); the next call goes on from there. Raises UnknownNameError or OptionError before anything runs.
+    path), when those at work are done; the next call goes on from there. Raises UnknownNameError or
+    OptionError before anything runs.
     """
+    require_whole("jobs", jobs, 1)
     folder = figures_dir(model, profile)
     # All parameters first: a mistake in the last notebook's must not show after an hour.
     plans = {
         name: merged_parameters(name, model=model, profile=profile, output_folder=folder, given=given)
         for name in choose(notebooks)
     }
-    with _alone(folder):
-        for number, (name, parameters) in enumerate(plans.items(), start=1):
-            label = f"[{number}/{len(plans)}] {name}"
-            key = _key(name, parameters)
-            why = "asked for" if force else _out_of_date(folder, name, key)
-            if not why:
-                print(f"{label}: up to date", flush=True)
-                continue
-            print(f"{label}: running ({why})", flush=True)
-            began = time.monotonic()
-            with _replacing(folder, name):
-                execute(notebooks_dir() / f"{name}.ipynb", parameters, folder / EXECUTED / f"{name}.ipynb")
-            seconds = time.monotonic() - began
-            provenance.record_wall_time(folder, name, seconds)
-            _record(folder, name, key)
-            print(f"{label}: done in {_duration(seconds)}", flush=True)
+    with _alone(folder), _executing(jobs) as executing:
+        todo = [
+            partial(_run, folder, name, parameters, f"[{number}/{len(plans)}] {name}", force, executing)
+            for number, (name, parameters) in enumerate(plans.items(), start=1)
+        ]
+        if jobs == 1:
+            for run in todo:
+                run()
+        else:
+            _side_by_side(todo, jobs)
         page = build_gallery(figures_root())
         update_readme()
     return page
+
+
+def _run(
+    folder: Path, name: str, parameters: Mapping[str, Any], label: str, force: bool, executing: _Execute
+) -> None:
+    """Run a notebook if it is out of date, and record what it left."""
+    key = _key(name, parameters)
+    why = "asked for" if force else _out_of_date(folder, name, key)
+    if not why:
+        print(f"{label}: up to date", flush=True)
+        return
+    print(f"{label}: running ({why})", flush=True)
+    began = time.monotonic()
+    with _replacing(folder, name):
+        executing(notebooks_dir() / f"{name}.ipynb", parameters, folder / EXECUTED / f"{name}.ipynb")
+    seconds = time.monotonic() - began
+    provenance.record_wall_time(folder, name, seconds)
+    _record(folder, name, key)
+    print(f"{label}: done in {_duration(seconds)}", flush=True)
+
+
+def _side_by_side(todo: Sequence[Callable[[], None]], jobs: int) -> None:
+    """Run them in order, `jobs` at a time; after a failure nothing more begins."""
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(run) for run in todo]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:  # Ctrl-C, too
+            pool.shutdown(cancel_futures=True)
+        for future in futures:
+            if not future.cancelled():
+                future.result()
+
+
+@contextmanager
+def _executing(jobs: int) -> Iterator[_Execute]:
+    """`execute`, in this process or in one of `jobs` others: papermill is not made for threads."""
+    if jobs == 1:
+        yield execute
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        yield lambda notebook, parameters, executed: pool.submit(
+            execute, notebook, dict(parameters), executed
+        ).result()
 
 
 def missing_images(folder: Path) -> dict[str, str]:
@@ -161,14 +206,15 @@ def _out_of_date(folder: Path, name: str, key: Mapping[str, str]) -> str:
 
 
 def _record(folder: Path, name: str, key: Mapping[str, str]) -> None:
-    state = _state(folder)
-    state[name] = {
-        "key": key,
-        "files": {path.name: sha256_of(path) for path in _files(folder, name)},
-        "claims": _claims_digest(folder, name),
-    }
-    with write_whole(folder / STATE_FILE) as temporary:
-        temporary.write_text(json.dumps(state, indent=1), encoding="utf-8")
+    with locked(folder / STATE_FILE):
+        state = _state(folder)
+        state[name] = {
+            "key": key,
+            "files": {path.name: sha256_of(path) for path in _files(folder, name)},
+            "claims": _claims_digest(folder, name),
+        }
+        with write_whole(folder / STATE_FILE) as temporary:
+            temporary.write_text(json.dumps(state, indent=1), encoding="utf-8")
 
 
 def _state(folder: Path) -> dict[str, Any]:
@@ -216,6 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--profile", default="quick", help="smoke, quick, full or paper")
     parser.add_argument("--notebooks", default="", help="comma-separated names or numbers; all if left out")
     parser.add_argument("--force", action="store_true", help="run notebooks that are up to date, too")
+    parser.add_argument("--jobs", type=int, default=1, help="notebooks at a time")
     parser.add_argument(
         "-p",
         dest="given",
@@ -228,7 +275,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [name for name in chosen.notebooks.split(",") if name]
     try:
         page = reproduce(
-            chosen.model, chosen.profile, names, given=parse_given(chosen.given), force=chosen.force
+            chosen.model,
+            chosen.profile,
+            names,
+            given=parse_given(chosen.given),
+            force=chosen.force,
+            jobs=chosen.jobs,
         )
     except (AsiLensError, OSError) as error:
         print(f"\nstopped: {error}", file=sys.stderr)

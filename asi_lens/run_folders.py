@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from asi_lens.errors import CacheError
-from asi_lens.files import write_whole
+from asi_lens.files import locked, write_whole
 from asi_lens.paths import cache_dir
 from asi_lens.sae.checkpoints import CHECKPOINT_FILE
 
@@ -19,6 +20,16 @@ _ABOUT = "run.json"
 def run_folder(words: Iterable[object], key: str) -> Path:
     """The folder of a run under a key of all that it depends on; `words` are for those who look there."""
     return cache_dir("runs") / re.sub(r"[^\w.-]+", "-", "-".join([*map(str, words), key]))
+
+
+@contextmanager
+def alone(folders: Iterable[Path]) -> Iterator[None]:
+    """Hold the folders of runs; a process that wants one of them too waits, and then finds it finished."""
+    with ExitStack() as stack:
+        # In one order, so that two processes never wait for each other.
+        for folder in sorted(set(folders)):
+            stack.enter_context(locked(folder))
+        yield
 
 
 def finish(folder: Path, about: Mapping[str, Any]) -> None:

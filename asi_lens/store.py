@@ -89,7 +89,8 @@ def harvest_stores(
     before anything is written.
 
     Args:
-        folder: None puts stores into the cache, under a key of everything that their rows depend on.
+        folder: None puts stores into the cache, under a key of everything that their rows depend on; if
+            another process is writing them there, this one waits for it.
         dtype: of the rows on disk: "bfloat16", "float16" or "float32".
         budget_gb: refuse to write more than this many 10^9 bytes.
         shard_tokens: rows of a shard, rounded to whole forward batches (None: 128 MiB).
@@ -101,7 +102,7 @@ def harvest_stores(
 
     Raises OptionError over the budget (it says both numbers) and for a folder that holds another store,
     DataError for activations that are NaN, infinite or too large for the dtype, CacheError while another
-    process writes the same store and for damaged files, OSError for a full disk or a read-only folder.
+    process writes to `folder` and for damaged files, OSError for a full disk or a read-only folder.
     """
     chosen = [pairs(model, [site], [layer])[0] for site, layer in wheres]
     parent = None if folder is None else Path(folder)
@@ -155,9 +156,12 @@ def _harvest(
         writers: dict[SiteLayer, shards.ShardWriter] = {}
 
         def begin() -> None:
-            for where, folder in folders.items():
+            # In one order, so that two harvests never wait for each other.
+            for where in sorted(folders, key=folders.__getitem__):
                 if ranks.rank == 0:
-                    stack.enter_context(_alone(folder))
+                    # What is in the cache is for whoever asks: the second one waits for it.
+                    stack.enter_context(_alone(folders[where], wait=chosen[where] is None))
+            for where, folder in folders.items():
                 if (folder / shards.MANIFEST).exists():
                     _require_same(folder, origins[where], dtype)
                     continue
@@ -281,11 +285,11 @@ def _cached(origin: Mapping[str, Any], dtype: str) -> Path:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the store's lock, or say at once that another process has it."""
+def _alone(folder: Path, *, wait: bool) -> Iterator[None]:
+    """Hold the store's lock; if another process has it, wait for it or say so at once."""
     from filelock import FileLock, Timeout
 
-    lock = FileLock(folder.with_name(folder.name + ".lock"), timeout=0)
+    lock = FileLock(folder.with_name(folder.name + ".lock"), timeout=-1 if wait else 0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from small_ranks import file_of
 from small_stores import everything
 
@@ -108,6 +110,26 @@ def test_more_processes_than_forward_batches(tiny_llama: Any, tiny_tokens: Token
 
     with pytest.raises(OptionError, match="12 sequences are 6 forward batches of 2: too few for 7 processes"):
         harvest_store(tiny_llama, tiny_tokens, "z", 1, folder=tmp_path, batch_tokens=64, ranks=Many())
+
+
+def test_a_harvest_into_the_cache_waits_for_another(
+    tiny_llama: Any, tiny_tokens: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ASI_LENS_CACHE", str(tmp_path))
+    first = harvest_store(tiny_llama, tiny_tokens, "attn_out", 1, progress=False)
+    assert first.folder is not None
+    found: list[ActivationStore] = []
+
+    def again() -> None:
+        found.append(harvest_store(tiny_llama, tiny_tokens, "attn_out", 1, progress=False))
+
+    with FileLock(first.folder.with_name(first.folder.name + ".lock")):
+        other = threading.Thread(target=again)
+        other.start()
+        other.join(0.5)
+        assert other.is_alive()
+    other.join(60)
+    assert found[0].folder == first.folder
 
 
 @pytest.mark.parametrize(

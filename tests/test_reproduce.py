@@ -312,3 +312,44 @@ def test_the_command_line_runs_real_notebooks(tmp_path: Path, monkeypatch: pytes
     assert (folder / "02_beta.csv").read_text() == "x\n11\n"
     assert (folder / ".executed" / "02_beta.ipynb").is_file()
     assert not (folder / "01_alpha.csv").exists()
+
+
+@pytest.mark.notebooks
+def test_notebooks_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ASI_LENS_PROJECT", str(tmp_path))
+    monkeypatch.delenv("ASI_LENS_FIGURES", raising=False)
+    runs.project(tmp_path)
+    meet = (
+        "import time\n(folder / '{own}.here').touch()\nuntil = time.monotonic() + 120\n"
+        "while not (folder / '{other}.here').exists():\n"
+        "    assert time.monotonic() < until\n    time.sleep(0.05)\n"
+    )
+    parameters = runs.PARAMETERS + "x = 1\nranks = [1]\n"
+    for name, other, more in (
+        ("01_alpha", "02_beta", "raise ValueError('lost')"),
+        ("02_beta", "01_alpha", ""),
+        ("03_gamma", "", "raise AssertionError"),
+    ):
+        cells = [runs.WRITE.format(stem=name), *([meet.format(own=name, other=other)] if other else []), more]
+        runs.notebook(tmp_path / "notebooks" / f"{name}.ipynb", *cells, parameters=parameters)
+    assert reproduce.main(["--model", "tiny", "--jobs", "2"]) == 1
+    told = capsys.readouterr()
+    assert "01_alpha, cell" in told.err
+    assert "ValueError: lost" in told.err
+    # The one beside it was let finish; nothing else began, or it was told of as well.
+    assert "02_beta: done" in told.out
+    folder = tmp_path / "figures" / "tiny" / "quick"
+    assert (folder / "02_beta.csv").is_file()
+    runs.notebook(
+        tmp_path / "notebooks" / "01_alpha.ipynb", runs.WRITE.format(stem="01_alpha"), parameters=parameters
+    )
+    (tmp_path / "notebooks" / "03_gamma.ipynb").unlink()
+    assert reproduce.main(["--model", "tiny", "--jobs", "2"]) == 0
+    assert "02_beta: up to date" in capsys.readouterr().out
+
+
+def test_fewer_than_one_at_a_time(runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+    assert runner("--jobs", "0") == []
+    assert "jobs=0 is not allowed" in capsys.readouterr().err
