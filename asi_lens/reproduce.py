@@ -113,8 +113,8 @@ def _executing(jobs: int) -> Iterator[_Execute]:
     if jobs == 1:
         yield execute
         return
-    pool_options = {"mp_context": get_context("spawn"), "initializer": _share_cores, "initargs": (jobs,)}
-    with ProcessPoolExecutor(jobs, **pool_options) as pool:
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(jobs, spawn, initializer=_share_cores, initargs=(jobs,)) as pool:
         yield lambda notebook, parameters, executed: pool.submit(
             execute, notebook, dict(parameters), executed
         ).result()

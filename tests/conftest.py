@@ -12,6 +12,8 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# One test process a core: more threads would wait for each other, those of kernels and children too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import tiny_models
 import torch
@@ -19,8 +21,6 @@ from hypothesis import HealthCheck, settings
 
 settings.register_profile("asi_lens", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("asi_lens")
-# The models are tiny, and xdist's workers share the machine.
-torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
