@@ -43,7 +43,7 @@ def values(tiny_folder: Any, tmp_path: Path) -> dict[str, Any]:
         "store": {"dtype": "float32", "batch_tokens": 2 * CONTEXT, "shard_tokens": 10 * (CONTEXT - 1)},
         "model_dtype": "float32",
         "output": "one",
-        "timeout_s": 10,
+        "timeout_s": 5,
     }
 
 

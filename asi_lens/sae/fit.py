@@ -337,6 +337,8 @@ class _Stop:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        """The signal to end with; of ranks that stop together, also one that another rank got."""
+        self._signals = 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> _Stop:
@@ -345,7 +347,8 @@ class _Stop:
         return self
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        self._signals += 1
+        if self._signals > 1:
             raise KeyboardInterrupt
         self.received = number
 
