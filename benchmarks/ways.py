@@ -61,10 +61,10 @@ class Task:
         return self.batches[i % len(self.batches)]
 
 
-def ours(task: Task, optimizer: str) -> Way:
+def ours(task: Task, optimizer: str, search: str = "exact") -> Way:
     """`Trainer.step`."""
     sae = SparseAutoencoder(SAEConfig(task.d_in, task.d_sae, task.k), draw=False)
-    return _trained(sae, task.decoder, task, optimizer, lambda rows: rows)
+    return _trained(sae, task.decoder, task, optimizer, lambda rows: rows, search)
 
 
 def inside(task: Task, optimizer: str) -> Way:
@@ -78,7 +78,12 @@ def inside(task: Task, optimizer: str) -> Way:
 
 
 def _trained(
-    sae: SparseAutoencoder, decoder: Tensor, task: Task, optimizer: str, read: Callable[[Tensor], Tensor]
+    sae: SparseAutoencoder,
+    decoder: Tensor,
+    task: Task,
+    optimizer: str,
+    read: Callable[[Tensor], Tensor],
+    search: str = "exact",
 ) -> Way:
     sae.W_dec.data.copy_(decoder)
     sae.encoder_rows.copy_(decoder)
@@ -86,7 +91,11 @@ def _trained(
     sae.b_dec.data.zero_()
     constant = {"lr": LR, "warmup_steps": 0, "decay_fraction": 0}
     config = TrainConfig(batch_size=len(task.batches[0]), n_tokens=10**9, optimizer=optimizer, **constant)
-    trainer = Trainer(sae, config)
+    trainer = Trainer(sae, config, search=search)
+    if search != "exact":
+        trainer.prepare(ActivationStore.from_tensor(torch.cat(task.batches)))
+        # The rows are normalized already.
+        sae.set_normalization(torch.zeros(task.d_in), 1.0)
     return Way(lambda i: trainer.step(read(task.batch(i))), lambda x: sae(x).detach())
 
 
@@ -189,6 +198,8 @@ WAYS: dict[str, Callable[[Task], Way]] = {
     "encoder product": product,
     "asi_lens adam": lambda task: ours(task, "adam"),
     "asi_lens sparse_adam": lambda task: ours(task, "sparse_adam"),
+    "asi_lens adam, subspace search": lambda task: ours(task, "adam", "subspace"),
+    "asi_lens sparse_adam, subspace search": lambda task: ours(task, "sparse_adam", "subspace"),
     f"asi_lens adam, inside {SUBSPACE} directions": lambda task: inside(task, "adam"),
     "plain PyTorch, float32": lambda task: plain(task, torch.float32),
     "plain PyTorch, bfloat16": lambda task: plain(task, torch.bfloat16),

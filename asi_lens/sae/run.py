@@ -4,6 +4,7 @@
     sae: {d_sae: 16384, k: 32}         # as SAEConfig; d_in is the store's
     initialize: {method: asi, d_init: auto}   # as `initialize`; `sample` is a number of rows
     train: {n_tokens: 4000000, optimizer: sparse_adam}   # as TrainConfig
+    search: subspace                   # optional: exact (default) or subspace (`search`)
     mesh: {data: 1, model: 1}          # ranks along each dimension
     output: runs/asi                   # metrics.csv, checkpoints, and at the end the dictionary in `sae`
     fit: {checkpoint_every: 1000000}   # optional: checkpoint_every, log_every, windows, loggers
@@ -31,6 +32,7 @@ from asi_lens.sae import mesh_checkpoints
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.initialize import initialize
 from asi_lens.sae.mesh import Mesh, MeshConfig, RankMesh, part_of
+from asi_lens.sae.search import check_search
 from asi_lens.sae.train import Trainer
 from asi_lens.sae.train_config import TrainConfig
 
@@ -58,6 +60,7 @@ class RunConfig:
     sae: Mapping[str, Any]
     initialize: Mapping[str, Any] = field(default_factory=dict)
     train: Mapping[str, Any] = field(default_factory=dict)
+    search: str = "exact"
     mesh: Mapping[str, Any] = field(default_factory=dict)
     fit: Mapping[str, Any] = field(default_factory=dict)
     device: str = "cpu"
@@ -76,6 +79,7 @@ class RunConfig:
         require("d_sae" in self.sae, "sae", dict(self.sae), "given with d_sae")
         run_files.require_machine(self.device, self.timeout_s)
         require_whole("sample", self.initialize.get("sample", SAMPLE_ROWS), 1)
+        check_search(self.search)
         TrainConfig(**self.train)
         MeshConfig(**self.mesh)
 
@@ -112,7 +116,7 @@ def run(config: RunConfig, ranks: Ranks, progress: bool = True) -> Trainer:
         options.setdefault("d_init", "auto")
     sample = store.sample(min(options.pop("sample"), store.n))
     initialize(sae, spectrum=store.spectrum, sample=sample, mesh=mesh, **options)
-    trainer = Trainer(sae, TrainConfig(**config.train), mesh=mesh)
+    trainer = Trainer(sae, TrainConfig(**config.train), mesh=mesh, search=config.search)
     trainer.fit(store, folder=config.output, progress=progress, **config.fit)
 
     def export() -> None:
