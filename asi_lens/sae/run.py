@@ -35,6 +35,7 @@ from asi_lens.sae.mesh import Mesh, MeshConfig, RankMesh, part_of
 from asi_lens.sae.search import check_search
 from asi_lens.sae.train import Trainer
 from asi_lens.sae.train_config import TrainConfig
+from asi_lens.spectra import Spectrum
 
 FINISHED = "sae"
 """The folder of the trained dictionary in a run's `output`."""
@@ -115,7 +116,7 @@ def run(config: RunConfig, ranks: Ranks, progress: bool = True) -> Trainer:
     if options["method"].startswith("asi"):
         options.setdefault("d_init", "auto")
     sample = store.sample(min(options.pop("sample"), store.n))
-    initialize(sae, spectrum=store.spectrum, sample=sample, mesh=mesh, **options)
+    initialize(sae, spectrum=_shared_spectrum(store, ranks, device), sample=sample, mesh=mesh, **options)
     trainer = Trainer(sae, TrainConfig(**config.train), mesh=mesh, search=config.search)
     trainer.fit(store, folder=config.output, progress=progress, **config.fit)
 
@@ -125,6 +126,20 @@ def run(config: RunConfig, ranks: Ranks, progress: bool = True) -> Trainer:
 
     ranks.together("writing the dictionary", export)
     return trainer
+
+
+def _shared_spectrum(store: ActivationStore, ranks: Ranks, device: str) -> Spectrum:
+    """The store's spectrum; of several ranks the first computes it, and its directions are everyone's."""
+    if ranks.size == 1:
+        return store.spectrum
+    d = store.d
+    values, directions = torch.zeros(d, dtype=torch.float64), torch.zeros(d, d, dtype=torch.float64)
+    if ranks.rank == 0:
+        values, directions = store.spectrum.eigenvalues, store.spectrum.eigenvectors.contiguous()
+    values, directions = (ranks.share(tensor.to(device)).cpu() for tensor in (values, directions))
+    spectrum = Spectrum(values, store.mean, store.n, lambda: store.moments.covariance)
+    spectrum.eigenvectors = directions
+    return spectrum
 
 
 def export_folder(run_folder: Path | str, folder: Path | str) -> None:
