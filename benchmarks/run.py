@@ -103,7 +103,7 @@ def record(name: str, results: list[Any]) -> None:
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     with write_whole(RESULTS) as temporary:
-        temporary.write_text(json.dumps(every, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(every, indent=1) + "\n", encoding="utf-8")
     write_tables(every)
 
 
