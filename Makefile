@@ -70,8 +70,8 @@ format: $(SETUP) ## apply ruff's fixes and format, strip the notebooks' outputs
 lab: $(SETUP) $(CHROME) ## open the notebooks in JupyterLab (start with 00_explore)
 	$(BIN)/jupyter lab notebooks $(ARGS)
 
-bench: $(SETUP) ## run every script of benchmarks/
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
+bench: $(SETUP_PEERS) $(CHROME) ## run the benchmarks beside the peers, write benchmarks/results.json and its tables
+	$(BIN)/python benchmarks/run.py --peers-python $(VENV_PEERS)/bin/python $(ARGS)
 
 lock: $(SETUP) ## write requirements.lock anew from what .venv holds
 	@{ sed -n '/^#/p' requirements.lock; \

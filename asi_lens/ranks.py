@@ -18,6 +18,7 @@ from datetime import timedelta
 from typing import TypeVar
 
 import torch.distributed as dist
+from torch import Tensor
 
 from asi_lens.errors import AsiLensError, require
 
@@ -55,6 +56,10 @@ class Ranks:
 
     def advance(self) -> None:
         """Say that the work goes on, to ranks that wait patiently."""
+
+    def share(self, tensor: Tensor) -> Tensor:
+        """Rank 0's tensor, on every rank, in place; the others give one of its shape, dtype and device."""
+        return tensor
 
     def together(self, what: str, work: Callable[[], Result]) -> Result:
         """The result of `work` here; raises RankError on every rank if it failed on any (here: its error)."""
@@ -109,6 +114,12 @@ class _Joined(Ranks):
             raise RankError(f"{self._who()} ({error})") from error
         finally:
             self._waiting -= 1
+
+    def share(self, tensor: Tensor) -> Tensor:
+        """See `Ranks.share`."""
+        with self.talking():
+            dist.broadcast(tensor, 0)
+        return tensor
 
     def advance(self) -> None:
         """See `Ranks.advance`."""

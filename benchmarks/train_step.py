@@ -1,12 +1,13 @@
-"""One training step beside the peers, on the same batches, in one run.
+"""One training step beside the peers, from one start on the same batches, in one run.
 
     make setup-peers
-    .venv-peers/bin/python benchmarks/train_step.py [--d-sae 16384] [--batch 2048] [--rounds 5]
+    .venv-peers/bin/python benchmarks/train_step.py [--d-sae 16384] [--batch 2048] [--rounds 10]
 
-Measured in turn, round after round: the encoder's matrix product alone (a bound for a dense encoder), our
-`Trainer.step` with each optimizer, the same inside the top `--subspace` directions, a plain dense PyTorch
-autoencoder, and the TopK autoencoders of sparsify and SAELens where they can be imported. Data is Gaussian
-with the spectrum of a collapsed activation. Quote the ratios: tokens/s depends on the machine.
+All take turns, round after round: the encoder's matrix product alone (a bound for a dense encoder), our
+`Trainer.step` with each optimizer and inside the top directions, dense PyTorch, and the TopK autoencoders of
+sparsify, SAELens and dictionary_learning where they can be imported. Peak memory is that of a process of its
+own. FVU is on held-out rows after the same steps. Data is Gaussian with the spectrum of a collapsed
+activation. Quote the ratios: tokens/s depends on the machine.
 """
 
 from __future__ import annotations
@@ -14,22 +15,19 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import resource
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 import torch
+from ways import PEERS, WAYS, Task
 
-from asi_lens.activation_store import ActivationStore
 from asi_lens.models import resolve_dtype
-from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
-from asi_lens.sae.initialize import initialize
-from asi_lens.sae.subspace import SubspaceStore
-from asi_lens.sae.train import Trainer
-from asi_lens.sae.train_config import TrainConfig
 
-Step = Callable[[int], None]
+_MEMORY_STEPS = 3
 
 
 def rows(n: int, d_in: int) -> torch.Tensor:
@@ -38,88 +36,29 @@ def rows(n: int, d_in: int) -> torch.Tensor:
     return torch.randn(n, d_in, generator=generator) * torch.logspace(0, -1.5, d_in)
 
 
-def ours(store: ActivationStore, d_sae: int, k: int, batch: int, optimizer: str) -> Step:
-    """`Trainer.step` from a random start."""
-    sae = SparseAutoencoder(SAEConfig(store.d, d_sae, k))
-    initialize(sae, "random", store.spectrum, None, store.sample(batch))
-    trainer = Trainer(sae, TrainConfig(batch_size=batch, n_tokens=10**9, optimizer=optimizer))
-    batches = [batch for batch, _ in zip(store.batches(batch), range(4), strict=False)]
-
-    def step(i: int) -> None:
-        trainer.step(batches[i % len(batches)])
-
-    return step
+def peak_mib() -> float:
+    """Largest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def product(x: torch.Tensor, d_sae: int) -> Step:
-    """x W_enc in the compute dtype, into memory that is there already."""
-    dtype = resolve_dtype("auto", torch.device("cpu"))
-    weight, x = torch.randn(d_sae, x.shape[1], dtype=dtype), x.to(dtype)
-    out = torch.empty(len(x), d_sae, dtype=dtype)
-
-    def step(i: int) -> None:
-        torch.mm(x, weight.T, out=out)
-
-    return step
+def task_of(args: argparse.Namespace) -> tuple[Task, torch.Tensor]:
+    """The task, and held-out rows: centered, with a mean square norm of d_in."""
+    x = rows((args.n_batches + 1) * args.batch, args.d_in)
+    x = x - x.mean(0)
+    x = x * (args.d_in / x.square().sum(1).mean()).sqrt()
+    *batches, held_out = x.split(args.batch)
+    start = torch.randn(args.d_sae, args.d_in, generator=torch.Generator().manual_seed(1))
+    return Task(batches, torch.nn.functional.normalize(start, dim=1), args.k), held_out
 
 
-def plain(x: torch.Tensor, d_sae: int, k: int) -> Step:
-    """The formula written down, with autograd and torch.optim.Adam."""
-    d_in = x.shape[1]
-    decoder = torch.nn.functional.normalize(torch.randn(d_sae, d_in), dim=1)
-    w_enc, b_enc = torch.nn.Parameter(decoder.T.clone()), torch.nn.Parameter(torch.zeros(d_sae))
-    w_dec, b_dec = torch.nn.Parameter(decoder), torch.nn.Parameter(torch.zeros(d_in))
-    optimizer = torch.optim.Adam([w_enc, b_enc, w_dec, b_dec], lr=8e-4)
-
-    def step(i: int) -> None:
-        scores = torch.relu((x - b_dec) @ w_enc + b_enc)
-        values, indices = scores.topk(k)
-        dense = torch.zeros_like(scores).scatter(1, indices, values)
-        loss = (dense @ w_dec + b_dec - x).square().sum(1).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        with torch.no_grad():
-            w_dec.div_(w_dec.norm(dim=1, keepdim=True))
-
-    return step
-
-
-def sparsify(x: torch.Tensor, d_sae: int, k: int) -> Step:
-    """sparsify's SparseCoder as its trainer drives it, with torch.optim.Adam."""
-    from sparsify import SparseCoder, SparseCoderConfig
-
-    coder = SparseCoder(x.shape[1], SparseCoderConfig(num_latents=d_sae, k=k))
-    optimizer = torch.optim.Adam(coder.parameters(), lr=8e-4)
-
-    def step(i: int) -> None:
-        coder.set_decoder_norm_to_unit_norm()
-        coder(x).fvu.backward()
-        coder.remove_gradient_parallel_to_decoder_directions()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def saelens(x: torch.Tensor, d_sae: int, k: int) -> Step:
-    """SAELens' TopK autoencoder as its trainer drives it, with torch.optim.Adam."""
-    from sae_lens.saes.sae import TrainStepInput
-    from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
-
-    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=x.shape[1], d_sae=d_sae, k=k))
-    optimizer = torch.optim.Adam(sae.parameters(), lr=8e-4)
-
-    def step(i: int) -> None:
-        given = TrainStepInput(
-            sae_in=x, coefficients={}, dead_neuron_mask=None, n_training_steps=i, is_logging_step=False
-        )
-        out = sae.training_forward_pass(given)
-        out.loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+def memory_of(name: str, args: argparse.Namespace) -> float:
+    """Peak MiB of a few steps above that of the process with the task alone."""
+    task, _ = task_of(args)
+    before = peak_mib()
+    way = WAYS[name](task)
+    for i in range(_MEMORY_STEPS):
+        way.step(i)
+    return peak_mib() - before
 
 
 def main() -> None:
@@ -130,46 +69,47 @@ def main() -> None:
     parser.add_argument("--d-sae", type=int, default=16_384)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--batch", type=int, default=2048)
-    parser.add_argument("--subspace", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--n-batches", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--memory-of", choices=list(WAYS), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    store = ActivationStore.from_tensor(rows(4 * args.batch, args.d_in))
-    x = store.sample(args.batch) * store.scale
-    size = (args.d_sae, args.k)
-    inside = SubspaceStore(store, args.subspace)
-    ways: dict[str, Callable[[], Step]] = {
-        "encoder product": partial(product, x, args.d_sae),
-        **{
-            f"asi_lens {kind}": partial(ours, store, *size, args.batch, kind)
-            for kind in ("adam", "sparse_adam")
-        },
-        f"asi_lens adam, inside {args.subspace} directions": partial(ours, inside, *size, args.batch, "adam"),
-        "plain PyTorch": partial(plain, x, *size),
-    }
-    for name, module, way in (("sparsify", "sparsify", sparsify), ("SAELens", "sae_lens", saelens)):
-        if importlib.util.find_spec(module):
-            ways[name] = partial(way, x, *size)
-        else:
-            print(f"{name} is not installed here: left out")
-    steps = {name: make() for name, make in ways.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    if args.memory_of:
+        print(json.dumps(memory_of(args.memory_of, args)))
+        return
+    names = [name for name in WAYS if name not in PEERS or importlib.util.find_spec(PEERS[name])]
+    for name in WAYS.keys() - set(names):
+        print(f"{name} is not installed here: left out", file=sys.stderr)
+    task, held_out = task_of(args)
+    ways = {name: WAYS[name](task) for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     for i in range(args.rounds + 1):
-        for name, step in steps.items():
+        for name, way in ways.items():
             start = time.perf_counter()
-            step(i)
+            way.step(i)
             # The first round warms up.
             if i:
                 seconds[name].append(time.perf_counter() - start)
     median = {name: statistics.median(times) for name, times in seconds.items()}
+    spread = (held_out - held_out.mean(0)).square().sum()
+    found: dict[str, dict[str, Any]] = {}
+    for name, way in ways.items():
+        error = None
+        if way.reconstruct is not None:
+            error = float((way.reconstruct(held_out) - held_out).square().sum() / spread)
+        command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found[name] = {
+            "tokens_per_s": round(args.batch / median[name]),
+            "of_the_product": round(median["encoder product"] / median[name], 2),
+            "times_sparsify": (round(median["sparsify"] / median[name], 2) if "sparsify" in median else None),
+            "peak_mib": round(json.loads(done.stdout.splitlines()[-1])),
+            "fvu": None if error is None else round(error, 4),
+        }
     report = {
-        "tokens_per_s": {name: round(args.batch / s) for name, s in median.items()},
-        "times_the_product": {name: round(median["encoder product"] / s, 2) for name, s in median.items()},
-        "times_sparsify": {
-            name: round(median["sparsify"] / s, 2) for name, s in median.items() if "sparsify" in median
-        },
+        "ways": found,
         "compute_dtype": str(resolve_dtype("auto", torch.device("cpu"))),
         "threads": torch.get_num_threads(),
-        "options": vars(args),
+        "options": {key: value for key, value in vars(args).items() if key != "memory_of"},
     }
     print(json.dumps(report, indent=1))
 

@@ -12,71 +12,13 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from asi_lens.errors import DataError, OptionError, require
 from asi_lens.sae import mesh_checkpoints
 from asi_lens.sae.checkpoints import OtherConfigurationError, held, require_same
-from asi_lens.sae.mesh import Mesh
+from asi_lens.sae.learner import DivergedError, Learner, StepOutput
 from asi_lens.sae.metrics import Logger, MetricsLog, Row
-from asi_lens.sae.train import DivergedError, StepOutput
-from asi_lens.sae.train_config import TrainConfig
-
-
-@runtime_checkable
-class Learner(Protocol):
-    """What is trained: a `Trainer` of a dictionary, or one of something else with the same life."""
-
-    config: TrainConfig
-    mesh: Mesh
-
-    @property
-    def d_in(self) -> int:
-        """Width of the data."""
-        ...
-
-    @property
-    def steps(self) -> int:
-        """Steps done."""
-        ...
-
-    @property
-    def tokens(self) -> int:
-        """Tokens seen: the position in the stream of data."""
-        ...
-
-    def prepare(self, store: Any) -> None:
-        """Called once before the first step. Raises OptionError for data that it cannot be trained on."""
-        ...
-
-    def stream(self, store: Any, start: int) -> Iterator[Sized]:
-        """Batches from token `start` to the last; their length is their number of tokens."""
-        ...
-
-    def dead_fraction(self, window: int) -> float:
-        """Share of features silent for the last `window` tokens or more, over all ranks."""
-        ...
-
-    def step_on(self, batch: Any) -> StepOutput:
-        """One update. DataError and DivergedError leave everything as it was."""
-        ...
-
-    def measure(self) -> Row:
-        """Columns of a logged row beside those of a step, always the same ones."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """What a checkpoint must agree with to be continued (JSON values)."""
-        ...
-
-    def state(self) -> dict[str, Tensor]:
-        """Every tensor that the run depends on from here."""
-        ...
-
-    def load_state(self, read: Callable[[str], Tensor]) -> None:
-        """The inverse of `state`."""
-        ...
 
 
 @runtime_checkable

@@ -24,6 +24,7 @@ from torch import Tensor
 from asi_lens import tensor_files
 from asi_lens.errors import CacheError
 from asi_lens.files import write_whole
+from asi_lens.ranks import RankError
 from asi_lens.sae.checkpoints import CHECKPOINT_FILE, FORMAT, read_checkpoint, write_checkpoint
 from asi_lens.sae.mesh import Mesh
 
@@ -79,10 +80,23 @@ def write(folder: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any],
         for name, tensor in tensors.items()
         if tensor.numel()
     }
-    with mesh.ranks.talking():
+    with _naming("writing a checkpoint; the last one stays", mesh):
         writer = dcp.HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
         dcp.save(state, storage_writer=writer)
     mesh.ranks.together("writing a checkpoint", finish)
+
+
+@contextmanager
+def _naming(what: str, mesh: Mesh) -> Iterator[None]:
+    """Around torch.distributed.checkpoint: its errors as RankErrors that name the ranks they come from."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        with mesh.ranks.talking():
+            yield
+    except CheckpointException as error:
+        said = [f"rank {rank}: {type(one[0]).__name__}: {one[0]}" for rank, one in error.failures.items()]
+        raise RankError(f"{what}: failed on {'; '.join(said)}") from error
 
 
 @contextmanager
@@ -140,7 +154,7 @@ class _Shards:
         first, last = self.mesh.features(sizes[0]) if name in _BY_FEATURE else (0, sizes[0])
         out = torch.empty(last - first, *sizes[1:], dtype=dtype, device=self.mesh.device)
         into = self.mesh.shared_out(out) if name in _BY_FEATURE else out
-        with self.mesh.ranks.talking():
+        with _naming(f"reading {self.path}", self.mesh):
             reader = dcp.HuggingFaceStorageReader(str(self.path))
             dcp.load({name: into}, storage_reader=reader, no_dist=self.mesh.config.size == 1)
         return out.reshape(()) if name in self.about["scalars"] else out

@@ -4,6 +4,7 @@
     sae: {d_sae: 16384, k: 32}         # as SAEConfig; d_in is the store's
     initialize: {method: asi, d_init: auto}   # as `initialize`; `sample` is a number of rows
     train: {n_tokens: 4000000, optimizer: sparse_adam}   # as TrainConfig
+    search: subspace                   # optional: exact (default) or subspace (`search`)
     mesh: {data: 1, model: 1}          # ranks along each dimension
     output: runs/asi                   # metrics.csv, checkpoints, and at the end the dictionary in `sae`
     fit: {checkpoint_every: 1000000}   # optional: checkpoint_every, log_every, windows, loggers
@@ -31,8 +32,10 @@ from asi_lens.sae import mesh_checkpoints
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.initialize import initialize
 from asi_lens.sae.mesh import Mesh, MeshConfig, RankMesh, part_of
+from asi_lens.sae.search import check_search
 from asi_lens.sae.train import Trainer
 from asi_lens.sae.train_config import TrainConfig
+from asi_lens.spectra import Spectrum
 
 FINISHED = "sae"
 """The folder of the trained dictionary in a run's `output`."""
@@ -58,6 +61,7 @@ class RunConfig:
     sae: Mapping[str, Any]
     initialize: Mapping[str, Any] = field(default_factory=dict)
     train: Mapping[str, Any] = field(default_factory=dict)
+    search: str = "exact"
     mesh: Mapping[str, Any] = field(default_factory=dict)
     fit: Mapping[str, Any] = field(default_factory=dict)
     device: str = "cpu"
@@ -76,6 +80,7 @@ class RunConfig:
         require("d_sae" in self.sae, "sae", dict(self.sae), "given with d_sae")
         run_files.require_machine(self.device, self.timeout_s)
         require_whole("sample", self.initialize.get("sample", SAMPLE_ROWS), 1)
+        check_search(self.search)
         TrainConfig(**self.train)
         MeshConfig(**self.mesh)
 
@@ -111,8 +116,8 @@ def run(config: RunConfig, ranks: Ranks, progress: bool = True) -> Trainer:
     if options["method"].startswith("asi"):
         options.setdefault("d_init", "auto")
     sample = store.sample(min(options.pop("sample"), store.n))
-    initialize(sae, spectrum=store.spectrum, sample=sample, mesh=mesh, **options)
-    trainer = Trainer(sae, TrainConfig(**config.train), mesh=mesh)
+    initialize(sae, spectrum=_shared_spectrum(store, ranks, device), sample=sample, mesh=mesh, **options)
+    trainer = Trainer(sae, TrainConfig(**config.train), mesh=mesh, search=config.search)
     trainer.fit(store, folder=config.output, progress=progress, **config.fit)
 
     def export() -> None:
@@ -121,6 +126,20 @@ def run(config: RunConfig, ranks: Ranks, progress: bool = True) -> Trainer:
 
     ranks.together("writing the dictionary", export)
     return trainer
+
+
+def _shared_spectrum(store: ActivationStore, ranks: Ranks, device: str) -> Spectrum:
+    """The store's spectrum; of several ranks the first computes it, and its directions are everyone's."""
+    if ranks.size == 1:
+        return store.spectrum
+    d = store.d
+    values, directions = torch.zeros(d, dtype=torch.float64), torch.zeros(d, d, dtype=torch.float64)
+    if ranks.rank == 0:
+        values, directions = store.spectrum.eigenvalues, store.spectrum.eigenvectors.contiguous()
+    values, directions = (ranks.share(tensor.to(device)).cpu() for tensor in (values, directions))
+    spectrum = Spectrum(values, store.mean, store.n, lambda: store.moments.covariance)
+    spectrum.eigenvectors = directions
+    return spectrum
 
 
 def export_folder(run_folder: Path | str, folder: Path | str) -> None:

@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sized
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
-from asi_lens.errors import AsiLensError, OptionError, require
+from asi_lens.errors import OptionError, require
 from asi_lens.sae.deadness import DeadnessLedger
 from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.drift import Drift
+from asi_lens.sae.initialize import auto_d_init
+from asi_lens.sae.learner import DivergedError, Fits, StepOutput
 from asi_lens.sae.mesh import Mesh, Part
-from asi_lens.sae.metrics import Logger, Row
+from asi_lens.sae.metrics import Row
 from asi_lens.sae.optim import RowAdam, gradient_norm, lr_factor
-from asi_lens.sae.sparse_ops import Gradients, Term, Workspace, decode_sum, encode_topk, sum_gradients
+from asi_lens.sae.search import MEASURE_EVERY, SubspaceSearch, check_search
+from asi_lens.sae.sparse_ops import (
+    Gradients,
+    SparseCode,
+    Term,
+    Workspace,
+    decode_sum,
+    encode_topk,
+    sum_gradients,
+)
 from asi_lens.sae.sparsity import SparsityConfig
 from asi_lens.sae.sparsity_kinds import KINDS
 from asi_lens.sae.train_config import TrainConfig
@@ -28,84 +39,6 @@ __all__ = ["DivergedError", "SparsityConfig", "StepOutput", "TrainConfig", "Trai
 
 # Rows of the first weights that a checkpoint keeps, to know its own run again.
 _PROBE_ROWS = 32
-
-
-class DivergedError(AsiLensError, ArithmeticError):
-    """A loss or gradient that is not finite; nothing was updated with it."""
-
-
-@dataclass(frozen=True)
-class StepOutput:
-    """What one step saw, before its update.
-
-    Attributes:
-        step, tokens: steps and tokens so far, this one included.
-        loss: mean over the batch of the squared error summed over d_in, on normalized activations.
-        aux_loss: squared error of AuxK over the residual's variance; 0 where it is off or nothing is dead.
-        penalty: what `sparsity` adds to the loss; 0 for TopK.
-        fvu: squared error over the batch's variance (NaN for a batch without any).
-        l0: mean number of features that fired.
-        dead_fraction: share of features that did not fire in the last `dead_window` tokens.
-        lr: learning rate of the step.
-        gradient_norm: as `clip_norm` defines it; none without clipping.
-    """
-
-    step: int
-    tokens: int
-    loss: float
-    aux_loss: float
-    penalty: float
-    fvu: float
-    l0: float
-    dead_fraction: float
-    lr: float
-    gradient_norm: float | None = None
-
-
-class Fits:
-    """What trainers share: a whole run of one of them."""
-
-    ledger: DeadnessLedger
-    mesh = Mesh()
-
-    def dead_fraction(self, window: int) -> float:
-        """Share of features (or units) silent for the last `window` tokens or more, over all ranks."""
-        dead, mesh = self.mesh.count(len(self.ledger.dead(window))), self.mesh
-        return dead / (len(self.ledger.counts) * mesh.config.model)
-
-    def fit(
-        self,
-        store: Any,
-        *,
-        folder: Path | str | None = None,
-        checkpoint_every: int = 1_000_000,
-        log_every: int = 50,
-        windows: Sequence[int] = (),
-        loggers: Iterable[str | Logger] = (),
-        progress: bool = True,
-        on_log: Callable[[Any, StepOutput], None] | None = None,
-    ) -> list[Row]:
-        """Train on shuffled batches of `store` up to `n_tokens`; returns the logged metrics.
-
-        `store` is an `ActivationStore`, of transcoders `PairedStores`, of Lorsas `SequencePairs` (a step has
-        as many whole sequences as fit into `batch_size`). See `fit.train_together`, of which this is the
-        case of one.
-        """
-        from asi_lens.sae.fit import Learner, train_together
-
-        assert isinstance(self, Learner)  # what has this method has the others
-        (history,) = train_together(
-            [self],
-            store,
-            folders=None if folder is None else [folder],
-            checkpoint_every=checkpoint_every,
-            log_every=log_every,
-            windows=windows,
-            loggers=loggers,
-            progress=progress,
-            on_log=on_log,
-        )
-        return history
 
 
 class Trainer(Fits):
@@ -117,6 +50,7 @@ class Trainer(Fits):
         mesh: where its features and tokens lie. On a rank of several, `sae` has the features of that rank
             (`mesh.shard`), and a batch is the same one on every rank, which takes its own tokens of it, or a
             `Part` with those.
+        search: how the top k are found, one of `search.SEARCHES`; "subspace" begins with `prepare`.
     """
 
     def __init__(
@@ -126,6 +60,7 @@ class Trainer(Fits):
         sparsity: SparsityConfig | None = None,
         drift: Drift | None = None,
         mesh: Mesh | None = None,
+        search: str = "exact",
     ):
         self.sae = sae
         self.drift = drift
@@ -139,6 +74,11 @@ class Trainer(Fits):
                 f"activation={sae.config.activation!r} with prefixes={list(sparsity.prefixes)} is not "
                 "allowed over several ranks; there it is 'topk' without prefixes"
             )
+        check_search(search)
+        if search != "exact" and (sae.config.activation != "topk" or self.mesh.config.size > 1):
+            raise OptionError(f"search={search!r} is not allowed; it is for 'topk' on one process")
+        self.search = search
+        self.subspace: SubspaceSearch | None = None
         self.sparsity = KINDS[sae.config.activation](sae, sparsity, self.n_steps, self.mesh)
         self.optimizer = RowAdam(sae, self.config.optimizer)
         self.ledger = DeadnessLedger(sae.d_sae, sae.W_dec.device)
@@ -182,7 +122,7 @@ class Trainer(Fits):
         encoder, decoder = sae.encoder_rows, sae.W_dec.data
         first, last = mesh.tokens(n)
         x, goal = sae.sides(batch[first:last] if part is None else part.rows)
-        code = self.sparsity.code(x.to(self.compute_dtype), self.steps, self._workspace)
+        code = self._code(x)
         # b_dec cancels: reconstruction - x_n = acts W_dec + b_dec - x_n = acts W_dec - x.
         residual, terms = self.sparsity.terms(mesh.pick(code, sae.k), goal, n)
         penalty, own = self.sparsity.penalize(terms, self.steps)
@@ -221,6 +161,9 @@ class Trainer(Fits):
         self.optimizer.step(grads, lr, scale, own, self.sparsity.own_lr)
         self.sparsity.after(fired / n, self.steps - 1)
         self.ledger.update(code)
+        if self.subspace is not None:
+            moved = None if config.optimizer == "adam" else grads.features
+            self.subspace.refresh(sae.encoder_rows, self.compute_dtype, moved)
         return StepOutput(
             step=self.steps,
             tokens=self.tokens,
@@ -233,6 +176,18 @@ class Trainer(Fits):
             lr=lr,
             gradient_norm=None if norm is None else size,
         )
+
+    def _code(self, x: Float[Tensor, "part d_in"]) -> SparseCode:
+        """The picks of centered rows."""
+        if self.search == "exact":
+            return self.sparsity.code(x.to(self.compute_dtype), self.steps, self._workspace)
+        if self.subspace is None:
+            raise OptionError('search="subspace" needs the inputs\' spectrum: call fit, or prepare(store)')
+        sae = self.sae
+        given = (x, sae.encoder_rows, sae.b_enc.data, sae.k, self.compute_dtype)
+        if self.steps % MEASURE_EVERY == 0:
+            self.subspace.measure(*given)
+        return self.subspace.code(*given, self._workspace)
 
     def _auxiliary(self, x: Tensor, residual: Tensor, dead: Tensor) -> tuple[Term, Float[Tensor, ""]]:
         """AuxK: the top aux_k dead features of each token reconstruct what the others left.
@@ -266,10 +221,20 @@ class Trainer(Fits):
     def prepare(self, store: Any) -> None:
         """What `fit` does first: a dictionary without input normalization takes the store's."""
         self.sae.prepare(store, first=self.steps == 0)
+        if self.search == "subspace" and self.subspace is None:
+            spectrum = store.spectrum
+            directions = spectrum.active_subspace(self.d_in).to(self.sae.W_dec)
+            self.subspace = SubspaceSearch(directions, auto_d_init(spectrum), tell=self._tell)
 
     def measure(self) -> Row:
-        """Columns of a logged row beside those of the step: of `drift`."""
-        return {} if self.drift is None else {**self.drift(self.sae)}
+        """Columns of a logged row beside those of the step: of `drift` and of the search."""
+        found: Row = {} if self.drift is None else {**self.drift(self.sae)}
+        if self.subspace is not None:
+            found |= {"search_r": self.subspace.r, "search_mass": self.subspace.mass}
+        return found
+
+    def _tell(self, text: str) -> None:
+        tqdm.write(f"step {self.steps + 1}: {text}")
 
     def stream(self, store: Any, start: int) -> Iterator[Sized]:
         """Batches from token `start` to `n_tokens`; on a rank of several, its parts of them."""
@@ -294,6 +259,7 @@ class Trainer(Fits):
             "train": asdict(self.config),
             "sparsity": asdict(self.sparsity.config),
             "initialization": self.sae.initialization,
+            **({} if self.search == "exact" else {"search": self.search}),
         }
 
     def _first_weights(self) -> Tensor:
@@ -328,6 +294,8 @@ class Trainer(Fits):
         out |= {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()}
         out |= {f"sparsity.{name}": tensor for name, tensor in self.sparsity.state().items()}
         out |= {f"activation.{name}": tensor for name, tensor in self._activation_state().items()}
+        if self.subspace is not None:
+            out |= {f"search.{name}": tensor for name, tensor in self.subspace.state().items()}
         return out | {f"ledger.{name}": tensor for name, tensor in self.ledger.state().items()}
 
     def _normalization(self) -> dict[str, Tensor]:
@@ -358,6 +326,8 @@ class Trainer(Fits):
         self.sparsity.load_state(lambda name: read(f"sparsity.{name}"))
         for name, tensor in self._activation_state().items():
             tensor.copy_(read(f"activation.{name}"))
+        if self.subspace is not None:
+            self.subspace.load_state(lambda name: read(f"search.{name}"))
         names = self.ledger.state()
         self.ledger.load_state({name: read(f"ledger.{name}") for name in names})
 

@@ -1,0 +1,135 @@
+"""How time and memory of training grow with the size of the dictionary, k, width and tokens.
+
+    python benchmarks/growth.py [--largest 1048576] [--steps 4] [--plot docs/growth.png]
+
+One quantity is varied at a time, every point in a process of its own: median seconds of `Trainer.step`
+(row-sparse Adam), and peak resident memory above that of the process before the dictionary was made. Rows are
+mapped from disk, so that what more of them cost can be seen. The exponent is that of a power law through the
+points (least squares on logarithms): 1 is linear, 0 is flat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from train_step import rows
+
+from asi_lens.activation_store import ActivationStore
+from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
+from asi_lens.sae.initialize import initialize
+from asi_lens.sae.train import Trainer
+from asi_lens.sae.train_config import TrainConfig
+
+BASE = {"d_sae": 16_384, "k": 32, "d_in": 576, "tokens": 16_384, "batch": 1024}
+VARIED: dict[str, list[int]] = {
+    "d_sae": [2**power for power in range(12, 21)],
+    "k": [8, 16, 32, 64, 128],
+    "d_in": [144, 288, 576, 1152, 2304],
+    "tokens": [2**power for power in range(14, 19)],
+}
+
+
+def peak_mib() -> float:
+    """Largest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def measure(d_sae: int, k: int, d_in: int, tokens: int, batch: int, steps: int) -> dict[str, float]:
+    """Seconds of a step and MiB, at one point."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "rows.npy")
+        np.save(path, rows(tokens, d_in).numpy())
+        store = ActivationStore.from_tensor(path)
+        spectrum, sample = store.spectrum, store.sample(batch)
+        before = peak_mib()
+        sae = SparseAutoencoder(SAEConfig(d_in, d_sae, k), draw=False)
+        initialize(sae, "random", spectrum, None, sample)
+        config = TrainConfig(batch_size=batch, n_tokens=batch * (steps + 1), optimizer="sparse_adam")
+        trainer = Trainer(sae, config)
+        seconds = []
+        for rows_of_step in store.batches(batch, n_tokens=config.n_tokens):
+            start = time.perf_counter()
+            trainer.step(rows_of_step)
+            seconds.append(time.perf_counter() - start)
+    return {"seconds": statistics.median(seconds[1:]), "peak_mib": peak_mib() - before}
+
+
+def exponent(x: list[float], y: list[float]) -> float:
+    """Of the power law through the points."""
+    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
+
+
+def plot(points: list[dict[str, Any]], path: Path) -> None:
+    """Seconds and memory against each quantity, on logarithmic axes."""
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    from asi_lens.figure_files import save
+
+    names = {"d_sae": "features (d_sae)", "k": "k", "d_in": "width (d_in)", "tokens": "tokens of the store"}
+    figure = make_subplots(2, len(names), shared_yaxes=True, vertical_spacing=0.12)
+    for column, (varied, name) in enumerate(names.items(), start=1):
+        own = [point for point in points if point["varied"] == varied]
+        x = [point[varied] for point in own]
+        for row, key in enumerate(("seconds", "peak_mib"), start=1):
+            y = [point[key] for point in own]
+            figure.add_trace(go.Scatter(x=x, y=y, mode="lines+markers", showlegend=False), row, column)
+            figure.update_xaxes(type="log", title=name, row=row, col=column)
+            figure.update_yaxes(type="log", row=row, col=column)
+    figure.update_yaxes(title="seconds of a step", row=1, col=1)
+    figure.update_yaxes(title="peak memory, MiB", row=2, col=1)
+    figure.update_layout(title="How a training step grows", template="plotly_white", height=640)
+    base = ", ".join(f"{key} {value:,}" for key, value in BASE.items())
+    save(figure, path.with_suffix(""), caption=f"Around {base}; row-sparse Adam, float32 weights.")
+
+
+def main() -> None:
+    """Print one JSON object."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--largest", type=int, default=2**20, help="features")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--point", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.point:
+        print(json.dumps(measure(**json.loads(args.point), steps=args.steps)))
+        return
+    points: list[dict[str, Any]] = []
+    for varied, values in VARIED.items():
+        for value in values:
+            if varied == "d_sae" and value > args.largest:
+                continue
+            point = {**BASE, varied: value}
+            command = [sys.executable, __file__, f"--steps={args.steps}", "--point", json.dumps(point)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            points.append({"varied": varied, **point, **json.loads(done.stdout.splitlines()[-1])})
+            print(json.dumps(points[-1]), file=sys.stderr, flush=True)
+    growth = {
+        varied: {
+            key: round(exponent([p[varied] for p in own], [p[key] for p in own]), 2)
+            for key in ("seconds", "peak_mib")
+        }
+        for varied in VARIED
+        if (own := [point for point in points if point["varied"] == varied])
+    }
+    if args.plot:
+        plot(points, args.plot)
+    assert all(math.isfinite(value) for one in growth.values() for value in one.values())
+    print(json.dumps({"exponents": growth, "points": points, "threads": torch.get_num_threads()}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

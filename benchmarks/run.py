@@ -1,0 +1,140 @@
+"""Run the benchmarks one after the other: `make bench`, or `python benchmarks/run.py [names]`.
+
+What each prints goes into `benchmarks/results.json` as it comes, with the machine and the versions, and as
+tables between the markers of `benchmarks/README.md`. Leave the machine alone meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from asi_lens import provenance
+from asi_lens.files import write_whole
+
+HERE = Path(__file__).parent
+RESULTS, README = HERE / "results.json", HERE / "README.md"
+
+COMMANDS: dict[str, list[str]] = {
+    "train_step": ["train_step.py"],
+    "dictionaries": ["dictionaries.py"],
+    "growth": ["growth.py", "--plot", str(HERE.parent / "docs" / "growth.png")],
+    "scaling": ["scaling.py"],
+    "harvest_speed": ["harvest.py", "speed"],
+    "harvest_memory": ["harvest.py", "memory"],
+}
+"""Scripts and their arguments, by name."""
+
+
+def objects(text: str) -> list[Any]:
+    """The JSON objects in what a script printed."""
+    decoder, found, at = json.JSONDecoder(), [], 0
+    while (at := text.find("{", at)) >= 0:
+        value, at = decoder.raw_decode(text, at)
+        found.append(value)
+    return found
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(_cell(value) for value in line) + " |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+
+
+def _train_step(results: list[Any]) -> str:
+    head = ["", "tokens/s", "of the product", "times sparsify", "peak MiB", "FVU"]
+    keys = ("tokens_per_s", "of_the_product", "times_sparsify", "peak_mib", "fvu")
+    return table(head, [[name, *(one[key] for key in keys)] for name, one in results[0]["ways"].items()])
+
+
+def _dictionaries(results: list[Any]) -> str:
+    kinds = results[0]["kinds"].items()
+    head = ["", "time of a step, times TopK's", "peak MiB", "l0"]
+    return table(head, [[name, one["times_topk"], one["peak_mib"], one["l0"]] for name, one in kinds])
+
+
+def _growth(results: list[Any]) -> str:
+    exponents = results[0]["exponents"].items()
+    return table(
+        ["varied", "exponent of time", "exponent of peak memory"],
+        [[name, one["seconds"], one["peak_mib"]] for name, one in exponents],
+    )
+
+
+def _scaling(results: list[Any]) -> str:
+    return table(list(results[0]), [list(one.values()) for one in results])
+
+
+def _plain(results: list[Any]) -> str:
+    return "\n".join(f"    {json.dumps(one)}" for one in results)
+
+
+TABLES: dict[str, Callable[[list[Any]], str]] = {
+    "train_step": _train_step,
+    "dictionaries": _dictionaries,
+    "growth": _growth,
+    "scaling": _scaling,
+    "harvest_speed": _plain,
+    "harvest_memory": _plain,
+}
+
+
+def record(name: str, results: list[Any]) -> None:
+    """Put what a benchmark found into both files."""
+    every = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    every[name] = {
+        "results": results,
+        "machine": provenance.machine(),
+        "versions": provenance.versions(),
+        "git": provenance.git_state(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    with write_whole(RESULTS) as temporary:
+        temporary.write_text(json.dumps(every, indent=1) + "\n", encoding="utf-8")
+    write_tables(every)
+
+
+def write_tables(every: Mapping[str, Any]) -> None:
+    """Put the tables between their markers in the README."""
+    text = README.read_text(encoding="utf-8")
+    for name, one in every.items():
+        made = f"<!-- {name} -->\n{TABLES[name](one['results'])}\n<!-- /{name} -->"
+        text, n = re.subn(
+            rf"<!-- {name} -->\n.*?<!-- /{name} -->", lambda _, made=made: made, text, flags=re.DOTALL
+        )
+        assert n == 1, f"{README} has {n} places for {name}"
+    with write_whole(README) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    """Run those that were asked for, or all."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", choices=[*COMMANDS, []], metavar="name")
+    parser.add_argument("--peers-python", default=sys.executable, help="a Python that has the peers")
+    args = parser.parse_args()
+    for name in args.names or COMMANDS:
+        script, *arguments = COMMANDS[name]
+        python = args.peers_python if name == "train_step" else sys.executable
+        print(f"== {name}", flush=True)
+        done = subprocess.run(
+            [python, str(HERE / script), *arguments], stdout=subprocess.PIPE, text=True, check=True
+        )
+        record(name, objects(done.stdout))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""The search in fewer coordinates: exact values, all picks if nothing lies outside, and when it gives up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_trainings import D_IN, K, Stop, make, quick, rows, same_bits, small_store, stop_at
+
+from asi_lens.activation_store import ActivationStore
+from asi_lens.errors import OptionError, UnknownNameError
+from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
+from asi_lens.sae.initialize import initialize
+from asi_lens.sae.mesh import Mesh, MeshConfig
+from asi_lens.sae.search import LEAST_MASS, SubspaceSearch
+from asi_lens.sae.sparse_ops import SparseCode, encode_topk
+from asi_lens.sae.train import Trainer
+
+D = 96  # wide enough for a search in 32 coordinates
+
+
+def wide(n: int = 1200, *, flat: bool = False) -> ActivationStore:
+    """Rows whose variance falls steeply over the directions, or not at all."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, D, generator=generator)
+    return ActivationStore.from_tensor(x if flat else x * 0.85 ** torch.arange(D))
+
+
+def begun(store: ActivationStore, method: str = "asi", d_init: int | None = 20) -> SparseAutoencoder:
+    sae = SparseAutoencoder(SAEConfig(D, 256, 6))
+    initialize(sae, method, store.spectrum, d_init, store.sample(400))
+    return sae
+
+
+def search_of(store: ActivationStore, r: int) -> SubspaceSearch:
+    return SubspaceSearch(store.spectrum.active_subspace(D).float(), r, tell=print)
+
+
+def as_sets(code: SparseCode) -> list[set[int]]:
+    pairs = zip(code.indices, code.values > 0, strict=True)
+    return [set(found[fires].tolist()) for found, fires in pairs]
+
+
+def test_features_inside_are_all_found() -> None:
+    # Encoder rows lie in 20 directions, so that 32 coordinates leave nothing out.
+    store = wide()
+    sae, search = begun(store), search_of(store, 32)
+    x = sae.centered(store.sample(300))
+    exact = encode_topk(x, sae.encoder_rows, sae.b_enc.data, 6)
+    found = search.code(x, sae.encoder_rows, sae.b_enc.data, 6, torch.float32)
+    assert as_sets(found) == as_sets(exact)
+    for name in ("indices", "values"):
+        ours, theirs = (getattr(code, name).sort(1).values for code in (found, exact))
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    search.measure(x, sae.encoder_rows, sae.b_enc.data, 6, torch.float32)
+    assert (search.r, search.width) == (32, 2)
+    assert search.mass == pytest.approx(1)
+    assert search.picks == 1
+
+
+def test_values_are_exact_though_candidates_are_not() -> None:
+    store = wide(flat=True)
+    sae, search = begun(store, "random", None), search_of(store, 32)
+    sae.b_enc.data.uniform_(-0.3, 0.3)
+    x = sae.centered(store.sample(200))
+    found = search.code(x, sae.encoder_rows, sae.b_enc.data, 6, torch.bfloat16)
+    scores = torch.relu(x @ sae.W_enc.data + sae.b_enc.data)
+    torch.testing.assert_close(found.values, scores.gather(1, found.indices), rtol=1e-5, atol=1e-6)
+    best = scores.topk(6, dim=1).values.sum(1)
+    assert (found.values.sum(1) < best - 1e-4).any()  # some were no candidates
+
+
+def test_it_widens_and_at_last_gives_up(capsys: pytest.CaptureFixture[str]) -> None:
+    flat = wide(flat=True)
+    sae, search = begun(flat, "random", None), search_of(flat, 32)
+    x = sae.centered(flat.sample(300))
+    given = (x, sae.encoder_rows, sae.b_enc.data, 6, torch.float32)
+    search.measure(*given)
+    told = capsys.readouterr().out
+    assert "32 coordinates, 2 k candidates" in told
+    assert "now 32, 4 k" in told
+    assert "exact from here on" in told
+    assert search.is_exact
+    assert search.mass == 1
+    assert as_sets(search.code(*given)) == as_sets(encode_topk(*given[:4]))
+    # Steep: it stops where enough is found.
+    steep = wide()
+    sae, search = begun(steep, "random", None), search_of(steep, 8)
+    x = sae.centered(steep.sample(300))
+    search.measure(x, sae.encoder_rows, sae.b_enc.data, 6, torch.float32)
+    assert not search.is_exact
+    assert search.mass >= LEAST_MASS
+
+
+def test_from_the_start_too_many_coordinates_are_no_search() -> None:
+    assert search_of(wide(), 70).is_exact
+
+
+def test_moved_rows_are_enough() -> None:
+    store = wide()
+    sae, search, anew = begun(store), search_of(store, 32), search_of(store, 32)
+    search.refresh(sae.encoder_rows, torch.float32)
+    moved = torch.tensor([3, 40, 41, 200])
+    sae.encoder_rows[moved] += 0.1
+    search.refresh(sae.encoder_rows, torch.float32, moved)
+    anew.refresh(sae.encoder_rows, torch.float32)
+    assert search._rows is not None
+    assert anew._rows is not None
+    torch.testing.assert_close(search._rows, anew._rows)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sparse_adam"])
+def test_training_with_it_is_training_where_it_finds_all(optimizer: str) -> None:
+    store = wide()
+    config = quick(optimizer=optimizer, n_tokens=64 * 130)
+    exact, searched = (Trainer(begun(store), config, search=search) for search in ("exact", "subspace"))
+    histories = [one.fit(store, progress=False, log_every=10) for one in (exact, searched)]
+    last = [history[-1] for history in histories]
+    assert last[1]["fvu"] == pytest.approx(last[0]["fvu"], rel=1e-2)
+    assert last[1]["search_r"] < D
+    assert last[1]["search_mass"] >= LEAST_MASS
+    assert "search_r" not in last[0]
+
+
+def test_a_run_resumes_with_its_search(tmp_path: Path) -> None:
+    store, config = wide(), quick(optimizer="sparse_adam_decay", n_tokens=64 * 150)
+
+    def trainer() -> Trainer:
+        return Trainer(begun(store, "random", None), config, search="subspace")
+
+    whole, stopped, resumed = trainer(), trainer(), trainer()
+    whole.fit(store, progress=False)
+    options: dict[str, Any] = {"folder": tmp_path, "checkpoint_every": 64, "log_every": 1, "progress": False}
+    with pytest.raises(Stop):
+        stopped.fit(store, on_log=stop_at(107), **options)
+    resumed.fit(store, **options)
+    assert same_bits(whole, resumed)
+
+
+def test_what_it_is_not_for() -> None:
+    with pytest.raises(UnknownNameError, match="search 'subspaces'"):
+        Trainer(make(), quick(), search="subspaces")
+    sae = SparseAutoencoder(SAEConfig(D_IN, 64, K, "batchtopk"))
+    with pytest.raises(OptionError, match="'topk' on one process"):
+        Trainer(sae, quick(), search="subspace")
+    mesh = Mesh()
+    mesh.config = MeshConfig(model=2)
+    with pytest.raises(OptionError, match="'topk' on one process"):
+        Trainer(make(), quick(), mesh=mesh, search="subspace")
+    with pytest.raises(OptionError, match="call fit, or prepare"):
+        Trainer(make(), quick(), search="subspace").step(rows(20))
+    # Narrow inputs have no fewer coordinates to search in.
+    trainer = Trainer(make(), quick(n_tokens=128), search="subspace")
+    trainer.fit(small_store(), progress=False)
+    assert trainer.subspace is not None
+    assert trainer.subspace.is_exact
