@@ -54,6 +54,12 @@ def require(condition: bool, key: str, value: Any, allowed: str) -> None:
         raise OptionError(f"{key}={value!r} is not allowed; {key} must be {allowed}")
 
 
+def require_both(**pair: Any) -> None:
+    """Raise OptionError where one of two options is given (not None) and the other is not."""
+    if len({value is None for value in pair.values()}) > 1:
+        raise OptionError(f"{' and '.join(pair)} belong together: give both or neither")
+
+
 def require_whole(key: str, value: Any, least: int) -> None:
     """Raise OptionError unless `value` is a whole number of at least `least`; True and False are none."""
     whole = isinstance(value, int) and not isinstance(value, bool)

@@ -62,16 +62,14 @@ class HarvestConfig:
     def read(cls, path: Path | str) -> HarvestConfig:
         """The configuration in a YAML file; raises as `run_files.read_yaml` too."""
         known = [f.name for f in fields(cls)]
-        values = run_files.read_yaml(path, known, known[:5], ("tokens", "store"))
+        values = run_files.read_yaml(path, known, known[:5], ("tokens", "store"), ("output",))
         require(isinstance(values["sites"], list), "sites", values["sites"], "a list of [site, layer]")
-        output = Path(path).parent / Path(str(values["output"])).expanduser()
-        return cls(**{**values, "output": output})
+        return cls(**values)
 
 
 def run(config: HarvestConfig, ranks: Ranks, progress: bool = True) -> dict[SiteLayer, ActivationStore]:
     """Harvest what `config` says, as one of `ranks`. Raises as `harvest_stores`, and RankError."""
-    # Folders may be mounted in different places.
-    run_files.agree(ranks, {key: value for key, value in asdict(config).items() if key != "output"})
+    run_files.agree(ranks, asdict(config))
     device = run_files.device_here(config.device)
     model = ranks.together(
         "loading the model", lambda: load_model(config.model, dtype=config.model_dtype, device=device)

@@ -143,13 +143,18 @@ def git_state() -> dict[str, Any] | None:
     return {"commit": commit, "dirty": bool(changed)}
 
 
+def cores() -> int | None:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def machine() -> dict[str, Any]:
     """Processor, cores, memory (GiB) and what torch can use of them. No host name."""
     import torch
 
     facts: dict[str, Any] = {
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "memory_gib": _memory_gib(),
         "system": platform.system(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),

@@ -141,11 +141,12 @@ class _Joined(Ranks):
             return texts
 
     def _await(self, what: str, keys: list[str], *, patient: bool = False) -> None:
-        until, before = time.monotonic() + self.timeout_s, self._advanced()
+        until, before = time.monotonic() + self.timeout_s, self._advanced() if patient else []
         while missing := [rank for rank, key in enumerate(keys) if not self._store.check([key])]:
-            now = self._advanced() if patient else before
-            if all(now[rank] != before[rank] for rank in missing):
-                until, before = time.monotonic() + self.timeout_s, now
+            if patient:
+                now = self._advanced()
+                if all(now[rank] != before[rank] for rank in missing):
+                    until, before = time.monotonic() + self.timeout_s, now
             failed = self._failed()
             if failed or time.monotonic() > until:
                 silent = ", ".join(f"rank {rank}" for rank in missing)

@@ -123,8 +123,7 @@ def _executing(jobs: int) -> Iterator[_Execute]:
 def _share_cores(jobs: int) -> None:
     """Give kernels started from here their share of the cores: threads that wait for each other on too few
     take several times as long."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // jobs)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (provenance.cores() or 1) // jobs)))
 
 
 def missing_images(folder: Path) -> dict[str, str]:

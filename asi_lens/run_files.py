@@ -34,9 +34,13 @@ Config = TypeVar("Config", bound=RunFile)
 
 
 def read_yaml(
-    path: Path | str, known: Sequence[str], needed: Sequence[str], sections: Sequence[str]
+    path: Path | str,
+    known: Sequence[str],
+    needed: Sequence[str],
+    sections: Sequence[str],
+    folders: Sequence[str],
 ) -> dict[str, Any]:
-    """The keys and values of a file, of which `sections` hold keys and values themselves.
+    """The keys and values of a file: `sections` hold keys and values too, `folders` are relative to it.
 
     Raises DataError for what is no such file, UnknownNameError for another key than those `known`,
     OptionError for one that is missing or no section.
@@ -56,7 +60,7 @@ def read_yaml(
             raise OptionError(f"{path.name} has no {key}")
     for key in sections:
         require(isinstance(values.get(key, {}), dict), key, values.get(key), "keys and values")
-    return values
+    return values | {key: path.parent / Path(str(values[key])).expanduser() for key in folders}
 
 
 def require_machine(device: str, timeout_s: float | int) -> None:
@@ -68,15 +72,25 @@ def require_machine(device: str, timeout_s: float | int) -> None:
 
 def device_here(device: str) -> str:
     """The GPU of this process among those of its machine, or the CPU."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device
+    if device != "cuda":
+        return device
+    import torch
+
+    here = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    torch.cuda.set_device(here)  # or NCCL and kernels that name no GPU would all use the first one
+    return here
 
 
 def agree(ranks: Ranks, values: Mapping[str, object]) -> None:
-    """Raise RankError, on every rank, where they run other versions or were given other files."""
+    """Raise RankError, on every rank, where they run other versions or were given other files.
+
+    Folders need not be the same: they may be mounted in different places.
+    """
     names = ("asi_lens", "torch", "safetensors", "numpy")
     versions = {"python": platform.python_version(), **{name: version(name) for name in names}}
     ranks.require_same("versions", versions)
-    ranks.require_same("configurations", values)
+    told = {key: value for key, value in values.items() if not isinstance(value, Path)}
+    ranks.require_same("configurations", told)
 
 
 def command(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import time
 from typing import Any
 
 import torch
-from train_step import rows
+from train_step import peak_mib, rows
 
 from asi_lens.activation_store import ActivationStore
 from asi_lens.recipes import DICTIONARIES, dictionary_recipe
@@ -32,11 +31,6 @@ from asi_lens.sae.transcoder import PairedStores, Transcoder
 from asi_lens.sae.transcoder_init import initialize_transcoder
 
 TRANSCODER = "TopK transcoder"
-
-
-def peak_mib() -> float:
-    """Largest resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def measure(kind: str, args: argparse.Namespace) -> dict[str, float]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 import statistics
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from train_step import rows
+from train_step import peak_mib, rows
 
 from asi_lens.activation_store import ActivationStore
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
@@ -39,11 +38,6 @@ VARIED: dict[str, list[int]] = {
     "d_in": [144, 288, 576, 1152, 2304],
     "tokens": [2**power for power in range(14, 19)],
 }
-
-
-def peak_mib() -> float:
-    """Largest resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def measure(d_sae: int, k: int, d_in: int, tokens: int, batch: int, steps: int) -> dict[str, float]:

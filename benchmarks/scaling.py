@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import socket
 import statistics
 import subprocess
@@ -21,7 +20,7 @@ import sys
 import time
 
 import torch
-from train_step import rows
+from train_step import peak_mib, rows
 
 from asi_lens.activation_store import ActivationStore
 from asi_lens.ranks import joined
@@ -30,11 +29,6 @@ from asi_lens.sae.initialize import initialize
 from asi_lens.sae.mesh import Mesh, MeshConfig, RankMesh, part_of
 from asi_lens.sae.train import Trainer
 from asi_lens.sae.train_config import TrainConfig
-
-
-def peak_mib() -> float:
-    """Largest resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def as_rank(args: argparse.Namespace) -> dict[str, float]:

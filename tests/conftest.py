@@ -89,7 +89,7 @@ def launch() -> Any:
     started: list[Launched] = []
 
     def begin(*files: Path, module: str = "asi_lens.sae.train") -> Launched:
-        started.append(Launched(files, module))
+        started.append(Launched.with_files(files, module))
         return started[-1]
 
     yield begin

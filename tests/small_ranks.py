@@ -24,24 +24,29 @@ def file_of(folder: Path, content: dict[str, Any], name: str = "run.yaml") -> Pa
 
 
 class Launched:
-    """Ranks, each a process with a file of its own."""
+    """Ranks, each a process with a command of its own."""
 
-    def __init__(self, files: Sequence[Path], module: str = "asi_lens.sae.train"):
+    def __init__(self, commands: Sequence[Sequence[str]]):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         shared = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-        shared |= {"WORLD_SIZE": str(len(files)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        shared |= {"WORLD_SIZE": str(len(commands)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         self.processes = [
             subprocess.Popen(
-                [sys.executable, "-m", module, str(path), "--quiet"],
+                [sys.executable, *command],
                 env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
             )
-            for rank, path in enumerate(files)
+            for rank, command in enumerate(commands)
         ]
+
+    @classmethod
+    def with_files(cls, files: Sequence[Path], module: str = "asi_lens.sae.train") -> Launched:
+        """Ranks of a command, each with a file of its own."""
+        return cls([["-m", module, str(path), "--quiet"] for path in files])
 
     def ended(self, timeout: float = 120) -> tuple[list[int], str]:
         """Exit statuses, and all that was said."""

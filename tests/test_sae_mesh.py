@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -14,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_ranks import Launched
 from small_trainings import D_IN, D_SAE, K, make, quick, small_store
 
 from asi_lens.errors import OptionError
@@ -98,28 +95,11 @@ def batches() -> list[torch.Tensor]:
 
 def on_ranks(data: int, model: int, folder: Path) -> dict[str, Any]:
     """The outputs of a mesh; its weights are in `folder`."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     code = textwrap.dedent(CHILD).format(
         tests=str(Path(__file__).parent), data=data, model=model, folder=folder
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    size = data * model
-    environment |= {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env={**environment, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    for rank in ranks:
-        said, _ = rank.communicate(timeout=300)
-        assert rank.returncode == 0, said
+    codes, said = Launched([["-c", code]] * (data * model)).ended(300)
+    assert not any(codes), said
     return json.loads((folder / "out.json").read_text())
 
 

@@ -122,7 +122,7 @@ def test_a_run_goes_on_on_another_mesh(
 def undisturbed(store: Path, tmp_path_factory: pytest.TempPathFactory) -> SparseAutoencoder:
     """What two ranks that share the features train."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    ranks = Launched([file_of(folder, values(store, folder / "out", 1, 2))] * 2)
+    ranks = Launched.with_files([file_of(folder, values(store, folder / "out", 1, 2))] * 2)
     try:
         codes, said = ranks.ended()
     finally:

@@ -34,8 +34,10 @@ def begun(store: ActivationStore, method: str = "asi", d_init: int | None = 20) 
     return sae
 
 
-def search_of(store: ActivationStore, r: int) -> SubspaceSearch:
-    return SubspaceSearch(store.spectrum.active_subspace(D).float(), r, tell=print)
+def search_of(
+    store: ActivationStore, sae: SparseAutoencoder, r: int, dtype: torch.dtype = torch.float32
+) -> SubspaceSearch:
+    return SubspaceSearch(sae, store.spectrum.active_subspace(D).float(), r, dtype, tell=print)
 
 
 def as_sets(code: SparseCode) -> list[set[int]]:
@@ -46,15 +48,16 @@ def as_sets(code: SparseCode) -> list[set[int]]:
 def test_features_inside_are_all_found() -> None:
     # Encoder rows lie in 20 directions, so that 32 coordinates leave nothing out.
     store = wide()
-    sae, search = begun(store), search_of(store, 32)
+    sae = begun(store)
+    search = search_of(store, sae, 32)
     x = sae.centered(store.sample(300))
     exact = encode_topk(x, sae.encoder_rows, sae.b_enc.data, 6)
-    found = search.code(x, sae.encoder_rows, sae.b_enc.data, 6, torch.float32)
+    found = search.code(x)
     assert as_sets(found) == as_sets(exact)
     for name in ("indices", "values"):
         ours, theirs = (getattr(code, name).sort(1).values for code in (found, exact))
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-    search.measure(x, sae.encoder_rows, sae.b_enc.data, 6, torch.float32)
+    search.measure(x)
     assert (search.r, search.width) == (32, 2)
     assert search.mass == pytest.approx(1)
     assert search.picks == 1
@@ -62,10 +65,11 @@ def test_features_inside_are_all_found() -> None:
 
 def test_values_are_exact_though_candidates_are_not() -> None:
     store = wide(flat=True)
-    sae, search = begun(store, "random", None), search_of(store, 32)
+    sae = begun(store, "random", None)
+    search = search_of(store, sae, 32, torch.bfloat16)
     sae.b_enc.data.uniform_(-0.3, 0.3)
     x = sae.centered(store.sample(200))
-    found = search.code(x, sae.encoder_rows, sae.b_enc.data, 6, torch.bfloat16)
+    found = search.code(x)
     scores = torch.relu(x @ sae.W_enc.data + sae.b_enc.data)
     torch.testing.assert_close(found.values, scores.gather(1, found.indices), rtol=1e-5, atol=1e-6)
     best = scores.topk(6, dim=1).values.sum(1)
@@ -74,38 +78,41 @@ def test_values_are_exact_though_candidates_are_not() -> None:
 
 def test_it_widens_and_at_last_gives_up(capsys: pytest.CaptureFixture[str]) -> None:
     flat = wide(flat=True)
-    sae, search = begun(flat, "random", None), search_of(flat, 32)
+    sae = begun(flat, "random", None)
+    search = search_of(flat, sae, 32)
     x = sae.centered(flat.sample(300))
-    given = (x, sae.encoder_rows, sae.b_enc.data, 6, torch.float32)
-    search.measure(*given)
+    search.measure(x)
     told = capsys.readouterr().out
     assert "32 coordinates, 2 k candidates" in told
     assert "now 32, 4 k" in told
     assert "exact from here on" in told
     assert search.is_exact
     assert search.mass == 1
-    assert as_sets(search.code(*given)) == as_sets(encode_topk(*given[:4]))
+    assert as_sets(search.code(x)) == as_sets(encode_topk(x, sae.encoder_rows, sae.b_enc.data, 6))
     # Steep: it stops where enough is found.
     steep = wide()
-    sae, search = begun(steep, "random", None), search_of(steep, 8)
+    sae = begun(steep, "random", None)
+    search = search_of(steep, sae, 8)
     x = sae.centered(steep.sample(300))
-    search.measure(x, sae.encoder_rows, sae.b_enc.data, 6, torch.float32)
+    search.measure(x)
     assert not search.is_exact
     assert search.mass >= LEAST_MASS
 
 
 def test_from_the_start_too_many_coordinates_are_no_search() -> None:
-    assert search_of(wide(), 70).is_exact
+    store = wide()
+    assert search_of(store, begun(store), 70).is_exact
 
 
 def test_moved_rows_are_enough() -> None:
     store = wide()
-    sae, search, anew = begun(store), search_of(store, 32), search_of(store, 32)
-    search.refresh(sae.encoder_rows, torch.float32)
+    sae = begun(store)
+    search, anew = search_of(store, sae, 32), search_of(store, sae, 32)
+    search.refresh()
     moved = torch.tensor([3, 40, 41, 200])
     sae.encoder_rows[moved] += 0.1
-    search.refresh(sae.encoder_rows, torch.float32, moved)
-    anew.refresh(sae.encoder_rows, torch.float32)
+    search.refresh(moved)
+    anew.refresh()
     assert search._rows is not None
     assert anew._rows is not None
     torch.testing.assert_close(search._rows, anew._rows)

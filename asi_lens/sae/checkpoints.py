@@ -83,13 +83,16 @@ def read_checkpoint(folder: Path) -> Iterator[tuple[dict[str, Any], Callable[[st
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get("asi_lens_checkpoint")
             about = json.loads(text) if text else {}
-            if about.get("format") != FORMAT:
-                raise CacheError(
-                    f"{path} has format {about.get('format')!r}, this version reads {FORMAT}; delete it"
-                )
+            require_format(path, about)
             yield about, file.get_tensor
     except (SafetensorError, json.JSONDecodeError) as error:
         raise CacheError(f"{path} cannot be read ({error}); delete it and train again") from error
+
+
+def require_format(path: Path, about: Mapping[str, Any]) -> None:
+    """Raise CacheError unless the checkpoint `about` describes is one that this version reads."""
+    if about.get("format") != FORMAT:
+        raise CacheError(f"{path} has format {about.get('format')!r}, this version reads {FORMAT}; delete it")
 
 
 def require_same(folder: Path, stored: Mapping[str, Any], here: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from asi_lens import models
 from asi_lens.corpora import Tokens
-from asi_lens.errors import DataError, OptionError, UnsupportedModelError, require
+from asi_lens.errors import DataError, OptionError, UnsupportedModelError, require, require_both
 from asi_lens.harvest import SiteLayer
 from asi_lens.interventions import Edit, loss_recovered, mean_ablate, skip_first
 from asi_lens.moments import Moments
@@ -147,10 +147,8 @@ def evaluate_together(
     that is not; UnsupportedModelError for a model that does not predict next tokens.
     """
     require(len(saes) > 0, "saes", [], "one or more")
-    if (model is None) != (tokens is None):
-        raise OptionError("model and tokens belong together: give both or neither")
-    if (spectrum is None) != (d_init is None):
-        raise OptionError("spectrum and d_init belong together: give both or neither")
+    require_both(model=model, tokens=tokens)
+    require_both(spectrum=spectrum, d_init=d_init)
     d_in = rows.d if isinstance(rows, ActivationStore) else rows.shape[1]
     for sae in saes:
         require(not sae.is_transcoder, "saes", "a transcoder", "autoencoders; there is evaluate_transcoder")

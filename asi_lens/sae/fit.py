@@ -55,7 +55,7 @@ def train_together(
     store: Data,
     *,
     folders: Sequence[Path | str] | None = None,
-    checkpoint_every: int = 1_000_000,
+    checkpoint_every: int = 250_000,
     log_every: int = 50,
     windows: Sequence[int] = (),
     loggers: Iterable[str | Logger] = (),

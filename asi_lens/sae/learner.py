@@ -106,8 +106,19 @@ class Learner(Protocol):
 class Fits:
     """What trainers share: a whole run of one of them."""
 
+    config: TrainConfig
     ledger: DeadnessLedger
     mesh = Mesh()
+
+    def stream(self, store: Any, start: int) -> Iterator[Sized]:
+        """See `Learner.stream`."""
+        return self._batches(store, start)
+
+    def _batches(self, store: Any, start: int, **more: Any) -> Iterator[Sized]:
+        config = self.config
+        return store.batches(
+            config.batch_size, seed=config.seed, start=start, n_tokens=config.n_tokens, **more
+        )
 
     def dead_fraction(self, window: int) -> float:
         """Share of features (or units) silent for the last `window` tokens or more, over all ranks."""
@@ -119,7 +130,7 @@ class Fits:
         store: Any,
         *,
         folder: Path | str | None = None,
-        checkpoint_every: int = 1_000_000,
+        checkpoint_every: int = 250_000,
         log_every: int = 50,
         windows: Sequence[int] = (),
         loggers: Iterable[str | Logger] = (),

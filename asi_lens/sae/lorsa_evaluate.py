@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from asi_lens import models
 from asi_lens.corpora import Tokens
-from asi_lens.errors import OptionError, require
+from asi_lens.errors import OptionError, require, require_both
 from asi_lens.interventions import mean_ablate, skip_first
 from asi_lens.sae.deadness import DeadnessLedger
 from asi_lens.sae.evaluate import Evaluation, Hooks, SpliceLosses, hooked_losses, scatter_of, splice_through
@@ -71,8 +71,7 @@ def evaluate_lorsas(
     UnsupportedModelError for a model that does not predict next tokens.
     """
     require(len(lorsas) > 0, "lorsas", [], "one or more")
-    if (model is None) != (tokens is None):
-        raise OptionError("model and tokens belong together: give both or neither")
+    require_both(model=model, tokens=tokens)
     for lorsa in lorsas:
         require(pairs.d == lorsa.d_in, "pairs", f"of width {pairs.d}", f"{lorsa.d_in} wide, as the Lorsa")
         mine, theirs = (about.get("hook_name") for about in (lorsa.config.metadata, pairs.metadata))

@@ -7,7 +7,7 @@ normalized units, as for a dictionary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -146,11 +146,6 @@ class LorsaTrainer(Fits):
         require(store.context <= longest, "store", f"of context {store.context}", f"of {longest} at most")
         size = self.config.batch_size
         require(size >= each, "batch_size", size, f"a sequence of {each} positions at least")
-
-    def stream(self, store: SequencePairs, start: int) -> Iterator[PairBatch]:
-        """Batches from position `start` of the stream to `n_tokens`."""
-        config = self.config
-        return store.batches(config.batch_size, seed=config.seed, start=start, n_tokens=config.n_tokens)
 
     def step_on(self, batch: PairBatch) -> StepOutput:
         """`step`, by the name that `fit` calls it."""

@@ -25,7 +25,13 @@ from asi_lens import tensor_files
 from asi_lens.errors import CacheError
 from asi_lens.files import write_whole
 from asi_lens.ranks import RankError
-from asi_lens.sae.checkpoints import CHECKPOINT_FILE, FORMAT, read_checkpoint, write_checkpoint
+from asi_lens.sae.checkpoints import (
+    CHECKPOINT_FILE,
+    FORMAT,
+    read_checkpoint,
+    require_format,
+    write_checkpoint,
+)
 from asi_lens.sae.mesh import Mesh
 
 ABOUT = "about.json"
@@ -47,8 +53,7 @@ def write(folder: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any],
     """
     if mesh.config.size == 1:
         write_checkpoint(folder, tensors, about)
-        if mesh.leads:
-            _remove(_folders(folder))
+        _remove(_folders(folder))
         return
     import torch.distributed.checkpoint as dcp
 
@@ -159,13 +164,9 @@ class _Shards:
             dcp.load({name: into}, storage_reader=reader, no_dist=self.mesh.config.size == 1)
         return out.reshape(()) if name in self.about["scalars"] else out
 
-    def weights(self) -> list[str]:
-        """Names of the dictionary's own tensors, without their prefix."""
-        return [name.removeprefix(_WEIGHTS) for name in self.tensors if name.startswith(_WEIGHTS)]
-
     def join(self, path: Path) -> None:
         """Write the dictionary's own tensors to one file, a piece of a rank's rows at a time."""
-        names = [_WEIGHTS + name for name in self.weights()]
+        names = [name for name in self.tensors if name.startswith(_WEIGHTS)]
         table = {name: (self.tensors[name].properties.dtype, list(self.tensors[name].size)) for name in names}
         with path.open("wb") as out:
             out.write(tensor_files.header(table))
@@ -191,19 +192,21 @@ def mapped_weights(folder: Path) -> Iterator[tuple[dict[str, Any], dict[str, Ten
         if found is None:
             raise FileNotFoundError(f"{folder} has no checkpoint")
         about, tensors = found
-        if not isinstance(tensors, _Shards):
-            with safe_open(folder / CHECKPOINT_FILE, "pt") as file:
-                names = [n for n in file.keys() if n.startswith((_WEIGHTS, "activation."))]  # noqa: SIM118
-                yield about, {name.removeprefix(_WEIGHTS): file.get_tensor(name) for name in names}
-            return
-        joined = folder / ".weights.unfinished"
+        path, joined = folder / CHECKPOINT_FILE, folder / ".weights.unfinished"
+        scalars = about.get("scalars", [])
         try:
-            tensors.join(joined)
-            with safe_open(joined, "pt") as file:
-                weights = {name: file.get_tensor(_WEIGHTS + name) for name in tensors.weights()}
-                for name in weights.keys() & {name.removeprefix(_WEIGHTS) for name in about["scalars"]}:
-                    weights[name] = weights[name].reshape(())
-                yield about, weights
+            if isinstance(tensors, _Shards):
+                tensors.join(path := joined)
+            with safe_open(path, "pt") as file:
+                names = [n for n in file.keys() if n.startswith((_WEIGHTS, "activation."))]  # noqa: SIM118
+                weights = {name: file.get_tensor(name) for name in names}
+                yield (
+                    about,
+                    {
+                        name.removeprefix(_WEIGHTS): tensor.reshape(()) if name in scalars else tensor
+                        for name, tensor in weights.items()
+                    },
+                )
         finally:
             joined.unlink(missing_ok=True)
 
@@ -217,8 +220,7 @@ def _about(path: Path) -> dict[str, Any]:
         about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CacheError(f"{path} cannot be read ({error}); delete it and train again") from error
-    if about.get("format") != FORMAT:
-        raise CacheError(f"{path} has format {about.get('format')!r}, this version reads {FORMAT}; delete it")
+    require_format(path, about)
     return dict(about)
 
 

@@ -32,7 +32,7 @@ from asi_lens.sae import mesh_checkpoints
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.initialize import initialize
 from asi_lens.sae.mesh import Mesh, MeshConfig, RankMesh, part_of
-from asi_lens.sae.search import check_search
+from asi_lens.sae.search import SEARCHES
 from asi_lens.sae.train import Trainer
 from asi_lens.sae.train_config import TrainConfig
 from asi_lens.spectra import Spectrum
@@ -80,7 +80,7 @@ class RunConfig:
         require("d_sae" in self.sae, "sae", dict(self.sae), "given with d_sae")
         run_files.require_machine(self.device, self.timeout_s)
         require_whole("sample", self.initialize.get("sample", SAMPLE_ROWS), 1)
-        check_search(self.search)
+        require_known([self.search], SEARCHES, "search")
         TrainConfig(**self.train)
         MeshConfig(**self.mesh)
 
@@ -89,11 +89,8 @@ class RunConfig:
         """The configuration in a YAML file; raises as `run_files.read_yaml` too."""
         known = [f.name for f in fields(cls)]
         sections = ("sae", "initialize", "train", "mesh", "fit")
-        values = run_files.read_yaml(path, known, ("store", "sae", "output"), sections)
-        folders = {
-            key: Path(path).parent / Path(str(values[key])).expanduser() for key in ("store", "output")
-        }
-        return cls(**{**values, **folders})
+        needed, folders = ("store", "sae", "output"), ("store", "output")
+        return cls(**run_files.read_yaml(path, known, needed, sections, folders))
 
 
 def run(config: RunConfig, ranks: Ranks, progress: bool = True) -> Trainer:
@@ -101,9 +98,7 @@ def run(config: RunConfig, ranks: Ranks, progress: bool = True) -> Trainer:
 
     Raises RankError, naming the rank, where they cannot begin together; else as `Trainer.fit`.
     """
-    # Folders may be mounted in different places.
-    same = {key: value for key, value in asdict(config).items() if key not in ("store", "output")}
-    run_files.agree(ranks, same)
+    run_files.agree(ranks, asdict(config))
     store = ranks.together("opening the store", lambda: ActivationStore.open(config.store))
     ranks.require_same("stores", {"fingerprint": store.fingerprint, "rows": store.n})
     device = run_files.device_here(config.device)

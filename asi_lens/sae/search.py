@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from asi_lens.errors import unknown_name
-from asi_lens.sae.sparse_ops import SparseCode, Workspace, encode_topk, picked_dots
+from asi_lens.sae.dictionary import SparseAutoencoder
+from asi_lens.sae.sparse_ops import SparseCode, Workspace, encode_topk, merge_topk, picked_dots
 
 SEARCHES = ("exact", "subspace")
 """Every feature in all coordinates; candidates from the leading ones."""
@@ -33,22 +33,26 @@ _FIRST_WIDTH, _LAST_WIDTH = 2, 4
 _COORDINATES, _LARGEST_SHARE = 32, 0.67
 
 
-def check_search(search: str) -> None:
-    """Raise UnknownNameError unless it is one of `SEARCHES`."""
-    if search not in SEARCHES:
-        raise unknown_name("search", search, SEARCHES)
-
-
 class SubspaceSearch:
-    """A search in the leading coordinates, and how it does.
+    """A search in the leading coordinates for the picks of `sae`, and how it does.
 
     Attributes:
+        sae: the dictionary. dtype: of products over all of its features.
         r: coordinates; d_in where it has given up. width: candidates for each of the k picks.
         mass, picks: shares of the exact picks' mass, and of themselves, found when it was last measured.
     """
 
-    def __init__(self, directions: Float[Tensor, "d_in d_in"], r: int, *, tell: Callable[[str], None]):
+    def __init__(
+        self,
+        sae: SparseAutoencoder,
+        directions: Float[Tensor, "d_in d_in"],
+        r: int,
+        dtype: torch.dtype,
+        *,
+        tell: Callable[[str], None],
+    ):
         """`directions` are the inputs' principal ones as columns, largest first; `r` to begin with."""
+        self.sae, self.dtype = sae, dtype
         self.directions = directions
         self.width = _FIRST_WIDTH
         self.r = self._allowed(r)
@@ -61,57 +65,40 @@ class SubspaceSearch:
         """Whether it has given up."""
         return self.r == len(self.directions)
 
-    def refresh(
-        self, encoder: Float[Tensor, "d_sae d_in"], dtype: torch.dtype, moved: Int[Tensor, " n"] | None = None
-    ) -> None:
+    def refresh(self, moved: Int[Tensor, " n"] | None = None) -> None:
         """Take the coordinates of the encoder's rows anew: of all, or of those that moved."""
+        encoder = self.sae.encoder_rows
         if self.is_exact:
             self._rows = None
         elif self._rows is None or moved is None or 2 * len(moved) > len(encoder):
-            rows = encoder @ self._basis(encoder)
-            self._rows = rows.to(dtype)
+            self._rows = self._leading(encoder)
         else:
-            self._rows[moved] = (encoder[moved] @ self._basis(encoder)).to(dtype)
+            self._rows[moved] = self._leading(encoder[moved])
 
-    def code(
-        self,
-        x: Float[Tensor, "batch d_in"],
-        encoder: Float[Tensor, "d_sae d_in"],
-        bias: Float[Tensor, " d_sae"],
-        k: int,
-        dtype: torch.dtype,
-        workspace: Workspace | None = None,
-    ) -> SparseCode:
-        """TopK(ReLU(x W + b)) of centered rows; products over all features are in `dtype`."""
+    def code(self, x: Float[Tensor, "batch d_in"], workspace: Workspace | None = None) -> SparseCode:
+        """TopK(ReLU(x W + b)) of centered rows."""
+        encoder, bias, k = self.sae.encoder_rows, self.sae.b_enc.data, self.sae.k
         if self.is_exact:
-            return encode_topk(x.to(dtype), encoder, bias, k, workspace=workspace)
+            return encode_topk(x.to(self.dtype), encoder, bias, k, workspace=workspace)
         if self._rows is None:
-            self.refresh(encoder, dtype)
+            self.refresh()
         assert self._rows is not None
-        leading = (x @ self._basis(x)).to(dtype)
-        found = encode_topk(leading, self._rows, bias, min(self.width * k, len(encoder)), workspace=workspace)
+        found = encode_topk(self._leading(x), self._rows, bias, self.width * k, workspace=workspace)
         exact = picked_dots(x, encoder, found.indices) + bias[found.indices]
-        values, places = exact.topk(min(k, exact.shape[1]), dim=1, sorted=False)
-        return SparseCode(found.indices.gather(1, places), values.relu())
+        best = merge_topk([SparseCode(found.indices, exact)], k)
+        return SparseCode(best.indices, best.values.relu())
 
-    def measure(
-        self,
-        x: Float[Tensor, "batch d_in"],
-        encoder: Float[Tensor, "d_sae d_in"],
-        bias: Float[Tensor, " d_sae"],
-        k: int,
-        dtype: torch.dtype,
-    ) -> None:
+    def measure(self, x: Float[Tensor, "batch d_in"]) -> None:
         """Compare with the exact search on some rows; widen until it finds enough, or give up."""
         rows = x[:_MEASURED_ROWS]
-        exact = encode_topk(rows, encoder, bias, k)
+        exact = encode_topk(rows, self.sae.encoder_rows, self.sae.b_enc.data, self.sae.k)
         while not self.is_exact:
-            self._compare(self.code(rows, encoder, bias, k, dtype), exact)
+            self._compare(self.code(rows), exact)
             if self.mass >= LEAST_MASS:
                 return
             said = f"search in {self.r} coordinates, {self.width} k candidates: {self.mass:.2%} of the mass"
             self._widen()
-            self.refresh(encoder, dtype)
+            self.refresh()
             now = "exact from here on" if self.is_exact else f"now {self.r}, {self.width} k"
             self._tell(f"{said}; {now}")
         self.mass = self.picks = 1.0
@@ -138,8 +125,8 @@ class SubspaceSearch:
         d, rounded = len(self.directions), -(-r // _COORDINATES) * _COORDINATES
         return rounded if rounded <= _LARGEST_SHARE * d else d
 
-    def _basis(self, like: Tensor) -> Float[Tensor, "d_in r"]:
-        return self.directions[:, : self.r].to(like)
+    def _leading(self, rows: Float[Tensor, "n d_in"]) -> Float[Tensor, "n r"]:
+        return (rows @ self.directions[:, : self.r].to(rows)).to(self.dtype)
 
     def state(self) -> dict[str, Tensor]:
         """Tensors to store."""

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from asi_lens.errors import OptionError, require
+from asi_lens.errors import OptionError, require, require_known
 from asi_lens.sae.deadness import DeadnessLedger
 from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.drift import Drift
@@ -21,7 +21,7 @@ from asi_lens.sae.learner import DivergedError, Fits, StepOutput
 from asi_lens.sae.mesh import Mesh, Part
 from asi_lens.sae.metrics import Row
 from asi_lens.sae.optim import RowAdam, gradient_norm, lr_factor
-from asi_lens.sae.search import MEASURE_EVERY, SubspaceSearch, check_search
+from asi_lens.sae.search import MEASURE_EVERY, SEARCHES, SubspaceSearch
 from asi_lens.sae.sparse_ops import (
     Gradients,
     SparseCode,
@@ -74,7 +74,7 @@ class Trainer(Fits):
                 f"activation={sae.config.activation!r} with prefixes={list(sparsity.prefixes)} is not "
                 "allowed over several ranks; there it is 'topk' without prefixes"
             )
-        check_search(search)
+        require_known([search], SEARCHES, "search")
         if search != "exact" and (sae.config.activation != "topk" or self.mesh.config.size > 1):
             raise OptionError(f"search={search!r} is not allowed; it is for 'topk' on one process")
         self.search = search
@@ -163,7 +163,7 @@ class Trainer(Fits):
         self.ledger.update(code)
         if self.subspace is not None:
             moved = None if config.optimizer == "adam" else grads.features
-            self.subspace.refresh(sae.encoder_rows, self.compute_dtype, moved)
+            self.subspace.refresh(moved)
         return StepOutput(
             step=self.steps,
             tokens=self.tokens,
@@ -183,11 +183,9 @@ class Trainer(Fits):
             return self.sparsity.code(x.to(self.compute_dtype), self.steps, self._workspace)
         if self.subspace is None:
             raise OptionError('search="subspace" needs the inputs\' spectrum: call fit, or prepare(store)')
-        sae = self.sae
-        given = (x, sae.encoder_rows, sae.b_enc.data, sae.k, self.compute_dtype)
         if self.steps % MEASURE_EVERY == 0:
-            self.subspace.measure(*given)
-        return self.subspace.code(*given, self._workspace)
+            self.subspace.measure(x)
+        return self.subspace.code(x, self._workspace)
 
     def _auxiliary(self, x: Tensor, residual: Tensor, dead: Tensor) -> tuple[Term, Float[Tensor, ""]]:
         """AuxK: the top aux_k dead features of each token reconstruct what the others left.
@@ -224,7 +222,8 @@ class Trainer(Fits):
         if self.search == "subspace" and self.subspace is None:
             spectrum = store.spectrum
             directions = spectrum.active_subspace(self.d_in).to(self.sae.W_dec)
-            self.subspace = SubspaceSearch(directions, auto_d_init(spectrum), tell=self._tell)
+            r, dtype = auto_d_init(spectrum), self.compute_dtype
+            self.subspace = SubspaceSearch(self.sae, directions, r, dtype, tell=self._tell)
 
     def measure(self) -> Row:
         """Columns of a logged row beside those of the step: of `drift` and of the search."""
@@ -238,13 +237,11 @@ class Trainer(Fits):
 
     def stream(self, store: Any, start: int) -> Iterator[Sized]:
         """Batches from token `start` to `n_tokens`; on a rank of several, its parts of them."""
-        config, mesh = self.config, self.mesh
-        options = {"seed": config.seed, "start": start, "n_tokens": config.n_tokens}
-        if mesh.config.data == 1:
-            yield from store.batches(config.batch_size, **options)
+        if self.mesh.config.data == 1:
+            yield from super().stream(store, start)
             return
-        for rows in store.batches(config.batch_size, share=mesh.tokens, **options):
-            n = min(config.batch_size, config.n_tokens - start)
+        for rows in self._batches(store, start, share=self.mesh.tokens):
+            n = min(self.config.batch_size, self.config.n_tokens - start)
             start += n
             yield Part(rows, n)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from asi_lens import models
 from asi_lens.corpora import Tokens
-from asi_lens.errors import OptionError, require
+from asi_lens.errors import OptionError, require, require_both
 from asi_lens.interventions import mean_ablate, skip_first
 from asi_lens.sae.deadness import DeadnessLedger
 from asi_lens.sae.evaluate import Evaluation, Hooks, SpliceLosses, hooked_losses, scatter_of, splice_through
@@ -58,8 +58,7 @@ def evaluate_transcoders(
     not finite; UnsupportedModelError for a model that does not predict next tokens.
     """
     require(len(saes) > 0, "saes", [], "one or more")
-    if (model is None) != (tokens is None):
-        raise OptionError("model and tokens belong together: give both or neither")
+    require_both(model=model, tokens=tokens)
     widths = (store.d, store.d_out)
     for sae in saes:
         require(widths == (sae.d_in, sae.d_out), "store", f"of widths {widths}", f"{(sae.d_in, sae.d_out)}")
