@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -42,12 +42,17 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
+def pieces(tensor: Tensor) -> Iterable[Tensor]:
+    """Its rows in views of about 16 MiB."""
+    rows = tensor.reshape(1) if tensor.ndim == 0 else tensor
+    row_bytes = max(1, rows[:1].numel() * rows.dtype.itemsize)
+    return rows.split(max(1, _PIECE_BYTES // row_bytes))
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file; transposed and strided tensors are straightened a piece at a time."""
     with path.open("wb") as file:
         file.write(header({name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}))
         for tensor in tensors.values():
-            rows = tensor.reshape(1) if tensor.ndim == 0 else tensor
-            row_bytes = max(1, rows[:1].numel() * rows.dtype.itemsize)
-            for piece in rows.split(max(1, _PIECE_BYTES // row_bytes)):
+            for piece in pieces(tensor):
                 file.write(raw_bytes(piece))

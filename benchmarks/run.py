@@ -75,7 +75,14 @@ def _growth(results: list[Any]) -> str:
 
 
 def _scaling(results: list[Any]) -> str:
-    return table(list(results[0]), [list(one.values()) for one in results])
+    head = [
+        "data x model",
+        "peak MiB a rank",
+        "of them weights and moments",
+        "bytes a step",
+        "by the formula",
+    ]
+    return table([*head, "seconds a step"], [list(one.values()) for one in results])
 
 
 def _plain(results: list[Any]) -> str:

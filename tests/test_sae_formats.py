@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from some_dictionaries import (
     trained_like,
 )
 
+from asi_lens import tensor_files
 from asi_lens.errors import DataError, OptionError, UnknownNameError
 from asi_lens.sae import formats
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
@@ -44,6 +46,37 @@ def test_a_round_trip_changes_nothing(tmp_path: Path, dtype: torch.dtype) -> Non
     assert files(tmp_path / "a") == files(tmp_path / "b")
     assert torch.equal(sae(activations()), again(activations()))
     assert again.W_dec.requires_grad
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory in use is read from Linux")
+def test_writing_takes_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's checkpoint that fits into no memory is exported from mapped files."""
+    monkeypatch.setattr(tensor_files, "_PIECE_BYTES", 2**20)
+    sae = SparseAutoencoder(SAEConfig(d_in=256, d_sae=65_536, k=K), draw=False)  # 64 MiB of each weight
+    with torch.no_grad():
+        sae.W_enc.fill_(0.5)
+        sae.W_dec.fill_(0.5)
+
+    def in_use() -> int:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+    written = threading.Event()
+    peak = before = in_use()
+
+    def watch() -> None:
+        nonlocal peak
+        while not written.wait(0.001):
+            peak = max(peak, in_use())
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        sae.save(tmp_path / "a")
+    finally:
+        written.set()
+        watching.join()
+    assert peak - before < 16 * 1024  # a mask of one weight has 16 MiB
 
 
 def test_weights_are_kept_once(tmp_path: Path) -> None:

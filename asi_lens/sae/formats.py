@@ -33,7 +33,7 @@ from asi_lens.errors import DataError, OptionError, require_known
 from asi_lens.files import sha256_of, write_whole_folder
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.transcoder import Transcoder
-from asi_lens.tensor_files import write_tensors
+from asi_lens.tensor_files import pieces, write_tensors
 
 FORMAT = 1
 CONFIG, SAELENS, SPARSIFY = "cfg.json", "sae_weights.safetensors", "sae.safetensors"
@@ -306,8 +306,11 @@ def _filled(sae: SparseAutoencoder, tensors: Mapping[str, Tensor], folder: Path)
 def _same_bits(tensor: Tensor, other: Tensor | None) -> bool:
     if other is None or other.dtype != tensor.dtype or other.shape != tensor.shape:
         return False
-    # Equal numbers with other bits are zeros of different sign.
-    return torch.equal(tensor, other) and torch.equal(tensor.signbit(), other.signbit())
+    # Equal numbers with other bits are zeros of different sign. In pieces, for the signs take memory.
+    return all(
+        torch.equal(one, two) and torch.equal(one.signbit(), two.signbit())
+        for one, two in zip(pieces(tensor), pieces(other), strict=True)
+    )
 
 
 def _require_replaceable(folder: Path) -> None:
