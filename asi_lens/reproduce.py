@@ -114,16 +114,20 @@ def _executing(jobs: int) -> Iterator[_Execute]:
         yield execute
         return
     spawn = get_context("spawn")
-    with ProcessPoolExecutor(jobs, spawn, initializer=_share_cores, initargs=(jobs,)) as pool:
+    with ProcessPoolExecutor(jobs, spawn, initializer=_share_cores) as pool:
         yield lambda notebook, parameters, executed: pool.submit(
             execute, notebook, dict(parameters), executed
         ).result()
 
 
-def _share_cores(jobs: int) -> None:
-    """Give kernels started from here their share of the cores: threads that wait for each other on too few
-    take several times as long."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (provenance.cores() or 1) // jobs)))
+def _share_cores() -> None:
+    """Let kernels started from here wait for their threads asleep, after a moment of spinning.
+
+    Every job may then use all cores that the others leave: spinning threads of two jobs on too few cores keep
+    each other from working, which takes several times as long.
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # GNU's OpenMP, which PyTorch has on Linux
+    os.environ.setdefault("KMP_BLOCKTIME", "0")  # LLVM's, which it has elsewhere
 
 
 def missing_images(folder: Path) -> dict[str, str]:
