@@ -18,6 +18,7 @@ from typing import Any
 
 from asi_lens.errors import CacheError, DataError
 from asi_lens.files import cache_key, locked, write_whole
+from asi_lens.jobs import cores
 from asi_lens.paths import project_root
 
 RUN_FILE = "run.json"
@@ -141,11 +142,6 @@ def git_state() -> dict[str, Any] | None:
         return None
     changed = _git("status", "--porcelain", "--", ".", ":(exclude)figures", ":(exclude)README.md")
     return {"commit": commit, "dirty": bool(changed)}
-
-
-def cores() -> int | None:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def machine() -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from asi_lens.errors import AsiLensError, require_whole
 from asi_lens.execute import execute
 from asi_lens.files import cache_key, locked, sha256_of, write_whole
 from asi_lens.gallery import build_gallery, update_readme
+from asi_lens.jobs import share_cores
 from asi_lens.paths import figures_dir, figures_root, notebooks_dir
 from asi_lens.profiles import choose, merged_parameters, parse_given
 from asi_lens.results import ClaimRow, drop_claims, read_claims, write_claim
@@ -114,20 +114,10 @@ def _executing(jobs: int) -> Iterator[_Execute]:
         yield execute
         return
     spawn = get_context("spawn")
-    with ProcessPoolExecutor(jobs, spawn, initializer=_share_cores) as pool:
+    with ProcessPoolExecutor(jobs, spawn, initializer=share_cores, initargs=(jobs,)) as pool:
         yield lambda notebook, parameters, executed: pool.submit(
             execute, notebook, dict(parameters), executed
         ).result()
-
-
-def _share_cores() -> None:
-    """Let kernels started from here wait for their threads asleep, after a moment of spinning.
-
-    Every job may then use all cores that the others leave: spinning threads of two jobs on too few cores keep
-    each other from working, which takes several times as long.
-    """
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # GNU's OpenMP, which PyTorch has on Linux
-    os.environ.setdefault("KMP_BLOCKTIME", "0")  # LLVM's, which it has elsewhere
 
 
 def missing_images(folder: Path) -> dict[str, str]:

@@ -24,6 +24,7 @@ RESULTS, README = HERE / "results.json", HERE / "README.md"
 
 COMMANDS: dict[str, list[str]] = {
     "train_step": ["train_step.py"],
+    "search_quality": ["search_quality.py"],
     "dictionaries": ["dictionaries.py"],
     "growth": ["growth.py", "--plot", str(HERE.parent / "docs" / "growth.png")],
     "scaling": ["scaling.py"],
@@ -60,6 +61,21 @@ def _train_step(results: list[Any]) -> str:
     return table(head, [[name, *(one[key] for key in keys)] for name, one in results[0]["ways"].items()])
 
 
+def _search_quality(results: list[Any]) -> str:
+    head = ["site", "search", "times exact", "coordinates", "mass found", "FVU", "silent", "delta LM loss"]
+
+    def over_seeds(one: Mapping[str, Any]) -> str:
+        return f"{one['mean']:.4f} ({one['least']:.4f} to {one['most']:.4f})"
+
+    rows = []
+    for one in results[:-1]:
+        coordinates = ", ".join(map(str, sorted(set(one.get("coordinates", [])))))
+        mass = f"{min(one.get('share_of_mass', [1.0])):.4%}"
+        numbers = [over_seeds(one[name]) for name in ("fvu", "silent", "delta_lm_loss")]
+        rows.append([one["site"], one["search"], one["times_exact"], coordinates, mass, *numbers])
+    return table(head, rows)
+
+
 def _dictionaries(results: list[Any]) -> str:
     kinds = results[0]["kinds"].items()
     head = ["", "time of a step, times TopK's", "peak MiB", "l0"]
@@ -91,6 +107,7 @@ def _plain(results: list[Any]) -> str:
 
 TABLES: dict[str, Callable[[list[Any]], str]] = {
     "train_step": _train_step,
+    "search_quality": _search_quality,
     "dictionaries": _dictionaries,
     "growth": _growth,
     "scaling": _scaling,

@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 from tqdm.auto import tqdm
 
 from asi_lens.errors import DataError, OptionError, require
+from asi_lens.jobs import short_steps
 from asi_lens.sae import mesh_checkpoints
 from asi_lens.sae.checkpoints import OtherConfigurationError, held, require_same
 from asi_lens.sae.learner import DivergedError, Learner, StepOutput
@@ -123,6 +124,7 @@ def _loop(runs: Sequence[_Run], store: Data, progress: bool) -> None:
     config, mesh = runs[0].trainer.config, runs[0].trainer.mesh
     position = min(run.trainer.tokens for run in runs)
     with (
+        short_steps(),
         _Stop() as stop,
         tqdm(
             total=config.n_tokens,

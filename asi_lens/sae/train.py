@@ -228,8 +228,8 @@ class Trainer(Fits):
     def measure(self) -> Row:
         """Columns of a logged row beside those of the step: of `drift` and of the search."""
         found: Row = {} if self.drift is None else {**self.drift(self.sae)}
-        if self.subspace is not None:
-            found |= {"search_r": self.subspace.r, "search_mass": self.subspace.mass}
+        if (search := self.subspace) is not None:
+            found |= {"search_r": search.r, "search_mass": search.mass, "search_picks": search.picks}
         return found
 
     def _tell(self, text: str) -> None:
