@@ -97,8 +97,9 @@ def _scaling(results: list[Any]) -> str:
         "of them weights and moments",
         "bytes a step",
         "by the formula",
+        "seconds a step",
     ]
-    return table([*head, "seconds a step"], [list(one.values()) for one in results])
+    return table(head, [list(one.values()) for one in results])
 
 
 def _plain(results: list[Any]) -> str:
