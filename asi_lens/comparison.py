@@ -142,6 +142,8 @@ def _run(
     options = {**asdict(recipe), "name": None, "d_init": d_init}
     if recipe.activation != "jumprelu":  # nothing else has thresholds that learn
         del options["sparsity"]["threshold_lr"]
+    if recipe.search == "exact":  # runs from before there was a choice are those of this key
+        del options["search"]
     if options.pop("reader") is not None:
         options["init"] = f"{recipe.init}, reads {recipe.reader}"
     key = cache_key(
@@ -208,7 +210,7 @@ def _start(
     )
     # Of all, also those that did not begin there; inside the subspace there is nowhere else to go.
     drift = Drift(rows.spectrum, min(run.d_active, rows.d))
-    return Trainer(sae.to(device), run.train, run.recipe.sparsity, drift), report
+    return Trainer(sae.to(device), run.train, run.recipe.sparsity, drift, search=run.recipe.search), report
 
 
 def _start_transcoder(

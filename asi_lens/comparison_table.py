@@ -107,6 +107,10 @@ def budget(model: nn.Module, runs: Sequence[Run], data: Split, *, losses: bool =
         f"lr {train.lr:g}, batch {train.batch_size:,}, dead window {train.dead_window:,} tokens",
         f"{data.held_out_tokens.n_tokens:,} held-out tokens",
     ]
+    searched = [run for run in runs if run.recipe.search != "exact"]
+    found = [row["search_mass"] or 0.0 for run in searched for row in run.history()]
+    if found:
+        parts.append(f"top k searched in the active subspace (at least {min(found):.2%} of their mass found)")
     if losses:
         parts.append(f"losses on {data.loss_tokens.n_tokens:,} of them")
     seeds = {run.seed for run in runs}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from asi_lens.errors import require, unknown_name
+from asi_lens.errors import require, require_known, unknown_name
 from asi_lens.sae.dictionary import ACTIVATIONS
 from asi_lens.sae.initialize import METHODS
+from asi_lens.sae.search import SEARCHES
 from asi_lens.sae.sparsity import SparsityConfig
 from asi_lens.sae.train_config import TrainConfig
 from asi_lens.sae.transcoder_init import READERS, TRANSCODER_METHODS
@@ -35,6 +36,8 @@ class Recipe:
     """How it is kept sparse (`sae.sparsity`)."""
     reader: str | None = None
     """What the encoder of a transcoder starts from, of `transcoder_init.READERS`; none for autoencoders."""
+    search: str = "exact"
+    """How the top k are found, of `search.SEARCHES`; "subspace" for TopK autoencoders at full width."""
 
     def __post_init__(self) -> None:
         if self.init not in METHODS:
@@ -51,6 +54,10 @@ class Recipe:
             require(
                 fits, "reader", self.reader, "left out where init, center or inside are not a transcoder's"
             )
+        require_known([self.search], SEARCHES, "search")
+        plain = self.activation == "topk" and not self.inside and self.reader is None
+        fits = self.search == "exact" or plain
+        require(fits, "search", self.search, "'exact' but for TopK autoencoders at full width")
 
 
 RECIPES: dict[str, Recipe] = {

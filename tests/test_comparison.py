@@ -139,6 +139,25 @@ def test_a_run_that_was_stopped_goes_on(
     assert same == [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in whole.history()]
 
 
+def test_a_search_is_part_of_the_run_and_of_what_is_said_of_it(tiny_llama: Any, tmp_path: Path) -> None:
+    x = torch.randn(1000, 96, generator=torch.Generator().manual_seed(0)) * 0.85 ** torch.arange(96)
+    store = ActivationStore.from_tensor(x, metadata=ABOUT)
+    recipe = Recipe("ASI", "asi", 20)
+    exact, found = train_recipes(store, [recipe, replace(recipe, search="subspace")], **OPTIONS)
+    assert exact.folder != found.folder
+    sae = SparseAutoencoder(SAEConfig(96, 64, 4))
+    initialize(sae, "asi", store.spectrum, 20, store.sample(1000))
+    history = Trainer(sae, OPTIONS["train"], search="subspace").fit(store, progress=False, log_every=2)
+    assert torch.equal(found.sae().W_dec, sae.W_dec)
+    assert [row["search_mass"] for row in found.history()] == [row["search_mass"] for row in history]
+    assert history[-1]["search_r"] < 96, "it has given up, so nothing was searched"
+    data = split_of(tiny_llama, tmp_path)
+    told = [budget(tiny_llama, [run], data) for run in (exact, found)]
+    least = min(row["search_mass"] for row in history)
+    assert f"top k searched in the active subspace (at least {least:.2%} of their mass found)" in told[1]
+    assert "searched" not in told[0]
+
+
 def test_inside_the_subspace_a_run_is_a_training_on_coordinates(
     store: ActivationStore, held_out: ActivationStore
 ) -> None:
@@ -329,4 +348,9 @@ def test_bad_recipes_are_named() -> None:
         Recipe("x", aux_k=-1)
     with pytest.raises(OptionError, match="inside"):
         Recipe("x", inside=True)
+    with pytest.raises(UnknownNameError, match="subspac"):
+        Recipe("x", search="subspac")
+    for other in ({"activation": "batchtopk"}, {"reader": "random"}, dict(init="asi", d_init=6, inside=True)):
+        with pytest.raises(OptionError, match="search"):
+            Recipe("x", search="subspace", **other)
     assert list(RECIPES)[:4] == ["random", "random + AuxK", "ASI", "ASI + sparse Adam"]

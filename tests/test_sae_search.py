@@ -14,30 +14,30 @@ from asi_lens.errors import OptionError, UnknownNameError
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.initialize import initialize
 from asi_lens.sae.mesh import Mesh, MeshConfig
-from asi_lens.sae.search import LEAST_MASS, SubspaceSearch
+from asi_lens.sae.search import LEAST_MASS, SubspaceSearch, is_due
 from asi_lens.sae.sparse_ops import SparseCode, encode_topk
 from asi_lens.sae.train import Trainer
 
 D = 96  # wide enough for a search in 32 coordinates
 
 
-def wide(n: int = 1200, *, flat: bool = False) -> ActivationStore:
-    """Rows whose variance falls steeply over the directions, or not at all."""
+def wide(n: int = 1200, *, decay: float = 0.85) -> ActivationStore:
+    """Rows that vary by so much less in each direction than in the one before."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(n, D, generator=generator)
-    return ActivationStore.from_tensor(x if flat else x * 0.85 ** torch.arange(D))
+    return ActivationStore.from_tensor(x * decay ** torch.arange(D))
 
 
 def begun(store: ActivationStore, method: str = "asi", d_init: int | None = 20) -> SparseAutoencoder:
-    sae = SparseAutoencoder(SAEConfig(D, 256, 6))
+    sae = SparseAutoencoder(SAEConfig(D, 1024, 3))
     initialize(sae, method, store.spectrum, d_init, store.sample(400))
     return sae
 
 
 def search_of(
-    store: ActivationStore, sae: SparseAutoencoder, r: int, dtype: torch.dtype = torch.float32
+    store: ActivationStore, sae: SparseAutoencoder, dtype: torch.dtype = torch.float32, batch_size: int = 2048
 ) -> SubspaceSearch:
-    return SubspaceSearch(sae, store.spectrum.active_subspace(D).float(), r, dtype, tell=print)
+    return SubspaceSearch(sae, store.spectrum.active_subspace(D).float(), batch_size, dtype, tell=print)
 
 
 def as_sets(code: SparseCode) -> list[set[int]]:
@@ -49,9 +49,9 @@ def test_features_inside_are_all_found() -> None:
     # Encoder rows lie in 20 directions, so that 32 coordinates leave nothing out.
     store = wide()
     sae = begun(store)
-    search = search_of(store, sae, 32)
+    search = search_of(store, sae)
     x = sae.centered(store.sample(300))
-    exact = encode_topk(x, sae.encoder_rows, sae.b_enc.data, 6)
+    exact = encode_topk(x, sae.encoder_rows, sae.b_enc.data, 3)
     found = search.code(x)
     assert as_sets(found) == as_sets(exact)
     for name in ("indices", "values"):
@@ -64,50 +64,74 @@ def test_features_inside_are_all_found() -> None:
 
 
 def test_values_are_exact_though_candidates_are_not() -> None:
-    store = wide(flat=True)
+    store = wide(decay=1)
     sae = begun(store, "random", None)
-    search = search_of(store, sae, 32, torch.bfloat16)
+    search = search_of(store, sae, torch.bfloat16)
     sae.b_enc.data.uniform_(-0.3, 0.3)
     x = sae.centered(store.sample(200))
     found = search.code(x)
     scores = torch.relu(x @ sae.W_enc.data + sae.b_enc.data)
     torch.testing.assert_close(found.values, scores.gather(1, found.indices), rtol=1e-5, atol=1e-6)
-    best = scores.topk(6, dim=1).values.sum(1)
+    best = scores.topk(3, dim=1).values.sum(1)
     assert (found.values.sum(1) < best - 1e-4).any()  # some were no candidates
 
 
 def test_it_widens_and_at_last_gives_up(capsys: pytest.CaptureFixture[str]) -> None:
-    flat = wide(flat=True)
+    flat = wide(decay=1)
     sae = begun(flat, "random", None)
-    search = search_of(flat, sae, 32)
+    search = search_of(flat, sae)
     x = sae.centered(flat.sample(300))
     search.measure(x)
     told = capsys.readouterr().out
-    assert "32 coordinates, 2 k candidates" in told
-    assert "now 32, 4 k" in told
-    assert "exact from here on" in told
+    assert told.startswith("search in 32 coordinates, 2 k candidates")
+    assert told.endswith("exact from here on\n")
     assert search.is_exact
     assert search.mass == 1
-    assert as_sets(search.code(x)) == as_sets(encode_topk(x, sae.encoder_rows, sae.b_enc.data, 6))
-    # Steep: it stops where enough is found.
-    steep = wide()
-    sae = begun(steep, "random", None)
-    search = search_of(steep, sae, 8)
-    x = sae.centered(steep.sample(300))
+    assert as_sets(search.code(x)) == as_sets(encode_topk(x, sae.encoder_rows, sae.b_enc.data, 3))
+    # Where less lies in the directions left out, it stops at what is enough.
+    store = wide(decay=0.95)
+    sae = begun(store, "random", None)
+    search = search_of(store, sae)
+    first = (search.r, search.width)
+    x = sae.centered(store.sample(300))
     search.measure(x)
+    assert f"now {search.r}, {search.width} k" in capsys.readouterr().out
+    assert search._choices().index((search.r, search.width)) > search._choices().index(first)
     assert not search.is_exact
     assert search.mass >= LEAST_MASS
 
 
-def test_from_the_start_too_many_coordinates_are_no_search() -> None:
+def test_it_tries_the_cheapest_first_and_nothing_that_costs_more_than_to_be_exact() -> None:
     store = wide()
-    assert search_of(store, begun(store), 70).is_exact
+    # Per row of a batch of 2,048: 1,024 features in r coordinates (1,072 r), w times 3 candidates that are
+    # fetched (6,912 w), against 98,304.
+    assert search_of(store, begun(store))._choices() == [(32, 2), (32, 4), (64, 2), (32, 8), (64, 4), (96, 1)]
+    # In a small batch it costs more to take the features' coordinates than they save.
+    assert search_of(store, begun(store), batch_size=32).is_exact
+
+
+def test_it_is_measured_often_at_first() -> None:
+    assert [steps for steps in range(301) if is_due(steps)] == [
+        0,
+        1,
+        2,
+        4,
+        8,
+        16,
+        32,
+        64,
+        100,
+        128,
+        200,
+        256,
+        300,
+    ]
 
 
 def test_moved_rows_are_enough() -> None:
     store = wide()
     sae = begun(store)
-    search, anew = search_of(store, sae, 32), search_of(store, sae, 32)
+    search, anew = search_of(store, sae), search_of(store, sae)
     search.refresh()
     moved = torch.tensor([3, 40, 41, 200])
     sae.encoder_rows[moved] += 0.1
@@ -119,27 +143,30 @@ def test_moved_rows_are_enough() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sparse_adam"])
-def test_training_with_it_is_training_where_it_finds_all(optimizer: str) -> None:
+def test_training_with_it_is_training_where_it_finds_all(
+    optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SubspaceSearch, "_choices", lambda self: [(64, 8), (D, 1)])
     store = wide()
-    config = quick(optimizer=optimizer, n_tokens=64 * 130)
+    config = quick(optimizer=optimizer, batch_size=256, n_tokens=256 * 130)
     exact, searched = (Trainer(begun(store), config, search=search) for search in ("exact", "subspace"))
     histories = [one.fit(store, progress=False, log_every=10) for one in (exact, searched)]
     last = [history[-1] for history in histories]
     assert last[1]["fvu"] == pytest.approx(last[0]["fvu"], rel=1e-2)
-    assert last[1]["search_r"] < D
-    assert last[1]["search_mass"] >= LEAST_MASS
+    assert last[1]["search_r"] == 64
+    assert last[1]["search_mass"] == pytest.approx(1, abs=1e-5)
     assert "search_r" not in last[0]
 
 
 def test_a_run_resumes_with_its_search(tmp_path: Path) -> None:
-    store, config = wide(), quick(optimizer="sparse_adam_decay", n_tokens=64 * 150)
+    store, config = wide(), quick(optimizer="sparse_adam_decay", batch_size=256, n_tokens=256 * 150)
 
     def trainer() -> Trainer:
         return Trainer(begun(store, "random", None), config, search="subspace")
 
     whole, stopped, resumed = trainer(), trainer(), trainer()
     whole.fit(store, progress=False)
-    options: dict[str, Any] = {"folder": tmp_path, "checkpoint_every": 64, "log_every": 1, "progress": False}
+    options: dict[str, Any] = {"folder": tmp_path, "checkpoint_every": 256, "log_every": 1, "progress": False}
     with pytest.raises(Stop):
         stopped.fit(store, on_log=stop_at(107), **options)
     resumed.fit(store, **options)

@@ -63,10 +63,39 @@ def test_two_stage_topk_is_exact_also_with_ties(batch: int, n: int, k: int, leve
     assert all(len(set(row)) == k for row in code.indices.tolist())
 
 
-@pytest.mark.parametrize("chunk_bytes", [1, 5000, 10**9])
+@given(
+    batch=st.integers(1, 5),
+    n=st.integers(1, 1500),
+    k=st.integers(1, 9),
+    levels=st.sampled_from([2, 1000]),
+    seed=st.integers(0, 99),
+)
+def test_what_does_not_exceed_the_known_may_be_left_out(
+    batch: int, n: int, k: int, levels: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    k = min(k, n)
+    scores = torch.randint(levels, (batch, n), generator=generator).float()
+    least = torch.randint(levels, (batch,), generator=generator).float()
+    code = topk_exact(scores, k, least)
+    assert torch.equal(scores.gather(1, code.indices), code.values)
+    assert all(len(set(row)) == len(row) <= k for row in code.indices.tolist())
+    known = least.unsqueeze(1).expand(batch, k)
+    found = torch.cat([known, code.values], 1).topk(k, dim=1).values
+    assert torch.equal(found, torch.cat([known, scores], 1).topk(k, dim=1).values)
+
+
+@pytest.mark.parametrize("n", [40, 1000])
+def test_nan_is_found_whatever_is_known(n: int) -> None:
+    scores = normal(3, n)
+    scores[1, n - 1] = torch.nan
+    assert topk_exact(scores, 2, torch.full((3,), 100.0, dtype=torch.float64)).values.isnan().any()
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 5000, 50_000, 10**9])
 @pytest.mark.parametrize("with_workspace", [False, True])
 def test_chunks_of_features_change_nothing(chunk_bytes: int, with_workspace: bool) -> None:
-    x, weight, bias = normal(7, 12), normal(333, 12, seed=1), normal(333, seed=2)
+    x, weight, bias = normal(7, 12), normal(3333, 12, seed=1), normal(3333, seed=2)
     workspace = Workspace() if with_workspace else None
     code = encode_topk(x, weight, bias, 5, workspace=workspace, chunk_bytes=chunk_bytes)
     expected = (x @ weight.T + bias).relu().topk(5, dim=1)

@@ -49,34 +49,49 @@ class Workspace:
         return found[:size].view(shape)
 
 
-def topk_exact(scores: Float[Tensor, "batch n"], k: int) -> SparseCode:
+def topk_exact(
+    scores: Float[Tensor, "batch n"], k: int, least: Float[Tensor, " batch"] | None = None
+) -> SparseCode:
     """The k largest of each row, as `torch.topk` but in no particular order.
 
     Two stages: the k largest maxima of groups of neighbors, then the k largest inside those groups. It is
     exact: were one of the k largest in another group, k groups would each hold a larger element. Among
     equal values the choice is arbitrary, as it is in `torch.topk`.
+
+    `least`: only what exceeds it matters, as k elements that do not are known. The code has no more columns
+    than the row with most of those needs.
     """
     batch, n = scores.shape
     groups = n // _GROUP
-    if groups < 4 * k:
-        values, indices = scores.topk(k, dim=1, sorted=False)
-        return SparseCode(indices, values)
     whole = groups * _GROUP
     grouped = scores[:, :whole].unflatten(1, (groups, _GROUP))
-    chosen = grouped.amax(2).topk(k, dim=1, sorted=False).indices
+    kept, maxima = k, None
+    if least is not None and groups:
+        maxima = grouped.amax(2)
+        kept = min(k, max(1, _most_above(maxima, least)))
+    if groups < 4 * kept:
+        values, indices = scores.topk(k, dim=1, sorted=False)
+        return SparseCode(indices, values)
+    chosen = (grouped.amax(2) if maxima is None else maxima).topk(kept, dim=1, sorted=False).indices
     row = torch.arange(batch, device=scores.device).unsqueeze(1)
     if whole == n:
         # Whole groups copied one after the other: several times faster than any other way to gather them.
         blocks = grouped.reshape(-1, _GROUP).index_select(0, (chosen + row * groups).flatten())
-        candidates = blocks.view(batch, k * _GROUP)
+        candidates = blocks.view(batch, kept * _GROUP)
     else:
         candidates = torch.cat([grouped[row, chosen].flatten(1), scores[:, whole:]], 1)
-    values, places = candidates.topk(k, dim=1, sorted=False)
-    group = places.div(_GROUP, rounding_mode="floor").clamp_(max=k - 1)
+    width = k if least is None else min(k, _most_above(candidates, least))
+    values, places = candidates.topk(width, dim=1, sorted=False)
+    group = places.div(_GROUP, rounding_mode="floor").clamp_(max=kept - 1)
     indices = chosen.gather(1, group) * _GROUP + places % _GROUP
     if whole < n:
-        indices = torch.where(places < _GROUP * k, indices, places - _GROUP * k + whole)
+        indices = torch.where(places < _GROUP * kept, indices, places - _GROUP * kept + whole)
     return SparseCode(indices, values)
+
+
+def _most_above(values: Float[Tensor, "batch n"], least: Float[Tensor, " batch"]) -> int:
+    """Of all rows, the most elements that exceed `least`; NaN is counted, so that it is seen."""
+    return int((values <= least.unsqueeze(1)).logical_not().sum(1).max())
 
 
 def merge_topk(codes: Sequence[SparseCode], k: int) -> SparseCode:
@@ -131,7 +146,10 @@ def encode_topk(
         else:
             scores = workspace.get("scores", (x.shape[0], stop - start), x)
             torch.addmm(shift, x, weight.T, out=scores)
-        code = topk_exact(scores, min(k, stop - start))
+        # A chunk has to hold more than the k that are known: less and less does.
+        full = best is not None and best.values.shape[1] == k
+        least = best.values.detach().amin(1) if best is not None and full else None
+        code = topk_exact(scores, min(k, stop - start), least)
         code = SparseCode(code.indices + start if start else code.indices, code.values)
         best = code if best is None else merge_topk([best, code], k)
     if best is None:

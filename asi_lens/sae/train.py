@@ -16,12 +16,11 @@ from asi_lens.errors import OptionError, require, require_known
 from asi_lens.sae.deadness import DeadnessLedger
 from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.drift import Drift
-from asi_lens.sae.initialize import auto_d_init
 from asi_lens.sae.learner import DivergedError, Fits, StepOutput
 from asi_lens.sae.mesh import Mesh, Part
 from asi_lens.sae.metrics import Row
 from asi_lens.sae.optim import RowAdam, gradient_norm, lr_factor
-from asi_lens.sae.search import MEASURE_EVERY, SEARCHES, SubspaceSearch
+from asi_lens.sae.search import SEARCHES, SubspaceSearch, is_due
 from asi_lens.sae.sparse_ops import (
     Gradients,
     SparseCode,
@@ -183,7 +182,7 @@ class Trainer(Fits):
             return self.sparsity.code(x.to(self.compute_dtype), self.steps, self._workspace)
         if self.subspace is None:
             raise OptionError('search="subspace" needs the inputs\' spectrum: call fit, or prepare(store)')
-        if self.steps % MEASURE_EVERY == 0:
+        if is_due(self.steps):
             self.subspace.measure(x)
         return self.subspace.code(x, self._workspace)
 
@@ -220,10 +219,9 @@ class Trainer(Fits):
         """What `fit` does first: a dictionary without input normalization takes the store's."""
         self.sae.prepare(store, first=self.steps == 0)
         if self.search == "subspace" and self.subspace is None:
-            spectrum = store.spectrum
-            directions = spectrum.active_subspace(self.d_in).to(self.sae.W_dec)
-            r, dtype = auto_d_init(spectrum), self.compute_dtype
-            self.subspace = SubspaceSearch(self.sae, directions, r, dtype, tell=self._tell)
+            directions = store.spectrum.active_subspace(self.d_in).to(self.sae.W_dec)
+            batch, dtype = self.config.batch_size, self.compute_dtype
+            self.subspace = SubspaceSearch(self.sae, directions, batch, dtype, tell=self._tell)
 
     def measure(self) -> Row:
         """Columns of a logged row beside those of the step: of `drift` and of the search."""
