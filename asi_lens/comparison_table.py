@@ -130,16 +130,15 @@ def _evaluations(
 ) -> list[dict[str, Any]]:
     """The fields of `held_out` rows that come from the evaluation."""
 
-    def evaluate() -> list[Evaluation]:
-        saes = [run.sae() for run in runs]
+    def evaluate(missing: list[Run]) -> list[Evaluation]:
+        saes = [run.sae() for run in missing]
         options: dict[str, Any] = {"model": model, "tokens": tokens, "progress": progress}
         if isinstance(held_out, PairedStores):
             transcoders = [sae for sae in saes if isinstance(sae, Transcoder)]
             return evaluate_transcoders(transcoders, held_out, **options)
         return evaluate_together(saes, held_out, **options)
 
-    folders = [run.folder for run in runs]
-    return held_out_numbers(folders, FORMAT, held_out.fingerprint, model, tokens, evaluate)
+    return held_out_numbers(runs, FORMAT, held_out.fingerprint, model, tokens, evaluate)
 
 
 def _about(run: Run, held_out: ActivationStore | PairedStores) -> dict[str, Any]:

@@ -1,42 +1,53 @@
-"""Evaluations of cached runs, kept under a key of the runs and of what they were judged on."""
+"""Evaluations of cached runs, each kept under a key of the run and of what it was judged on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import nn
 
-from asi_lens.cache import cached_json
+from asi_lens.cache import cached_jsons
 from asi_lens.corpora import Tokens
 from asi_lens.models import model_info
 from asi_lens.sae.evaluate import Evaluation
 
 
+@runtime_checkable
+class _Finished(Protocol):
+    """A run in the cache."""
+
+    @property
+    def folder(self) -> Path: ...
+
+
+AnyRun = TypeVar("AnyRun", bound=_Finished)
+
+
 def held_out_numbers(
-    folders: Iterable[Path],
+    runs: Sequence[AnyRun],
     format_number: int,
     held_out: str,
     model: nn.Module | None,
     tokens: Tokens | None,
-    evaluate: Callable[[], Sequence[Evaluation]],
+    evaluate: Callable[[list[AnyRun]], Sequence[Evaluation]],
 ) -> list[dict[str, Any]]:
-    """The fields of `held_out` rows that come from evaluating runs: of the cache, or of `evaluate()`.
+    """The fields of `held_out` rows that come from evaluating runs: of the cache, or of `evaluate`.
 
     Args:
-        folders: of the runs, in the order of `evaluate`. format_number: what raises it makes others.
+        format_number: what raises it makes others.
         held_out: fingerprint of the data. model, tokens: of the losses, if there are any.
+        evaluate: of the runs that have none yet, together.
     """
-    key = {
+    judged = {
         "format": format_number,
-        "runs": [folder.name for folder in folders],
         "held_out": held_out,
         "model": None if model is None else model_info(model).fingerprint,
         "tokens": None if tokens is None else tokens.fingerprint,
     }
 
-    def measure() -> list[dict[str, Any]]:
+    def measure(missing: list[int]) -> list[dict[str, Any]]:
         return [
             {
                 "dead_window_tokens": one.n_tokens,
@@ -45,7 +56,7 @@ def held_out_numbers(
                 "l0": one.l0,
                 "cross_entropy_delta": one.losses.cross_entropy_delta if one.losses else None,
             }
-            for one in evaluate()
+            for one in evaluate([runs[position] for position in missing])
         ]
 
-    return cached_json("evaluations", key, measure)
+    return cached_jsons("evaluations", [{**judged, "run": run.folder.name} for run in runs], measure)

@@ -226,12 +226,11 @@ def _evaluations(
 ) -> list[dict[str, Any]]:
     """The fields of `held_out` rows that come from the evaluation."""
 
-    def evaluate() -> list[Evaluation]:
-        lorsas = [run.lorsa() for run in runs]
+    def evaluate(missing: list[LorsaRun]) -> list[Evaluation]:
+        lorsas = [run.lorsa() for run in missing]
         return evaluate_lorsas(lorsas, held_out, model=model, tokens=tokens, progress=progress)
 
-    folders = [run.folder for run in runs]
-    return held_out_numbers(folders, FORMAT, held_out.fingerprint, model, tokens, evaluate)
+    return held_out_numbers(runs, FORMAT, held_out.fingerprint, model, tokens, evaluate)
 
 
 def _about(run: LorsaRun, held_out: SequencePairs) -> dict[str, Any]:

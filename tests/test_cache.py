@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from asi_lens.cache import cached_json
+from asi_lens.cache import cached_json, cached_jsons
 from asi_lens.errors import CacheError
 
 
@@ -64,3 +64,24 @@ def test_two_processes_compute_once(own_cache: Path) -> None:
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         assert pool.map(_slow, [str(own_cache)] * 2) == [7, 7]
     assert (own_cache / "calls").read_text() == "x"
+
+
+def test_only_what_is_missing_is_computed_and_at_once() -> None:
+    asked: list[list[int]] = []
+
+    def compute(missing: list[int]) -> list[str]:
+        asked.append(missing)
+        return [f"{len(asked)}.{position}" for position in missing]
+
+    keys = [{"n": n} for n in range(3)]
+    assert cached_jsons("x", [keys[1]], compute) == ["1.0"]
+    assert cached_jsons("x", [keys[0], keys[1], keys[2], keys[0]], compute) == ["2.0", "1.0", "2.2", "2.0"]
+    assert cached_jsons("x", keys, compute) == ["2.0", "1.0", "2.2"]
+    assert cached_jsons("x", [], compute) == []
+    assert asked == [[0], [0, 2]]
+
+
+def test_too_few_results_are_no_results() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        cached_jsons("x", [{"n": 1}, {"n": 2}], lambda missing: [1])
+    assert cached_jsons("x", [{"n": 1}], lambda missing: [2]) == [2]

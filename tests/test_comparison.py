@@ -18,6 +18,7 @@ from asi_lens.errors import CacheError, OptionError, UnknownNameError
 from asi_lens.recipes import RECIPES, Recipe
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.drift import Drift
+from asi_lens.sae.evaluate import evaluate_together
 from asi_lens.sae.fit import train_together
 from asi_lens.sae.initialize import auto_d_init, initialize
 from asi_lens.sae.sparsity import SparsityConfig
@@ -143,9 +144,10 @@ def test_a_search_is_part_of_the_run_and_of_what_is_said_of_it(tiny_llama: Any, 
     x = torch.randn(1000, 96, generator=torch.Generator().manual_seed(0)) * 0.85 ** torch.arange(96)
     store = ActivationStore.from_tensor(x, metadata=ABOUT)
     recipe = Recipe("ASI", "asi", 20)
-    exact, found = train_recipes(store, [recipe, replace(recipe, search="subspace")], **OPTIONS)
+    options = {**OPTIONS, "d_sae": 4096}  # fewer features are cheaper to score than to search
+    exact, found = train_recipes(store, [recipe, replace(recipe, search="subspace")], **options)
     assert exact.folder != found.folder
-    sae = SparseAutoencoder(SAEConfig(96, 64, 4))
+    sae = SparseAutoencoder(SAEConfig(96, 4096, 4))
     initialize(sae, "asi", store.spectrum, 20, store.sample(1000))
     history = Trainer(sae, OPTIONS["train"], search="subspace").fit(store, progress=False, log_every=2)
     assert torch.equal(found.sae().W_dec, sae.W_dec)
@@ -271,10 +273,20 @@ def test_without_curves_the_last_moment_is_left(store: ActivationStore, held_out
 def test_evaluations_are_kept(
     store: ActivationStore, held_out: ActivationStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs = train_recipes(store, ["random"], **OPTIONS)
-    first = dead_feature_rows(runs, held_out)
+    runs = train_recipes(store, ["random", "ASI"], **OPTIONS)
+    first = dead_feature_rows(runs[:1], held_out)
+    judged = []
+
+    def watch(saes: list[SparseAutoencoder], *given: Any, **options: Any) -> Any:
+        judged.append(len(saes))
+        return evaluate_together(saes, *given, **options)
+
+    monkeypatch.setattr(comparison_table, "evaluate_together", watch)
+    both = dead_feature_rows(runs, held_out)
+    assert both[: len(first)] == first
+    assert judged == [1], "the other one has been judged before"
     monkeypatch.setattr(comparison_table, "evaluate_together", refuse)
-    assert dead_feature_rows(runs, held_out) == first
+    assert dead_feature_rows(runs, held_out) == both
     with pytest.raises(AssertionError, match="again"):
         dead_feature_rows(runs, store)
 
