@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import pandas as pd
 from torch import nn
 
 from asi_lens.activation_store import ActivationStore
@@ -89,6 +90,24 @@ def drift_rows(
             )
         )
     return out
+
+
+def relative_times(runs: Sequence[Run]) -> pd.DataFrame:
+    """Time of a step by method, over that of the first one: a ratio of medians over logged rows."""
+    rows = [(run.recipe.name, row["tokens_per_s"]) for run in runs for row in run.history()]
+    speeds = pd.DataFrame(rows, columns=["method", "time per step"]).groupby("method", sort=False).median()
+    return speeds.iloc[0] / speeds
+
+
+def seen_fvu(runs: Sequence[Run], store: ActivationStore, n: int, progress: bool = True) -> pd.Series:
+    """Mean FVU by method on `n` rows of what they were trained on (all of them, if there are fewer).
+
+    Below that of held-out text by what several passes over the same rows memorize.
+    """
+    sample = ActivationStore.from_tensor(store.sample(min(n, store.n)), store.metadata)
+    found = _evaluations(runs, sample, None, None, progress)
+    values = pd.Series([one["fvu"] for one in found], [run.recipe.name for run in runs])
+    return values.groupby(level=0, sort=False).mean()
 
 
 def budget(model: nn.Module, runs: Sequence[Run], data: Split, *, losses: bool = True) -> str:

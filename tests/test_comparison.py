@@ -12,13 +12,13 @@ from small_trainings import D_IN, quick, rows
 
 from asi_lens import comparison, comparison_table
 from asi_lens.activation_store import ActivationStore
-from asi_lens.comparison import train_recipes
-from asi_lens.comparison_table import budget, dead_feature_rows, drift_rows
+from asi_lens.comparison import Run, train_recipes
+from asi_lens.comparison_table import budget, dead_feature_rows, drift_rows, relative_times, seen_fvu
 from asi_lens.errors import CacheError, OptionError, UnknownNameError
 from asi_lens.recipes import RECIPES, Recipe
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.drift import Drift
-from asi_lens.sae.evaluate import evaluate_together
+from asi_lens.sae.evaluate import evaluate, evaluate_together
 from asi_lens.sae.fit import train_together
 from asi_lens.sae.initialize import auto_d_init, initialize
 from asi_lens.sae.sparsity import SparsityConfig
@@ -268,6 +268,28 @@ def test_drift_stands_beside_dead_features(store: ActivationStore, held_out: Act
 def test_without_curves_the_last_moment_is_left(store: ActivationStore, held_out: ActivationStore) -> None:
     found = dead_feature_rows(train_recipes(store, ["random"], **OPTIONS), held_out, curves=False)
     assert [(row.split, row.tokens) for row in found] == [("train", 640), ("held_out", 640)]
+
+
+def test_time_of_a_step_is_over_that_of_the_first_method(
+    store: ActivationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = train_recipes(store, ["random", "ASI"], seeds=[0, 1], **OPTIONS)
+    speeds = {("random", 0): [1.0, 8.0], ("random", 1): [2.0], ("ASI", 0): [4.0], ("ASI", 1): [4.0]}
+    monkeypatch.setattr(
+        Run, "history", lambda run: [{"tokens_per_s": s} for s in speeds[run.recipe.name, run.seed]]
+    )
+    times = relative_times(runs)
+    assert list(times.index) == ["random", "ASI"], "in the order given, not of the alphabet"
+    assert times["time per step"].tolist() == [1.0, 0.5]
+
+
+def test_fvu_on_text_that_was_trained_on(store: ActivationStore) -> None:
+    runs = train_recipes(store, ["random", "ASI"], seeds=[0, 1], **OPTIONS)
+    whole = seen_fvu(runs, store, 10 * store.n, progress=False)
+    expected = [evaluate(run.sae(), store.sample(store.n)).fvu for run in runs]
+    assert list(whole.index) == ["random", "ASI"]
+    assert whole.tolist() == pytest.approx([(expected[0] + expected[2]) / 2, (expected[1] + expected[3]) / 2])
+    assert seen_fvu(runs, store, 64, progress=False).tolist() != pytest.approx(whole.tolist())
 
 
 def test_evaluations_are_kept(
