@@ -11,6 +11,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -56,8 +57,8 @@ def _cell(value: object) -> str:
 
 
 def _train_step(results: list[Any]) -> str:
-    head = ["", "tokens/s", "of the product", "times sparsify", "peak MiB", "FVU"]
-    keys = ("tokens_per_s", "of_the_product", "times_sparsify", "peak_mib", "fvu")
+    head = ["", "tokens/s", "steps", "of the product", "times sparsify", "peak MiB", "FVU"]
+    keys = ("tokens_per_s", "steps", "of_the_product", "times_sparsify", "peak_mib", "fvu")
     return table(head, [[name, *(one[key] for key in keys)] for name, one in results[0]["ways"].items()])
 
 
@@ -153,11 +154,14 @@ def main() -> None:
     args = parser.parse_args()
     for name in args.names or COMMANDS:
         script, *arguments = COMMANDS[name]
-        python = args.peers_python if name == "train_step" else sys.executable
+        command = [sys.executable, str(HERE / script)]
         print(f"== {name}", flush=True)
-        done = subprocess.run(
-            [python, str(HERE / script), *arguments], stdout=subprocess.PIPE, text=True, check=True
-        )
+        with tempfile.TemporaryDirectory() as folder:
+            if name == "train_step":  # the peers' environment need not have what reads the model
+                activations = str(Path(folder, "rows.npy"))
+                subprocess.run([*command, "--harvest", activations], check=True)
+                command = [args.peers_python, *command[1:], "--rows", activations]
+            done = subprocess.run([*command, *arguments], stdout=subprocess.PIPE, text=True, check=True)
         record(name, objects(done.stdout))
 
 

@@ -1,7 +1,7 @@
 """Ways of training one TopK autoencoder, ours and the peers', from one start on one list of batches.
 
 Each way has `step(i)`, one update on batch i as its library's own trainer does it, and `reconstruct(x)`. All
-begin with the same unit decoder rows, a tied encoder and biases of zero, at one learning rate; rows come
+begin with the same unit decoder rows, the same encoder and biases of zero, at one learning rate; rows come
 centered and scaled. Peers are imported where they are asked for.
 """
 
@@ -44,6 +44,8 @@ class Task:
     batches: list[Tensor]
     decoder: Tensor
     """Unit rows [d_sae d_in] to begin with."""
+    encoder: Tensor
+    """Rows [d_sae d_in] to begin with."""
     k: int
 
     @property
@@ -64,7 +66,7 @@ class Task:
 def ours(task: Task, optimizer: str, search: str = "exact") -> Way:
     """`Trainer.step`."""
     sae = SparseAutoencoder(SAEConfig(task.d_in, task.d_sae, task.k), draw=False)
-    return _trained(sae, task.decoder, task, optimizer, lambda rows: rows, search)
+    return _trained(sae, task.decoder, task.encoder, task, optimizer, lambda rows: rows, search)
 
 
 def inside(task: Task, optimizer: str) -> Way:
@@ -73,20 +75,21 @@ def inside(task: Task, optimizer: str) -> Way:
     basis, center = store.basis.float(), store.center.float()
     sae = SparseAutoencoder(SAEConfig(SUBSPACE, task.d_sae, task.k), draw=False)
     decoder = torch.nn.functional.normalize(task.decoder @ basis, dim=1)
-    way = _trained(sae, decoder, task, optimizer, lambda rows: (rows - center) @ basis)
+    way = _trained(sae, decoder, task.encoder @ basis, task, optimizer, lambda rows: (rows - center) @ basis)
     return Way(way.step, lambda x: sae((x - center) @ basis).detach() @ basis.T + center)
 
 
 def _trained(
     sae: SparseAutoencoder,
     decoder: Tensor,
+    encoder: Tensor,
     task: Task,
     optimizer: str,
     read: Callable[[Tensor], Tensor],
     search: str = "exact",
 ) -> Way:
     sae.W_dec.data.copy_(decoder)
-    sae.encoder_rows.copy_(decoder)
+    sae.encoder_rows.copy_(encoder)
     sae.b_enc.data.zero_()
     sae.b_dec.data.zero_()
     constant = {"lr": LR, "warmup_steps": 0, "decay_fraction": 0}
@@ -102,14 +105,14 @@ def _trained(
 def product(task: Task) -> Way:
     """The encoder's matrix product alone, in our compute dtype, into memory that is there already."""
     dtype = resolve_dtype("auto", torch.device("cpu"))
-    weight, x = task.decoder.to(dtype), task.batches[0].to(dtype)
+    weight, x = task.encoder.to(dtype), task.batches[0].to(dtype)
     out = torch.empty(len(x), task.d_sae, dtype=dtype)
     return Way(lambda i: torch.mm(x, weight.T, out=out), None)
 
 
 def plain(task: Task, dtype: torch.dtype) -> Way:
     """The formula written down, dense, with autograd and torch.optim.Adam."""
-    w_enc, b_enc = torch.nn.Parameter(task.decoder.T.clone()), torch.nn.Parameter(torch.zeros(task.d_sae))
+    w_enc, b_enc = torch.nn.Parameter(task.encoder.T.clone()), torch.nn.Parameter(torch.zeros(task.d_sae))
     w_dec, b_dec = torch.nn.Parameter(task.decoder.clone()), torch.nn.Parameter(torch.zeros(task.d_in))
     optimizer = torch.optim.Adam([w_enc, b_enc, w_dec, b_dec], lr=LR)
 
@@ -136,7 +139,7 @@ def sparsify(task: Task) -> Way:
     from sparsify import SparseCoder, SparseCoderConfig
 
     coder = SparseCoder(task.d_in, SparseCoderConfig(num_latents=task.d_sae, k=task.k))
-    coder.encoder.weight.data.copy_(task.decoder)
+    coder.encoder.weight.data.copy_(task.encoder)
     coder.W_dec.data.copy_(task.decoder)
     optimizer = torch.optim.Adam(coder.parameters(), lr=LR)
 
@@ -157,7 +160,7 @@ def saelens(task: Task) -> Way:
 
     sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=task.d_in, d_sae=task.d_sae, k=task.k))
     sae.W_dec.data.copy_(task.decoder)
-    sae.W_enc.data.copy_(task.decoder.T)
+    sae.W_enc.data.copy_(task.encoder.T)
     optimizer = torch.optim.Adam(sae.parameters(), lr=LR)
 
     def step(i: int) -> None:
@@ -189,7 +192,7 @@ def dictionary_learning(task: Task) -> Way:
         steps=10**9, **sizes, layer=0, lm_name="none", lr=LR, warmup_steps=1, device="cpu", seed=0
     )
     trainer.ae.decoder.weight.data.copy_(task.decoder.T)
-    trainer.ae.encoder.weight.data.copy_(task.decoder)
+    trainer.ae.encoder.weight.data.copy_(task.encoder)
     # Step 0 would set the decoder bias from the data.
     return Way(lambda i: trainer.update(i + 1, task.batch(i)), lambda x: trainer.ae(x).detach())
 
