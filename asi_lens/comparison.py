@@ -87,6 +87,7 @@ def train_recipes(
     train: TrainConfig | None = None,
     windows: Sequence[int] = (),
     log_every: int = 50,
+    checkpoint_every: int = 250_000,
     device: str | torch.device = "auto",
     progress: bool = True,
 ) -> list[Run]:
@@ -98,7 +99,7 @@ def train_recipes(
         store: rows of one site, or paired stores for transcoders.
         recipes: recipes, or names in `recipes.RECIPES`; transcoders have a `reader`.
         train: everything but `optimizer`, `aux_k` and `seed`, which recipes and `seeds` say.
-        windows, log_every: as in `train_together`.
+        windows, log_every, checkpoint_every: as in `train_together`.
         device: where to train; "auto" is CUDA if there is one.
 
     Returns runs in order of seeds, then recipes. Raises what the parts raise, and CacheError for a run's
@@ -117,7 +118,7 @@ def train_recipes(
     for seed in seeds:
         runs = [_run(store, recipe, d_sae, k, seed, base, logging) for recipe in chosen]
         with alone(run.folder for run in runs):
-            _train(store, runs, logging, target, progress)
+            _train(store, runs, {**logging, "checkpoint_every": checkpoint_every}, target, progress)
         out += runs
     return out
 
@@ -165,7 +166,7 @@ def _run(
 def _train(
     store: ActivationStore | PairedStores,
     runs: Sequence[Run],
-    logging: Mapping[str, Any],
+    options: Mapping[str, Any],
     device: torch.device,
     progress: bool,
 ) -> None:
@@ -184,7 +185,7 @@ def _train(
             trainer, report = _start(run, rows, device)
             trainers.append(trainer)
             reports.append(report)
-        train_together(trainers, rows, folders=list(missing), progress=progress, **logging)
+        train_together(trainers, rows, folders=list(missing), progress=progress, **options)
         for run, trainer, report in zip(missing.values(), trainers, reports, strict=True):
             _finish(run, trainer.sae, report, rows)
 

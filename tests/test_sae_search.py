@@ -37,7 +37,7 @@ def begun(store: ActivationStore, method: str = "asi", d_init: int | None = 20) 
 def search_of(
     store: ActivationStore, sae: SparseAutoencoder, dtype: torch.dtype = torch.float32, batch_size: int = 2048
 ) -> SubspaceSearch:
-    return SubspaceSearch(sae, store.spectrum.active_subspace(D).float(), batch_size, dtype, tell=print)
+    return SubspaceSearch(sae, store.spectrum.active_subspace(D).float(), batch_size, dtype)
 
 
 def as_sets(code: SparseCode) -> list[set[int]]:
@@ -76,15 +76,15 @@ def test_values_are_exact_though_candidates_are_not() -> None:
     assert (found.values.sum(1) < best - 1e-4).any()  # some were no candidates
 
 
-def test_it_widens_and_at_last_gives_up(capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_widens_and_at_last_gives_up() -> None:
     flat = wide(decay=1)
     sae = begun(flat, "random", None)
     search = search_of(flat, sae)
     x = sae.centered(flat.sample(300))
-    search.measure(x)
-    told = capsys.readouterr().out
+    told = search.measure(x)
+    assert told is not None
     assert told.startswith("search in 32 coordinates, 2 k candidates")
-    assert told.endswith("exact from here on\n")
+    assert told.endswith("exact from here on")
     assert search.is_exact
     assert search.mass == 1
     assert as_sets(search.code(x)) == as_sets(encode_topk(x, sae.encoder_rows, sae.b_enc.data, 3))
@@ -94,8 +94,9 @@ def test_it_widens_and_at_last_gives_up(capsys: pytest.CaptureFixture[str]) -> N
     search = search_of(store, sae)
     first = (search.r, search.width)
     x = sae.centered(store.sample(300))
-    search.measure(x)
-    assert f"now {search.r}, {search.width} k" in capsys.readouterr().out
+    told = search.measure(x)
+    assert told is not None
+    assert f"now {search.r}, {search.width} k" in told
     assert search._choices().index((search.r, search.width)) > search._choices().index(first)
     assert not search.is_exact
     assert search.mass >= LEAST_MASS
@@ -148,7 +149,8 @@ def test_training_with_it_is_training_where_it_finds_all(
 ) -> None:
     monkeypatch.setattr(SubspaceSearch, "_choices", lambda self: [(64, 8), (D, 1)])
     store = wide()
-    config = quick(optimizer=optimizer, batch_size=256, n_tokens=256 * 130)
+    # In bfloat16 the two round differently, and drift apart.
+    config = quick(optimizer=optimizer, batch_size=256, n_tokens=256 * 130, compute_dtype="float32")
     exact, searched = (Trainer(begun(store), config, search=search) for search in ("exact", "subspace"))
     histories = [one.fit(store, progress=False, log_every=10) for one in (exact, searched)]
     last = [history[-1] for history in histories]

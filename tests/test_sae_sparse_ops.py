@@ -18,6 +18,7 @@ from asi_lens.sae.sparse_ops import (
     merge_topk,
     picked_dots,
     sum_gradients,
+    topk_above,
     topk_exact,
 )
 
@@ -77,28 +78,33 @@ def test_what_does_not_exceed_the_known_may_be_left_out(
     k = min(k, n)
     scores = torch.randint(levels, (batch, n), generator=generator).float()
     least = torch.randint(levels, (batch,), generator=generator).float()
-    code = topk_exact(scores, k, least)
-    assert torch.equal(scores.gather(1, code.indices), code.values)
-    assert all(len(set(row)) == len(row) <= k for row in code.indices.tolist())
+    code = topk_above(scores, k, least)
+    there = code.values > -torch.inf
+    assert torch.equal(scores.gather(1, code.indices)[there], code.values[there])
+    assert (code.values > least.unsqueeze(1))[there].all()
+    for row, own in zip(code.indices, there, strict=True):
+        assert len(set(row[own].tolist())) == int(own.sum()) <= k
     known = least.unsqueeze(1).expand(batch, k)
     found = torch.cat([known, code.values], 1).topk(k, dim=1).values
     assert torch.equal(found, torch.cat([known, scores], 1).topk(k, dim=1).values)
 
 
 @pytest.mark.parametrize("n", [40, 1000])
-def test_nan_is_found_whatever_is_known(n: int) -> None:
+@pytest.mark.parametrize("place", [0, -1])
+def test_nan_is_found_whatever_is_known(n: int, place: int) -> None:
     scores = normal(3, n)
-    scores[1, n - 1] = torch.nan
-    assert topk_exact(scores, 2, torch.full((3,), 100.0, dtype=torch.float64)).values.isnan().any()
+    scores[1, place] = torch.nan
+    assert topk_above(scores, 2, torch.full((3,), 100.0, dtype=torch.float64)).values.isnan().any()
 
 
-@pytest.mark.parametrize("chunk_bytes", [1, 5000, 50_000, 10**9])
+@pytest.mark.parametrize("tile_bytes", [1, 5000, 50_000, 10**9])
 @pytest.mark.parametrize("with_workspace", [False, True])
-def test_chunks_of_features_change_nothing(chunk_bytes: int, with_workspace: bool) -> None:
+@pytest.mark.parametrize("k", [5, 40])
+def test_chunks_of_features_change_nothing(tile_bytes: int, with_workspace: bool, k: int) -> None:
     x, weight, bias = normal(7, 12), normal(3333, 12, seed=1), normal(3333, seed=2)
     workspace = Workspace() if with_workspace else None
-    code = encode_topk(x, weight, bias, 5, workspace=workspace, chunk_bytes=chunk_bytes)
-    expected = (x @ weight.T + bias).relu().topk(5, dim=1)
+    code = encode_topk(x, weight, bias, k, workspace=workspace, tile_bytes=tile_bytes)
+    expected = (x @ weight.T + bias).relu().topk(k, dim=1)
     torch.testing.assert_close(code.values.sort(descending=True).values, expected.values)
     assert torch.equal(code.indices.sort().values, expected.indices.sort().values)
 

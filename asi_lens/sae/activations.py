@@ -47,7 +47,7 @@ class FiresFreely:
         codes = []
         for z in pre_activations(x, encoder, bias):
             values = self.values(z, bias)
-            codes.append(pick(values > 0, values))
+            codes.append(pick(values > 0, values.to(bias.dtype)))
         return stack_codes(codes)
 
 

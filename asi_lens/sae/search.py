@@ -30,12 +30,12 @@ _GOAL = 0.9995
 _MEASURE_EVERY = 100
 _MEASURED_ROWS = 256
 # Features whose coordinates are taken at a time.
-_REFRESHED = 16384
+_REFRESHED = 2048
 # What it chooses from: multiples of so many coordinates, and of so many candidates for each pick.
 _COORDINATES, _WIDTHS = 32, (2, 4, 8)
-# A multiply-add on a row that has to be fetched, in those of a matrix product: on a CPU 20 where the
-# weights are 38 MB, 30 where they are 600 MB. It decides what is tried first, and nothing else.
-_FETCHED = 24
+# What a candidate's multiply-add costs (fetching its row, ranking it) in those of a matrix product, which is
+# that much faster in bfloat16. It decides what is tried first, and when to give up.
+_CANDIDATE, _CANDIDATE_BF16 = 24, 100
 
 
 def is_due(steps: int) -> bool:
@@ -58,8 +58,6 @@ class SubspaceSearch:
         directions: Float[Tensor, "d_in d_in"],
         batch_size: int,
         dtype: torch.dtype,
-        *,
-        tell: Callable[[str], None],
     ):
         """`directions` are the inputs' principal ones as columns, largest first; `batch_size` rows share what
         it costs to take the features' coordinates. It begins with the cheapest choice, to be measured."""
@@ -67,7 +65,6 @@ class SubspaceSearch:
         self.directions = directions
         self.r, self.width = self._choices()[0]
         self.mass = self.picks = math.nan
-        self._tell = tell
         self._rows: Tensor | None = None
 
     @property
@@ -83,12 +80,12 @@ class SubspaceSearch:
             return
         if self._rows is None or self._rows.shape[1] != self.r:
             self._rows, moved = encoder.new_empty(len(encoder), self.r, dtype=self.dtype), None
-        if moved is None or 2 * len(moved) > len(encoder):
-            for first in range(0, len(encoder), _REFRESHED):
-                part = slice(first, first + _REFRESHED)
-                self._rows[part] = self._leading(encoder[part])
-        else:
-            self._rows[moved] = self._leading(encoder[moved])
+        if moved is not None and 2 * len(moved) > len(encoder):
+            moved = None
+        for first in range(0, len(encoder if moved is None else moved), _REFRESHED):
+            few = slice(first, first + _REFRESHED)
+            part = few if moved is None else moved[few]
+            self._rows[part] = self._leading(encoder[part])
 
     def code(self, x: Float[Tensor, "batch d_in"], workspace: Workspace | None = None) -> SparseCode:
         """TopK(ReLU(x W + b)) of centered rows."""
@@ -103,29 +100,31 @@ class SubspaceSearch:
         best = merge_topk([SparseCode(found.indices, exact)], k)
         return SparseCode(best.indices, best.values.relu())
 
-    def measure(self, x: Float[Tensor, "batch d_in"]) -> None:
-        """Compare with the exact search on some rows; widen until it finds enough, or give up."""
+    def measure(self, x: Float[Tensor, "batch d_in"]) -> str | None:
+        """Compare with the exact search on some rows; widen until it finds enough, or give up.
+
+        Returns what changed, in words.
+        """
         if self.is_exact:
             self.mass = self.picks = 1.0
-            return
+            return None
         rows = x[:_MEASURED_ROWS]
         exact = encode_topk(rows, self.sae.encoder_rows, self.sae.b_enc.data, self.sae.k)
         self._compare(self.code(rows), exact)
         if self.mass >= LEAST_MASS:
-            return
+            return None
         said = f"search in {self.r} coordinates, {self.width} k candidates: {self.mass:.2%} of the mass"
         choices = self._choices()
-        for choice in choices[choices.index((self.r, self.width)) + 1 :]:
+        for choice in choices[choices.index((self.r, self.width)) + 1 : -1]:
             self.r, self.width = choice
             self.refresh()
-            if self.is_exact:
-                self.mass = self.picks = 1.0
-                self._tell(f"{said}; exact from here on")
-                return
             self._compare(self.code(rows), exact)
             if self.mass >= _GOAL:
-                self._tell(f"{said}; now {self.r}, {self.width} k: {self.mass:.2%}")
-                return
+                return f"{said}; now {self.r}, {self.width} k: {self.mass:.2%}"
+        self.r, self.width = choices[-1]
+        self.refresh()
+        self.mass = self.picks = 1.0
+        return f"{said}; exact from here on"
 
     def _compare(self, found: SparseCode, exact: SparseCode) -> None:
         total = exact.values.sum(dtype=torch.float64)
@@ -140,17 +139,18 @@ class SubspaceSearch:
     def _choices(self) -> list[tuple[int, int]]:
         """Coordinates and candidates for each pick, the cheapest first; the last is to be exact."""
         d, n, batch = len(self.directions), self.sae.d_sae, self.batch_size
+        candidate = _CANDIDATE_BF16 if self.dtype == torch.bfloat16 else _CANDIDATE
         costs = {
             # Per row of the batch: products with all features, its share of taking their coordinates, and
             # the candidates' scores.
-            (r, width): n * r * (1 + d / batch) + _FETCHED * width * self.sae.k * d
+            (r, width): n * r * (1 + d / batch) + candidate * width * self.sae.k * d
             for r in range(_COORDINATES, d, _COORDINATES)
             for width in _WIDTHS
         }
         return [*(choice for choice in sorted(costs, key=costs.__getitem__) if costs[choice] < n * d), (d, 1)]
 
     def _leading(self, rows: Float[Tensor, "n d_in"]) -> Float[Tensor, "n r"]:
-        return (rows @ self.directions[:, : self.r].to(rows)).to(self.dtype)
+        return rows.to(self.dtype) @ self.directions[:, : self.r].to(self.dtype)
 
     def state(self) -> dict[str, Tensor]:
         """Tensors to store."""

@@ -18,10 +18,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
-# Bytes of pre-activations held at a time (one chunk of features).
+# Bytes of pre-activations held at a time where all of a batch's are not needed at once.
 CHUNK_BYTES = 160 * 2**20
-# Elements whose maxima the first stage of the top-k compares.
-_GROUP = 32
+# A top-k looks at tiles of so many bytes and rows: on a CPU what was just computed is still in its cache.
+_TILE_BYTES, _TILE_ROWS = 16 * 2**20, 512
+# Elements whose maxima a stage of the top-k compares, such that there are several groups for each pick.
+_LARGEST_GROUP, _SMALLEST_GROUP, _GROUPS_PER_PICK = 32, 4, 4
 
 
 class SparseCode(NamedTuple):
@@ -49,49 +51,67 @@ class Workspace:
         return found[:size].view(shape)
 
 
-def topk_exact(
-    scores: Float[Tensor, "batch n"], k: int, least: Float[Tensor, " batch"] | None = None
-) -> SparseCode:
+def topk_exact(scores: Float[Tensor, "batch n"], k: int) -> SparseCode:
     """The k largest of each row, as `torch.topk` but in no particular order.
 
-    Two stages: the k largest maxima of groups of neighbors, then the k largest inside those groups. It is
-    exact: were one of the k largest in another group, k groups would each hold a larger element. Among
-    equal values the choice is arbitrary, as it is in `torch.topk`.
-
-    `least`: only what exceeds it matters, as k elements that do not are known. The code has no more columns
-    than the row with most of those needs.
+    In stages: the k largest maxima of groups, then the same among what is in those groups. It is exact: were
+    one of the k largest in another group, k groups would each hold a larger element. Among equal values the
+    choice is arbitrary, as it is in `torch.topk`. The elements of a group lie a stride apart, so that maxima
+    run over whole vectors: several times as fast on a CPU as over neighbors.
     """
-    batch, n = scores.shape
-    groups = n // _GROUP
-    whole = groups * _GROUP
-    grouped = scores[:, :whole].unflatten(1, (groups, _GROUP))
-    kept, maxima = k, None
-    if least is not None and groups:
-        maxima = grouped.amax(2)
-        kept = min(k, max(1, _most_above(maxima, least)))
-    if groups < 4 * kept:
+    size = min(_LARGEST_GROUP, scores.shape[1] // (_GROUPS_PER_PICK * max(k, 1)))
+    if size < _SMALLEST_GROUP:
         values, indices = scores.topk(k, dim=1, sorted=False)
         return SparseCode(indices, values)
-    chosen = (grouped.amax(2) if maxima is None else maxima).topk(kept, dim=1, sorted=False).indices
-    row = torch.arange(batch, device=scores.device).unsqueeze(1)
-    if whole == n:
-        # Whole groups copied one after the other: several times faster than any other way to gather them.
-        blocks = grouped.reshape(-1, _GROUP).index_select(0, (chosen + row * groups).flatten())
-        candidates = blocks.view(batch, kept * _GROUP)
-    else:
-        candidates = torch.cat([grouped[row, chosen].flatten(1), scores[:, whole:]], 1)
-    width = k if least is None else min(k, _most_above(candidates, least))
-    values, places = candidates.topk(width, dim=1, sorted=False)
-    group = places.div(_GROUP, rounding_mode="floor").clamp_(max=kept - 1)
-    indices = chosen.gather(1, group) * _GROUP + places % _GROUP
-    if whole < n:
-        indices = torch.where(places < _GROUP * kept, indices, places - _GROUP * kept + whole)
+    size = 1 << size.bit_length() - 1
+    grouped, left_over = _grouped(scores, size)
+    groups = grouped.shape[2]
+    chosen = grouped.amax(1).topk(k, dim=1, sorted=False).indices
+    candidates = grouped.gather(2, chosen.unsqueeze(1).expand(-1, size, -1)).flatten(1)
+    if left_over.shape[1]:
+        candidates = torch.cat([candidates, left_over], 1)
+    places, values = topk_exact(candidates, k)
+    member = places.div(k, rounding_mode="floor")
+    indices = member * groups + chosen.gather(1, places % k)
+    if left_over.shape[1]:
+        indices = torch.where(member < size, indices, places - size * k + size * groups)
     return SparseCode(indices, values)
 
 
-def _most_above(values: Float[Tensor, "batch n"], least: Float[Tensor, " batch"]) -> int:
-    """Of all rows, the most elements that exceed `least`; NaN is counted, so that it is seen."""
-    return int((values <= least.unsqueeze(1)).logical_not().sum(1).max())
+def topk_above(scores: Float[Tensor, "batch n"], k: int, least: Float[Tensor, " batch"]) -> SparseCode:
+    """What exceeds `least` in each row, its k largest where it is more: for who knows k others already.
+
+    As wide as the row with most of it. Rows with less are filled up with feature 0 and minus infinity. NaN
+    counts as exceeding, so that it is seen.
+    """
+    grouped, left_over = _grouped(scores, _LARGEST_GROUP)
+    size, groups = grouped.shape[1:]
+    bound = least.unsqueeze(1)
+    row, group = (grouped.amax(1) <= bound).logical_not_().nonzero(as_tuple=True)
+    members = grouped[row, :, group]
+    place, member = (members <= bound[row]).logical_not_().nonzero(as_tuple=True)
+    row, index, value = row[place], member * groups + group[place], members[place, member]
+    if left_over.shape[1]:
+        there = (left_over <= bound).logical_not_().nonzero(as_tuple=True)
+        row, order = torch.cat([row, there[0]]).sort(stable=True)
+        index = torch.cat([index, there[1] + size * groups])[order]
+        value = torch.cat([value, left_over[there]])[order]
+    counts = torch.bincount(row, minlength=len(scores))
+    width = int(counts.max())
+    column = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+    indices = row.new_zeros(len(scores), width)
+    values = scores.new_full((len(scores), width), -torch.inf)
+    indices[row, column] = index
+    values[row, column] = value
+    return merge_topk([SparseCode(indices, values)], k)
+
+
+def _grouped(
+    scores: Float[Tensor, "batch n"], size: int
+) -> tuple[Float[Tensor, "batch size groups"], Float[Tensor, "batch rest"]]:
+    """Groups of elements that lie a stride apart, and what is left over at the end."""
+    whole = scores.shape[1] // size * size
+    return scores[:, :whole].unflatten(1, (size, whole // size)), scores[:, whole:]
 
 
 def merge_topk(codes: Sequence[SparseCode], k: int) -> SparseCode:
@@ -117,46 +137,56 @@ def encode_topk(
     *,
     features: Int[Tensor, " n"] | None = None,
     workspace: Workspace | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
+    tile_bytes: int | None = None,
 ) -> SparseCode:
-    """TopK(ReLU(x W + b)) in chunks of features with a running top-k.
+    """TopK(ReLU(x W + b)), tile by tile of rows and features with a running top-k.
 
     Args:
         x: centered rows; their dtype is the one computed in (weights are cast to it chunk by chunk).
         features: only these may be picked (ascending); indices still count from the first of all.
-        workspace: where to keep the chunk's memory; none where gradients are wanted by autograd.
+        workspace: where to keep a tile's memory; none where gradients are wanted by autograd.
+        tile_bytes: of pre-activations; none for what suits the device.
 
     Values come back in the dtype of `bias`. With fewer than k features the code is that narrow.
     """
-    n = encoder.shape[0] if features is None else features.shape[0]
-    width = max(k, chunk_bytes // (max(1, x.shape[0]) * x.element_size()))
+    n, batch = encoder.shape[0] if features is None else features.shape[0], x.shape[0]
+    on_cpu = x.device.type == "cpu"
+    height = max(1, min(batch, _TILE_ROWS) if on_cpu else batch)
+    tile = tile_bytes or (_TILE_BYTES if on_cpu else CHUNK_BYTES)
+    width = max(k, tile // (height * x.element_size()))
     # Chunks of equal size, in whole groups: a narrow last one would waste its product.
     chunks = max(1, -(-n // width))
-    width = -(-n // (chunks * _GROUP)) * _GROUP
-    best: SparseCode | None = None
+    width = max(k, -(-n // (chunks * _LARGEST_GROUP)) * _LARGEST_GROUP)
+    blocks = x.split(height)
+    best: list[SparseCode | None] = [None] * len(blocks)
     for start in range(0, n, width):
         stop = min(start + width, n)
-        if features is None:
-            weight, shift = encoder[start:stop], bias[start:stop]
-        else:
-            weight, shift = encoder[features[start:stop]], bias[features[start:stop]]
-        weight, shift = weight.to(x.dtype), shift.to(x.dtype)
-        if workspace is None:
-            scores = torch.addmm(shift, x, weight.T)
-        else:
-            scores = workspace.get("scores", (x.shape[0], stop - start), x)
-            torch.addmm(shift, x, weight.T, out=scores)
-        # A chunk has to hold more than the k that are known: less and less does.
-        full = best is not None and best.values.shape[1] == k
-        least = best.values.detach().amin(1) if best is not None and full else None
-        code = topk_exact(scores, min(k, stop - start), least)
-        code = SparseCode(code.indices + start if start else code.indices, code.values)
-        best = code if best is None else merge_topk([best, code], k)
-    if best is None:
-        empty = x.new_zeros(x.shape[0], 0)
-        best = SparseCode(empty.long(), empty)
-    indices = best.indices if features is None else features[best.indices]
-    return SparseCode(indices, best.values.relu().to(bias.dtype))
+        chosen = slice(start, stop) if features is None else features[start:stop]
+        weight, shift = encoder[chosen], bias[chosen].to(x.dtype)
+        if weight.dtype != x.dtype:
+            rows = None if workspace is None else workspace.get("weights", weight.shape, x)
+            weight = weight.to(x.dtype) if rows is None else rows.copy_(weight)
+        for place, block in enumerate(blocks):
+            if workspace is None:
+                scores = torch.addmm(shift, block, weight.T)
+            else:
+                scores = workspace.get("scores", (len(block), stop - start), x)
+                torch.addmm(shift, block, weight.T, out=scores)
+            known = best[place]
+            if known is None:
+                best[place] = topk_exact(scores, min(k, stop - start))
+            else:
+                # A later chunk has to hold more than the k that are known: less and less does.
+                code = topk_above(scores, k, known.values.detach().amin(1))
+                best[place] = merge_topk([known, SparseCode(code.indices + start, code.values)], k)
+    codes = [code for code in best if code is not None]
+    if not codes:
+        empty = x.new_zeros(batch, 0)
+        codes = [SparseCode(empty.long(), empty)]
+    indices = torch.cat([code.indices for code in codes])
+    values = torch.cat([code.values for code in codes])
+    indices = indices if features is None else features[indices]
+    return SparseCode(indices, values.relu().to(bias.dtype))
 
 
 def decode_sum(code: SparseCode, decoder: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "batch d_out"]:
@@ -168,13 +198,25 @@ def picked_dots(
     grad: Float[Tensor, "batch d_out"], decoder: Float[Tensor, "d_sae d_out"], indices: Int[Tensor, "batch k"]
 ) -> Float[Tensor, "batch k"]:
     """grad[b] . decoder[indices[b, j]]: the derivative of a loss in the values of a code."""
-    batch, k = indices.shape
-    bags = torch.arange(batch, device=indices.device)
-    # What embedding_bag itself uses for the derivative in its sample weights, on CPU and CUDA.
-    dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        grad, decoder, indices.flatten(), bags * k, bags.repeat_interleave(k), 0
+    features, order = indices.flatten().sort()
+    dots = torch.empty_like(order, dtype=grad.dtype)
+    dots[order] = _sorted_dots(grad, decoder, order.div(indices.shape[1], rounding_mode="floor"), features)
+    return dots.view(indices.shape)
+
+
+def _sorted_dots(
+    table: Float[Tensor, "rows d_out"],
+    decoder: Float[Tensor, "d_sae d_out"],
+    rows: Int[Tensor, " picks"],
+    features: Int[Tensor, " picks"],
+) -> Float[Tensor, " picks"]:
+    """table[rows[i]] . decoder[features[i]], features ascending: the decoder, which no cache holds, is then
+    read from its start to its end, less than half the time of reading it here and there."""
+    # What embedding_bag itself uses for the derivative in its sample weights, on CPU and CUDA; the fourth
+    # argument would say where bags begin, if the fifth did not say the bag of each sample.
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        decoder, table, rows, features[:1], features, 0
     )
-    return dots.view(batch, k)
 
 
 @dataclass(frozen=True)
@@ -286,31 +328,43 @@ def sum_gradients(
     `encoder` has a part of the features, `over_features` adds up what the parts say of b_dec.
     """
     d_sae, batch = encoder.shape[0], x.shape[0]
-    parts: list[list[Tensor]] = [[] for _ in range(7)]
-    for place, term in enumerate(terms):
-        code = term.code
-        fired = (code.values > 0).flatten()
-        dots = picked_dots(term.grad, decoder, code.indices).flatten()
-        into = dots if term.pull is None else dots + term.pull.flatten()
-        into = into if term.gain is None else into * term.gain.flatten()
-        bias = into if term.to_b_enc else torch.zeros_like(into)
-        values = code.values.flatten() if term.moves_decoder else torch.zeros_like(into)
-        sample = torch.arange(batch, device=x.device).repeat_interleave(code.indices.shape[1])
-        picks = (code.indices.flatten(), sample, sample + place * batch, values, into, dots, bias)
-        every = bool(fired.all())
-        for part, found in zip(parts, picks, strict=True):
-            part.append(found if every else found[fired])
-    features, rows, table_rows, values, into, dots, bias = (torch.cat(part) for part in parts)
+    widths = [term.code.indices.shape[1] for term in terms]
+    rows = torch.arange(len(terms) * batch, device=x.device).view(len(terms), batch)
+    table_rows = [own.repeat_interleave(width) for own, width in zip(rows, widths, strict=True)]
+    fired = torch.cat([term.code.values.flatten() for term in terms]) > 0
+    features, order = torch.cat([term.code.indices.flatten() for term in terms]), None
+    if not bool(fired.all()):
+        order = fired.nonzero().flatten()
+        features = features[order]
     # Stable, so that sums run in the same order every time.
-    features, order = features.sort(stable=True)
-    values, into, dots = values[order], into[order], dots[order]
+    features, place = features.sort(stable=True)
+    order = place if order is None else order[place]
+
+    def column(parts: Sequence[Tensor | None], rest: float = 0.0) -> Tensor:
+        """Of the picks that fired, sorted by feature; terms without a part of it have `rest`."""
+        whole = [
+            torch.full_like(term.code.values, rest) if part is None else part
+            for part, term in zip(parts, terms, strict=True)
+        ]
+        return torch.cat([part.flatten() for part in whole])[order]
+
+    table = terms[0].grad if len(terms) == 1 else torch.cat([term.grad for term in terms])
+    rows_of_table = column(table_rows)
+    values = column([term.code.values if term.moves_decoder else None for term in terms])
+    dots = _sorted_dots(table, decoder, rows_of_table, features)
+    into = dots
+    if any(term.pull is not None for term in terms):
+        into = into + column([term.pull for term in terms])
+    if any(term.gain is not None for term in terms):
+        into = into * column([term.gain for term in terms], rest=1.0)
     summed = [into, values * dots]
     if not all(term.to_b_enc for term in terms):
-        summed.append(bias[order])
+        ones = [torch.ones_like(term.code.values) if term.to_b_enc else None for term in terms]
+        summed.append(into * column(ones))
     counts = torch.bincount(features, minlength=d_sae)
     offsets = pad(counts.cumsum(0), (1, 0))
     sums = embedding_bag(
-        torch.arange(len(order), device=x.device),
+        torch.arange(len(features), device=x.device),
         torch.stack(summed, 1),
         offsets,
         mode="sum",
@@ -329,10 +383,10 @@ def sum_gradients(
         features=active,
         offsets=offsets,
         encoder_table=x,
-        encoder_rows=rows[order],
+        encoder_rows=rows_of_table if len(terms) == 1 else rows_of_table % batch,
         encoder_weights=into,
-        decoder_table=terms[0].grad if len(terms) == 1 else torch.cat([term.grad for term in terms]),
-        decoder_rows=table_rows[order],
+        decoder_table=table,
+        decoder_rows=rows_of_table,
         decoder_weights=values,
         b_enc=b_enc.contiguous(),
         b_dec=b_dec,

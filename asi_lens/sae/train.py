@@ -182,8 +182,8 @@ class Trainer(Fits):
             return self.sparsity.code(x.to(self.compute_dtype), self.steps, self._workspace)
         if self.subspace is None:
             raise OptionError('search="subspace" needs the inputs\' spectrum: call fit, or prepare(store)')
-        if is_due(self.steps):
-            self.subspace.measure(x)
+        if is_due(self.steps) and (change := self.subspace.measure(x)):
+            tqdm.write(f"step {self.steps + 1}: {change}")
         return self.subspace.code(x, self._workspace)
 
     def _auxiliary(self, x: Tensor, residual: Tensor, dead: Tensor) -> tuple[Term, Float[Tensor, ""]]:
@@ -221,7 +221,7 @@ class Trainer(Fits):
         if self.search == "subspace" and self.subspace is None:
             directions = store.spectrum.active_subspace(self.d_in).to(self.sae.W_dec)
             batch, dtype = self.config.batch_size, self.compute_dtype
-            self.subspace = SubspaceSearch(self.sae, directions, batch, dtype, tell=self._tell)
+            self.subspace = SubspaceSearch(self.sae, directions, batch, dtype)
 
     def measure(self) -> Row:
         """Columns of a logged row beside those of the step: of `drift` and of the search."""
@@ -229,9 +229,6 @@ class Trainer(Fits):
         if (search := self.subspace) is not None:
             found |= {"search_r": search.r, "search_mass": search.mass, "search_picks": search.picks}
         return found
-
-    def _tell(self, text: str) -> None:
-        tqdm.write(f"step {self.steps + 1}: {text}")
 
     def stream(self, store: Any, start: int) -> Iterator[Sized]:
         """Batches from token `start` to `n_tokens`; on a rank of several, its parts of them."""
