@@ -11,10 +11,11 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +31,13 @@ from asi_lens.spectra import Spectrum
 _CHUNK = 8192
 # A permutation's key is (this, seed, epoch): training order and `sample` never coincide.
 _TRAINING, _SAMPLE = 0, 1
+
+
+class ReadRows(NamedTuple):
+    """Rows that were read for a batch; row i belongs to its place `order[i]`."""
+
+    rows: Float[Tensor, "batch d"]
+    order: Int[Tensor, " batch"]
 
 
 class ActivationStore:
@@ -201,16 +209,23 @@ class ActivationStore:
     def _gather(
         self, index: Int[Tensor, " batch"], dtype: torch.dtype | None = None
     ) -> Float[Tensor, "batch d"]:
+        return self._placed(self._read(index), dtype)
+
+    def _read(self, index: Int[Tensor, " batch"]) -> ReadRows:
+        """Rows as they are stored, in ascending order, and the order asked for."""
         # Sorted, so that each file is walked through once and from its beginning to its end.
         ordered, order = index.sort()
         cuts = torch.searchsorted(ordered, torch.tensor(self._bounds)).tolist()
-        device = self._rows[0].device
-        found = torch.empty(len(index), self.d, dtype=self.dtype, device=device)
+        found = torch.empty(len(index), self.d, dtype=self.dtype, device=self._rows[0].device)
         for part, base, (low, high) in zip(self._rows, self._bounds, itertools.pairwise(cuts), strict=False):
             if low < high:
-                torch.index_select(part, 0, (ordered[low:high] - base).to(device), out=found[low:high])
-        out = torch.empty(len(index), self.d, dtype=dtype or self.dtype, device=device)
-        out[order.to(device)] = found.to(out.dtype)
+                _take(part, ordered[low:high] - base, found[low:high])
+        return ReadRows(found, order)
+
+    def _placed(self, read: ReadRows, dtype: torch.dtype | None) -> Float[Tensor, "batch d"]:
+        """A copy in the order asked for."""
+        out = torch.empty(read.rows.shape, dtype=dtype or self.dtype, device=read.rows.device)
+        out[read.order.to(out.device)] = read.rows.to(out.dtype)
         return out
 
     def positions(self, index: Int[Tensor, " batch"]) -> Int[Tensor, "batch 2"]:
@@ -262,6 +277,23 @@ class ActivationStore:
         dtype: torch.dtype | None,
         share: Callable[[int], tuple[int, int]] | None,
     ) -> Iterator[Float[Tensor, "batch d"]]:
+        # While one batch is worked on, a thread waits for the disk to bring the next.
+        with ThreadPoolExecutor(1) as reader:
+            ahead: Future[ReadRows] | None = None
+            for index in self._order(batch_size, seed, start, n_tokens):
+                if share is not None:
+                    first, last = share(len(index))
+                    index = index[first:last]
+                now, ahead = ahead, reader.submit(self._read, index)
+                if now is not None:
+                    yield self._placed(now.result(), dtype)
+            if ahead is not None:
+                yield self._placed(ahead.result(), dtype)
+
+    def _order(
+        self, batch_size: int, seed: int, start: int, n_tokens: int | None
+    ) -> Iterator[Int[Tensor, " batch"]]:
+        """Rows of one batch after the other."""
         epoch, shuffle = -1, Permutation(self.n)
         while n_tokens is None or start < n_tokens:
             stop = start + batch_size if n_tokens is None else min(start + batch_size, n_tokens)
@@ -274,11 +306,7 @@ class ActivationStore:
                 last = min(stop - epoch * self.n, self.n)
                 index.append(shuffle(np.arange(first, last)))
                 start += last - first
-            chosen = torch.from_numpy(np.concatenate(index))
-            if share is not None:
-                first, last = share(len(chosen))
-                chosen = chosen[first:last]
-            yield self._gather(chosen, dtype)
+            yield torch.from_numpy(np.concatenate(index))
 
     def sample(self, n: int, seed: int = 0) -> Float[Tensor, "n d"]:
         """`n` different rows drawn at random, float32. Raises OptionError for more rows than there are."""
@@ -286,6 +314,15 @@ class ActivationStore:
         require(seed >= 0, "seed", seed, "at least 0")
         index = Permutation(self.n, _SAMPLE, seed)(np.arange(n))
         return self._gather(torch.from_numpy(index), torch.float32)
+
+
+def _take(rows: Float[Tensor, "n d"], index: Int[Tensor, " batch"], out: Float[Tensor, "batch d"]) -> None:
+    """Copy rows; on a CPU without torch's threads, which would take the cores from what runs meanwhile."""
+    if rows.device.type != "cpu" or not rows.is_contiguous():
+        torch.index_select(rows, 0, index.to(rows.device), out=out)
+        return
+    source, target = (part.view(torch.uint8).numpy() for part in (rows, out))
+    np.take(source, index.numpy(), axis=0, out=target, mode="clip")
 
 
 def require_origin(

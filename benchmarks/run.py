@@ -59,7 +59,7 @@ def _cell(value: object) -> str:
 def _train_step(results: list[Any]) -> str:
     head = ["", "tokens/s", "steps", "of the product", "times sparsify", "peak MiB", "FVU"]
     keys = ("tokens_per_s", "steps", "of_the_product", "times_sparsify", "peak_mib", "fvu")
-    return table(head, [[name, *(one[key] for key in keys)] for name, one in results[0]["ways"].items()])
+    return table(head, [[name, *(one.get(key) for key in keys)] for name, one in results[0]["ways"].items()])
 
 
 def _search_quality(results: list[Any]) -> str:

@@ -33,7 +33,15 @@ def make(seed: int = 0, dtype: torch.dtype = torch.float32) -> SparseAutoencoder
 
 
 def quick(**changes: Any) -> TrainConfig:
-    defaults = {"batch_size": 64, "n_tokens": 64 * 30, "warmup_steps": 3, "dead_window": 256, "lr": 3e-3}
+    defaults: dict[str, Any] = {
+        "batch_size": 64,
+        "n_tokens": 64 * 30,
+        "warmup_steps": 3,
+        "dead_window": 256,
+        "lr": 3e-3,
+    }
+    # Not what is fast here: in bfloat16 many pre-activations are equal, and any of them may be picked.
+    defaults["compute_dtype"] = "float32"
     return TrainConfig(**{**defaults, **changes})
 
 

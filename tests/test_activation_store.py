@@ -176,6 +176,35 @@ def test_a_stream_without_an_end_goes_on(numbered: ActivationStore) -> None:
         assert next(batches).shape == (300, 2)
 
 
+def test_the_next_batch_is_read_while_one_is_worked_on(
+    numbered: ActivationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    read = numbered._read
+
+    def counted(index: torch.Tensor) -> Any:
+        sizes.append(len(index))
+        return read(index)
+
+    monkeypatch.setattr(numbered, "_read", counted)
+    batches = numbered.batches(5, n_tokens=17)
+    next(batches)
+    batches.close()  # waits for what is under way
+    assert sizes == [5, 5]
+    assert [len(batch) for batch in numbered.batches(5, n_tokens=17)] == [5, 5, 5, 2]
+
+
+def test_an_error_of_reading_ahead_is_raised(
+    numbered: ActivationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(index: torch.Tensor) -> Any:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(numbered, "_read", broken)
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(numbered.batches(5))
+
+
 def test_every_batch_mixes_the_whole_store(numbered: ActivationStore) -> None:
     stream = torch.tensor(numbers(numbered.batches(100, seed=0, n_tokens=1000)))
     for batch in stream.split(100):

@@ -136,6 +136,17 @@ def test_l0_reaches_its_target(kind: str, method: str) -> None:
     assert sae.encode_dense(rows()).gt(0).sum(1).double().mean().item() == pytest.approx(K, rel=0.25)
 
 
+@pytest.mark.parametrize("kind", list(ACTIVATIONS))
+def test_computing_in_bfloat16_changes_little(kind: str) -> None:
+    store = small_store()
+    fvu = {}
+    for dtype in ("float32", "bfloat16"):
+        sae = SparseAutoencoder(SAEConfig(D_IN, D_SAE, K, kind))
+        initialize(sae, "random", store.spectrum, None, store.sample(400))
+        fvu[dtype] = Trainer(sae, quick(compute_dtype=dtype)).fit(store, progress=False)[-1]["fvu"]
+    assert fvu["bfloat16"] == pytest.approx(fvu["float32"], rel=0.05)
+
+
 def test_l0_is_annealed_down() -> None:
     store = small_store()
     sae = SparseAutoencoder(SAEConfig(D_IN, D_SAE, K, "jumprelu"))

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from asi_lens.activation_store import ReadRows
 from asi_lens.errors import require
 from asi_lens.moments import Moments
 from asi_lens.sae.dictionary import SparseAutoencoder
@@ -61,10 +62,11 @@ class SubspaceStore(ActivationStore):
         """All rows once, in order."""
         return (self._coordinates(part.float()) for part in self.of.in_order(batch_size))
 
-    def _gather(
-        self, index: Int[Tensor, " batch"], dtype: torch.dtype | None = None
-    ) -> Float[Tensor, "batch r"]:
-        rows = self._coordinates(self.of._gather(index, torch.float32))
+    def _read(self, index: Int[Tensor, " batch"]) -> ReadRows:
+        return self.of._read(index)
+
+    def _placed(self, read: ReadRows, dtype: torch.dtype | None) -> Float[Tensor, "batch r"]:
+        rows = self._coordinates(self.of._placed(read, torch.float32))
         return rows if dtype is None else rows.to(dtype)
 
     def _coordinates(self, rows: Float[Tensor, "n d"]) -> Float[Tensor, "n r"]:
