@@ -1,6 +1,6 @@
 """What a dictionary loses, and gains, by the search in the active subspace, on real activations.
 
-    python benchmarks/search_quality.py [--sites attn_out mlp_out resid_post] [--seeds 3] [--d-sae 4096]
+    python benchmarks/search_quality.py [--sites attn_out mlp_out resid_post] [--seeds 3] [--d-sae 16384]
 
 At every site of one layer of a packaged model, dictionaries with ASI are trained with the exact search and
 with `search="subspace"`, of each seed on the same batches one after the other: FVU, silent features and
@@ -52,9 +52,9 @@ def main() -> None:
     parser.add_argument("--corpus", default="news-en")
     parser.add_argument("--sites", nargs="+", default=["attn_out", "mlp_out", "resid_post"])
     parser.add_argument("--layer", type=int, default=15)
-    parser.add_argument("--d-sae", type=int, default=4096)
+    parser.add_argument("--d-sae", type=int, default=16_384)
     parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--n-tokens", type=int, default=98_304, help="in the store")
     parser.add_argument("--passes", type=int, default=4)
     parser.add_argument("--held-out", type=int, default=16_384)

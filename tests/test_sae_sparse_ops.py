@@ -10,6 +10,7 @@ from torch import Tensor
 
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.sparse_ops import (
+    BIAS_COLUMNS,
     SparseCode,
     Term,
     Workspace,
@@ -20,6 +21,7 @@ from asi_lens.sae.sparse_ops import (
     sum_gradients,
     topk_above,
     topk_exact,
+    with_ones,
 )
 
 
@@ -126,12 +128,26 @@ def test_only_the_features_asked_for_are_picked() -> None:
     assert encode_topk(x, weight, bias, 9, features=some).indices.shape == (7, 4)
 
 
-def test_values_in_bfloat16_come_back_as_float32() -> None:
+@pytest.mark.parametrize("tile_bytes", [None, 2000])
+@pytest.mark.parametrize("with_workspace", [False, True])  # with it the bias is a column of the weights
+def test_values_in_bfloat16_come_back_as_float32(with_workspace: bool, tile_bytes: int | None) -> None:
     x, weight, bias = normal(7, 12), normal(300, 12, seed=1).float(), normal(300, seed=2).float()
-    code = encode_topk(x.bfloat16(), weight, bias, 3)
-    assert code.values.dtype == torch.float32
-    exact = (x @ weight.double().T + bias).relu().topk(3, dim=1).values
-    torch.testing.assert_close(code.values.double().sort(descending=True).values, exact, rtol=0.02, atol=0.02)
+    workspace = Workspace() if with_workspace else None
+    for _ in range(2):  # also where the workspace has been written to
+        code = encode_topk(x.bfloat16(), weight, bias, 3, workspace=workspace, tile_bytes=tile_bytes)
+        assert code.values.dtype == torch.float32
+        exact = (x @ weight.double().T + bias).relu().topk(3, dim=1).values
+        ours = code.values.double().sort(descending=True).values
+        torch.testing.assert_close(ours, exact, rtol=0.02, atol=0.02)
+
+
+def test_a_bias_among_the_weights_is_added() -> None:
+    x, weight, bias = normal(7, 12), normal(300, 12, seed=1), normal(300, seed=2)
+    zeros = weight.new_zeros(300, BIAS_COLUMNS - 1)
+    folded = encode_topk(with_ones(x), torch.cat([weight, bias[:, None], zeros], 1), None, 3)
+    apart = encode_topk(x, weight, bias, 3)
+    torch.testing.assert_close(folded.values, apart.values)
+    assert torch.equal(folded.indices, apart.indices)
 
 
 def test_decode_and_dots_are_the_dense_products() -> None:

@@ -19,7 +19,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from asi_lens.sae.dictionary import SparseAutoencoder
-from asi_lens.sae.sparse_ops import SparseCode, Workspace, encode_topk, merge_topk, picked_dots
+from asi_lens.sae.sparse_ops import (
+    BIAS_COLUMNS,
+    SparseCode,
+    Workspace,
+    encode_topk,
+    merge_topk,
+    picked_dots,
+    with_ones,
+)
 
 SEARCHES = ("exact", "subspace")
 """Every feature in all coordinates; candidates from the leading ones."""
@@ -78,14 +86,16 @@ class SubspaceSearch:
         if self.is_exact:
             self._rows = None
             return
-        if self._rows is None or self._rows.shape[1] != self.r:
-            self._rows, moved = encoder.new_empty(len(encoder), self.r, dtype=self.dtype), None
+        width = self.r + BIAS_COLUMNS
+        if self._rows is None or self._rows.shape[1] != width:
+            self._rows, moved = encoder.new_zeros(len(encoder), width, dtype=self.dtype), None
         if moved is not None and 2 * len(moved) > len(encoder):
             moved = None
         for first in range(0, len(encoder if moved is None else moved), _REFRESHED):
             few = slice(first, first + _REFRESHED)
             part = few if moved is None else moved[few]
-            self._rows[part] = self._leading(encoder[part])
+            self._rows[part, : self.r] = self._leading(encoder[part])
+            self._rows[part, self.r] = self.sae.b_enc.data[part].to(self.dtype)
 
     def code(self, x: Float[Tensor, "batch d_in"], workspace: Workspace | None = None) -> SparseCode:
         """TopK(ReLU(x W + b)) of centered rows."""
@@ -95,7 +105,8 @@ class SubspaceSearch:
         if self._rows is None:
             self.refresh()
         assert self._rows is not None
-        found = encode_topk(self._leading(x), self._rows, bias, self.width * k, workspace=workspace)
+        leading = with_ones(self._leading(x))
+        found = encode_topk(leading, self._rows, None, self.width * k, workspace=workspace)
         exact = picked_dots(x, encoder, found.indices) + bias[found.indices]
         best = merge_topk([SparseCode(found.indices, exact)], k)
         return SparseCode(best.indices, best.values.relu())

@@ -22,6 +22,8 @@ from torch.nn.functional import embedding_bag, pad
 CHUNK_BYTES = 160 * 2**20
 # A top-k looks at tiles of so many bytes and rows: on a CPU what was just computed is still in its cache.
 _TILE_BYTES, _TILE_ROWS = 16 * 2**20, 512
+# Columns that a bias among the weights takes: 16 bytes in bfloat16, as tensor cores want rows to be aligned.
+BIAS_COLUMNS = 8
 # Elements whose maxima a stage of the top-k compares, such that there are several groups for each pick.
 _LARGEST_GROUP, _SMALLEST_GROUP, _GROUPS_PER_PICK = 32, 4, 4
 
@@ -132,7 +134,7 @@ def merge_topk(codes: Sequence[SparseCode], k: int) -> SparseCode:
 def encode_topk(
     x: Float[Tensor, "batch d_in"],
     encoder: Float[Tensor, "d_sae d_in"],
-    bias: Float[Tensor, " d_sae"],
+    bias: Float[Tensor, " d_sae"] | None,
     k: int,
     *,
     features: Int[Tensor, " n"] | None = None,
@@ -143,11 +145,12 @@ def encode_topk(
 
     Args:
         x: centered rows; their dtype is the one computed in (weights are cast to it chunk by chunk).
+        bias: none where it is a column of the weights (`with_ones`).
         features: only these may be picked (ascending); indices still count from the first of all.
         workspace: where to keep a tile's memory; none where gradients are wanted by autograd.
         tile_bytes: of pre-activations; none for what suits the device.
 
-    Values come back in the dtype of `bias`. With fewer than k features the code is that narrow.
+    Values come back in the dtype of `encoder`. With fewer than k features the code is that narrow.
     """
     n, batch = encoder.shape[0] if features is None else features.shape[0], x.shape[0]
     on_cpu = x.device.type == "cpu"
@@ -157,21 +160,26 @@ def encode_topk(
     # Chunks of equal size, in whole groups: a narrow last one would waste its product.
     chunks = max(1, -(-n // width))
     width = max(k, -(-n // (chunks * _LARGEST_GROUP)) * _LARGEST_GROUP)
-    blocks = x.split(height)
+    cast = workspace is not None and encoder.dtype != x.dtype
+    blocks = (with_ones(x) if cast and bias is not None else x).split(height)
     best: list[SparseCode | None] = [None] * len(blocks)
     for start in range(0, n, width):
         stop = min(start + width, n)
         chosen = slice(start, stop) if features is None else features[start:stop]
-        weight, shift = encoder[chosen], bias[chosen].to(x.dtype)
-        if weight.dtype != x.dtype:
-            rows = None if workspace is None else workspace.get("weights", weight.shape, x)
-            weight = weight.to(x.dtype) if rows is None else rows.copy_(weight)
+        weight, shift = encoder[chosen], None if bias is None else bias[chosen]
+        if workspace is not None and cast:
+            rows, d = workspace.get("weights", (stop - start, blocks[0].shape[1]), x), weight.shape[1]
+            rows[:, :d] = weight
+            if shift is not None:
+                rows[:, d], rows[:, d + 1 :] = shift, 0
+            weight, shift = rows, None
+        weight, shift = weight.to(x.dtype), None if shift is None else shift.to(x.dtype)
         for place, block in enumerate(blocks):
-            if workspace is None:
-                scores = torch.addmm(shift, block, weight.T)
+            out = None if workspace is None else workspace.get("scores", (len(block), stop - start), x)
+            if shift is None:
+                scores = torch.mm(block, weight.T, out=out)
             else:
-                scores = workspace.get("scores", (len(block), stop - start), x)
-                torch.addmm(shift, block, weight.T, out=scores)
+                scores = torch.addmm(shift, block, weight.T, out=out)
             known = best[place]
             if known is None:
                 best[place] = topk_exact(scores, min(k, stop - start))
@@ -186,7 +194,17 @@ def encode_topk(
     indices = torch.cat([code.indices for code in codes])
     values = torch.cat([code.values for code in codes])
     indices = indices if features is None else features[indices]
-    return SparseCode(indices, values.relu().to(bias.dtype))
+    return SparseCode(indices, values.relu().to(encoder.dtype))
+
+
+def with_ones(x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch wider"]:
+    """Rows with a one behind them, to be multiplied by a bias that stands among the weights, and zeros.
+
+    It costs less than a product that adds a bias, which first fills its output with that.
+    """
+    wider = pad(x, (0, BIAS_COLUMNS))
+    wider[:, x.shape[1]] = 1
+    return wider
 
 
 def decode_sum(code: SparseCode, decoder: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "batch d_out"]:

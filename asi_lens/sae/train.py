@@ -125,7 +125,7 @@ class Trainer(Fits):
         # b_dec cancels: reconstruction - x_n = acts W_dec + b_dec - x_n = acts W_dec - x.
         residual, terms = self.sparsity.terms(mesh.pick(code, sae.k), goal, n)
         penalty, own = self.sparsity.penalize(terms, self.steps)
-        error = residual.square().sum()
+        error = _power(residual)
         aux_loss = torch.zeros_like(error)
         dead = self.ledger.dead(config.dead_window) if self.aux_k else code.indices[:0, 0]
         if self.aux_k and mesh.count(len(dead)):
@@ -135,7 +135,7 @@ class Trainer(Fits):
         code, itself = terms[0].code, goal is x
         x = mesh.whole(x, n)
         goal = x if itself else mesh.whole(goal, n)
-        variance = (goal - goal.mean(0)).square().sum()
+        variance = _power(goal - goal.mean(0))
         grads = sum_gradients(
             terms,
             x,
@@ -322,6 +322,12 @@ class Trainer(Fits):
             self.subspace.load_state(lambda name: read(f"search.{name}"))
         names = self.ledger.state()
         self.ledger.load_state({name: read(f"ledger.{name}") for name in names})
+
+
+def _power(rows: Tensor) -> Float[Tensor, ""]:
+    """Sum of all squares, without an array of them."""
+    flat = rows.flatten()
+    return flat @ flat
 
 
 def _total(grads: Gradients, own: Mapping[str, Tensor]) -> Tensor:
