@@ -214,7 +214,7 @@ class SparseAutoencoder(nn.Module):
         if x.ndim == 0 or x.shape[-1] != self.d_in:
             raise DataError(f"activations of shape {tuple(x.shape)} given to an SAE with d_in={self.d_in}")
         rows = x.reshape(-1, self.d_in).to(self.input_mean)
-        normalized = (rows - self.input_mean) * self.input_scale
+        normalized = (rows - self.input_mean).mul_(self.input_scale)
         if not bool(torch.isfinite(normalized.sum())):
             bad = (~torch.isfinite(normalized)).any(1).sum().item()
             if bad:
@@ -223,7 +223,7 @@ class SparseAutoencoder(nn.Module):
 
     def centered(self, x: Num[Tensor, "*batch d_in"]) -> Float[Tensor, "n d_in"]:
         """What the encoder reads: x_n - b_dec as rows. Raises as `normalize`."""
-        return self.normalize(x) - self.b_dec
+        return self.normalize(x).sub_(self.b_dec)
 
     def prepare(self, store: Any, *, first: bool) -> None:
         """Before training on `store`: take its mean and scale where there are none yet, if it is the `first`
