@@ -127,12 +127,12 @@ def test_a_run_that_was_stopped_goes_on(
             if output.step >= 4:
                 raise KeyboardInterrupt
 
-        train_together(trainers, *args, **kwargs, checkpoint_every=64, on_log=count)
+        train_together(trainers, *args, **kwargs, on_log=count)
 
     with monkeypatch.context() as patch:
         patch.setattr(comparison, "train_together", stop)
         with pytest.raises(KeyboardInterrupt):
-            train_recipes(store, ["ASI"], **OPTIONS)
+            train_recipes(store, ["ASI"], checkpoint_every=64, **OPTIONS)
     (resumed,) = train_recipes(store, ["ASI"], **OPTIONS)
     assert resumed.folder != whole.folder
     assert torch.equal(resumed.sae().W_dec, whole.sae().W_dec)
