@@ -12,12 +12,12 @@ from small_lorsas import CONTEXT, LAYER, N_OV, K, config, read_and_written, star
 from asi_lens.corpora import Tokens
 from asi_lens.errors import DataError, OptionError, UnknownNameError, UnsupportedModelError
 from asi_lens.models import load_model
+from asi_lens.sae.codes import SparseCode
 from asi_lens.sae.lorsa import Lorsa, LorsaConfig
 from asi_lens.sae.lorsa_copy import read_attention
 from asi_lens.sae.lorsa_data import SequencePairs, harvest_pairs
 from asi_lens.sae.lorsa_heads import PatternConfig, visible
 from asi_lens.sae.lorsa_init import from_attention
-from asi_lens.sae.sparse_ops import SparseCode
 
 pytestmark = pytest.mark.model_facing
 

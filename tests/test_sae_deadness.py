@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asi_lens.errors import DataError, OptionError
+from asi_lens.sae.codes import SparseCode
 from asi_lens.sae.deadness import DeadnessLedger
-from asi_lens.sae.sparse_ops import SparseCode
 
 
 def code(picks: list[list[int]], values: list[list[float]] | None = None) -> SparseCode:

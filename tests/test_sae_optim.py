@@ -10,9 +10,11 @@ from torch import Tensor
 
 from asi_lens.errors import OptionError, UnknownNameError
 from asi_lens.sae import optim
+from asi_lens.sae.codes import SparseCode
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.optim import BETAS, EPS, KINDS, RowAdam, gradient_norm, lr_factor
-from asi_lens.sae.sparse_ops import Gradients, SparseCode, Term, decode_sum, encode_topk, sum_gradients
+from asi_lens.sae.sparse_ops import Gradients, Term, decode_sum, sum_gradients
+from asi_lens.sae.topk import encode_topk
 
 D_IN, D_SAE, K = 6, 40, 3
 

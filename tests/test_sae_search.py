@@ -11,11 +11,12 @@ from small_trainings import D_IN, K, Stop, make, quick, rows, same_bits, small_s
 
 from asi_lens.activation_store import ActivationStore
 from asi_lens.errors import OptionError, UnknownNameError
+from asi_lens.sae.codes import SparseCode
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.initialize import initialize
 from asi_lens.sae.mesh import Mesh, MeshConfig
 from asi_lens.sae.search import LEAST_MASS, SubspaceSearch, is_due
-from asi_lens.sae.sparse_ops import SparseCode, encode_topk
+from asi_lens.sae.topk import encode_topk
 from asi_lens.sae.train import Trainer
 
 D = 96  # wide enough for a search in 32 coordinates

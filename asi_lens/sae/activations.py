@@ -7,15 +7,16 @@ How they are trained is in `sparsity`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import linear, pad, relu
+from torch.nn.functional import linear, relu
 
-from asi_lens.sae.sparse_ops import CHUNK_BYTES, SparseCode, Workspace
+from asi_lens.sae.codes import SparseCode, pick, stack_codes
+from asi_lens.sae.topk import CHUNK_BYTES, Workspace
 
 
 @runtime_checkable
@@ -122,35 +123,6 @@ class Gated(FiresFreely, nn.Module):
     def values(self, z: Tensor, bias: Tensor) -> Tensor:
         """See `FiresFreely.values`."""
         return relu(self.magnitude(z, bias)) * (z > 0)
-
-
-def pick(mask: Bool[Tensor, "batch n"], values: Float[Tensor, "batch n"]) -> SparseCode:
-    """The marked places of each row and their values, side by side; zeros of feature 0 fill up."""
-    counts = mask.sum(1)
-    width = max(1, int(counts.max())) if len(mask) else 1
-    rows, columns = mask.nonzero(as_tuple=True)
-    starts = counts.cumsum(0) - counts
-    place = torch.arange(len(rows), device=mask.device) - starts[rows]
-    indices = torch.zeros(len(mask), width, dtype=torch.int64, device=mask.device)
-    found = values.new_zeros(len(mask), width)
-    indices[rows, place] = columns
-    found[rows, place] = values[rows, columns]
-    return SparseCode(indices, found)
-
-
-def keep(code: SparseCode, kept: Bool[Tensor, "batch k"]) -> SparseCode:
-    """The marked picks of a code, moved to the left; the others are zeros, as few as can be."""
-    width = max(1, int(kept.sum(1).max()))
-    order = kept.byte().argsort(dim=1, descending=True, stable=True)[:, :width]
-    return SparseCode(code.indices.gather(1, order), (code.values * kept).gather(1, order))
-
-
-def stack_codes(codes: Sequence[SparseCode]) -> SparseCode:
-    """The rows of several codes; narrower ones are filled up with zeros of feature 0."""
-    width = max(code.values.shape[1] for code in codes)
-    indices = [pad(code.indices, (0, width - code.indices.shape[1])) for code in codes]
-    values = [pad(code.values, (0, width - code.values.shape[1])) for code in codes]
-    return SparseCode(torch.cat(indices), torch.cat(values))
 
 
 def pre_activations(

@@ -18,7 +18,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from asi_lens.errors import DataError, require
-from asi_lens.sae.sparse_ops import SparseCode
+from asi_lens.sae.codes import SparseCode
 
 
 class DeadnessLedger:

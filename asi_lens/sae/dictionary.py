@@ -23,8 +23,10 @@ from jaxtyping import Float, Num
 from torch import Tensor, nn
 
 from asi_lens.errors import DataError, OptionError, require, require_known, require_whole, unknown_name
-from asi_lens.sae.activations import BatchTopK, Gated, JumpReLU, ReLU, Thresholded, stack_codes
-from asi_lens.sae.sparse_ops import SparseCode, Workspace, decode_sum, encode_topk
+from asi_lens.sae.activations import BatchTopK, Gated, JumpReLU, ReLU, Thresholded
+from asi_lens.sae.codes import SparseCode, stack_codes
+from asi_lens.sae.sparse_ops import decode_sum
+from asi_lens.sae.topk import Workspace, encode_topk
 
 # Rows encoded at a time outside of training.
 _BLOCK = 4096

@@ -26,10 +26,12 @@ from torch import Tensor, nn
 
 from asi_lens import models
 from asi_lens.errors import DataError, require, require_known, require_whole
+from asi_lens.sae.codes import SparseCode
 from asi_lens.sae.dictionary import draw_gaussian, plain_metadata, unit_rows_
 from asi_lens.sae.lorsa_copy import AttentionLayer, read_attention, write_site
 from asi_lens.sae.lorsa_heads import PatternConfig, QueryKeyHeads
-from asi_lens.sae.sparse_ops import SparseCode, decode_sum, topk_exact
+from asi_lens.sae.sparse_ops import decode_sum
+from asi_lens.sae.topk import topk_exact
 
 
 @dataclass(frozen=True)

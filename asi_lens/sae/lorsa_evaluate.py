@@ -12,13 +12,13 @@ from asi_lens import models
 from asi_lens.corpora import Tokens
 from asi_lens.errors import OptionError, require, require_both
 from asi_lens.interventions import mean_ablate, skip_first
+from asi_lens.sae.codes import SparseCode
 from asi_lens.sae.deadness import DeadnessLedger
 from asi_lens.sae.evaluate import Evaluation, Hooks, SpliceLosses, hooked_losses, scatter_of, splice_through
 from asi_lens.sae.lorsa import Lorsa
 from asi_lens.sae.lorsa_copy import READ_SITE, write_site
 from asi_lens.sae.lorsa_data import SequencePairs
 from asi_lens.sae.lorsa_init import codes
-from asi_lens.sae.sparse_ops import SparseCode
 
 
 def evaluate_lorsa(

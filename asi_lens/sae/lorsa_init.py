@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from asi_lens.errors import OptionError, require, unknown_name
 from asi_lens.moments import Moments
+from asi_lens.sae.codes import SparseCode
 from asi_lens.sae.dictionary import draw_gaussian, unit_rows_
 from asi_lens.sae.lorsa import Lorsa, config_for, origin
 from asi_lens.sae.lorsa_copy import AttentionLayer, read_attention
 from asi_lens.sae.lorsa_data import SequencePairs
-from asi_lens.sae.sparse_ops import SparseCode
 from asi_lens.spectra import one_thread
 
 LORSA_METHODS = ("random", "asi")

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from asi_lens.errors import DataError, OptionError, require
+from asi_lens.sae.codes import SparseCode
 from asi_lens.sae.deadness import DeadnessLedger
 from asi_lens.sae.dictionary import unit_rows_
 from asi_lens.sae.learner import DivergedError, Fits, StepOutput
@@ -24,7 +25,6 @@ from asi_lens.sae.lorsa import Lorsa
 from asi_lens.sae.lorsa_data import PairBatch, SequencePairs
 from asi_lens.sae.metrics import Row
 from asi_lens.sae.optim import lr_factor
-from asi_lens.sae.sparse_ops import SparseCode
 from asi_lens.sae.train_config import TrainConfig
 
 

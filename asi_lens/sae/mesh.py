@@ -13,7 +13,7 @@ What a rank receives in a step of B tokens, k picks and width d, with D ranks al
   less than the gradients of all rows that fired, up to 2 d k B, and every rank then sums the same rows in
   the same order as one process does.
 
-The picks of a token are the k largest of what its ranks found: `sparse_ops.merge_topk`, as of chunks.
+The picks of a token are the k largest of what its ranks found: `topk.merge_topk`, as of chunks.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from torch import Tensor
 
 from asi_lens.errors import OptionError, require, require_whole
 from asi_lens.ranks import Ranks
+from asi_lens.sae.codes import SparseCode
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
-from asi_lens.sae.sparse_ops import SparseCode, merge_topk
+from asi_lens.sae.topk import merge_topk
 
 
 @dataclass(frozen=True)

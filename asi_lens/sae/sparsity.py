@@ -31,9 +31,11 @@ from torch import Tensor
 
 from asi_lens.errors import OptionError, require, require_whole, unknown_name
 from asi_lens.sae.activations import Gated, ReLU, Thresholded
+from asi_lens.sae.codes import SparseCode
 from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.mesh import Mesh
-from asi_lens.sae.sparse_ops import SparseCode, Term, Workspace, decode_sum, encode_topk
+from asi_lens.sae.sparse_ops import Term, decode_sum
+from asi_lens.sae.topk import Workspace, encode_topk
 
 PENALTIES = ("l0", "tanh")
 

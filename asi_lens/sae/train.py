@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from asi_lens.errors import OptionError, require, require_known
+from asi_lens.sae.codes import SparseCode
 from asi_lens.sae.deadness import DeadnessLedger
 from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.drift import Drift
@@ -21,17 +22,10 @@ from asi_lens.sae.mesh import Mesh, Part
 from asi_lens.sae.metrics import Row
 from asi_lens.sae.optim import RowAdam, gradient_norm, lr_factor
 from asi_lens.sae.search import SEARCHES, SubspaceSearch, is_due
-from asi_lens.sae.sparse_ops import (
-    Gradients,
-    SparseCode,
-    Term,
-    Workspace,
-    decode_sum,
-    encode_topk,
-    sum_gradients,
-)
+from asi_lens.sae.sparse_ops import Gradients, Term, decode_sum, sum_gradients
 from asi_lens.sae.sparsity import SparsityConfig
 from asi_lens.sae.sparsity_kinds import KINDS
+from asi_lens.sae.topk import Workspace, encode_topk
 from asi_lens.sae.train_config import TrainConfig
 
 __all__ = ["DivergedError", "SparsityConfig", "StepOutput", "TrainConfig", "Trainer"]

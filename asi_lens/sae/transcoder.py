@@ -23,8 +23,9 @@ from jaxtyping import Float, Num
 from torch import Tensor
 
 from asi_lens.errors import DataError, OptionError, require
+from asi_lens.sae.codes import SparseCode
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder, draw_gaussian, unit_rows_
-from asi_lens.sae.sparse_ops import SparseCode, decode_sum
+from asi_lens.sae.sparse_ops import decode_sum
 from asi_lens.spectra import Spectrum
 from asi_lens.store import ActivationStore
 

@@ -1,0 +1,60 @@
+"""Sparse codes: the features that fired on each row, side by side, and how such codes are put together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+class SparseCode(NamedTuple):
+    """The k features of each row that may have fired: a value of zero means that it did not."""
+
+    indices: Int[Tensor, "batch k"]
+    values: Float[Tensor, "batch k"]
+
+
+def pick(mask: Bool[Tensor, "batch n"], values: Float[Tensor, "batch n"]) -> SparseCode:
+    """The marked places of each row and their values, side by side; zeros of feature 0 fill up."""
+    rows, columns = mask.nonzero(as_tuple=True)
+    return side_by_side(rows, columns, values[rows, columns], len(mask))
+
+
+def side_by_side(
+    rows: Int[Tensor, " picks"],
+    indices: Int[Tensor, " picks"],
+    values: Float[Tensor, " picks"],
+    batch: int,
+    fill: float = 0.0,
+) -> SparseCode:
+    """Picks with the row that each belongs to, rows ascending, as a code as wide as the row with most.
+
+    Rows with fewer picks are filled up with feature 0 and the value `fill`.
+    """
+    counts = torch.bincount(rows, minlength=batch)
+    width = max(1, int(counts.max())) if batch else 1
+    place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+    wide_indices = rows.new_zeros(batch, width)
+    wide_values = values.new_full((batch, width), fill)
+    wide_indices[rows, place] = indices
+    wide_values[rows, place] = values
+    return SparseCode(wide_indices, wide_values)
+
+
+def keep(code: SparseCode, kept: Bool[Tensor, "batch k"]) -> SparseCode:
+    """The marked picks of a code, moved to the left; the others are zeros, as few as can be."""
+    width = max(1, int(kept.sum(1).max()))
+    order = kept.byte().argsort(dim=1, descending=True, stable=True)[:, :width]
+    return SparseCode(code.indices.gather(1, order), (code.values * kept).gather(1, order))
+
+
+def stack_codes(codes: Sequence[SparseCode]) -> SparseCode:
+    """The rows of several codes; narrower ones are filled up with zeros of feature 0."""
+    width = max(code.values.shape[1] for code in codes)
+    indices = [pad(code.indices, (0, width - code.indices.shape[1])) for code in codes]
+    values = [pad(code.values, (0, width - code.values.shape[1])) for code in codes]
+    return SparseCode(torch.cat(indices), torch.cat(values))
