@@ -22,9 +22,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from asi_lens import models, shards
+from asi_lens import shards
 from asi_lens.errors import DataError, OptionError, require
 from asi_lens.moments import Moments
+from asi_lens.origin import describe, require_origin
 from asi_lens.shuffle import Permutation
 from asi_lens.spectra import Spectrum
 
@@ -323,38 +324,3 @@ def _take(rows: Float[Tensor, "n d"], index: Int[Tensor, " batch"], out: Float[T
         return
     source, target = (part.view(torch.uint8).numpy() for part in (rows, out))
     np.take(source, index.numpy(), axis=0, out=target, mode="clip")
-
-
-def require_origin(
-    folder: Path,
-    origin: Mapping[str, Any],
-    model: nn.Module | str | None = None,
-    site: str | None = None,
-    layer: int | None = None,
-) -> None:
-    """Raise OptionError unless `origin`, of the store in `folder`, is what was asked for (None: anything)."""
-    asked: dict[str, Any] = {}
-    fits, detail = True, ""
-    if isinstance(model, nn.Module):
-        info = models.model_info(model)
-        asked["model"] = info.name
-        weights = origin.get("weights_fingerprint")
-        if weights != info.fingerprint:
-            fits, detail = False, f" (weights {weights}, not {info.fingerprint})"
-    elif model is not None:
-        asked["model"] = model
-        fits &= origin.get("model") == model
-    if site is not None:
-        asked["site"] = site
-        fits &= site in (origin.get("site"), origin.get("hook_name"))
-    if layer is not None:
-        asked["layer"] = layer
-        fits &= origin.get("layer") == layer
-    if not fits:
-        raise OptionError(f"{folder} holds {describe(origin)}, not {describe({**origin, **asked})}{detail}")
-
-
-def describe(origin: Mapping[str, Any]) -> str:
-    """What rows are, in words."""
-    words = {key: origin.get(key, "?") for key in ("site", "layer", "model", "corpus")}
-    return "{site} of layer {layer} of {model} on {corpus}".format(**words)

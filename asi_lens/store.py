@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from asi_lens import models, shards
-from asi_lens.activation_store import ActivationStore, describe
+from asi_lens.activation_store import ActivationStore
 from asi_lens.corpora import Tokens
 from asi_lens.errors import CacheError, DataError, OptionError, require
 from asi_lens.files import cache_key
 from asi_lens.harvest import BATCH_TOKENS, SiteLayer, harvest, pairs
+from asi_lens.origin import describe
 from asi_lens.paths import cache_dir
 from asi_lens.ranks import Ranks
 

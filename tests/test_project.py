@@ -44,7 +44,7 @@ LAYERS = (
     ("harvest", "moments"),
     ("spectra",),
     ("collect",),
-    ("interventions", "output_projection", "shards", "shuffle"),
+    ("interventions", "origin", "output_projection", "shards", "shuffle"),
     ("activation_store",),
     ("store",),
     ("harvest_run", "split"),

@@ -16,7 +16,8 @@ from asi_lens.errors import DataError, OptionError, UnsupportedModelError
 from asi_lens.interventions import cross_entropy, edited_cross_entropy, mean_ablate, skip_first
 from asi_lens.sae import evaluate as module
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
-from asi_lens.sae.evaluate import alignment, evaluate, evaluate_together, splice_losses
+from asi_lens.sae.evaluate import alignment, evaluate, evaluate_together
+from asi_lens.sae.splice import splice_losses
 from asi_lens.spectra import Spectrum
 from asi_lens.store import ActivationStore, harvest_store
 

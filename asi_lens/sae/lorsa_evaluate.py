@@ -14,11 +14,12 @@ from asi_lens.errors import OptionError, require, require_both
 from asi_lens.interventions import mean_ablate, skip_first
 from asi_lens.sae.codes import SparseCode
 from asi_lens.sae.deadness import DeadnessLedger
-from asi_lens.sae.evaluate import Evaluation, Hooks, SpliceLosses, hooked_losses, scatter_of, splice_through
+from asi_lens.sae.evaluate import Evaluation, scatter_of
 from asi_lens.sae.lorsa import Lorsa
 from asi_lens.sae.lorsa_copy import READ_SITE, write_site
 from asi_lens.sae.lorsa_data import SequencePairs
 from asi_lens.sae.lorsa_init import codes
+from asi_lens.sae.splice import Hooks, SpliceLosses, hooked_losses, splice_through
 
 
 def evaluate_lorsa(

@@ -13,7 +13,8 @@ from asi_lens.corpora import Tokens
 from asi_lens.errors import OptionError, require, require_both
 from asi_lens.interventions import mean_ablate, skip_first
 from asi_lens.sae.deadness import DeadnessLedger
-from asi_lens.sae.evaluate import Evaluation, Hooks, SpliceLosses, hooked_losses, scatter_of, splice_through
+from asi_lens.sae.evaluate import Evaluation, scatter_of
+from asi_lens.sae.splice import Hooks, SpliceLosses, hooked_losses, splice_through
 from asi_lens.sae.transcoder import PairedStores, Transcoder
 
 _ROWS = 4096

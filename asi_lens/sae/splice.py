@@ -1,0 +1,180 @@
+"""What the language model loses with a reconstruction in place of an activation.
+
+Sums over all predicted tokens run in float64; the clean and the ablated model run once for all dictionaries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from asi_lens import models
+from asi_lens.corpora import Tokens
+from asi_lens.errors import DataError, UnsupportedModelError, require
+from asi_lens.interventions import Edit, loss_recovered, mean_ablate, skip_first
+from asi_lens.sae.dictionary import SparseAutoencoder
+
+Hooks = Mapping[str, models.Hook]
+"""Hooks of a forward, by name."""
+
+
+@dataclass(frozen=True)
+class SpliceLosses:
+    """What the language model loses with the reconstruction in place of the activation.
+
+    Means over all predicted tokens, in nats. Position 0 of a sequence is never edited: it was not in the
+    data of the dictionary, and the mean was measured without it.
+    """
+
+    cross_entropy: float
+    """With the reconstruction spliced in."""
+    cross_entropy_clean: float
+    cross_entropy_mean_ablated: float
+    """With the site at its mean."""
+    cross_entropy_delta: float
+    """Spliced minus clean; 0 for a perfect reconstruction."""
+    loss_recovered: float | None
+    """(ablated - spliced) / (ablated - clean); none where ablation changes nothing."""
+    kl: float
+    """KL(clean || spliced) of the next-token distributions, per token."""
+    n_predictions: int
+    """Predicted tokens: sequences times (context - 1)."""
+
+
+@torch.inference_mode()
+def splice_losses(
+    saes: Sequence[SparseAutoencoder],
+    model: nn.Module,
+    tokens: Tokens,
+    site: str,
+    layer: int,
+    mean: Float[Tensor, " d_in"],
+    *,
+    batch_tokens: int = 1024,
+    progress: bool = True,
+) -> list[SpliceLosses]:
+    """Losses of the language model with each dictionary's reconstruction in place of the activation.
+
+    `mean` is what ablation puts there. The layers below run once per batch. Raises OptionError for a
+    dictionary of another width than the site's, and as `hooked_losses`.
+    """
+    hook = models.hook_name(model, site, layer)
+    width = models.site_width(model, site, layer)
+    for sae in saes:
+        name = models.model_info(model).name
+        require(sae.d_in == width, "sae", f"d_in={sae.d_in}", f"{width} wide, as {site} of {name}")
+    ablated: Hooks = {hook: skip_first(mean_ablate(mean))}
+    spliced: list[Hooks] = [{hook: skip_first(_splice(sae))} for sae in saes]
+    return hooked_losses(
+        model, tokens, layer, ablated, spliced, site=site, batch_tokens=batch_tokens, progress=progress
+    )
+
+
+@torch.inference_mode()
+def hooked_losses(
+    model: nn.Module,
+    tokens: Tokens,
+    layer: int,
+    ablated: Hooks,
+    spliced: Sequence[Hooks],
+    *,
+    site: str,
+    batch_tokens: int = 1024,
+    progress: bool = True,
+) -> list[SpliceLosses]:
+    """Losses of the language model under each of `spliced`, beside the clean and the ablated one.
+
+    Hooks are of block `layer` or later: the layers below run once per batch. `site` names what they edit, for
+    the progress bar and errors.
+
+    Raises UnsupportedModelError for a model that does not predict next tokens, OptionError where there is
+    nothing to predict, DataError for a loss that is not finite.
+    """
+    info = models.model_info(model)
+    if not info.causal:
+        raise UnsupportedModelError(
+            f"{info.name} ({info.architecture}) does not predict next tokens: no loss"
+        )
+    require(tokens.context >= 2, "context", tokens.context, "at least 2 (a first token predicts the next)")
+    require(len(tokens) >= 1, "tokens", f"{len(tokens)} sequences", "at least one sequence")
+    require(batch_tokens >= 1, "batch_tokens", batch_tokens, "at least 1")
+    edits = [ablated, *spliced]
+    clean_sum = 0.0
+    sums = [0.0] * len(edits)
+    divergences = [0.0] * len(edits)
+    n = len(tokens) * (tokens.context - 1)
+    with tqdm(
+        total=n, unit="tok", unit_scale=True, desc=f"losses {site} {layer}", disable=not progress
+    ) as bar:
+        for ids in tokens.batches(max(1, batch_tokens // tokens.context)):
+            start = models.capture_resume(model, ids, layer)
+
+            def run(hooks: Mapping[str, Any], ids: Tensor = ids, start: Any = start) -> Tensor:
+                logits = models.forward(model, ids, hooks, logits=True, start=start)
+                assert logits is not None  # asked for
+                return logits
+
+            clean = _log_probabilities(run({}))
+            targets = ids[:, 1:].to(clean.device).long()
+            clean_sum += _loss(clean, targets)
+            p = clean.exp()
+            for k, edit in enumerate(edits):
+                edited = _log_probabilities(run(edit))
+                sums[k] += _loss(edited, targets)
+                if k > 0:
+                    divergences[k] += _divergence(p, clean, edited)
+            bar.update(ids.shape[0] * (tokens.context - 1))
+    clean_loss, ablated_loss, *losses = (total / n for total in (clean_sum, *sums))
+    out = []
+    for loss, divergence in zip(losses, divergences[1:], strict=True):
+        if not all(abs(x) < float("inf") for x in (loss, clean_loss, ablated_loss)):
+            raise DataError(f"the cross-entropy with {site} of layer {layer} edited is not finite")
+        recovered = loss_recovered(loss, clean_loss, ablated_loss)
+        delta = loss - clean_loss
+        out.append(SpliceLosses(loss, clean_loss, ablated_loss, delta, recovered, divergence / n, n))
+    return out
+
+
+def splice_through(coder: Callable[[Tensor], Tensor], read: str, write: str) -> Hooks:
+    """Hooks that put at `write` what `coder` makes of what passes `read`, position 0 left as it is."""
+    seen: list[Tensor] = []
+
+    def look(x: Tensor) -> None:
+        seen[:] = [x]
+
+    def put(y: Tensor) -> Tensor:
+        return torch.cat([y[:, :1], coder(seen.pop())[:, 1:].to(y)], dim=1)
+
+    return {read: look, write: put}
+
+
+def _splice(sae: SparseAutoencoder) -> Edit:
+    return lambda x: sae(x).to(x)
+
+
+def _log_probabilities(logits: Float[Tensor, "batch position d"]) -> Float[Tensor, "batch predicted d"]:
+    """Of the next token after every position but the last, float32."""
+    return logits[:, :-1].float().log_softmax(-1)
+
+
+def _loss(log_p: Float[Tensor, "batch predicted d"], targets: Int[Tensor, "batch predicted"]) -> float:
+    """Sum of the cross-entropies, nats."""
+    return -log_p.gather(-1, targets[..., None]).sum(dtype=torch.float64).item()
+
+
+def _divergence(
+    p: Float[Tensor, "batch predicted d"],
+    log_p: Float[Tensor, "batch predicted d"],
+    log_q: Float[Tensor, "batch predicted d"],
+) -> float:
+    """Sum of KL(p || q) over all predictions, one sequence at a time: they are large."""
+    parts = zip(p, log_p, log_q, strict=True)
+    return sum(
+        (one * (log_one - log_other)).sum(dtype=torch.float64).item() for one, log_one, log_other in parts
+    )
