@@ -2,11 +2,14 @@
 
     python benchmarks/harvest.py speed  [--model smollm2-135m] [--sequences 16] [--rounds 5]
     python benchmarks/harvest.py memory [--model smollm2-135m] [--layers 1]
+    python benchmarks/harvest.py counterfactuals [--model smollm2-135m]
 
 `speed` alternates, on the same tokens: the model's own Hugging Face forward without its unembedding, a pass
-that hands one site of every layer to a consumer that drops it, and a pass that accumulates its second
-moments. Quote the ratios: tokens/s depends on the machine. `memory` measures the peak resident memory of a
-fresh process at 16k and at 256k tokens.
+that hands one site of every layer to a consumer that drops it, one that accumulates its second moments, and
+one that writes a store of the last layer's (of a layer further down it would not run those above). Quote the
+ratios: tokens/s depends on the machine. `memory` measures the peak resident memory of a fresh process at 16k
+and at 256k tokens. `counterfactuals` times the ranks of attention outputs under every counterfactual W_O, at
+all layers, from moments of z that are there.
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 
@@ -25,6 +30,7 @@ import asi_lens as al
 from asi_lens import gguf
 from asi_lens.collect import MomentsConsumer
 from asi_lens.harvest import harvest, pairs
+from asi_lens.output_projection import counterfactual_ranks
 from asi_lens.sources import SOURCES, fetch
 
 
@@ -63,10 +69,15 @@ def speed(model_name: str, sequences: int, rounds: int, site: str) -> dict[str, 
             for ids in tokens.batches(8):
                 body(ids, use_cache=False)
 
+    def run_store() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            al.harvest_store(model, tokens, *wants[-1], folder=Path(folder, "store"), progress=False)
+
     ways = {
         "plain": run_plain,
         "harvest": lambda: harvest(model, tokens, [Drop(wants)], progress=False),
         "moments": lambda: harvest(model, tokens, [MomentsConsumer(wants)], progress=False),
+        "store": run_store,
     }
     for way in ways.values():
         way()
@@ -82,8 +93,8 @@ def speed(model_name: str, sequences: int, rounds: int, site: str) -> dict[str, 
         for name, times in seconds.items()
     }
     return {
-        "tokens_per_s": rate,
-        "ratio_to_plain": ratio,
+        "tokens_per_s": {name: round(value) for name, value in rate.items()},
+        "ratio_to_plain": {name: round(value, 3) for name, value in ratio.items()},
         "rounds": rounds,
         "threads": torch.get_num_threads(),
     }
@@ -98,11 +109,24 @@ def peak(model_name: str, n_tokens: int, layers: int) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def counterfactuals(model_name: str, sequences: int) -> dict[str, object]:
+    """Seconds for the ranks under every counterfactual W_O, at all layers, once each."""
+    model = al.load_model(model_name)
+    tokens = al.load_tokens("news-en", model, n_tokens=sequences * 256)
+    spectra = al.collect_spectra(model, tokens, ["z"], progress=False)
+    start = time.perf_counter()
+    for (_, layer), z in spectra.items():
+        counterfactual_ranks(al.models.output_projection(model, layer), z.covariance)
+    return {"layers": len(spectra), "seconds": round(time.perf_counter() - start, 1)}
+
+
 def main() -> None:
     """Print one JSON object."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("what", nargs="?", default="speed", choices=["speed", "memory", "peak"])
+    parser.add_argument(
+        "what", nargs="?", default="speed", choices=["speed", "memory", "peak", "counterfactuals"]
+    )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--site", default="attn_out")
     parser.add_argument("--sequences", type=int, default=16)
@@ -112,6 +136,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.what == "speed":
         print(json.dumps(speed(args.model, args.sequences, args.rounds, args.site), indent=1))
+    elif args.what == "counterfactuals":
+        print(json.dumps(counterfactuals(args.model, args.sequences)))
     elif args.what == "peak":
         mib = peak(args.model, args.tokens, args.layers)
         print(json.dumps({"tokens": args.tokens, "peak_mib": round(mib, 1)}))

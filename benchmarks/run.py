@@ -31,6 +31,7 @@ COMMANDS: dict[str, list[str]] = {
     "scaling": ["scaling.py"],
     "harvest_speed": ["harvest.py", "speed"],
     "harvest_memory": ["harvest.py", "memory"],
+    "counterfactuals": ["harvest.py", "counterfactuals"],
 }
 """Scripts and their arguments, by name."""
 
@@ -103,8 +104,24 @@ def _scaling(results: list[Any]) -> str:
     return table(head, [list(one.values()) for one in results])
 
 
-def _plain(results: list[Any]) -> str:
-    return "\n".join(f"    {json.dumps(one)}" for one in results)
+def _harvest_speed(results: list[Any]) -> str:
+    head = ["a pass that", "tokens/s", "of the plain forward"]
+    what = {
+        "plain": "is the model's own forward",
+        "harvest": "hands on one site of all layers",
+        "moments": "accumulates their second moments",
+        "store": "stores one site of the last layer",
+    }
+    rates, ratios = (results[0][key] for key in ("tokens_per_s", "ratio_to_plain"))
+    return table(head, [[words, rates[name], ratios[name]] for name, words in what.items()])
+
+
+def _harvest_memory(results: list[Any]) -> str:
+    return table(["tokens", "peak MiB"], [list(one.values()) for one in results])
+
+
+def _counterfactuals(results: list[Any]) -> str:
+    return table(["layers", "seconds for all counterfactuals"], [list(one.values()) for one in results])
 
 
 TABLES: dict[str, Callable[[list[Any]], str]] = {
@@ -113,8 +130,9 @@ TABLES: dict[str, Callable[[list[Any]], str]] = {
     "dictionaries": _dictionaries,
     "growth": _growth,
     "scaling": _scaling,
-    "harvest_speed": _plain,
-    "harvest_memory": _plain,
+    "harvest_speed": _harvest_speed,
+    "harvest_memory": _harvest_memory,
+    "counterfactuals": _counterfactuals,
 }
 
 
