@@ -85,11 +85,19 @@ def _dictionaries(results: list[Any]) -> str:
 
 
 def _growth(results: list[Any]) -> str:
-    exponents = results[0]["exponents"].items()
-    return table(
-        ["varied", "exponent of time", "exponent of peak memory"],
-        [[name, one["seconds"], one["peak_mib"]] for name, one in exponents],
-    )
+    head = ["varied", "from, to", "seconds a step", "exponent", "peak MiB", "exponent"]
+    rows: list[list[object]] = []
+    for name, one in results[0]["exponents"].items():
+        points = [point for point in results[0]["points"] if point["varied"] == name]
+        least, most = points[0], points[-1]
+        ends = {
+            key: f"{least[key]:,.{digits}f}, {most[key]:,.{digits}f}"
+            for key, digits in ((name, 0), ("seconds", 3), ("peak_mib", 0))
+        }
+        rows.append(
+            [name, ends[name], ends["seconds"], one["seconds"], ends["peak_mib"], one["peak_mib"]],
+        )
+    return table(head, rows)
 
 
 def _scaling(results: list[Any]) -> str:

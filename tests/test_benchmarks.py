@@ -48,9 +48,15 @@ def test_results_are_recorded_beside_others(
     monkeypatch.setattr(run, "RESULTS", results)
     printed = 'words\n{"mesh": "1x2", "bytes": 12345}\n{"mesh": "2x2", "bytes": 1}\n'
     run.record("scaling", run.objects(printed))
-    run.record("growth", [{"exponents": {"d_sae": {"seconds": 1.0, "peak_mib": 0.98}}}])
+    points = [
+        {"varied": "d_sae", "d_sae": size, "seconds": size / 1000, "peak_mib": size}
+        for size in (1000, 20_000)
+    ]
+    exponents = {"d_sae": {"seconds": 1.0, "peak_mib": 0.98}}
+    run.record("growth", [{"exponents": exponents, "points": points}])
     assert "| 1x2 | 12,345 |\n| 2x2 | 1 |" in readme.read_text()
-    assert "| d_sae | 1.0 | 0.98 |" in readme.read_text()
+    row = "| d_sae | 1,000, 20,000 | 1.000, 20.000 | 1.0 | 1,000, 20,000 | 0.98 |"
+    assert row in readme.read_text()
     assert "old" not in readme.read_text()
     found = json.loads(results.read_text())
     assert sorted(found) == ["growth", "scaling"]
