@@ -29,14 +29,18 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     n=st.integers(1, 1500),
     k=st.integers(1, 9),
     levels=st.sampled_from([2, 1000]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]),
     seed=st.integers(0, 99),
 )
-def test_two_stage_topk_is_exact_also_with_ties(batch: int, n: int, k: int, levels: int, seed: int) -> None:
+def test_topk_in_stages_is_exact_above_zero_also_with_ties(
+    batch: int, n: int, k: int, levels: int, dtype: torch.dtype, seed: int
+) -> None:
     k = min(k, n)
-    scores = torch.randint(levels, (batch, n), generator=torch.Generator().manual_seed(seed)).float()
+    scores = torch.randint(-levels, levels, (batch, n), generator=torch.Generator().manual_seed(seed))
+    scores = (scores / 16).to(dtype)
     code = topk_exact(scores, k)
-    expected = scores.topk(k, dim=1).values
-    assert torch.equal(code.values.sort(descending=True).values, expected)
+    expected = scores.relu().topk(k, dim=1).values
+    assert torch.equal(code.values.relu().sort(descending=True).values, expected)
     assert torch.equal(scores.gather(1, code.indices), code.values)
     assert all(len(set(row)) == k for row in code.indices.tolist())
 
@@ -53,17 +57,17 @@ def test_what_does_not_exceed_the_known_may_be_left_out(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     k = min(k, n)
-    scores = torch.randint(levels, (batch, n), generator=generator).float()
-    least = torch.randint(levels, (batch,), generator=generator).float()
+    scores = torch.randint(-levels, levels, (batch, n), generator=generator).float()
+    least = torch.randint(-1, levels, (batch,), generator=generator).float()
     code = topk_above(scores, k, least)
     there = code.values > -torch.inf
     assert torch.equal(scores.gather(1, code.indices)[there], code.values[there])
-    assert (code.values > least.unsqueeze(1))[there].all()
+    assert (code.values > least.relu().unsqueeze(1))[there].all()
     for row, own in zip(code.indices, there, strict=True):
         assert len(set(row[own].tolist())) == int(own.sum()) <= k
     known = least.unsqueeze(1).expand(batch, k)
-    found = torch.cat([known, code.values], 1).topk(k, dim=1).values
-    assert torch.equal(found, torch.cat([known, scores], 1).topk(k, dim=1).values)
+    found = torch.cat([known, code.values], 1).relu().topk(k, dim=1).values
+    assert torch.equal(found, torch.cat([known, scores], 1).relu().topk(k, dim=1).values)
 
 
 @pytest.mark.parametrize("n", [40, 1000])
@@ -71,6 +75,7 @@ def test_what_does_not_exceed_the_known_may_be_left_out(
 def test_nan_is_found_whatever_is_known(n: int, place: int) -> None:
     scores = normal(3, n)
     scores[1, place] = torch.nan
+    assert topk_exact(scores, 2).values.isnan().any()
     assert topk_above(scores, 2, torch.full((3,), 100.0, dtype=torch.float64)).values.isnan().any()
 
 

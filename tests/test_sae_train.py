@@ -142,6 +142,14 @@ def test_batches_that_cannot_be_are_refused_and_change_nothing() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.state().items())
 
 
+@pytest.mark.parametrize("value", [float("nan"), -float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(value: float) -> None:
+    sae = make()
+    sae.W_enc.data[2, 3] = value
+    with pytest.raises(DataError, match="W_enc holds NaN or infinity"):
+        Trainer(sae, quick()).step(rows(64))
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from asi_lens.errors import OptionError, require, require_known
+from asi_lens.errors import DataError, OptionError, require, require_known
 from asi_lens.sae.codes import SparseCode
 from asi_lens.sae.deadness import DeadnessLedger
 from asi_lens.sae.dictionary import SparseAutoencoder
@@ -104,10 +104,13 @@ class Trainer(Fits):
     def step(self, batch: Any) -> StepOutput:
         """One update on raw activations [batch d_in] (of a transcoder: on a `Pair` of those and outputs).
 
-        Raises DataError for a batch of the wrong width, without rows, or with NaN or infinity, and
-        DivergedError (naming the step) if loss or gradients are not finite. Nothing has changed then.
+        Raises DataError for a batch of the wrong width, without rows, or with NaN or infinity, or for weights
+        with such before the first step, and DivergedError (naming the step) if loss or gradients are not
+        finite. Nothing has changed then.
         """
         sae, config, mesh = self.sae, self.config, self.mesh
+        if self.steps == 0:
+            _require_finite(sae)
         part = batch if isinstance(batch, Part) else None
         sae.check_batch(batch if part is None else part.rows)
         n = len(batch)
@@ -316,6 +319,13 @@ class Trainer(Fits):
             self.subspace.load_state(lambda name: read(f"search.{name}"))
         names = self.ledger.state()
         self.ledger.load_state({name: read(f"ledger.{name}") for name in names})
+
+
+def _require_finite(sae: SparseAutoencoder) -> None:
+    """Steps keep finite weights finite, so it is enough to look once."""
+    for name, weight in sae.named_parameters():
+        if not bool(weight.sum(dtype=torch.float64).isfinite()):
+            raise DataError(f"{name} holds NaN or infinity")
 
 
 def _power(rows: Tensor) -> Float[Tensor, ""]:
