@@ -13,7 +13,7 @@ from torch import nn
 from asi_lens.activation_store import ActivationStore
 from asi_lens.comparison import FORMAT, Run
 from asi_lens.corpora import Tokens
-from asi_lens.evaluations import held_out_numbers
+from asi_lens.evaluations import NO_LOSSES, held_out_numbers
 from asi_lens.models import model_info
 from asi_lens.results import DeadFeatureRow, DriftRow
 from asi_lens.sae.drift import COLUMNS
@@ -37,7 +37,7 @@ def dead_feature_rows(
     Args:
         held_out: rows of the same site that no run was trained on: the dead features and FVU of the
             `held_out` rows.
-        model, tokens: both or none: for `cross_entropy_delta`, on text of the held-out rows.
+        model, tokens: both or none: for the losses, on text of the held-out rows.
         curves: all logged moments; else the last one. A moment before a window was full has no row of it.
 
     Evaluations are cached. Raises as `evaluate_together`.
@@ -47,7 +47,7 @@ def dead_feature_rows(
         about = _about(run, held_out)
         history = run.history()
         for moment in history if curves else history[-1:]:
-            shared = {**about, "tokens": moment["tokens"], "fvu": moment["fvu"], "l0": moment["l0"]}
+            shared = {**about, **NO_LOSSES, **{key: moment[key] for key in ("tokens", "fvu", "l0")}}
             for column, dead in moment.items():
                 window = re.fullmatch(r"dead_fraction_(\d+)", column)
                 if window and dead is not None and int(window[1]) <= (moment["tokens"] or 0):
@@ -57,7 +57,6 @@ def dead_feature_rows(
                             split="train",
                             dead_window_tokens=int(window[1]),
                             dead_fraction=dead,
-                            cross_entropy_delta=None,
                         )
                     )
         rows.append(DeadFeatureRow(**about, tokens=run.train.n_tokens, split="held_out", **found))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -12,6 +12,9 @@ from asi_lens.cache import cached_jsons
 from asi_lens.corpora import Tokens
 from asi_lens.models import model_info
 from asi_lens.sae.evaluate import Evaluation
+
+NO_LOSSES: Mapping[str, None] = dict.fromkeys(("cross_entropy_delta", "cross_entropy_delta_error", "kl"))
+"""Columns of what the language model loses, where that was not measured."""
 
 
 @runtime_checkable
@@ -42,6 +45,7 @@ def held_out_numbers(
     """
     judged = {
         "format": format_number,
+        "losses": list(NO_LOSSES),
         "held_out": held_out,
         "model": None if model is None else model_info(model).fingerprint,
         "tokens": None if tokens is None else tokens.fingerprint,
@@ -54,7 +58,11 @@ def held_out_numbers(
                 "dead_fraction": one.dead_fraction,
                 "fvu": one.fvu,
                 "l0": one.l0,
-                "cross_entropy_delta": one.losses.cross_entropy_delta if one.losses else None,
+                **(
+                    NO_LOSSES
+                    if one.losses is None
+                    else {name: getattr(one.losses, name) for name in NO_LOSSES}
+                ),
             }
             for one in evaluate([runs[position] for position in missing])
         ]

@@ -15,7 +15,7 @@ from torch import nn
 
 from asi_lens.corpora import Tokens
 from asi_lens.errors import require, unknown_name
-from asi_lens.evaluations import held_out_numbers
+from asi_lens.evaluations import NO_LOSSES, held_out_numbers
 from asi_lens.files import cache_key
 from asi_lens.models import model_info, resolve_device
 from asi_lens.results import DeadFeatureRow
@@ -134,7 +134,7 @@ def lorsa_rows(
 
     Args:
         held_out: sequences of the same layer that no run was trained on.
-        model, tokens: both or none: for `cross_entropy_delta`.
+        model, tokens: both or none: for the losses.
 
     Evaluations are cached. Raises as `evaluate_lorsas`.
     """
@@ -149,7 +149,7 @@ def lorsa_rows(
                 found: dict[str, Any] = {
                     "dead_window_tokens": window,
                     "dead_fraction": dead,
-                    "cross_entropy_delta": None,
+                    **NO_LOSSES,
                 }
                 rows.append(DeadFeatureRow(**about, **shared, **found, split="train"))
         rows.append(DeadFeatureRow(**about, tokens=run.train.n_tokens, split="held_out", **measured))

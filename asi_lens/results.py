@@ -213,6 +213,10 @@ class DeadFeatureRow(Row):
     """Mean number of active features per token; none where it was not measured."""
     cross_entropy_delta: float | None
     """Nats per token that splicing in the reconstruction costs; none where it was not measured."""
+    cross_entropy_delta_error: float | None
+    """Its standard error over sequences; which text was taken is in it, seeds of the dictionary are not."""
+    kl: float | None
+    """KL(clean || spliced) of the next-token distributions, nats per token."""
 
 
 @dataclass(frozen=True)
@@ -299,17 +303,32 @@ def in_every_seed(better: pd.DataFrame) -> bool | None:
     return False if bool((~better).all(axis=0).any()) else None
 
 
+def loss_is_higher(numbers: pd.DataFrame, others: pd.DataFrame) -> pd.Series:
+    """Whether the language model loses more, by more than two standard errors of the difference.
+
+    Both are rows of `final_numbers` of the same runs' index. Dictionaries of all seeds are judged on the same
+    text, so that seeds may agree about a difference which other text would not show: the error is over
+    sequences of text. It is that of independent samples, an upper bound where losses rise and fall together.
+    """
+    delta, error = (
+        [table[column] for table in (numbers, others)]
+        for column in ("cross_entropy_delta", "cross_entropy_delta_error")
+    )
+    return delta[0] - delta[1] > 2 * (error[0] ** 2 + error[1] ** 2) ** 0.5
+
+
 def final_numbers(table: pd.DataFrame, dead_window: int) -> pd.DataFrame:
     """The end of every run of a table of `DeadFeatureRow`s, by method and seed.
 
     Columns: `dead_in_training` (over the last `dead_window` tokens), and on held-out text `silent_held_out`,
-    `fvu`, `l0`, `cross_entropy_delta`.
+    `fvu`, `l0`, `cross_entropy_delta`, `cross_entropy_delta_error`, `kl`.
     """
     who = ["method", "seed"]
     train = table[(table.split == "train") & (table.dead_window_tokens == dead_window)]
     last = train[train.tokens == train.groupby(who).tokens.transform("max")].set_index(who)
     held = table[table.split == "held_out"].set_index(who)
-    numbers = held[["dead_fraction", "fvu", "l0", "cross_entropy_delta"]]
+    losses = ["cross_entropy_delta", "cross_entropy_delta_error", "kl"]
+    numbers = held[["dead_fraction", "fvu", "l0", *losses]]
     numbers = numbers.rename(columns={"dead_fraction": "silent_held_out"})
     numbers.insert(0, "dead_in_training", last.dead_fraction)
     return numbers

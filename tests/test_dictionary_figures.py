@@ -42,6 +42,8 @@ def values(method: str, seed: int, dead: float, **changed: Any) -> dict[str, Any
         "fvu": 0.3,
         "l0": 8.0,
         "cross_entropy_delta": 0.1,
+        "cross_entropy_delta_error": 0.01,
+        "kl": 0.2,
         "activation": "jumprelu",
         **changed,
     }

@@ -49,7 +49,7 @@ CLAIM = ClaimRow(
         (
             DeadFeatureRow,
             "model corpus site layer method init d_init optimizer aux_k d_sae k lr seed tokens "
-            "dead_window_tokens dead_fraction fvu l0 cross_entropy_delta",
+            "dead_window_tokens dead_fraction fvu l0 cross_entropy_delta cross_entropy_delta_error kl",
         ),
         (ClaimRow, "claim statement paper_value our_value spread budget verdict notebook"),
     ],
@@ -77,14 +77,16 @@ def test_a_claim_has_a_number_and_one_of_three_verdicts() -> None:
 
 
 def test_final_numbers_are_of_the_end_of_every_run() -> None:
+    losses = {"cross_entropy_delta": 0.1, "cross_entropy_delta_error": 0.01, "kl": 0.2}
+    none = dict.fromkeys(losses)
     rows = [
-        dict(method=method, seed=0, split=split, tokens=tokens, dead_window_tokens=window, **numbers)
+        dict(method=method, seed=0, split=split, tokens=tokens, dead_window_tokens=window, **none | numbers)
         for method, end in (("a", 100), ("b", 90))
         for split, tokens, window, numbers in (
-            ("train", 50, 20, {"dead_fraction": 0.1, "fvu": 9, "l0": 9, "cross_entropy_delta": None}),
-            ("train", end, 20, {"dead_fraction": 0.2, "fvu": 9, "l0": 9, "cross_entropy_delta": None}),
-            ("train", end, 40, {"dead_fraction": 0.9, "fvu": 9, "l0": 9, "cross_entropy_delta": None}),
-            ("held_out", end, 64, {"dead_fraction": 0.3, "fvu": 0.5, "l0": 4, "cross_entropy_delta": 0.1}),
+            ("train", 50, 20, {"dead_fraction": 0.1, "fvu": 9, "l0": 9}),
+            ("train", end, 20, {"dead_fraction": 0.2, "fvu": 9, "l0": 9}),
+            ("train", end, 40, {"dead_fraction": 0.9, "fvu": 9, "l0": 9}),
+            ("held_out", end, 64, {"dead_fraction": 0.3, "fvu": 0.5, "l0": 4, **losses}),
         )
     ]
     found = results.final_numbers(pd.DataFrame(rows), 20)
@@ -93,9 +95,18 @@ def test_final_numbers_are_of_the_end_of_every_run() -> None:
         "silent_held_out",
         "fvu",
         "l0",
-        "cross_entropy_delta",
+        *losses,
     ]
-    assert found.loc["b", 0].tolist() == [0.2, 0.3, 0.5, 4, 0.1]
+    assert found.loc["b", 0].tolist() == [0.2, 0.3, 0.5, 4, 0.1, 0.01, 0.2]
+
+
+@pytest.mark.parametrize(("delta", "higher"), [(0.05, False), (0.12, False), (0.13, False), (0.15, True)])
+def test_a_loss_is_higher_that_is_beyond_two_standard_errors(delta: float, higher: bool) -> None:
+    ours, theirs = (
+        pd.DataFrame({"cross_entropy_delta": [one, 0.5], "cross_entropy_delta_error": [error, error]})
+        for one, error in ((delta, 0.015), (0.1, 0.008))
+    )
+    assert results.loss_is_higher(ours, theirs).tolist() == [higher, False]
 
 
 def test_a_claim_of_parts_needs_every_seed_either_way() -> None:

@@ -17,7 +17,7 @@ from asi_lens.interventions import cross_entropy, edited_cross_entropy, mean_abl
 from asi_lens.sae import evaluate as module
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.evaluate import alignment, evaluate, evaluate_together
-from asi_lens.sae.splice import splice_losses
+from asi_lens.sae.splice import SpliceLosses, splice_losses
 from asi_lens.spectra import Spectrum
 from asi_lens.store import ActivationStore, harvest_store
 
@@ -235,6 +235,28 @@ def test_losses_are_those_of_the_interventions(
         (direct["ablated"] - direct["spliced"]) / (direct["ablated"] - clean), rel=1e-4
     )
     assert losses.n_predictions == 12 * 31
+
+
+@pytest.mark.model_facing
+def test_the_error_of_the_loss_is_over_sequences(
+    store: ActivationStore, tiny_llama: Any, tiny_tokens: Tokens
+) -> None:
+    sae = small_sae(store)
+
+    def losses(tokens: Tokens, batch_tokens: int = 64) -> SpliceLosses:
+        found = evaluate(
+            sae, store, model=tiny_llama, tokens=tokens, batch_tokens=batch_tokens, progress=False
+        )
+        assert found.losses is not None
+        return found.losses
+
+    each = [losses(tiny_tokens[k : k + 1]) for k in range(len(tiny_tokens))]
+    deltas = torch.tensor([one.cross_entropy_delta for one in each], dtype=torch.float64)
+    assert all(one.cross_entropy_delta_error is None for one in each)
+    for batch_tokens in (32, 1024):
+        whole = losses(tiny_tokens, batch_tokens)
+        assert whole.cross_entropy_delta == pytest.approx(deltas.mean().item(), abs=1e-6)
+        assert whole.cross_entropy_delta_error == pytest.approx(deltas.std().item() / 12**0.5, rel=1e-3)
 
 
 @pytest.mark.model_facing

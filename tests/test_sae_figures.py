@@ -34,6 +34,7 @@ def row(method: str, kind: type[DeadFeatureRow] = DeadFeatureRow, **changed: Any
     values |= {"method": method, "init": init, "d_init": d_init, "optimizer": optimizer, "aux_k": aux_k}
     values |= {"d_sae": 64, "k": 8, "lr": 1e-3, "tokens": END, "split": "held_out", "l0": 8.0, "fvu": 0.3}
     values |= {"dead_window_tokens": 4096, "dead_fraction": percent / 100, "cross_entropy_delta": 0.1}
+    values |= {"cross_entropy_delta_error": 0.01, "kl": 0.2}
     return kind(**{**values, **changed})
 
 

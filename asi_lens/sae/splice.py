@@ -5,6 +5,7 @@ Sums over all predicted tokens run in float64; the clean and the ablated model r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,8 @@ class SpliceLosses:
     """With the site at its mean."""
     cross_entropy_delta: float
     """Spliced minus clean; 0 for a perfect reconstruction."""
+    cross_entropy_delta_error: float | None
+    """Its standard error over sequences of text, taken as independent; none for a single one."""
     loss_recovered: float | None
     """(ablated - spliced) / (ablated - clean); none where ablation changes nothing."""
     kl: float
@@ -105,8 +108,8 @@ def hooked_losses(
     require(len(tokens) >= 1, "tokens", f"{len(tokens)} sequences", "at least one sequence")
     require(batch_tokens >= 1, "batch_tokens", batch_tokens, "at least 1")
     edits = [ablated, *spliced]
-    clean_sum = 0.0
-    sums = [0.0] * len(edits)
+    # Sums of each sequence; the clean one first.
+    sums: list[list[Tensor]] = [[] for _ in range(1 + len(edits))]
     divergences = [0.0] * len(edits)
     n = len(tokens) * (tokens.context - 1)
     with tqdm(
@@ -122,22 +125,26 @@ def hooked_losses(
 
             clean = _log_probabilities(run({}))
             targets = ids[:, 1:].to(clean.device).long()
-            clean_sum += _loss(clean, targets)
+            sums[0].append(_loss(clean, targets))
             p = clean.exp()
             for k, edit in enumerate(edits):
                 edited = _log_probabilities(run(edit))
-                sums[k] += _loss(edited, targets)
+                sums[1 + k].append(_loss(edited, targets))
                 if k > 0:
                     divergences[k] += _divergence(p, clean, edited)
             bar.update(ids.shape[0] * (tokens.context - 1))
-    clean_loss, ablated_loss, *losses = (total / n for total in (clean_sum, *sums))
+    clean_each, ablated_each, *each = (torch.cat(parts) / (tokens.context - 1) for parts in sums)
+    clean_loss, ablated_loss = clean_each.mean().item(), ablated_each.mean().item()
     out = []
-    for loss, divergence in zip(losses, divergences[1:], strict=True):
+    for own, divergence in zip(each, divergences[1:], strict=True):
+        loss = own.mean().item()
         if not all(abs(x) < float("inf") for x in (loss, clean_loss, ablated_loss)):
             raise DataError(f"the cross-entropy with {site} of layer {layer} edited is not finite")
         recovered = loss_recovered(loss, clean_loss, ablated_loss)
+        many = len(own) > 1
+        error = (own - clean_each).std().item() / math.sqrt(len(own)) if many else None
         delta = loss - clean_loss
-        out.append(SpliceLosses(loss, clean_loss, ablated_loss, delta, recovered, divergence / n, n))
+        out.append(SpliceLosses(loss, clean_loss, ablated_loss, delta, error, recovered, divergence / n, n))
     return out
 
 
@@ -163,9 +170,11 @@ def _log_probabilities(logits: Float[Tensor, "batch position d"]) -> Float[Tenso
     return logits[:, :-1].float().log_softmax(-1)
 
 
-def _loss(log_p: Float[Tensor, "batch predicted d"], targets: Int[Tensor, "batch predicted"]) -> float:
-    """Sum of the cross-entropies, nats."""
-    return -log_p.gather(-1, targets[..., None]).sum(dtype=torch.float64).item()
+def _loss(
+    log_p: Float[Tensor, "batch predicted d"], targets: Int[Tensor, "batch predicted"]
+) -> Float[Tensor, " batch"]:
+    """Sum of the cross-entropies of each sequence, nats."""
+    return -log_p.gather(-1, targets[..., None]).sum((1, 2), dtype=torch.float64).cpu()
 
 
 def _divergence(
