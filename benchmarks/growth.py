@@ -3,8 +3,8 @@
     python benchmarks/growth.py [--largest 1048576] [--steps 4] [--plot docs/growth.png]
 
 One quantity is varied at a time, every point in a process of its own: median seconds of `Trainer.step`
-(row-sparse Adam), and peak resident memory above that of the process before the dictionary was made. Rows are
-mapped from disk, so that what more of them cost can be seen. The exponent is that of a power law through the
+(row-sparse Adam), and peak resident memory above what was resident before the dictionary was made, when the
+rows, which are mapped from disk, had been read once. The exponent is that of a power law through the
 points (least squares on logarithms): 1 is linear, 0 is flat.
 """
 
@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from train_step import peak_mib, rows
+from train_step import forget_peak, peak_mib, rows
 
 from asi_lens.activation_store import ActivationStore
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
@@ -48,6 +48,7 @@ def measure(d_sae: int, k: int, d_in: int, tokens: int, batch: int, steps: int) 
         np.save(path, rows(tokens, d_in).numpy())
         store = ActivationStore.from_tensor(path)
         spectrum, sample = store.spectrum, store.sample(batch)
+        forget_peak()
         before = peak_mib()
         sae = SparseAutoencoder(SAEConfig(d_in, d_sae, k), draw=False)
         initialize(sae, "random", spectrum, None, sample)

@@ -324,7 +324,7 @@ class Trainer(Fits):
 def _require_finite(sae: SparseAutoencoder) -> None:
     """Steps keep finite weights finite, so it is enough to look once."""
     for name, weight in sae.named_parameters():
-        if not bool(weight.sum(dtype=torch.float64).isfinite()):
+        if not bool(weight.sum().isfinite()):
             raise DataError(f"{name} holds NaN or infinity")
 
 
