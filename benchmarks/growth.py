@@ -99,7 +99,7 @@ def plot(points: list[dict[str, Any]], path: Path) -> None:
         saved = save(
             figure,
             Path(folder, "growth"),
-            caption=f"Around {base}; row-sparse Adam, exact search; k is 1,024.",
+            caption=f"Around {base}; row-sparse Adam, exact search. On the axes 1k is 1,024.",
         )
         if saved.png is None:
             raise SystemExit(saved.reason)
