@@ -303,6 +303,15 @@ def in_every_seed(better: pd.DataFrame) -> bool | None:
     return False if bool((~better).all(axis=0).any()) else None
 
 
+def told(name: str, numbers: pd.Series) -> str:
+    """A row of `final_numbers` in words, for the claims table."""
+    return (
+        f"{name} {numbers.dead_in_training:.2%} dead, {numbers.silent_held_out:.1%} silent held out, "
+        f"FVU {numbers.fvu:.4f}, KL {numbers.kl:.4f}, delta loss {numbers.cross_entropy_delta:.4f} "
+        f"(standard error {numbers.cross_entropy_delta_error:.4f})"
+    )
+
+
 def loss_is_higher(numbers: pd.DataFrame, others: pd.DataFrame) -> pd.Series:
     """Whether the language model loses more, by more than two standard errors of the difference.
 

@@ -98,6 +98,8 @@ def test_final_numbers_are_of_the_end_of_every_run() -> None:
         *losses,
     ]
     assert found.loc["b", 0].tolist() == [0.2, 0.3, 0.5, 4, 0.1, 0.01, 0.2]
+    words = "b 20.00% dead, 30.0% silent held out, FVU 0.5000, KL 0.2000, delta loss 0.1000 "
+    assert results.told("b", found.loc["b", 0]) == words + "(standard error 0.0100)"
 
 
 @pytest.mark.parametrize(("delta", "higher"), [(0.05, False), (0.12, False), (0.13, False), (0.15, True)])
