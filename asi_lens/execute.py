@@ -77,7 +77,7 @@ def _own_kernel() -> Iterator[None]:
     """A kernel that is this Python for certain: an installed `python3` kernel may be another one."""
     spec = {
         # Without the level every start warns of TCP on this machine alone.
-        "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"],
+        "argv": [sys.executable, "-m", "asi_lens.kernel", "-f", "{connection_file}", "--log-level=ERROR"],
         "display_name": "asi_lens run",
         "language": "python",
     }

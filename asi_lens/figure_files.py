@@ -217,17 +217,16 @@ def shared_plotly_js(folder: Path) -> Path:
 
 def _draw(figure: go.Figure) -> tuple[bytes, str]:
     """The PNG's bytes and "", or nothing and why there is no image."""
-    from asi_lens.chrome import chrome_or_reason, kaleido_options
+    from asi_lens.chrome import chrome_or_reason
+    from asi_lens.drawing import draw
 
     chrome, reason = chrome_or_reason()
     if chrome is None:
         return b"", reason
-    import kaleido
-
     layout = figure.layout
     options = {"format": "png", "width": layout.width, "height": layout.height, "scale": SCALE}
     try:
-        return kaleido.calc_fig_sync(figure, opts=options, kopts=kaleido_options(chrome)), ""
+        return draw(json.loads(figure.to_json()), chrome, options), ""
     except Exception as error:  # a browser fails in many ways; the figure's page still stands
         return b"", f"{Path(chrome).name} could not draw it: {type(error).__name__}: {error}"
 

@@ -19,7 +19,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from asi_lens import provenance
+from asi_lens import drawing, provenance
 from asi_lens.chrome import chrome_or_reason
 from asi_lens.errors import AsiLensError, require_whole
 from asi_lens.execute import execute
@@ -60,7 +60,7 @@ def reproduce(
         name: merged_parameters(name, model=model, profile=profile, output_folder=folder, given=given)
         for name in choose(notebooks)
     }
-    with _alone(folder), _executing(jobs) as executing:
+    with _alone(folder), drawing.shared(), _executing(jobs) as executing:
         todo = [
             partial(_run, folder, name, parameters, f"[{number}/{len(plans)}] {name}", force, executing)
             for number, (name, parameters) in enumerate(plans.items(), start=1)

@@ -11,7 +11,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 import pytest
 
-from asi_lens import chrome, figure_files
+from asi_lens import chrome, drawing, figure_files
 from asi_lens.errors import OptionError
 from asi_lens.figure_files import for_paper, rich, save, shared_plotly_js
 
@@ -160,13 +160,11 @@ def test_a_wider_figure_has_longer_lines(figure: go.Figure) -> None:
 def test_a_browser_that_fails_costs_the_image_only(
     figure: go.Figure, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import kaleido
-
     def fail(*_: object, **__: object) -> bytes:
         raise RuntimeError("crashed")
 
     monkeypatch.setattr(chrome, "chrome_or_reason", lambda: ("/usr/bin/some-chrome", ""))
-    monkeypatch.setattr(kaleido, "calc_fig_sync", fail)
+    monkeypatch.setattr(drawing, "draw", fail)
     saved = save(figure, root / "m" / "quick" / "01_a", caption=CAPTION)
     assert saved.png is None
     assert "some-chrome could not draw it: RuntimeError: crashed" in saved.reason

@@ -36,7 +36,8 @@ TARGETS = ("setup", "figures", "test", "test-tl4", "lint", "lab", "bench", "clea
 LAYERS = (
     ("errors", "files", "jobs", "paths"),
     ("cache", "chrome", "correlation", "download", "plain", "ranks", "tensor_files"),
-    ("run_files",),
+    ("drawing", "run_files"),
+    ("kernel",),
     ("sources",),
     ("documents", "forward", "gguf"),
     ("models",),
@@ -139,6 +140,11 @@ def test_the_lock_suits_the_oldest_python_that_is_promised() -> None:
         if found.version.partition("+")[0] == version:
             needs = Requirement(f"python{found.metadata['Requires-Python'] or ''}").specifier
             assert needs.contains(oldest), f"{name}=={version} needs Python {needs}"
+
+
+def test_notebooks_start_without_compiling_grammars() -> None:
+    # jsonschema 4.24 and later import it if it is there: 3 s in every kernel, before the first figure shows.
+    assert "rfc3987-syntax" not in locked_versions()
 
 
 def test_the_second_environment_differs_by_transformer_lens_alone() -> None:
