@@ -11,10 +11,11 @@ from torch import nn
 from asi_lens.cache import cached_jsons
 from asi_lens.corpora import Tokens
 from asi_lens.models import model_info
+from asi_lens.results import LOSSES
 from asi_lens.sae.evaluate import Evaluation
 
-NO_LOSSES: Mapping[str, None] = dict.fromkeys(("cross_entropy_delta", "cross_entropy_delta_error", "kl"))
-"""Columns of what the language model loses, where that was not measured."""
+NO_LOSSES: Mapping[str, None] = dict.fromkeys(LOSSES)
+"""Their columns where they were not measured."""
 
 
 @runtime_checkable
@@ -45,7 +46,7 @@ def held_out_numbers(
     """
     judged = {
         "format": format_number,
-        "losses": list(NO_LOSSES),
+        "losses": list(LOSSES),
         "held_out": held_out,
         "model": None if model is None else model_info(model).fingerprint,
         "tokens": None if tokens is None else tokens.fingerprint,
@@ -58,11 +59,7 @@ def held_out_numbers(
                 "dead_fraction": one.dead_fraction,
                 "fvu": one.fvu,
                 "l0": one.l0,
-                **(
-                    NO_LOSSES
-                    if one.losses is None
-                    else {name: getattr(one.losses, name) for name in NO_LOSSES}
-                ),
+                **(NO_LOSSES if one.losses is None else {name: getattr(one.losses, name) for name in LOSSES}),
             }
             for one in evaluate([runs[position] for position in missing])
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 
 import pandas as pd
@@ -173,7 +174,7 @@ def strips(
         )
     figure.update_xaxes(
         tickvals=list(range(len(looks))),
-        ticktext=[method.replace(" + ", "<br>+ ").replace(", ", ",<br>") for method in looks],
+        ticktext=[_in_lines(method, among=len(looks)) for method in looks],
         range=[-0.5, len(looks) - 0.1],
         ticks="",
         showgrid=False,
@@ -181,6 +182,14 @@ def strips(
         row=row,
         col=col,
     )
+
+
+def _in_lines(method: str, among: int) -> str:
+    """A method's name under its strip: broken at its parts, and within them where many stand in a row."""
+    parts = method.replace(" + ", "\n+ ").replace(", ", ",\n").split("\n")
+    width = 10 if among > 4 else 99
+    lines = [line for part in parts for line in textwrap.wrap(part, width, break_long_words=False)]
+    return "<br>".join(lines)
 
 
 def root_y(figure: go.Figure, highest: float) -> None:

@@ -19,6 +19,7 @@ from asi_lens.tables import Row, columns, frame, read_rows, write_rows
 
 __all__ = [
     "CLAIMS_FILE",
+    "LOSSES",
     "VARIANTS",
     "VERDICTS",
     "ClaimRow",
@@ -38,8 +39,10 @@ __all__ = [
     "final_numbers",
     "frame",
     "in_every_seed",
+    "loss_is_higher",
     "read_claims",
     "read_rows",
+    "told",
     "verdict",
     "write_claim",
     "write_rows",
@@ -64,6 +67,8 @@ VARIANTS: tuple[str, ...] = typing.get_args(Variant)
 """Rows of the W_O ablation, in the order in which its figure tells them (paper, C4 and C5)."""
 VERDICTS: tuple[str, ...] = typing.get_args(Verdict)
 CLAIMS_FILE = "claims.csv"
+LOSSES: tuple[str, ...] = ("cross_entropy_delta", "cross_entropy_delta_error", "kl")
+"""Columns of what the language model loses, and so names of `sae.splice.SpliceLosses`."""
 
 
 @dataclass(frozen=True)
@@ -336,8 +341,7 @@ def final_numbers(table: pd.DataFrame, dead_window: int) -> pd.DataFrame:
     train = table[(table.split == "train") & (table.dead_window_tokens == dead_window)]
     last = train[train.tokens == train.groupby(who).tokens.transform("max")].set_index(who)
     held = table[table.split == "held_out"].set_index(who)
-    losses = ["cross_entropy_delta", "cross_entropy_delta_error", "kl"]
-    numbers = held[["dead_fraction", "fvu", "l0", *losses]]
+    numbers = held[["dead_fraction", "fvu", "l0", *LOSSES]]
     numbers = numbers.rename(columns={"dead_fraction": "silent_held_out"})
     numbers.insert(0, "dead_in_training", last.dead_fraction)
     return numbers

@@ -268,6 +268,14 @@ def test_the_ends_of_curves_have_a_dot_per_seed_and_a_bar_at_the_mean() -> None:
     ]
 
 
+def test_names_of_many_methods_are_broken_into_more_lines() -> None:
+    table = curves()
+    more = [table[table.method == "ASI"].assign(method=f"ASI, d_init {d}") for d in (144, 256)]
+    figure = sae_figures.dead_feature_curves(pd.concat([table, *more]))
+    assert "ASI<br>+ sparse<br>Adam" in figure.layout.xaxis3.ticktext
+    assert max(len(line) for text in figure.layout.xaxis3.ticktext for line in text.split("<br>")) <= 10
+
+
 def test_one_seed_has_no_band() -> None:
     figure = sae_figures.dead_feature_curves(curves(seeds=(0,)))
     assert not any(trace.fill for trace in figure.data)
