@@ -115,14 +115,14 @@ def budget(model: nn.Module, runs: Sequence[Run], data: Split, *, losses: bool =
     sites = dict.fromkeys(run.config.metadata["site"] for run in runs)
     layers = {run.config.metadata["layer"] for run in runs}
     sizes, ks = ({getattr(run.config, name) for run in runs} for name in ("d_sae", "k"))
-    train = runs[0].train
+    train, lrs = runs[0].train, dict.fromkeys(f"{run.train.lr:g}" for run in runs)
     parts = [
         f"{info.name} ({info.weights}, {info.dtype})",
         data.train_tokens.corpus,
         f"{', '.join(sites)} of layer{'s' * (len(layers) > 1)} {_numbers(layers)} (width {store.d})",
         f"{_numbers(sizes)} features, k {_numbers(ks)}",
         f"{train.n_tokens:,} training tokens ({train.n_tokens / store.n:.1f} passes)",
-        f"lr {train.lr:g}, batch {train.batch_size:,}, dead window {train.dead_window:,} tokens",
+        f"lr {' and '.join(lrs)}, batch {train.batch_size:,}, dead window {train.dead_window:,} tokens",
         f"{data.held_out_tokens.n_tokens:,} held-out tokens",
     ]
     searched = [run for run in runs if run.recipe.search != "exact"]

@@ -19,7 +19,7 @@ def main() -> None:
     # `-m` put the working folder in front; ipykernel's own launcher takes it away, too.
     sys.path.pop(0)
     # Collections while modules are imported find nothing and take a tenth of the time.
-    gc.set_threshold(50_000, 20, 20)
+    gc.set_threshold(10_000, 10, 10)
     # What is still there at the end goes with the process: to look for cycles in it takes two seconds.
     atexit.register(gc.freeze)
     drawing.prepare()

@@ -32,6 +32,7 @@ COMMANDS: dict[str, list[str]] = {
     "harvest_speed": ["harvest.py", "speed"],
     "harvest_memory": ["harvest.py", "memory"],
     "counterfactuals": ["harvest.py", "counterfactuals"],
+    "startup": ["startup.py"],
 }
 """Scripts and their arguments, by name."""
 
@@ -132,6 +133,17 @@ def _counterfactuals(results: list[Any]) -> str:
     return table(["layers", "seconds for all counterfactuals"], [list(one.values()) for one in results])
 
 
+def _startup(results: list[Any]) -> str:
+    found, name = results[0]["seconds"], results[0]["name"]
+    told = {f"`{name}`, {part}": seconds for part, seconds in found["notebook"].items()}
+    rows = {
+        "`import asi_lens`": found["import"],
+        **told,
+        "all notebooks, two at a time": found["all notebooks"],
+    }
+    return table(["everything in the cache", "seconds"], [list(row) for row in rows.items()])
+
+
 TABLES: dict[str, Callable[[list[Any]], str]] = {
     "train_step": _train_step,
     "search_quality": _search_quality,
@@ -141,6 +153,7 @@ TABLES: dict[str, Callable[[list[Any]], str]] = {
     "harvest_speed": _harvest_speed,
     "harvest_memory": _harvest_memory,
     "counterfactuals": _counterfactuals,
+    "startup": _startup,
 }
 
 
