@@ -174,7 +174,7 @@ def strips(
         )
     figure.update_xaxes(
         tickvals=list(range(len(looks))),
-        ticktext=[_in_lines(method, among=len(looks)) for method in looks],
+        ticktext=[in_lines(method, among=len(looks)) for method in looks],
         range=[-0.5, len(looks) - 0.1],
         ticks="",
         showgrid=False,
@@ -184,7 +184,7 @@ def strips(
     )
 
 
-def _in_lines(method: str, among: int) -> str:
+def in_lines(method: str, among: int) -> str:
     """A method's name under its strip: broken at its parts, and within them where many stand in a row."""
     parts = method.replace(" + ", "\n+ ").replace(", ", ",\n").split("\n")
     width = 10 if among > 4 else 99

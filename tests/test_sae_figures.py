@@ -12,6 +12,7 @@ import pytest
 
 from asi_lens import sae_figures
 from asi_lens.errors import DataError
+from asi_lens.figure_parts import in_lines
 from asi_lens.figure_style import COLORS, METHOD_COLORS
 from asi_lens.results import DeadFeatureRow, RankedDeadFeatureRow, frame
 
@@ -266,14 +267,7 @@ def test_the_ends_of_curves_have_a_dot_per_seed_and_a_bar_at_the_mean() -> None:
         "ASI",
         "ASI<br>+ sparse Adam",
     ]
-
-
-def test_names_of_many_methods_are_broken_into_more_lines() -> None:
-    table = curves()
-    more = [table[table.method == "ASI"].assign(method=f"ASI, d_init {d}") for d in (144, 256)]
-    figure = sae_figures.dead_feature_curves(pd.concat([table, *more]))
-    assert "ASI<br>+ sparse<br>Adam" in figure.layout.xaxis3.ticktext
-    assert max(len(line) for text in figure.layout.xaxis3.ticktext for line in text.split("<br>")) <= 10
+    assert in_lines("ASI + sparse Adam", among=6) == "ASI<br>+ sparse<br>Adam"
 
 
 def test_one_seed_has_no_band() -> None:
