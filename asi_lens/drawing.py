@@ -15,18 +15,20 @@ import secrets
 import threading
 from collections.abc import Coroutine, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, Listener
+from contextlib import closing, contextmanager, suppress
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException
+from http.server import BaseHTTPRequestHandler
+from socketserver import ThreadingTCPServer
+from threading import Thread
 from typing import Any
 
 from asi_lens.chrome import chrome_or_reason, kaleido_options
 
 IDLE_SECONDS = 60.0
 """A browser that has drawn nothing for so long is closed; the next image starts another."""
-_CLOSE_SECONDS = 10.0
+_CLOSE_SECONDS, _ANSWER_SECONDS = 10.0, 300.0
 _SHARED = "ASI_LENS_DRAWING"
-_READY, _IMAGE, _FAILED = b"ready", b"image ", b"failed "
 
 
 def draw(figure: Mapping[str, Any], chrome: str, options: Mapping[str, Any]) -> bytes:
@@ -39,21 +41,18 @@ def draw(figure: Mapping[str, Any], chrome: str, options: Mapping[str, Any]) -> 
     next image has a new browser; one that died since the last image is replaced at once.
     """
     if _SHARED in os.environ:
-        with suppress(OSError, EOFError):  # the process that shared it is gone: so is its browser
-            answer = _ask({"figure": figure, "chrome": chrome, "options": options})
-            if answer.startswith(_IMAGE):
-                return answer.removeprefix(_IMAGE)
-            raise RuntimeError(answer.removeprefix(_FAILED).decode())
+        with suppress(OSError, HTTPException):  # the process that shared it is gone: so is its browser
+            return _ask({"figure": figure, "chrome": chrome, "options": options})
     return _own().draw(figure, chrome, options)
 
 
 def prepare() -> None:
     """Start a browser in the background, if there is one, for an image that will be asked for soon."""
     if _SHARED in os.environ:
-        with suppress(OSError, EOFError):
+        with suppress(OSError, HTTPException):
             _ask({})
     else:
-        threading.Thread(target=_prepare, name="asi_lens drawing, start", daemon=True).start()
+        Thread(target=_prepare, name="asi_lens drawing, start", daemon=True).start()
 
 
 def _prepare() -> None:
@@ -66,54 +65,66 @@ def _prepare() -> None:
 @contextmanager
 def shared() -> Iterator[None]:
     """Processes that are started inside have their images drawn by this one's browser."""
-    key = secrets.token_bytes(16)
-    # As Jupyter's own: the path of a Unix socket may be too long where temporary files have a long one.
-    with Listener(("127.0.0.1", 0), authkey=key) as listener:
-        server = threading.Thread(target=_serve, args=(listener,), name="asi_lens drawing, shared")
-        server.start()
-        os.environ[_SHARED] = f"{key.hex()} {listener.address[1]}"
+    with _Server(("127.0.0.1", 0), _Answer) as server:
+        Thread(target=server.serve_forever, name="asi_lens drawing, shared", daemon=True).start()
+        os.environ[_SHARED] = f"{server.server_address[1]} {server.key}"
         try:
             yield
         finally:
-            with suppress(OSError, EOFError):
-                _ask(None)
-            server.join()
             del os.environ[_SHARED]
+            server.shutdown()
 
 
-def _serve(listener: Listener) -> None:
-    """Answer one question per connection until one is None. Bytes only: nothing is unpickled."""
-    while True:
-        try:
-            connection = listener.accept()
-            asked = json.loads(connection.recv_bytes())
-        except (OSError, EOFError, ValueError, AuthenticationError):  # gone, or none of ours
-            continue
-        if asked is None:
-            connection.close()
-            break
-        threading.Thread(target=_answer, args=(connection, asked), daemon=True).start()
+class _Server(ThreadingTCPServer):
+    """Not HTTPServer, which asks the name service for its own name."""
+
+    daemon_threads = True
+    key = secrets.token_hex(16)
 
 
-def _answer(connection: Connection, asked: Mapping[str, Any]) -> None:
-    with connection, suppress(OSError):  # whoever asked is gone
+class _Answer(BaseHTTPRequestHandler):
+    """The image of a figure, or why there is none; an empty question asks to get ready."""
+
+    timeout = 60  # seconds, for somebody who connects and says nothing
+
+    def do_POST(self) -> None:
+        """Answer one question."""
+        if not secrets.compare_digest(self.headers.get("Authorization", ""), _Server.key):
+            self.send_error(HTTPStatus.FORBIDDEN)
+            return
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if not asked:
-            connection.send_bytes(_READY)
+            self._send(HTTPStatus.OK, b"")
             _prepare()
             return
         try:
             image = _own().draw(**asked)
         except Exception as error:
-            connection.send_bytes(_FAILED + f"{type(error).__name__}: {error}".encode())
+            self._send(HTTPStatus.INTERNAL_SERVER_ERROR, f"{type(error).__name__}: {error}".encode())
         else:
-            connection.send_bytes(_IMAGE + image)
+            self._send(HTTPStatus.OK, image)
+
+    def _send(self, status: HTTPStatus, body: bytes) -> None:
+        with suppress(OSError):  # whoever asked is gone
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing to tell."""
 
 
-def _ask(question: Mapping[str, Any] | None) -> bytes:
-    key, port = os.environ[_SHARED].split()
-    with Client(("127.0.0.1", int(port)), authkey=bytes.fromhex(key)) as connection:
-        connection.send_bytes(json.dumps(question).encode())
-        return b"" if question is None else connection.recv_bytes()
+def _ask(question: Mapping[str, Any]) -> bytes:
+    port, key = os.environ[_SHARED].split()
+    # Not urllib, which would ask a proxy for it.
+    with closing(HTTPConnection("127.0.0.1", int(port), timeout=_ANSWER_SECONDS)) as connection:
+        connection.request("POST", "/", json.dumps(question), {"Authorization": key})
+        answer = connection.getresponse()
+        body = answer.read()
+    if answer.status != HTTPStatus.OK:
+        raise RuntimeError(body.decode(errors="replace"))
+    return body
 
 
 class _Browser:
@@ -121,7 +132,7 @@ class _Browser:
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="asi_lens drawing", daemon=True).start()
+        Thread(target=self._loop.run_forever, name="asi_lens drawing", daemon=True).start()
         self._kaleido: Any = None
         self._chrome = ""
         self._one = threading.Lock()

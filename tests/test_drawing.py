@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from multiprocessing import AuthenticationError
 from pathlib import Path
 from typing import Any
 
@@ -185,16 +184,17 @@ def test_processes_that_are_started_inside_use_the_shared_browser(
     assert b"a browser of its own" in started().stderr
 
 
-def test_a_stranger_does_not_end_the_sharing(fake: type[Fake], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strangers_are_refused_and_hold_nobody_up(fake: type[Fake]) -> None:
     with drawing.shared():
-        key, port = os.environ[drawing._SHARED].split()
-        with socket.create_connection(("127.0.0.1", int(port))) as stranger:
-            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
-        monkeypatch.setenv(drawing._SHARED, f"{'00' * 16} {port}")
-        with pytest.raises(AuthenticationError):
-            drawing._ask(None)
-        monkeypatch.setenv(drawing._SHARED, f"{key} {port}")
-        assert drawing.draw(FIGURE, "a", OPTIONS) == b"a png"
+        ours = os.environ[drawing._SHARED]
+        port = ours.split()[0]
+        with socket.create_connection(("127.0.0.1", int(port))):  # and says nothing
+            os.environ[drawing._SHARED] = f"{port} {'00' * 16}"
+            with pytest.raises(RuntimeError, match="Forbidden"):
+                drawing._ask({})
+            os.environ[drawing._SHARED] = ours
+            assert drawing.draw(FIGURE, "a", OPTIONS) == b"a png"
+    assert drawing._SHARED not in os.environ
 
 
 def test_without_the_process_that_shared_it_images_are_drawn_here(
