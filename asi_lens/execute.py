@@ -75,9 +75,11 @@ def execute(notebook: Path, parameters: Mapping[str, Any], executed: Path) -> No
 @contextmanager
 def _own_kernel() -> Iterator[None]:
     """A kernel that is this Python for certain: an installed `python3` kernel may be another one."""
+    # -P: no file beside the notebook takes the place of a module that the kernel starts with.
+    module = [sys.executable, "-P", "-m", "asi_lens.kernel"]
     spec = {
         # Without the level every start warns of TCP on this machine alone.
-        "argv": [sys.executable, "-m", "asi_lens.kernel", "-f", "{connection_file}", "--log-level=ERROR"],
+        "argv": [*module, "-f", "{connection_file}", "--log-level=ERROR"],
         "display_name": "asi_lens run",
         "language": "python",
     }

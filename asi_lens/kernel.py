@@ -1,4 +1,4 @@
-"""The kernel of notebooks that run headless: `python -m asi_lens.kernel -f connection_file`.
+"""The kernel of notebooks that run headless: `python -P -m asi_lens.kernel -f connection_file`.
 
 IPython's own, for notebooks that read their caches: there, starting and ending are most of the time.
 """
@@ -16,13 +16,14 @@ def main() -> None:
     """Run the kernel until it is shut down."""
     from ipykernel import kernelapp
 
-    # `-m` put the working folder in front; ipykernel's own launcher takes it away, too.
-    sys.path.pop(0)
     # Collections while modules are imported find nothing and take a tenth of the time.
     gc.set_threshold(10_000, 10, 10)
     # What is still there at the end goes with the process: to look for cycles in it takes two seconds.
     atexit.register(gc.freeze)
     drawing.prepare()
+    sys.path.insert(
+        0, ""
+    )  # what lies beside the notebook is for its cells, as in Jupyter; with -P not for us
     kernelapp.launch_new_instance()
 
 

@@ -41,6 +41,14 @@ def test_the_kernel_is_this_interpreter_and_gets_the_parameters(tmp_path: Path) 
     assert os.environ.get("JUPYTER_PATH") == before
 
 
+def test_a_file_beside_the_notebook_is_there_for_its_cells_alone(tmp_path: Path) -> None:
+    path = runs.notebook(tmp_path / "01_alpha.ipynb", "import helper; open(helper.NAME, 'w')")
+    (tmp_path / "helper.py").write_text("NAME = 'found'")
+    (tmp_path / "ipykernel.py").write_text("raise SystemExit('not the kernel')")
+    execute(path, PARAMETERS, tmp_path / "out" / "01_alpha.ipynb")
+    assert (tmp_path / "found").exists()
+
+
 def test_a_failing_cell_is_told_and_the_executed_copy_kept(tmp_path: Path) -> None:
     path = runs.notebook(
         tmp_path / "01_alpha.ipynb", "fine = 1", "wrong = fine / (seed - 7)\n", "open('never', 'w')"
