@@ -21,9 +21,7 @@ def main() -> None:
     # What is still there at the end goes with the process: to look for cycles in it takes two seconds.
     atexit.register(gc.freeze)
     drawing.prepare()
-    sys.path.insert(
-        0, ""
-    )  # what lies beside the notebook is for its cells, as in Jupyter; with -P not for us
+    sys.path.insert(0, "")  # for cells, as in Jupyter: -P kept it from what is imported here
     kernelapp.launch_new_instance()
 
 
