@@ -15,7 +15,7 @@ from asi_lens.results import LOSSES
 from asi_lens.sae.evaluate import Evaluation
 
 NO_LOSSES: Mapping[str, None] = dict.fromkeys(LOSSES)
-"""Their columns where they were not measured."""
+"""Columns of what the language model loses, where that was not measured."""
 
 
 @runtime_checkable
