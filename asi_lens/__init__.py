@@ -44,6 +44,7 @@ _PUBLIC: dict[str, str] = {
 
 # Modules reached as attributes; none may share its name with a public function above.
 _MODULES = (
+    "claims",
     "collect",
     "comparison",
     "comparison_table",

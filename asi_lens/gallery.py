@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from asi_lens.claims import ClaimRow, claim_order, read_claims
 from asi_lens.errors import DataError
 from asi_lens.figure_files import rich, shared_plotly_js
 from asi_lens.files import locked, write_whole
 from asi_lens.paths import figures_root, project_root
 from asi_lens.provenance import RUN_FILE, read_run
-from asi_lens.results import ClaimRow, claim_order, read_claims
 
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
 # What the README shows: the default model, the best profile that was run.

@@ -21,6 +21,7 @@ from typing import Any
 
 from asi_lens import drawing, provenance
 from asi_lens.chrome import chrome_or_reason
+from asi_lens.claims import ClaimRow, drop_claims, read_claims, write_claim
 from asi_lens.errors import AsiLensError, require_whole
 from asi_lens.execute import execute
 from asi_lens.files import cache_key, locked, sha256_of, write_whole
@@ -28,7 +29,6 @@ from asi_lens.gallery import build_gallery, update_readme
 from asi_lens.jobs import share_cores
 from asi_lens.paths import figures_dir, figures_root, notebooks_dir
 from asi_lens.profiles import choose, merged_parameters, parse_given
-from asi_lens.results import ClaimRow, drop_claims, read_claims, write_claim
 
 STATE_FILE = ".state.json"
 EXECUTED = ".executed"

@@ -6,19 +6,16 @@
     partial.safetensors     instead of the manifest while a harvest is under way: the shards that are whole
     part-000/ ...           of a harvest by several processes: the shards of each
 
-A shard is written under a temporary name and renamed when it is whole, so a kill costs one shard at most.
+What writes them is in `shard_writer`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -26,8 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from asi_lens import tensor_files
-from asi_lens.errors import CacheError, DataError, OptionError, require
+from asi_lens.errors import CacheError, DataError
 from asi_lens.files import sha256_of, write_whole
 from asi_lens.moments import Moments
 
@@ -35,7 +31,6 @@ FORMAT = 1
 MANIFEST, PARTIAL, MOMENTS = "manifest.json", "partial.safetensors", "moments.safetensors"
 DTYPES = ("bfloat16", "float16", "float32")
 """Dtypes that rows can be stored in."""
-_UNFINISHED = ".unfinished"
 
 
 @dataclass(frozen=True)
@@ -120,7 +115,7 @@ def open_shards(folder: Path, manifest: Manifest) -> list[Float[Tensor, "n_i d"]
     rows = []
     for shard in manifest.shards:
         path = folder / shard.file
-        _check_size(path, shard)
+        check_size(path, shard)
         try:
             with safe_open(path, "pt") as file:
                 tensor = file.get_tensor("rows")
@@ -148,7 +143,7 @@ def verify_checksums(folder: Path, manifest: Manifest) -> None:
 
 def read_moments(folder: Path) -> Moments:
     """Moments of all rows. Raises CacheError for a file that is missing or damaged."""
-    state, _ = _load(folder / MOMENTS)
+    state, _ = load(folder / MOMENTS)
     return Moments.from_state(state)
 
 
@@ -159,36 +154,12 @@ def unfinished(folder: Path) -> list[Path]:
 
 def progress(folder: Path) -> int:
     """Rows in whole shards of a harvest under way."""
-    return sum(int(json.loads(_load(part / PARTIAL)[1]["state"])["n"]) for part in unfinished(folder))
+    return sum(int(json.loads(load(part / PARTIAL)[1]["state"])["n"]) for part in unfinished(folder))
 
 
 def part_folder(folder: Path, rank: int) -> Path:
     """Where process `rank` of several writes its shards."""
     return folder / f"part-{rank:03d}"
-
-
-def join_parts(folder: Path, origin: Mapping[str, Any], n_parts: int) -> None:
-    """Make the finished parts of a harvest by several processes one store, by its moments and manifest.
-
-    The shards stay where they are. Raises DataError where a part is not whole, CacheError where its state is
-    damaged.
-    """
-    parts = [part_folder(folder, rank) for rank in range(n_parts)]
-    read = [_load(part / PARTIAL) for part in parts]
-    states = [json.loads(metadata["state"]) for _, metadata in read]
-    shards = []
-    for part, state in zip(parts, states, strict=True):
-        if state["n"] != state["n_total"]:
-            raise DataError(f"the store in {part} has {state['n']} of {state['n_total']} rows")
-        for values in state["shards"]:
-            _check_size(part / values["file"], Shard(**values))
-            shards.append(Shard(**{**values, "file": f"{part.name}/{values['file']}"}))
-    moments = Moments.from_state(read[0][0])
-    for tensors, _ in read[1:]:
-        moments.merge(Moments.from_state(tensors))
-    _write_manifest(folder, origin, states[0]["dtype"], moments, shards)
-    for part in parts:
-        (part / PARTIAL).unlink()
 
 
 def differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
@@ -197,173 +168,8 @@ def differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     return "; ".join(f"{key} {there.get(key)!r}, not {asked[key]!r}" for key in differ)
 
 
-class ShardWriter:
-    """Appends rows to the shards of one store. One that finds whole shards goes on behind them.
-
-    `n` rows are written (in whole shards after a restart). Raises OptionError where the folder holds the
-    beginning of another store, CacheError where what is there is damaged.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        origin: Mapping[str, Any],
-        *,
-        n_total: int,
-        d: int,
-        dtype: str,
-        shard_rows: int,
-    ):
-        require(dtype in DTYPES, "dtype", dtype, " or ".join(map(repr, DTYPES)))
-        require(shard_rows >= 1, "shard_rows", shard_rows, "at least 1")
-        self.folder, self.origin, self.d, self.dtype = folder, dict(origin), d, dtype
-        self.n_total, self.shard_rows = n_total, shard_rows
-        self.n = 0
-        self.shards: list[Shard] = []
-        self.moments = Moments.zeros(d)
-        self._file: BinaryIO | None = None
-        self._digest = hashlib.sha256()
-        self._open_rows = self._open_n = 0
-        if (folder / PARTIAL).exists():
-            self._restore()
-
-    def append(self, rows: Float[Tensor, "batch d"]) -> None:
-        """Write rows in the store's dtype. They must not reach over the end of a shard.
-
-        Raises DataError for values that are not finite in that dtype, OSError for a full disk and the
-        like: whole shards stay, and a writer opened later goes on behind them.
-        """
-        kept = rows.to(getattr(torch, self.dtype))
-        if not torch.isfinite(kept.sum(dtype=torch.float32)):
-            raise DataError(
-                f"rows {self.n} to {self.n + len(rows)} are not finite in {self.dtype}; store them in "
-                "bfloat16 or float32"
-            )
-        batch = Moments.of(kept)
-        self.moments = self.moments.to(batch.mean.device)
-        if self._file is None:
-            self._begin_shard()
-        assert self._file is not None
-        if self._open_rows + len(rows) > self._open_n:
-            raise OptionError(f"{len(rows)} rows do not fit into what is left of a shard")
-        data = tensor_files.raw_bytes(kept)
-        try:
-            self._file.write(data)
-        except OSError as error:
-            raise self._cannot_write(error) from error
-        self._digest.update(data)
-        self.moments.merge(batch)
-        self.n += len(rows)
-        self._open_rows += len(rows)
-        if self._open_rows == self._open_n:
-            self._end_shard()
-
-    def finish(self) -> None:
-        """Write moments and manifest: from here on the folder is a store."""
-        if self.n != self.n_total or self._file is not None:
-            raise DataError(f"the store in {self.folder} has {self.n} of {self.n_total} rows")
-        _write_manifest(self.folder, self.origin, self.dtype, self.moments, self.shards)
-        (self.folder / PARTIAL).unlink(missing_ok=True)
-
-    def close(self) -> None:
-        """Drop a shard that is not whole."""
-        if self._file is not None:
-            # On a full disk the buffer cannot be flushed; the file goes anyway.
-            with suppress(OSError):
-                self._file.close()
-            Path(self._file.name).unlink(missing_ok=True)
-            self._file = None
-
-    def _begin_shard(self) -> None:
-        n = min(self.shard_rows, self.n_total - self.n)
-        header = tensor_files.header({"rows": (getattr(torch, self.dtype), (n, self.d))})
-        self._digest = hashlib.sha256(header)
-        self._open_rows, self._open_n = 0, n
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._file = (self.folder / (self._shard_name() + _UNFINISHED)).open("wb")
-            self._file.write(header)
-        except OSError as error:
-            raise self._cannot_write(error) from error
-
-    def _end_shard(self) -> None:
-        assert self._file is not None
-        unfinished, path = Path(self._file.name), self.folder / self._shard_name()
-        try:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._file = None
-            unfinished.replace(path)
-        except OSError as error:
-            raise self._cannot_write(error) from error
-        self.shards.append(Shard(path.name, self._open_n, path.stat().st_size, self._digest.hexdigest()))
-        state = {
-            "format": FORMAT,
-            "n": self.n,
-            "n_total": self.n_total,
-            "d": self.d,
-            "dtype": self.dtype,
-            "shard_rows": self.shard_rows,
-            "origin": self.origin,
-            "shards": [asdict(shard) for shard in self.shards],
-        }
-        # One file, so that the shards and their moments can never belong to different moments in time.
-        _save(self.folder / PARTIAL, self.moments.state(), {"state": json.dumps(state)})
-
-    def _restore(self) -> None:
-        path = self.folder / PARTIAL
-        tensors, metadata = _load(path)
-        state = json.loads(metadata["state"])
-        if state["format"] != FORMAT:
-            raise CacheError(
-                f"{path} has format {state['format']!r}, this version reads {FORMAT}; delete {self.folder}"
-            )
-        shape = {"n_total": self.n_total, "d": self.d, "dtype": self.dtype, "shard_rows": self.shard_rows}
-        differ = differences({**state["origin"], **state}, {**self.origin, **shape})
-        if differ:
-            raise OptionError(
-                f"{self.folder} holds the beginning of another store ({differ}); finish that harvest, choose "
-                "another folder, or delete it"
-            )
-        self.shards = [Shard(**shard) for shard in state["shards"]]
-        for shard in self.shards:
-            _check_size(self.folder / shard.file, shard)
-        self.n = int(state["n"])
-        self.moments = Moments.from_state(tensors)
-
-    def _shard_name(self) -> str:
-        return f"shard-{len(self.shards):05d}.safetensors"
-
-    def _cannot_write(self, error: OSError) -> OSError:
-        self.close()
-        whole = sum(shard.n for shard in self.shards)
-        return type(error)(
-            error.errno,
-            f"cannot write {self.folder / self._shard_name()}: {error.strerror or error}; {whole} of "
-            f"{self.n_total} rows are safe, the same call goes on behind them",
-        )
-
-
-def _write_manifest(
-    folder: Path, origin: Mapping[str, Any], dtype: str, moments: Moments, shards: Sequence[Shard]
-) -> None:
-    """Write moments, then the manifest: from here on the folder is a store."""
-    _save(folder / MOMENTS, moments.state(), {})
-    Manifest(
-        FORMAT,
-        moments.n,
-        len(moments.mean),
-        dtype,
-        tuple(moments.mean.tolist()),
-        moments.scatter.diagonal().sum().item() / moments.n,
-        dict(origin),
-        tuple(shards),
-        sha256_of(folder / MOMENTS),
-    ).write(folder)
-
-
-def _check_size(path: Path, shard: Shard) -> None:
+def check_size(path: Path, shard: Shard) -> None:
+    """Raise CacheError unless the shard is there, of the size that was written."""
     if not path.is_file():
         raise CacheError(f"{path} is missing; delete {path.parent} and harvest anew")
     found = path.stat().st_size
@@ -373,12 +179,14 @@ def _check_size(path: Path, shard: Shard) -> None:
         )
 
 
-def _save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a file of the store other than a shard, whole."""
     with write_whole(path) as temporary:
         save_file(dict(tensors), temporary, metadata={"asi_lens_store": str(FORMAT), **metadata})
 
 
-def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of such a file. Raises CacheError if it is missing or damaged."""
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118

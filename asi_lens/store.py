@@ -29,6 +29,7 @@ from asi_lens.harvest import BATCH_TOKENS, SiteLayer, harvest, pairs
 from asi_lens.origin import describe
 from asi_lens.paths import cache_dir
 from asi_lens.ranks import Ranks
+from asi_lens.shard_writer import ShardWriter, join_parts
 
 __all__ = ["ActivationStore", "harvest_store", "harvest_stores"]
 
@@ -154,7 +155,7 @@ def _harvest(
     batch_rows = per_batch * per_sequence
     first, last = _stretch(len(tokens), per_batch, ranks)
     with ExitStack() as stack:
-        writers: dict[SiteLayer, shards.ShardWriter] = {}
+        writers: dict[SiteLayer, ShardWriter] = {}
 
         def begin() -> None:
             # In one order, so that two harvests never wait for each other.
@@ -171,7 +172,7 @@ def _harvest(
                 own = folder if ranks.size == 1 else shards.part_folder(folder, ranks.rank)
                 own.mkdir(parents=True, exist_ok=True)
                 _require_begun_so(folder, own)
-                writers[where] = shards.ShardWriter(
+                writers[where] = ShardWriter(
                     own,
                     {**origins[where], "batch_tokens": batch_tokens},
                     n_total=(last - first) * per_sequence,
@@ -203,7 +204,7 @@ def _harvest(
                     if ranks.size == 1:
                         writer.finish()
                     elif ranks.rank == 0:
-                        shards.join_parts(folders[where], writer.origin, ranks.size)
+                        join_parts(folders[where], writer.origin, ranks.size)
 
             ranks.together("finishing the store", finish)
     return {where: ActivationStore.open(folder) for where, folder in folders.items()}
@@ -237,7 +238,7 @@ def _require_begun_so(folder: Path, own: Path) -> None:
 class _Appending:
     """A harvest consumer that appends to one writer per (site, layer)."""
 
-    def __init__(self, writers: Mapping[SiteLayer, shards.ShardWriter], start: int):
+    def __init__(self, writers: Mapping[SiteLayer, ShardWriter], start: int):
         self.wants: Collection[SiteLayer] = tuple(writers)
         self._writers = writers
         self._seen = dict.fromkeys(writers, start)
@@ -305,7 +306,7 @@ def _alone(folder: Path, *, wait: bool) -> Iterator[None]:
 
 
 def _state_size(
-    writers: Mapping[SiteLayer, shards.ShardWriter], n: int, size: int, budget_gb: int | float, ranks: Ranks
+    writers: Mapping[SiteLayer, ShardWriter], n: int, size: int, budget_gb: int | float, ranks: Ranks
 ) -> None:
     """Say what will be written, and refuse what is over the budget or the free space."""
     total = sum(n * writer.d * size for writer in writers.values())

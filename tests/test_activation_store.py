@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_stores import OPTIONS, everything, files
 
-from asi_lens import models, shards
+from asi_lens import models
 from asi_lens.activation_store import ActivationStore
 from asi_lens.corpora import Tokens
 from asi_lens.errors import CacheError, DataError, OptionError
 from asi_lens.sae.mesh import Mesh, MeshConfig
+from asi_lens.shard_writer import ShardWriter
 from asi_lens.store import harvest_store
 
 # Tiny stores: too few tokens for a rank is what they always have.
@@ -141,7 +142,7 @@ def numbered(request: pytest.FixtureRequest, tmp_path: Path) -> ActivationStore:
     rows = torch.stack([torch.arange(1000.0), -torch.arange(1000.0)], 1)
     if request.param == "memory":
         return ActivationStore.from_tensor(rows)
-    writer = shards.ShardWriter(tmp_path / "n", {}, n_total=1000, d=2, dtype="float32", shard_rows=100)
+    writer = ShardWriter(tmp_path / "n", {}, n_total=1000, d=2, dtype="float32", shard_rows=100)
     for part in rows.split(50):
         writer.append(part)
     writer.finish()

@@ -13,10 +13,11 @@ import pytest
 import test_figures as tables
 
 from asi_lens import chrome, figures, gallery, provenance
+from asi_lens.claims import ClaimRow, write_claim
 from asi_lens.errors import DataError
 from asi_lens.paths import project_root
-from asi_lens.results import ClaimRow, write_claim, write_rows
 from asi_lens.results import RankRow as Rank
+from asi_lens.results import write_rows
 
 VERDICTS = ("supported", "not supported", "not testable here")
 BUILT = {

@@ -11,6 +11,7 @@ import pytest
 import tiny_models
 
 from asi_lens import provenance
+from asi_lens.claims import read_claims
 from asi_lens.profiles import merged_parameters, notebook_names
 from asi_lens.reproduce import reproduce
 from asi_lens.results import (
@@ -22,7 +23,6 @@ from asi_lens.results import (
     OutputProjectionRow,
     RankedDeadFeatureRow,
     RankRow,
-    read_claims,
     read_rows,
 )
 

@@ -14,13 +14,13 @@ import runs
 import yaml
 
 from asi_lens import provenance, reproduce
+from asi_lens.claims import ClaimRow, read_claims, write_claim
 from asi_lens.errors import AsiLensError, UnknownNameError
 from asi_lens.execute import NotebookError
 from asi_lens.files import locked
-from asi_lens.results import ClaimRow, read_claims, write_claim
 
 CLAIM = (
-    "from asi_lens.results import ClaimRow, write_claim\n"
+    "from asi_lens.claims import ClaimRow, write_claim\n"
     "write_claim(folder, ClaimRow('{claim}', 's', '', str(x), '', '', 'supported', '{notebook}'))\n"
 )
 FIGURE = (

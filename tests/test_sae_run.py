@@ -24,7 +24,7 @@ from asi_lens.ranks import Ranks
 from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.metrics import read_metrics
 from asi_lens.sae.run import RunConfig, export_folder, main, run
-from asi_lens.shards import ShardWriter
+from asi_lens.shard_writer import ShardWriter
 
 STEPS, BATCH, TIMEOUT = 60, 40, 10
 LIMIT = TIMEOUT + 15  # with the start of Python and 2 s of asking who is lost

@@ -18,10 +18,11 @@ import torch
 from safetensors.torch import load_file
 from small_stores import OPTIONS, PER_SEQUENCE, everything, files, hooked
 
-from asi_lens import models, shards, store
+from asi_lens import models, store
 from asi_lens.activation_store import ActivationStore
 from asi_lens.corpora import Tokens
 from asi_lens.errors import CacheError, DataError, OptionError, UnknownNameError
+from asi_lens.shard_writer import ShardWriter
 from asi_lens.spectra import Spectrum
 from asi_lens.store import harvest_store, harvest_stores
 
@@ -169,7 +170,7 @@ def test_a_harvest_stopped_anywhere_goes_on_to_the_same_bytes(
     whole = tmp_path / "whole"
     harvest_stores(tiny_llama, tiny_tokens, wheres, folder=whole, **OPTIONS)
     folder = tmp_path / "stopped"
-    real = shards.ShardWriter.append
+    real = ShardWriter.append
     calls = 0
 
     def stopping(self: Any, rows: Any) -> None:
@@ -179,7 +180,7 @@ def test_a_harvest_stopped_anywhere_goes_on_to_the_same_bytes(
             raise KeyboardInterrupt
         real(self, rows)
 
-    monkeypatch.setattr(shards.ShardWriter, "append", stopping)
+    monkeypatch.setattr(ShardWriter, "append", stopping)
     for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
             harvest_stores(tiny_llama, tiny_tokens, wheres, folder=folder, **OPTIONS)
@@ -199,17 +200,18 @@ def test_a_killed_harvest_goes_on_at_the_last_whole_shard(
         import os, signal
         import torch
         torch.set_num_threads(1)
-        from asi_lens import load_model, shards
+        from asi_lens import load_model
         from asi_lens.corpora import Tokens
+        from asi_lens.shard_writer import ShardWriter
         from asi_lens.store import harvest_store
         model = load_model({str(tiny_folder("llama"))!r}, dtype="float32", device="cpu")
-        real, calls = shards.ShardWriter.append, []
+        real, calls = ShardWriter.append, []
         def append(self, rows):
             calls.append(1)
             if len(calls) == 4:
                 os.kill(os.getpid(), signal.SIGKILL)
             real(self, rows)
-        shards.ShardWriter.append = append
+        ShardWriter.append = append
         tokens = Tokens(torch.load({str(tmp_path / "ids.pt")!r}), "random", "tiny", 32)
         harvest_store(model, tokens, "attn_out", 1, folder={str(tmp_path / "s")!r}, **{OPTIONS!r})
         """
@@ -234,13 +236,13 @@ def test_a_stop_between_the_last_shard_and_the_manifest(
 ) -> None:
     whole = harvest_store(tiny_llama, tiny_tokens, "z", 0, folder=tmp_path / "whole", **OPTIONS)
     with monkeypatch.context() as patch:
-        patch.setattr(shards.ShardWriter, "finish", finish_never)
+        patch.setattr(ShardWriter, "finish", finish_never)
         with pytest.raises(KeyboardInterrupt):
             harvest_store(tiny_llama, tiny_tokens, "z", 0, folder=tmp_path / "s", **OPTIONS)
     with pytest.raises(DataError, match="372 rows so far"):
         ActivationStore.open(tmp_path / "s")
     with monkeypatch.context() as patch:
-        patch.setattr(shards.ShardWriter, "append", None)  # nothing is left to append
+        patch.setattr(ShardWriter, "append", None)  # nothing is left to append
         found = harvest_store(tiny_llama, tiny_tokens, "z", 0, folder=tmp_path / "s", **OPTIONS)
     assert found.folder is not None
     assert whole.folder is not None
@@ -251,7 +253,7 @@ def test_the_beginning_of_another_store_is_not_gone_on_with(
     tiny_llama: Any, tiny_tokens: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(shards.ShardWriter, "finish", finish_never)
+        patch.setattr(ShardWriter, "finish", finish_never)
         with pytest.raises(KeyboardInterrupt):
             harvest_store(tiny_llama, tiny_tokens, "attn_out", 0, folder=tmp_path / "s", **OPTIONS)
     with pytest.raises(OptionError, match=r"beginning of another store .*layer 0, not 1"):
