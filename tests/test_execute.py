@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import resource
 import signal
 import subprocess
 import sys
@@ -47,6 +49,22 @@ def test_a_file_beside_the_notebook_is_there_for_its_cells_alone(tmp_path: Path)
     (tmp_path / "ipykernel.py").write_text("raise SystemExit('not the kernel')")
     execute(path, PARAMETERS, tmp_path / "out" / "01_alpha.ipynb")
     assert (tmp_path / "found").exists()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="settings of glibc")
+def test_a_kernel_keeps_freed_memory_for_what_comes_next(tmp_path: Path) -> None:
+    path = runs.notebook(
+        tmp_path / "01_alpha.ipynb",
+        "import json, resource\n"
+        "faults = []\n"
+        "for _ in range(5):\n"
+        "    b'x' * 2**26\n"
+        "    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)\n"
+        "json.dump(faults, open('faults.json', 'w'))",
+    )
+    execute(path, PARAMETERS, tmp_path / "out" / "01_alpha.ipynb")
+    faults = json.loads((tmp_path / "faults.json").read_text())
+    assert faults[-1] - faults[0] < 2**26 / resource.getpagesize()
 
 
 def test_a_failing_cell_is_told_and_the_executed_copy_kept(tmp_path: Path) -> None:
