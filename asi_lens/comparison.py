@@ -98,8 +98,7 @@ def train_recipes(
     Args:
         store: rows of one site, or paired stores for transcoders.
         recipes: recipes, or names in `recipes.RECIPES`; transcoders have a `reader`.
-        train: everything but `optimizer`, `aux_k` and `seed`, which recipes and `seeds` say, and `lr` where a
-            recipe has its own.
+        train: everything but `optimizer`, `aux_k` and `seed`, which recipes and `seeds` say.
         windows, log_every, checkpoint_every: as in `train_together`.
         device: where to train; "auto" is CUDA if there is one.
 
@@ -137,13 +136,11 @@ def _run(
     fits = (d_out is not None) == (recipe.reader is not None)
     require(fits, "reader", recipe.reader, "given for paired stores, and for nothing else")
     config = SAEConfig(store.d, d_sae, k, recipe.activation, seed, store.metadata, d_out)
-    lr = base.lr if recipe.lr is None else recipe.lr
-    train = replace(base, lr=lr, optimizer=recipe.optimizer, aux_k=recipe.aux_k, seed=seed)
+    train = replace(base, optimizer=recipe.optimizer, aux_k=recipe.aux_k, seed=seed)
     automatic = auto_d_init(store.spectrum)
     d_init = automatic if recipe.d_init == "auto" else recipe.d_init
     # Recipes of the same options are one run, whatever they are called and however they came to d_init.
     options = {**asdict(recipe), "name": None, "d_init": d_init}
-    del options["lr"]  # it is in `train`
     if recipe.activation != "jumprelu":  # nothing else has thresholds that learn
         del options["sparsity"]["threshold_lr"]
     if recipe.search == "exact":  # runs from before there was a choice are those of this key

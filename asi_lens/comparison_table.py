@@ -122,7 +122,7 @@ def budget(model: nn.Module, runs: Sequence[Run], data: Split, *, losses: bool =
         f"{', '.join(sites)} of layer{'s' * (len(layers) > 1)} {_numbers(layers)} (width {store.d})",
         f"{_numbers(sizes)} features, k {_numbers(ks)}",
         f"{train.n_tokens:,} training tokens ({train.n_tokens / store.n:.1f} passes)",
-        f"lr {' and '.join(lrs)}, batch {train.batch_size:,}, dead window {train.dead_window:,} tokens",
+        f"lr {', '.join(lrs)}, batch {train.batch_size:,}, dead window {train.dead_window:,} tokens",
         f"{data.held_out_tokens.n_tokens:,} held-out tokens",
     ]
     searched = [run for run in runs if run.recipe.search != "exact"]

@@ -207,7 +207,7 @@ def root_y(figure: go.Figure, highest: float) -> None:
 
 
 def log_x(figure: go.Figure, title: str, values: pd.Series, *, among: pd.Series | None = None) -> list[float]:
-    """A log axis in every panel with ticks at whole `values`, as far as they fit; returns its ends.
+    """A log axis in every panel with ticks at `values`, as far as they fit; returns its ends.
 
     It spans `among`, too.
     """
@@ -225,7 +225,7 @@ def log_x(figure: go.Figure, title: str, values: pd.Series, *, among: pd.Series 
         title_text=title,
         range=ends,
         tickvals=[10**tick for tick in ticks],
-        ticktext=[f"{round(10**tick):,}" for tick in ticks],
+        ticktext=[f"{round(10**tick):,}" if tick >= 0 else f"{10**tick:.3g}" for tick in ticks],
     )
     return [10**end for end in ends]
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from asi_lens.errors import require, require_known, unknown_name
 from asi_lens.sae.dictionary import ACTIVATIONS
@@ -39,13 +38,11 @@ class Recipe:
     """What the encoder of a transcoder starts from, of `transcoder_init.READERS`; none for autoencoders."""
     search: str = "exact"
     """How the top k are found, of `search.SEARCHES`; "subspace" for TopK autoencoders at full width."""
-    lr: float | None = None
-    """Largest learning rate in place of that of the other recipes, none for theirs."""
 
     def __post_init__(self) -> None:
         if self.init not in METHODS:
             raise unknown_name("initialization method", self.init, METHODS)
-        TrainConfig(optimizer=self.optimizer, aux_k=self.aux_k, lr=1.0 if self.lr is None else self.lr)
+        TrainConfig(optimizer=self.optimizer, aux_k=self.aux_k)
         if self.activation not in ACTIVATIONS:
             raise unknown_name("activation", self.activation, ACTIVATIONS)
         fits = not self.inside or (self.init == "asi" and self.d_init is not None and self.center)
@@ -99,13 +96,6 @@ def dictionary_recipe(kind: str, d_sae: int) -> Recipe:
         "ReLU with L1": ("relu", SparsityConfig(coefficient=0.05)),
     }[kind]
     return Recipe(kind, activation=activation, sparsity=sparsity)
-
-
-def variants(d_init: Sequence[int] = (), lr: Sequence[float] = ()) -> list[Recipe]:
-    """ASI in other numbers of dimensions, then the random start and ASI at other learning rates."""
-    wide = [replace(RECIPES["ASI"], name=f"ASI, d_init {r}", d_init=r) for r in d_init]
-    slow = [replace(RECIPES[name], name=f"{name}, lr {x:g}", lr=x) for x in lr for name in ("random", "ASI")]
-    return wide + slow
 
 
 def find_recipe(given: Recipe | str) -> Recipe:

@@ -40,7 +40,14 @@ from asi_lens.sae_panels import (
     window_of,
 )
 
-__all__ = ["METHOD_COLORS", "d_init_sweep", "dead_feature_curves", "dictionary_size", "layers_and_sites"]
+__all__ = [
+    "METHOD_COLORS",
+    "d_init_sweep",
+    "dead_feature_curves",
+    "dictionary_size",
+    "layers_and_sites",
+    "learning_rates",
+]
 
 # Methods that some builders look for.
 _RANDOM, _ASI, _AUTOMATIC = "random", "ASI", "ASI, automatic d_init"
@@ -89,7 +96,7 @@ def d_init_sweep(table: pd.DataFrame) -> go.Figure:
     their range. Dashed: the mean of the method "random" at that site. Stars: a row each of the method
     "ASI, automatic d_init". Other rows without a d_init are not drawn.
     """
-    check(table, DeadFeatureRow, "d_init_sweep", "model", "corpus", "d_sae")
+    check(table, DeadFeatureRow, "d_init_sweep", "model", "corpus", "d_sae", swept="d_init")
     held = table[(table.split == "held_out") & (table.d_init.notna() | (table.method == _RANDOM))]
     swept = held[~held.method.isin([_RANDOM, _AUTOMATIC])]
     if swept.empty:
@@ -136,16 +143,20 @@ def dictionary_size(table: pd.DataFrame) -> go.Figure:
     bands their range. The window of training is the largest that all runs share.
     """
     check(table, DeadFeatureRow, "dictionary_size", "model", "corpus", "site", "layer")
-    train, shown = ends(table[table.split == "train"]), held_out_panels(table, "dictionary_size")
-    if len(train):
-        window = window_of(train, whole=True)
-        shown.insert(0, dead_panel(train[train.dead_window_tokens == window], window))
-    rows = [shown[:2], shown[2:]] if len(shown) > 2 else [shown]
-    figure, place = grid("Dead features by dictionary size", subtitle_of(table, over(table, "seed")), rows)
-    log_x(figure, "features in the dictionary, d_sae", table.d_sae)
-    for panel in shown:
-        method_curves(figure, panel, "d_sae", methods(table), *place[panel.title])
-    return figure
+    return _ends_against(
+        table, "d_sae", "features in the dictionary, d_sae", "Dead features by dictionary size"
+    )
+
+
+def learning_rates(table: pd.DataFrame) -> go.Figure:
+    """Dead features at the end of training, and what held-out text shows, against the learning rate.
+
+    Takes `DeadFeatureRow`s of one model, text, site, layer and size. A line per method: means over seeds,
+    bands their range. The window of training is the largest that all runs share.
+    """
+    check(table, DeadFeatureRow, "learning_rates", "model", "corpus", "site", "layer", "d_sae", swept="lr")
+    x_title, title = "learning rate after warm-up", "Dead features by learning rate"
+    return _ends_against(table, "learning_rates", "lr", x_title, title)
 
 
 def layers_and_sites(table: pd.DataFrame) -> go.Figure:
@@ -207,6 +218,19 @@ def layers_and_sites(table: pd.DataFrame) -> go.Figure:
     places = [2.8 * i + side for i in range(len(shown)) for side in (0, 0.5, 1)]
     names = [text for site in shown for text in ("random", f"<br>{label(site)}", "ASI")]
     figure.update_xaxes(tickvals=places, ticktext=names, **plain, col=2)
+    return figure
+
+
+def _ends_against(table: pd.DataFrame, builder: str, x: str, x_title: str, title: str) -> go.Figure:
+    train, shown = ends(table[table.split == "train"]), held_out_panels(table, builder)
+    if len(train):
+        window = window_of(train, whole=True)
+        shown.insert(0, dead_panel(train[train.dead_window_tokens == window], window))
+    rows = [shown[:2], shown[2:]] if len(shown) > 2 else [shown]
+    figure, place = grid(title, subtitle_of(table, over(table, "seed")), rows)
+    log_x(figure, x_title, table[x])
+    for panel in shown:
+        method_curves(figure, panel, x, methods(table), *place[panel.title])
     return figure
 
 

@@ -27,14 +27,18 @@ class Panel(NamedTuple):
     column: str
 
 
-def check(table: pd.DataFrame, row_type: type[Row], builder: str, *one: str) -> None:
-    """Raise DataError for another table, one with several values of `one`, or two recipes of one name."""
+def check(table: pd.DataFrame, row_type: type[Row], builder: str, *one: str, swept: str = "") -> None:
+    """Raise DataError for another table, one with several values of `one`, or two recipes of one name.
+
+    They are two if they differ in another option than the one that the figure sweeps over.
+    """
     need(table, row_type)
     for column in one:
         single(table, column, builder)
     for (method, *_), rows in table.groupby(["method", "site", "layer", "d_sae", "seed"]):
-        for column in ("k", "lr", "optimizer", "aux_k", *["d_init"] * (builder != "d_init_sweep")):
-            single(rows, column, f"{builder}, method {method!r},")
+        for column in ("k", "lr", "optimizer", "aux_k", "d_init"):
+            if column != swept:
+                single(rows, column, f"{builder}, method {method!r},")
 
 
 def ends(rows: pd.DataFrame) -> pd.DataFrame:

@@ -15,7 +15,7 @@ from asi_lens.activation_store import ActivationStore
 from asi_lens.comparison import Run, train_recipes
 from asi_lens.comparison_table import budget, dead_feature_rows, drift_rows, relative_times, seen_fvu
 from asi_lens.errors import CacheError, OptionError, UnknownNameError
-from asi_lens.recipes import Recipe, variants
+from asi_lens.recipes import Recipe
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.drift import Drift
 from asi_lens.sae.evaluate import evaluate, evaluate_together
@@ -88,13 +88,6 @@ def test_recipes_of_the_same_options_are_one_run(store: ActivationStore) -> None
     runs = train_recipes(store, ["ASI", named], **OPTIONS)
     assert runs[0].folder == runs[1].folder
     assert [run.recipe.name for run in runs] == ["ASI", "by hand"]
-
-
-def test_a_recipe_may_have_its_own_learning_rate(store: ActivationStore) -> None:
-    runs = train_recipes(store, ["random", *variants(lr=[3e-4])[:1]], **OPTIONS)
-    assert [run.train.lr for run in runs] == [OPTIONS["train"].lr, 3e-4]
-    (same,) = train_recipes(store, ["random"], **{**OPTIONS, "train": replace(OPTIONS["train"], lr=3e-4)})
-    assert same.folder == runs[1].folder
 
 
 @pytest.mark.parametrize(

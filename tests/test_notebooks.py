@@ -44,6 +44,7 @@ TABLES = {
     "10_dictionaries": DictionaryRow,
     "11_inside_the_subspace": DeadFeatureRow,
     "12_transcoders": DeadFeatureRow,
+    "13_learning_rate": DeadFeatureRow,
 }
 CLAIMS = [
     ("C1", "01"),
@@ -93,6 +94,7 @@ OWN: dict[str, dict[str, Any]] = {
     "09_lorsa": {**TRAINING, "units_per_head": 12, "n_seeds": 2, "n_units_shown": 2},
     "10_dictionaries": {**TRAINING, "d_sae": 48, "n_seeds": 2},
     "12_transcoders": {**TRAINING, "d_sae": 48},
+    "13_learning_rate": {**TRAINING, "d_sae": 48, "lr": [1e-3, 4e-3]},
 }
 
 

@@ -92,6 +92,19 @@ def sizes() -> pd.DataFrame:
     return frame(rows)
 
 
+def rates() -> pd.DataFrame:
+    """A method's share of dead features grows with the learning rate."""
+    rows = []
+    for method in PAPERS:
+        for lr in (2e-4, 1e-3):
+            dead = METHODS[method][4] * lr * 10
+            for seed in SEEDS[:2]:
+                about: dict[str, Any] = {"lr": lr, "seed": seed, "dead_fraction": dead}
+                changed = {"split": "train", "dead_window_tokens": 400, "cross_entropy_delta": None}
+                rows += [row(method, **changed, **about), row(method, **about)]
+    return frame(rows)
+
+
 def ranked(methods: tuple[str, ...] = ("random", "ASI")) -> pd.DataFrame:
     rows = [
         row(
@@ -117,6 +130,7 @@ BUILDERS: list[tuple[Builder, Callable[[], pd.DataFrame]]] = [
     (sae_figures.d_init_sweep, sweep),
     (sae_figures.dictionary_size, sizes),
     (sae_figures.layers_and_sites, ranked),
+    (sae_figures.learning_rates, rates),
 ]
 TRAINING = "features without a firing in<br>the last {} tokens (%)"
 HELD_OUT = "features without a firing in<br>4,096 held-out tokens (%)"
@@ -176,14 +190,16 @@ def test_one_model_and_one_text_are_drawn(build: Builder, table: Callable) -> No
             build(two)
 
 
-@pytest.mark.parametrize("build", [sae_figures.dead_feature_curves, sae_figures.dictionary_size])
+@pytest.mark.parametrize(
+    "build", [sae_figures.dead_feature_curves, sae_figures.dictionary_size, sae_figures.learning_rates]
+)
 @pytest.mark.parametrize(("column", "value"), [("site", "mlp_out"), ("layer", 4)])
 def test_curves_and_sizes_are_of_one_layer_and_site(build: Builder, column: str, value: Any) -> None:
     with pytest.raises(DataError, match=f"draws one {column}"):
         build(pd.concat([curves(), curves().assign(**{column: value})]))
 
 
-@pytest.mark.parametrize(("build", "table"), [BUILDERS[0], BUILDERS[1], BUILDERS[3]])
+@pytest.mark.parametrize(("build", "table"), [BUILDERS[i] for i in (0, 1, 3, 4)])
 def test_only_its_own_figure_mixes_sizes(build: Builder, table: Callable) -> None:
     with pytest.raises(DataError, match="draws one d_sae"):
         build(pd.concat([table(), table().assign(d_sae=128)]))
@@ -191,8 +207,9 @@ def test_only_its_own_figure_mixes_sizes(build: Builder, table: Callable) -> Non
 
 @pytest.mark.parametrize(("build", "table"), BUILDERS)
 def test_two_recipes_under_one_name_are_refused(build: Builder, table: Callable) -> None:
-    with pytest.raises(DataError, match="method 'ASI', draws one lr"):
-        build(pd.concat([table(), table()[lambda t: t.method == "ASI"].assign(lr=0.1)]))
+    column, value = ("k", 9) if build is sae_figures.learning_rates else ("lr", 0.1)
+    with pytest.raises(DataError, match=f"method 'ASI', draws one {column}"):
+        build(pd.concat([table(), table()[lambda t: t.method == "ASI"].assign(**{column: value})]))
 
 
 @pytest.mark.parametrize(("build", "table"), BUILDERS)
@@ -370,6 +387,18 @@ def test_sizes_may_be_measured_in_part() -> None:
     assert y_titles(sae_figures.dictionary_size(held_out)) == [HELD_OUT, FVU]
     one = table[table.d_sae == 64]
     assert y_titles(sae_figures.dictionary_size(one))[0] == TRAINING.format("1,000")
+
+
+# --- learning_rates ---------------------------------------------------------------------------------
+
+
+def test_a_method_is_drawn_over_its_learning_rates() -> None:
+    figure = sae_figures.learning_rates(rates())
+    assert y_titles(figure) == [TRAINING.format(400), HELD_OUT, FVU, DELTA]
+    assert list(line(figure, "random", 1).x) == [2e-4, 1e-3]
+    np.testing.assert_allclose(line(figure, "random", 1).y, [8, 40])
+    assert sorted(figure.layout.xaxis.ticktext) == ["0.0002", "0.001"]
+    assert list(named(figure)) == list(PAPERS)
 
 
 # --- layers_and_sites -------------------------------------------------------------------------------
