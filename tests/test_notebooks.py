@@ -71,6 +71,7 @@ TRAINING = {
     "dead_window": 256,
     "log_every": 2,
 }
+NO_LOSSES = {key: value for key, value in TRAINING.items() if key != "n_tokens_loss"}
 OWN: dict[str, dict[str, Any]] = {
     "00_explore": {},
     "01_rank_curves": {"n_tokens_other": 512, "beside_models": []},
@@ -85,16 +86,12 @@ OWN: dict[str, dict[str, Any]] = {
     "11_inside_the_subspace": {**TRAINING, "d_sae": 48, "n_seeds": 2},
     "05_d_init": {**TRAINING, "d_sae": 48, "sites": ["attn_out", "mlp_out"], "d_init_fractions": [0.25, 0.5]},
     "06_dictionary_size": {**TRAINING, "d_sae": [32, 64]},
-    "07_layers_and_sites": {
-        **{key: value for key, value in TRAINING.items() if key != "n_tokens_loss"},
-        "d_sae": 48,
-        "layer_fractions": [0.0, 0.9],
-    },
+    "07_layers_and_sites": {**NO_LOSSES, "d_sae": 48, "layer_fractions": [0.0, 0.9]},
     "08_jumprelu_schedule": {**TRAINING, "d_sae": 48, "n_seeds": 2, "high_l0": 12},
     "09_lorsa": {**TRAINING, "units_per_head": 12, "n_seeds": 2, "n_units_shown": 2},
     "10_dictionaries": {**TRAINING, "d_sae": 48, "n_seeds": 2},
     "12_transcoders": {**TRAINING, "d_sae": 48},
-    "13_learning_rate": {**TRAINING, "d_sae": 48, "lr": [1e-3, 4e-3]},
+    "13_learning_rate": {**NO_LOSSES, "d_sae": 48, "lr": [1e-3, 4e-3]},
 }
 
 
