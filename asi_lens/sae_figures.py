@@ -143,9 +143,8 @@ def dictionary_size(table: pd.DataFrame) -> go.Figure:
     bands their range. The window of training is the largest that all runs share.
     """
     check(table, DeadFeatureRow, "dictionary_size", "model", "corpus", "site", "layer")
-    return _ends_against(
-        table, "d_sae", "features in the dictionary, d_sae", "Dead features by dictionary size"
-    )
+    x_title, title = "features in the dictionary, d_sae", "Dead features by dictionary size"
+    return _ends_against(table, "dictionary_size", "d_sae", x_title, title)
 
 
 def learning_rates(table: pd.DataFrame) -> go.Figure:
@@ -226,7 +225,7 @@ def _ends_against(table: pd.DataFrame, builder: str, x: str, x_title: str, title
     if len(train):
         window = window_of(train, whole=True)
         shown.insert(0, dead_panel(train[train.dead_window_tokens == window], window))
-    rows = [shown[:2], shown[2:]] if len(shown) > 2 else [shown]
+    rows = [shown[:2], shown[2:]] if len(shown) > 3 else [shown]
     figure, place = grid(title, subtitle_of(table, over(table, "seed")), rows)
     log_x(figure, x_title, table[x])
     for panel in shown:
