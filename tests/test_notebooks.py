@@ -91,7 +91,7 @@ OWN: dict[str, dict[str, Any]] = {
     "09_lorsa": {**TRAINING, "units_per_head": 12, "n_seeds": 2, "n_units_shown": 2},
     "10_dictionaries": {**TRAINING, "d_sae": 48, "n_seeds": 2},
     "12_transcoders": {**TRAINING, "d_sae": 48},
-    "13_learning_rate": {**NO_LOSSES, "d_sae": 48, "lr": [1e-3, 4e-3]},
+    "13_learning_rate": {**NO_LOSSES, "d_sae": 48, "lr": {"random": [4e-3], "ASI": [1e-3, 4e-3]}},
 }
 
 
