@@ -88,12 +88,14 @@ def curve(
 ) -> None:
     """A site's line: mean of `y` at each `x`, with a band where several rows share an `x`.
 
+    A single `x` has a bar in place of the band, which would have no width.
     With a `look` (color and marker) it is the line of a method, or of whatever else `site` names.
     """
     stats = part.groupby(x)[y].agg(["mean", "min", "max"]).reset_index()
     tone, symbol = look or (color(site), marker(site))
     where = {"row": row, "col": col}
-    if dash == "solid" and (stats["max"] - stats["min"]).max() > 0:
+    spread = dash == "solid" and (stats["max"] - stats["min"]).max() > 0
+    if spread and len(stats) > 1:
         red, green, blue = (int(tone[i : i + 2], 16) for i in (1, 3, 5))
         figure.add_scatter(
             x=[*stats[x], *stats[x][::-1]],
@@ -117,9 +119,16 @@ def curve(
         showlegend=label(site) not in told and dash == "solid",
         line={"color": tone, "dash": dash, "width": 2.2},
         marker={"symbol": symbol, "size": 7, "color": tone},
+        error_y=_range(stats) if spread and len(stats) == 1 else None,
         hovertemplate=f"{label(site)}<br>%{{x}}: %{{y:.3f}}<extra></extra>",
         **where,
     )
+
+
+def _range(stats: pd.DataFrame) -> dict:
+    """From the smallest to the largest, as the error bars of a trace."""
+    up, down = stats["max"] - stats["mean"], stats["mean"] - stats["min"]
+    return {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "thickness": 1.5, "width": 4}
 
 
 def bar(

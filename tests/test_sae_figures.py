@@ -294,6 +294,19 @@ def test_a_method_is_drawn_over_its_learning_rates() -> None:
     assert list(named(figure)) == list(PAPERS)
 
 
+def test_a_method_with_one_learning_rate_has_a_bar_of_its_seeds() -> None:
+    table = rates()
+    table = table[(table.method != "random") | (table.lr == 1e-3)].copy()
+    table.loc[table.seed == table.seed.max(), "fvu"] += 0.02
+    figure = sae_figures.learning_rates(table)
+    [mark] = traces(figure, "random", 3)  # no band
+    fvu = table[(table.method == "random") & (table.split == "held_out")].fvu
+    ends = [mark.y[0] + mark.error_y.array[0], mark.y[0] - mark.error_y.arrayminus[0]]
+    np.testing.assert_allclose(ends, [fvu.max(), fvu.min()])
+    for trace in traces(figure, "ASI", 3):
+        assert trace.error_y.array is None
+
+
 # --- layers_and_sites -------------------------------------------------------------------------------
 
 
