@@ -37,7 +37,7 @@ help: ## show this
 	@echo "  ARGS       more arguments for the program behind figures, test, test-tl4, lab and bench"
 
 setup: $(SETUP) ## make .venv, register the kernel, find or fetch a Chrome (again: only what is missing)
-	@$(BIN)/python -m asi_lens.chrome
+	@$(BIN)/python -m asi_lens.results.chrome
 	@touch $(CHROME)
 
 figures: $(SETUP) $(CHROME) ## run the notebooks that are out of date, build the gallery figures/index.html
@@ -54,7 +54,7 @@ test-tl4: $(SETUP_TL4) ## run the model-facing tests in a second environment wit
 	$(VENV_TL4)/bin/python -m pytest -n auto --dist loadfile -m model_facing $(ARGS)
 
 test-peers: $(SETUP_PEERS) ## check saved dictionaries against the real SAELens and sparsify, in a third environment
-	$(VENV_PEERS)/bin/python -m pytest tests/test_sae_foreign.py $(ARGS)
+	$(VENV_PEERS)/bin/python -m pytest tests/sae/test_peers.py $(ARGS)
 
 lint: $(SETUP) ## ruff, format, types, and no outputs in notebooks
 	$(BIN)/ruff check .
@@ -104,8 +104,8 @@ $(SETUP): pyproject.toml requirements.lock
 	$(BIN)/python -m ipykernel install --sys-prefix --name asi_lens --display-name asi_lens
 	@touch $@
 
-$(CHROME): $(SETUP) asi_lens/chrome.py
-	@$(BIN)/python -m asi_lens.chrome
+$(CHROME): $(SETUP) asi_lens/results/chrome.py
+	@$(BIN)/python -m asi_lens.results.chrome
 	@touch $@
 
 # The peers alone are installed here; the rest is seen through the main environment.

@@ -15,68 +15,85 @@ __version__ = "0.1.0"
 _PUBLIC: dict[str, str] = {
     name: f"asi_lens.{module}"
     for module, names in {
-        "sources": ("fetch",),
-        "models": ("SITES", "ModelInfo", "load_model", "model_info"),
-        "corpora": ("Tokens", "corpus_names", "load_tokens"),
-        "moments": ("Moments",),
-        "spectra": ("Spectrum", "effective_rank_limit"),
-        "collect": ("Spectra", "collect_spectra", "rank_growth"),
-        "output_projection": ("counterfactual_ranks", "head_overlap"),
-        "store": ("ActivationStore", "harvest_store", "harvest_stores"),
-        "split": ("Split", "harvest_split"),
+        "inputs.sources": ("fetch",),
+        "inputs.models": ("SITES", "ModelInfo", "load_model", "model_info"),
+        "inputs.corpora": ("Tokens", "corpus_names", "load_tokens"),
+        "activations.moments": ("Moments",),
+        "activations.spectrum": ("Spectrum", "effective_rank_limit"),
+        "activations.harvest_store": ("ActivationStore", "harvest_store", "harvest_stores"),
+        "activations.split": ("Split", "harvest_split"),
+        "activations.pairs": ("Pair", "PairedStores"),
+        "collapse.spectra": ("Spectra", "collect_spectra", "rank_growth"),
+        "collapse.output_projection": ("counterfactual_ranks", "head_overlap"),
+        "collapse.interventions": ("cross_entropy", "edited_cross_entropy", "truncation_sweep"),
+        "training.config": ("TrainConfig",),
         "sae.dictionary": ("SAEConfig", "SparseAutoencoder"),
         "sae.initialize": ("initialize",),
         "sae.sparsity": ("SparsityConfig",),
-        "sae.train": ("TrainConfig", "Trainer"),
+        "sae.train": ("Trainer",),
         "sae.evaluate": ("Evaluation", "evaluate", "evaluate_together"),
-        "sae.transcoder": ("Pair", "PairedStores", "Transcoder"),
+        "sae.transcoder": ("Transcoder",),
         "sae.transcoder_init": ("initialize_transcoder",),
         "sae.transcoder_evaluate": ("evaluate_transcoder",),
-        "sae.lorsa": ("Lorsa", "LorsaConfig"),
-        "sae.lorsa_data": ("SequencePairs", "harvest_pairs", "stored_pairs"),
-        "sae.lorsa_init": ("from_attention", "initialize_lorsa"),
-        "sae.lorsa_train": ("LorsaTrainer",),
-        "sae.lorsa_evaluate": ("evaluate_lorsa",),
-        "interventions": ("cross_entropy", "edited_cross_entropy", "truncation_sweep"),
+        "lorsa.lorsa": ("Lorsa", "LorsaConfig"),
+        "lorsa.data": ("SequencePairs", "harvest_pairs", "stored_pairs"),
+        "lorsa.initialize": ("from_attention", "initialize_lorsa"),
+        "lorsa.train": ("LorsaTrainer",),
+        "lorsa.evaluate": ("evaluate_lorsa",),
     }.items()
     for name in names
 }
 
-# Modules reached as attributes; none may share its name with a public function above.
-_MODULES = (
-    "claims",
-    "collect",
-    "comparison",
-    "comparison_table",
-    "corpora",
-    "correlation",
-    "dictionary_figures",
-    "errors",
+# Rooms reached as attributes.
+_ROOMS = (
+    "activations",
+    "base",
+    "collapse",
+    "experiments",
     "figures",
-    "files",
-    "harvest",
-    "interventions",
-    "lorsa_comparison",
-    "lorsa_contexts",
-    "models",
-    "moments",
-    "output_projection",
-    "paths",
-    "provenance",
-    "recipes",
+    "inputs",
+    "kernels",
+    "lorsa",
     "reproduce",
     "results",
-    "sae_figures",
-    "sources",
-    "spectra",
+    "sae",
+    "training",
 )
+
+# Modules reached as attributes, by the names that they had before there were rooms.
+_MODULES = {
+    "claims": "asi_lens.results.claims",
+    "collect": "asi_lens.collapse.spectra",
+    "comparison": "asi_lens.experiments.runs",
+    "comparison_table": "asi_lens.experiments.rows",
+    "corpora": "asi_lens.inputs.corpora",
+    "correlation": "asi_lens.results.correlation",
+    "dictionary_figures": "asi_lens.figures.kinds",
+    "errors": "asi_lens.base.errors",
+    "files": "asi_lens.base.files",
+    "harvest": "asi_lens.activations.harvest",
+    "interventions": "asi_lens.collapse.interventions",
+    "lorsa_comparison": "asi_lens.experiments.lorsa_runs",
+    "lorsa_contexts": "asi_lens.lorsa.contexts",
+    "models": "asi_lens.inputs.models",
+    "moments": "asi_lens.activations.moments",
+    "output_projection": "asi_lens.collapse.output_projection",
+    "paths": "asi_lens.base.paths",
+    "provenance": "asi_lens.results.provenance",
+    "recipes": "asi_lens.experiments.recipes",
+    "sae_figures": "asi_lens.figures.dead_features",
+    "sources": "asi_lens.inputs.sources",
+    "spectra": "asi_lens.activations.spectrum",
+}
 
 __all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
+    if name in _ROOMS:
         return importlib.import_module(f"asi_lens.{name}")
+    if name in _MODULES:
+        return importlib.import_module(_MODULES[name])
     if name in _PUBLIC:
         value = getattr(importlib.import_module(_PUBLIC[name]), name)
         globals()[name] = value
@@ -85,4 +102,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_MODULES})
+    return sorted({*globals(), *__all__, *_ROOMS, *_MODULES})

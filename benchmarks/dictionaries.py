@@ -21,14 +21,15 @@ from typing import Any
 import torch
 from train_step import peak_mib, rows
 
-from asi_lens.activation_store import ActivationStore
-from asi_lens.recipes import DICTIONARIES, dictionary_recipe
+from asi_lens.activations.pairs import PairedStores
+from asi_lens.activations.store import ActivationStore
+from asi_lens.experiments.recipes import DICTIONARIES, dictionary_recipe
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.initialize import initialize
 from asi_lens.sae.train import Trainer
-from asi_lens.sae.train_config import TrainConfig
-from asi_lens.sae.transcoder import PairedStores, Transcoder
+from asi_lens.sae.transcoder import Transcoder
 from asi_lens.sae.transcoder_init import initialize_transcoder
+from asi_lens.training.config import TrainConfig
 
 TRANSCODER = "TopK transcoder"
 

@@ -26,11 +26,11 @@ import numpy as np
 import torch
 from train_step import forget_peak, peak_mib, rows
 
-from asi_lens.activation_store import ActivationStore
+from asi_lens.activations.store import ActivationStore
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.initialize import initialize
 from asi_lens.sae.train import Trainer
-from asi_lens.sae.train_config import TrainConfig
+from asi_lens.training.config import TrainConfig
 
 BASE = {"d_sae": 16_384, "k": 32, "d_in": 576, "tokens": 16_384, "batch": 1024}
 VARIED: dict[str, list[int]] = {
@@ -72,8 +72,8 @@ def plot(points: list[dict[str, Any]], path: Path) -> None:
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
-    from asi_lens.figure_files import save
-    from asi_lens.figure_style import COLORS
+    from asi_lens.figures.style import COLORS
+    from asi_lens.results.figure_files import save
 
     names = {"d_sae": "features (d_sae)", "k": "k", "d_in": "width (d_in)", "tokens": "tokens of the store"}
     figure = make_subplots(2, len(names), shared_xaxes=True, shared_yaxes=True, vertical_spacing=0.06)

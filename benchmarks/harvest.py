@@ -27,11 +27,11 @@ from pathlib import Path
 import torch
 
 import asi_lens as al
-from asi_lens import gguf
-from asi_lens.collect import MomentsConsumer
-from asi_lens.harvest import harvest, pairs
-from asi_lens.output_projection import counterfactual_ranks
-from asi_lens.sources import SOURCES, fetch
+from asi_lens.activations.harvest import harvest, places
+from asi_lens.collapse.output_projection import counterfactual_ranks
+from asi_lens.collapse.spectra import MomentsConsumer
+from asi_lens.inputs import gguf
+from asi_lens.inputs.sources import SOURCES, fetch
 
 
 class Drop:
@@ -62,7 +62,7 @@ def speed(model_name: str, sequences: int, rounds: int, site: str) -> dict[str, 
     ).eval()
     body = getattr(plain, plain.base_model_prefix)
     tokens = al.load_tokens("news-en", model, n_tokens=sequences * 256)
-    wants = pairs(model, [site], None)
+    wants = places(model, [site], None)
 
     def run_plain() -> None:
         with torch.inference_mode():
@@ -104,7 +104,7 @@ def peak(model_name: str, n_tokens: int, layers: int) -> float:
     """Peak resident memory in MiB of a pass over `n_tokens`, measured in this process."""
     model = al.load_model(model_name)
     tokens = al.load_tokens("news-en", model, n_tokens=n_tokens)
-    wants = pairs(model, al.models.SITES, range(layers))
+    wants = places(model, al.models.SITES, range(layers))
     harvest(model, tokens, [MomentsConsumer(wants)], progress=False)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 

@@ -17,8 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from asi_lens import provenance
-from asi_lens.files import write_whole
+from asi_lens.base.files import write_whole
+from asi_lens.results import provenance
 
 HERE = Path(__file__).parent
 RESULTS, README = HERE / "results.json", HERE / "README.md"

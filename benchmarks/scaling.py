@@ -4,8 +4,8 @@
 
 Every mesh (data x model) runs alone, one thread a rank: peak resident memory of a rank above that of its
 process before the dictionary was made, bytes that it receives in a step beside the formula of
-`asi_lens.sae.mesh`, and median seconds of a step. On one machine ranks share its cores, so that seconds say
-nothing about clusters.
+`asi_lens.training.mesh`, and median seconds of a step. On one machine ranks share its cores, so that seconds
+say nothing about clusters.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ import time
 import torch
 from train_step import peak_mib, rows
 
-from asi_lens.activation_store import ActivationStore
-from asi_lens.ranks import joined
+from asi_lens.activations.store import ActivationStore
+from asi_lens.base.ranks import joined
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.initialize import initialize
-from asi_lens.sae.mesh import Mesh, MeshConfig, RankMesh, part_of
+from asi_lens.sae.shard import part_of
 from asi_lens.sae.train import Trainer
-from asi_lens.sae.train_config import TrainConfig
+from asi_lens.training.config import TrainConfig
+from asi_lens.training.mesh import Mesh, MeshConfig, RankMesh
 
 
 def as_rank(args: argparse.Namespace) -> dict[str, float]:
@@ -61,7 +62,7 @@ def as_rank(args: argparse.Namespace) -> dict[str, float]:
 
 
 def formula(args: argparse.Namespace, data: int, model: int) -> float:
-    """Bytes that a rank receives in a step, by `asi_lens.sae.mesh`."""
+    """Bytes that a rank receives in a step, by `asi_lens.training.mesh`."""
     own = args.batch / data
     along_model = (model - 1) * args.k * own
     along_model += 2 * (model - 1) / model * (args.d_in * own + args.d_in + 4)

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 
 import asi_lens as al
-from asi_lens.activation_store import ActivationStore
+from asi_lens.activations.store import ActivationStore
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.evaluate import evaluate_together
 from asi_lens.sae.initialize import initialize
 from asi_lens.sae.search import SEARCHES
 from asi_lens.sae.train import Trainer
-from asi_lens.sae.train_config import TrainConfig
+from asi_lens.training.config import TrainConfig
 
 
 def trained(

@@ -19,7 +19,7 @@ import time
 from datetime import datetime
 from pathlib import Path
 
-from asi_lens.paths import figures_dir
+from asi_lens.base.paths import figures_dir
 from asi_lens.reproduce import EXECUTED
 
 MODEL = "smollm2-135m"
@@ -34,7 +34,16 @@ def seconds_of(command: list[str]) -> float:
 
 def reproduce(profile: str, *more: str) -> list[str]:
     """The command that runs notebooks."""
-    return [sys.executable, "-m", "asi_lens.reproduce", "--model", MODEL, "--profile", profile, *more]
+    return [
+        sys.executable,
+        "-m",
+        "asi_lens.reproduce",
+        "--model",
+        MODEL,
+        "--profile",
+        profile,
+        *more,
+    ]
 
 
 def parts(executed: Path) -> dict[str, float]:

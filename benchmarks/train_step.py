@@ -32,8 +32,8 @@ import torch
 from ways import PEERS, WAYS, Task
 
 import asi_lens as al
-from asi_lens.activation_store import ActivationStore
-from asi_lens.models import resolve_dtype
+from asi_lens.activations.store import ActivationStore
+from asi_lens.inputs.models import resolve_dtype
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.initialize import initialize
 

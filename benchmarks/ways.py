@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asi_lens.activation_store import ActivationStore
-from asi_lens.models import resolve_dtype
+from asi_lens.activations.store import ActivationStore
+from asi_lens.inputs.models import resolve_dtype
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.subspace import SubspaceStore
 from asi_lens.sae.train import Trainer
-from asi_lens.sae.train_config import TrainConfig
+from asi_lens.training.config import TrainConfig
 
 LR = 8e-4
 SUBSPACE = 256

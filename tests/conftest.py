@@ -56,7 +56,7 @@ def architecture(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def tiny_model(architecture: str, tiny_folder: Any) -> Any:
     """A tiny model of `architecture`, loaded as `load_model` does, in float32 on the CPU."""
-    from asi_lens.models import load_model
+    from asi_lens.inputs.models import load_model
 
     return load_model(tiny_folder(architecture), dtype="float32", device="cpu")
 
@@ -64,7 +64,7 @@ def tiny_model(architecture: str, tiny_folder: Any) -> Any:
 @pytest.fixture(scope="session")
 def tiny_llama(tiny_folder: Any) -> Any:
     """Llama with grouped queries: 3 layers, d_model 24, 4 heads of 6, 2 key-value heads."""
-    from asi_lens.models import load_model
+    from asi_lens.inputs.models import load_model
 
     return load_model(tiny_folder("llama"), dtype="float32", device="cpu")
 
@@ -72,7 +72,7 @@ def tiny_llama(tiny_folder: Any) -> Any:
 @pytest.fixture(scope="session")
 def tiny_tokens() -> Any:
     """12 sequences of 32 random tokens of the tiny models' vocabulary, BOS first."""
-    from asi_lens.corpora import Tokens
+    from asi_lens.inputs.corpora import Tokens
 
     ids = torch.randint(
         len(tiny_models.SPECIALS), tiny_models.D_VOCAB, (12, 32), generator=torch.Generator().manual_seed(0)
@@ -88,7 +88,7 @@ def launch() -> Any:
 
     started: list[Launched] = []
 
-    def begin(*files: Path, module: str = "asi_lens.sae.train") -> Launched:
+    def begin(*files: Path, module: str = "asi_lens.sae") -> Launched:
         started.append(Launched.with_files(files, module))
         return started[-1]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from asi_lens.results import DeadFeatureRow, RankedDeadFeatureRow, frame
+from asi_lens.results.rows import DeadFeatureRow, RankedDeadFeatureRow, frame
 
 # Method: init, d_init, optimizer, aux_k, percent dead.
 METHODS: dict[str, tuple[str, int | None, str, int, float]] = {

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from asi_lens import models
-from asi_lens.sae.lorsa import Lorsa, LorsaConfig
-from asi_lens.sae.lorsa_copy import READ_SITE, write_site
-from asi_lens.sae.lorsa_data import SequencePairs
-from asi_lens.sae.lorsa_init import initialize_lorsa
-from asi_lens.sae.train_config import TrainConfig
+from asi_lens.inputs import models
+from asi_lens.lorsa.attention import READ_SITE, write_site
+from asi_lens.lorsa.data import SequencePairs
+from asi_lens.lorsa.initialize import initialize_lorsa
+from asi_lens.lorsa.lorsa import Lorsa, LorsaConfig
+from asi_lens.training.config import TrainConfig
 
 LAYER, CONTEXT, N_OV, K = 1, 32, 96, 6
 

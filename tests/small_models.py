@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from asi_lens import models
+from asi_lens.inputs import models
 
 N_LAYERS = 3
 """Of every tiny model."""

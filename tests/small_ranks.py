@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from asi_lens.sae.metrics import read_metrics
+from asi_lens.training.metrics import read_metrics
 
 
 def file_of(folder: Path, content: dict[str, Any], name: str = "run.yaml") -> Path:
@@ -44,7 +44,7 @@ class Launched:
         ]
 
     @classmethod
-    def with_files(cls, files: Sequence[Path], module: str = "asi_lens.sae.train") -> Launched:
+    def with_files(cls, files: Sequence[Path], module: str = "asi_lens.sae") -> Launched:
         """Ranks of a command, each with a file of its own."""
         return cls([["-m", module, str(path), "--quiet"] for path in files])
 

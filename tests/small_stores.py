@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from asi_lens import models
-from asi_lens.activation_store import ActivationStore
-from asi_lens.corpora import Tokens
+from asi_lens.activations.store import ActivationStore
+from asi_lens.inputs import models
+from asi_lens.inputs.corpora import Tokens
 
 BATCH = 64  # tokens of a forward: two of the tiny sequences
 PER_SEQUENCE = 31  # positions of a tiny sequence without the first

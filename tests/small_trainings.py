@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from asi_lens.activations.harvest_store import ActivationStore
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.train import StepOutput, TrainConfig, Trainer
-from asi_lens.store import ActivationStore
 
 D_IN, D_SAE, K = 16, 128, 4
 

@@ -10,11 +10,11 @@ import pandas as pd
 import pytest
 import tiny_models
 
-from asi_lens import provenance
-from asi_lens.claims import read_claims
-from asi_lens.profiles import merged_parameters, notebook_names
-from asi_lens.reproduce import reproduce
-from asi_lens.results import (
+from asi_lens.reproduce.__main__ import reproduce
+from asi_lens.reproduce.parameters import merged_parameters, notebook_names
+from asi_lens.results import provenance
+from asi_lens.results.claims import read_claims
+from asi_lens.results.rows import (
     DeadFeatureRow,
     DictionaryRow,
     DriftRow,
@@ -196,7 +196,7 @@ def test_every_profile_fits_every_notebook(profile: str, model: str, tmp_path: P
 
 
 def test_the_notebooks_own_defaults_are_the_quick_profile(tmp_path: Path) -> None:
-    from asi_lens.profiles import notebook_defaults
+    from asi_lens.reproduce.parameters import notebook_defaults
 
     for name in notebook_names():
         defaults = notebook_defaults(name)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from asi_lens import models
-from asi_lens.corpora import load_tokens
+from asi_lens.inputs import models
+from asi_lens.inputs.corpora import load_tokens
 
 pytestmark = pytest.mark.packaged
 
@@ -88,9 +88,9 @@ def test_values_equal_plain_hooks(model: Any) -> None:
 
 
 def test_attention_is_copied_exactly(model: Any) -> None:
-    from asi_lens.sae.lorsa_data import harvest_pairs
-    from asi_lens.sae.lorsa_evaluate import evaluate_lorsa
-    from asi_lens.sae.lorsa_init import from_attention
+    from asi_lens.lorsa.data import harvest_pairs
+    from asi_lens.lorsa.evaluate import evaluate_lorsa
+    from asi_lens.lorsa.initialize import from_attention
 
     tokens = load_tokens("news-en", model, n_tokens=1024, context=256)
     pairs = harvest_pairs(model, tokens, 15, progress=False)

@@ -9,14 +9,14 @@ import pytest
 import torch
 from small_trainings import D_IN, D_SAE, K, make, quick, rows, small_store
 
-from asi_lens.errors import UnknownNameError
-from asi_lens.interventions import loss_recovered
-from asi_lens.sae import mesh_checkpoints
+from asi_lens.base.errors import UnknownNameError
+from asi_lens.collapse.interventions import loss_recovered
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.evaluate import evaluate
 from asi_lens.sae.initialize import initialize
 from asi_lens.sae.train import Trainer
-from asi_lens.sae.train_config import TrainConfig
+from asi_lens.training import sharded_checkpoint
+from asi_lens.training.config import TrainConfig
 
 
 def test_the_auxiliary_loss_moves_the_encoder_of_dead_features() -> None:
@@ -93,7 +93,7 @@ def test_checkpoints_count_tokens_whatever_the_batch(monkeypatch: pytest.MonkeyP
         def keep(folder: Path, state: Any, about: Any, mesh: Any, written: list[int] = written) -> None:
             written.append(about["tokens"])
 
-        monkeypatch.setattr(mesh_checkpoints, "write", keep)
+        monkeypatch.setattr(sharded_checkpoint, "write", keep)
         config = quick(batch_size=batch_size, n_tokens=640)
         Trainer(make(), config).fit(
             small_store(), folder=tmp_path / str(batch_size), checkpoint_every=192, progress=False

@@ -32,37 +32,61 @@ MAX_LINES = 420
 MAX_NOTEBOOK_LINES = 150
 TARGETS = ("setup", "figures", "test", "test-tl4", "lint", "lab", "bench", "clean")
 
-# A module imports only from rows above its own. What is not written yet may stand here already.
-LAYERS = (
-    ("errors", "files", "jobs", "paths"),
-    ("cache", "chrome", "correlation", "download", "plain", "ranks", "tensor_files"),
-    ("drawing", "run_files"),
-    ("kernel",),
-    ("sources",),
-    ("documents", "forward", "gguf"),
-    ("models",),
-    ("corpora",),
-    ("harvest", "moments"),
-    ("spectra",),
-    ("collect",),
-    ("interventions", "origin", "output_projection", "shards", "shuffle"),
-    ("activation_store", "shard_writer"),
-    ("store",),
-    ("harvest_run", "split"),
-    ("sae",),
-    ("provenance", "run_folders", "tables"),
-    ("results",),
-    ("claims", "evaluations"),
-    ("lorsa_comparison", "lorsa_contexts", "recipes"),
-    ("comparison",),
-    ("comparison_table",),
-    ("figure_files", "figure_style"),
-    ("figure_parts",),
-    ("sae_panels",),
-    ("dictionary_figures", "execute", "figures", "gallery", "profiles", "sae_figures"),
-    ("reproduce",),
+# A room imports only from the rooms above it.
+ROOMS = (
+    "base",  # errors, paths, files, cache, ranks: nothing of ours below it
+    "results",  # what a notebook leaves on disk
+    "figures",  # a table in, a figure out
+    "inputs",  # weights and text
+    "activations",  # one pass of the model, and what is kept of it
+    "collapse",  # the paper's first half
+    "kernels",  # sparse arithmetic; imports nothing of ours
+    "training",  # a run of anything that learns by steps
+    "sae",  # the paper's second half
+    "lorsa",  # the same for attention layers
+    "experiments",  # trainings side by side, each done once
+    "reproduce",  # runs the notebooks
 )
-ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
+# Beside the rooms: the lazy public names, and the older name of a command.
+DOORS = ("__init__", "harvest_run")
+# Bound when they are called, so that `save` and `load` are methods: the only circle that stays.
+LATE = {("sae.dictionary", "sae.formats")}
+# Modules without a test of their name, and the file that tests them.
+TESTED_ELSEWHERE = {
+    "activations.origin": "activations/test_store.py",
+    "activations.pairs": "sae/test_transcoder.py",
+    "activations.shard_writer": "activations/test_harvest_store.py",
+    "activations.shards": "activations/test_store.py",
+    "activations.split": "experiments/test_runs.py",
+    "base.errors": "base/test_files.py",
+    "base.metadata": "sae/test_dictionary.py",
+    "base.paths": "base/test_files.py",
+    "base.ranks": "sae/test_main.py",
+    "base.run_files": "sae/test_main.py",
+    "experiments.folders": "experiments/test_runs.py",
+    "experiments.held_out": "experiments/test_runs.py",
+    "experiments.rows": "experiments/test_runs.py",
+    "figures.panels": "figures/test_dead_features.py",
+    "figures.parts": "figures/test_dead_features.py",
+    "figures.style": "figures/test_collapse.py",
+    "inputs.twin": "inputs/test_hooks.py",
+    "kernels.draws": "sae/test_dictionary.py",
+    "lorsa.attention": "lorsa/test_lorsa.py",
+    "lorsa.contexts": "experiments/test_lorsa_runs.py",
+    "lorsa.data": "lorsa/test_train.py",
+    "lorsa.evaluate": "lorsa/test_train.py",
+    "lorsa.heads": "lorsa/test_lorsa.py",
+    "reproduce.kernel": "reproduce/test_execute.py",
+    "sae.shard": "training/test_mesh.py",
+    "sae.sparsity_kinds": "sae/test_sparsity.py",
+    "sae.splice": "sae/test_evaluate.py",
+    "sae.transcoder_evaluate": "sae/test_transcoder.py",
+    "sae.transcoder_init": "sae/test_transcoder.py",
+    "training.config": "sae/test_train.py",
+    "training.learner": "training/test_loop.py",
+    "training.metrics": "training/test_checkpoint.py",
+    "training.schedule": "sae/test_optim.py",
+}
 
 
 def project() -> dict[str, Any]:
@@ -91,8 +115,21 @@ def imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def own_name(path: Path) -> str:
-    """`models` for asi_lens/models.py, `sae` for everything in asi_lens/sae/."""
-    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+    """`inputs.models` for asi_lens/inputs/models.py, `inputs` for its `__init__`."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+def edges() -> Iterator[tuple[str, str, str]]:
+    """(module, module of ours that it imports, where), imports inside functions too."""
+    names = {own_name(path) for path in MODULES}
+    for path in MODULES:
+        for line, target in imported(ast.parse(path.read_text(encoding="utf-8"))):
+            first, _, rest = target.partition(".")
+            if first != "asi_lens" or rest == "__version__":
+                continue
+            found = next((name for name in (rest, rest.rpartition(".")[0]) if name in names), None)
+            assert found, f"{path.name}:{line} imports {target}; import from the module that has it"
+            yield own_name(path), found, f"{path.relative_to(ROOT)}:{line}"
 
 
 def make(*arguments: str) -> str:
@@ -230,25 +267,49 @@ def test_unknown_public_name_is_an_attribute_error() -> None:
         _ = asi_lens.no_such_name
 
 
-def test_modules_import_in_one_direction() -> None:
+def test_every_module_stands_in_a_room() -> None:
+    found = {own_name(path).split(".")[0] for path in MODULES}
+    assert found == {*ROOMS, *DOORS}
+
+
+def test_rooms_import_in_one_direction() -> None:
+    for name, other, where in edges():
+        if name in DOORS:
+            continue
+        mine, theirs = (ROOMS.index(module.split(".")[0]) for module in (name, other))
+        assert theirs <= mine, f"{where}: {name} imports {other}, which is in a room below"
+        if mine == ROOMS.index("kernels"):
+            assert theirs == mine, f"{where}: kernels import nothing of ours, not {other}"
+
+
+def test_no_room_has_a_circle() -> None:
+    graph: dict[str, set[str]] = {own_name(path): set() for path in MODULES}
+    for name, other, _ in edges():
+        if (name, other) not in LATE:
+            graph[name].add(other)
+    while free := {name for name, needs in graph.items() if not needs & graph.keys()}:
+        graph = {name: needs for name, needs in graph.items() if name not in free}
+    assert not graph, f"a circle is among {sorted(graph)}"
+
+
+def test_every_module_has_a_test_of_its_name() -> None:
     for path in MODULES:
-        if path == PACKAGE / "__init__.py":
-            continue  # lazy by name; test_importing_the_package_is_light_and_silent holds it to that
         name = own_name(path)
-        assert name in ROW, f"{path.name} is in no row of LAYERS; the design has a place for each module"
-        for line, target in imported(ast.parse(path.read_text(encoding="utf-8"))):
-            parts = target.split(".")
-            if parts[0] != "asi_lens" or parts[1] == "__version__":
-                continue
-            other = parts[1]
-            assert other in ROW, f"{path.name}:{line} imports {target}; import from the module that has it"
-            inside = other == name and path.parent != PACKAGE
-            assert inside or ROW[other] < ROW[name], f"{path.name}:{line} imports {other}, which is above it"
+        room, _, module = name.partition(".")
+        if not module or path.name == "__init__.py":
+            continue
+        own = ROOT / "tests" / room.replace(".", "/") / f"test_{module.replace('.', '/').strip('_')}.py"
+        if name in TESTED_ELSEWHERE:
+            assert not own.exists(), f"{name} has a test of its name; take it out of TESTED_ELSEWHERE"
+            assert (ROOT / "tests" / TESTED_ELSEWHERE[name]).is_file(), name
+        else:
+            assert own.is_file(), f"{name} has no {own.relative_to(ROOT)}; write it, or say what tests it"
+    assert {own_name(path) for path in MODULES} >= TESTED_ELSEWHERE.keys()
 
 
 def test_only_the_runner_knows_of_notebooks() -> None:
     for path in MODULES:
-        if own_name(path) not in ("paths", "profiles", "reproduce"):  # the last two are the runner
+        if own_name(path) != "base.paths" and not own_name(path).startswith("reproduce"):
             names = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
             assert "notebooks_dir" not in names, f"{path.name} reads the notebooks' folder"
 
@@ -287,14 +348,14 @@ def test_setup_is_done_once_and_again_when_the_lock_changes(tmp_path: Path) -> N
     assert "ipykernel install" in fresh
     (tmp_path / "venv").mkdir()
     newer = max((ROOT / name).stat().st_mtime for name in ("pyproject.toml", "requirements.lock")) + 10
-    newer = max(newer, (PACKAGE / "chrome.py").stat().st_mtime + 10)
+    newer = max(newer, (PACKAGE / "results" / "chrome.py").stat().st_mtime + 10)
     for stamp in (".asi_lens-setup", ".asi_lens-chrome"):
         path = tmp_path / "venv" / stamp
         path.touch()
         os.utime(path, (newer, newer))
     again = make("-n", "figures", f"VENV={tmp_path / 'venv'}")
     assert "pip install" not in again
-    assert "asi_lens.chrome" not in again
+    assert "asi_lens.results.chrome" not in again
     os.utime(tmp_path / "venv" / ".asi_lens-setup", (0, 0))
     assert "pip install" in make("-n", "figures", f"VENV={tmp_path / 'venv'}")
 

@@ -11,7 +11,10 @@ import pytest
 
 import asi_lens as al
 
-pytestmark = [pytest.mark.packaged, pytest.mark.filterwarnings("ignore::asi_lens.spectra.FewTokensWarning")]
+pytestmark = [
+    pytest.mark.packaged,
+    pytest.mark.filterwarnings("ignore::asi_lens.activations.spectrum.FewTokensWarning"),
+]
 LAYER = 3
 # Packing the same text differently moves them by up to 0.01; other draws by about 0.01.
 TOLERANCE = 0.02

@@ -1,1 +1,1 @@
-"""Sparse autoencoders: dictionary, initialization, training, evaluation, formats."""
+"""The paper's second half: dictionaries that start in the active subspace."""

@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear, relu
 
-from asi_lens.sae.codes import SparseCode, pick, stack_codes
-from asi_lens.sae.topk import CHUNK_BYTES, Workspace
+from asi_lens.kernels.codes import SparseCode, pick, stack_codes
+from asi_lens.kernels.topk import CHUNK_BYTES, Workspace
 
 
 @runtime_checkable

@@ -12,7 +12,6 @@ Decoder rows have unit norm. `folded` gives the same function on raw activations
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -22,16 +21,16 @@ import torch
 from jaxtyping import Float, Num
 from torch import Tensor, nn
 
-from asi_lens.errors import DataError, OptionError, require, require_known, require_whole, unknown_name
+from asi_lens.base.errors import DataError, OptionError, require, require_known, require_whole, unknown_name
+from asi_lens.base.metadata import plain_metadata
+from asi_lens.kernels.codes import SparseCode, stack_codes
+from asi_lens.kernels.draws import draw_gaussian, unit_rows_
+from asi_lens.kernels.gradients import decode_sum
+from asi_lens.kernels.topk import Workspace, encode_topk
 from asi_lens.sae.activations import BatchTopK, Gated, JumpReLU, ReLU, Thresholded
-from asi_lens.sae.codes import SparseCode, stack_codes
-from asi_lens.sae.sparse_ops import decode_sum
-from asi_lens.sae.topk import Workspace, encode_topk
 
 # Rows encoded at a time outside of training.
 _BLOCK = 4096
-# Rows of random directions drawn at a time; part of what a seed means.
-DRAW_ROWS = 16_384
 
 
 @dataclass(frozen=True)
@@ -70,14 +69,6 @@ class SAEConfig:
         """The configuration in `values`. Raises UnknownNameError for a key that it does not have."""
         require_known(values, [f.name for f in fields(cls)], "SAEConfig key")
         return cls(**values)
-
-
-def plain_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy in the form in which files give it back. Raises OptionError for what JSON does not have."""
-    try:
-        return json.loads(json.dumps(dict(metadata)))
-    except (TypeError, ValueError) as error:
-        raise OptionError(f"metadata={metadata!r} is not allowed: {error}") from error
 
 
 class Activation(Protocol):
@@ -312,26 +303,3 @@ class SparseAutoencoder(nn.Module):
     def extra_repr(self) -> str:
         """For `print`."""
         return f"d_in={self.d_in}, d_sae={self.d_sae}, k={self.k}, activation={self.config.activation!r}"
-
-
-@torch.no_grad()
-def draw_gaussian(out: Float[Tensor, "n d"], seed: int, first: int = 0, total: int | None = None) -> None:
-    """Fill `out` with independent standard normal numbers, the same on every device and dtype.
-
-    They are rows `first` and on of `total` (by default, of as many as `out` has).
-    """
-    generator, last = torch.Generator().manual_seed(seed), first + len(out)
-    for start in range(0, last, DRAW_ROWS):
-        size = min(DRAW_ROWS, (last if total is None else total) - start)
-        drawn = torch.randn(size, out.shape[1], generator=generator)
-        begin, end = max(first, start), min(last, start + size)
-        if begin < end:
-            out[begin - first : end - first].copy_(drawn[begin - start : end - start])
-
-
-@torch.no_grad()
-def unit_rows_(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    """Divide each row by its norm, in place, without a copy of all rows."""
-    for block in rows.split(1024):
-        block.div_(torch.linalg.vector_norm(block, dim=1, keepdim=True))
-    return rows

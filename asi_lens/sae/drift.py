@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from asi_lens.activations.spectrum import Spectrum
 from asi_lens.sae.dictionary import SparseAutoencoder
-from asi_lens.spectra import Spectrum
 
 _ROWS = 4096
 _QUANTILES = {"p10": 0.1, "median": 0.5, "p90": 0.9}

@@ -15,17 +15,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from asi_lens import models
-from asi_lens.corpora import Tokens
-from asi_lens.errors import DataError, OptionError, require, require_both
-from asi_lens.harvest import SiteLayer
-from asi_lens.moments import Moments
-from asi_lens.sae.deadness import DeadnessLedger
+from asi_lens.activations.harvest import SiteLayer
+from asi_lens.activations.harvest_store import ActivationStore
+from asi_lens.activations.moments import Moments
+from asi_lens.activations.spectrum import Spectrum
+from asi_lens.base.errors import DataError, OptionError, require, require_both
+from asi_lens.inputs import models
+from asi_lens.inputs.corpora import Tokens
 from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.drift import subspace_share
 from asi_lens.sae.splice import SpliceLosses, splice_losses
-from asi_lens.spectra import Spectrum
-from asi_lens.store import ActivationStore
+from asi_lens.training.ledger import DeadnessLedger
 
 _ROWS = 4096
 

@@ -29,11 +29,11 @@ from packaging.version import InvalidVersion, Version
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from asi_lens.errors import DataError, OptionError, require_known
-from asi_lens.files import sha256_of, write_whole_folder
+from asi_lens.base.errors import DataError, OptionError, require_known
+from asi_lens.base.files import sha256_of, write_whole_folder
+from asi_lens.base.safetensors_io import pieces, write_tensors
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.transcoder import Transcoder
-from asi_lens.tensor_files import pieces, write_tensors
 
 FORMAT = 1
 CONFIG, SAELENS, SPARSIFY = "cfg.json", "sae_weights.safetensors", "sae.safetensors"

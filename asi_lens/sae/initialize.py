@@ -16,13 +16,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from asi_lens.errors import OptionError, require, unknown_name
+from asi_lens.activations.spectrum import Spectrum
+from asi_lens.base.errors import OptionError, require, unknown_name
+from asi_lens.kernels.draws import DRAW_ROWS, draw_gaussian
+from asi_lens.kernels.gradients import decode_sum
 from asi_lens.sae.activations import Thresholded
-from asi_lens.sae.dictionary import DRAW_ROWS, SparseAutoencoder, draw_gaussian
-from asi_lens.sae.mesh import Mesh
-from asi_lens.sae.sparse_ops import decode_sum
+from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.sparsity import has_threshold, set_threshold
-from asi_lens.spectra import Spectrum
+from asi_lens.training.mesh import Mesh
 
 METHODS = ("random", "orthogonal", "asi", "asi_authors")
 """Gaussian directions; orthonormal sets of d_in; ASI; ASI in the order of the authors' code."""

@@ -20,30 +20,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
-from asi_lens.errors import DataError, require, unknown_name
+from asi_lens.base.errors import DataError, require, unknown_name
+from asi_lens.kernels.gradients import Gradients
 from asi_lens.sae.dictionary import SparseAutoencoder
-from asi_lens.sae.sparse_ops import Gradients
+from asi_lens.training.config import OPTIMIZERS
 
-KINDS = ("adam", "sparse_adam", "sparse_adam_decay")
 BETAS = (0.9, 0.999)
 EPS = 1e-8
 
 # Elements of a weight updated at a time: what is read, summed, updated and put to unit norm then stays in
 # the CPU's cache. A GPU takes all at once.
 _CHUNK_ELEMENTS = 512 * 1024
-
-
-def lr_factor(step: int, n_steps: int, warmup_steps: int, decay_fraction: float) -> float:
-    """Factor on the learning rate in step `step` (from 0) of `n_steps`.
-
-    Linear up over `warmup_steps` (1/w in the first step, 1 in the w-th), constant, linear down over the
-    last `decay_fraction` of the steps, to 1/(decay steps) in the last. Either may be 0. Where both reach
-    a step, the smaller factor holds.
-    """
-    up = (step + 1) / warmup_steps if warmup_steps else 1.0
-    decay_steps = round(n_steps * decay_fraction)
-    down = max(n_steps - step, 1) / decay_steps if decay_steps else 1.0
-    return min(1.0, up, down)
 
 
 def rows_per_chunk(d_in: int, device: torch.device) -> int:
@@ -81,7 +68,7 @@ def _are_few(fired: Tensor | None, n: int) -> bool:
 
 
 class RowAdam:
-    """Adam on the parameters of `sae` and of its activation function, of one of `KINDS`.
+    """Adam on the parameters of `sae` and of its activation function, of one of `OPTIMIZERS`.
 
     Gradients are summed chunk by chunk (`Gradients`), used, and forgotten: no d_sae x d_in gradient
     exists. The decoder's gradient loses its part along the row, and rows that moved are put back to unit
@@ -89,8 +76,8 @@ class RowAdam:
     """
 
     def __init__(self, sae: SparseAutoencoder, kind: str = "adam"):
-        if kind not in KINDS:
-            raise unknown_name("optimizer", kind, KINDS)
+        if kind not in OPTIMIZERS:
+            raise unknown_name("optimizer", kind, OPTIMIZERS)
         require(sae.encoder_rows.is_contiguous(), "W_enc", "rearranged", "the transposed view it was made as")
         self.sae = sae
         self.kind = kind

@@ -18,10 +18,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from asi_lens.sae.codes import SparseCode
+from asi_lens.kernels.codes import SparseCode
+from asi_lens.kernels.gradients import picked_dots
+from asi_lens.kernels.topk import BIAS_COLUMNS, Workspace, encode_topk, merge_topk, with_ones
 from asi_lens.sae.dictionary import SparseAutoencoder
-from asi_lens.sae.sparse_ops import picked_dots
-from asi_lens.sae.topk import BIAS_COLUMNS, Workspace, encode_topk, merge_topk, with_ones
 
 SEARCHES = ("exact", "subspace")
 """Every feature in all coordinates; candidates from the leading ones."""

@@ -29,13 +29,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from asi_lens.errors import OptionError, require, require_whole, unknown_name
+from asi_lens.base.errors import OptionError, require, require_whole, unknown_name
+from asi_lens.kernels.codes import SparseCode
+from asi_lens.kernels.gradients import Term, decode_sum
+from asi_lens.kernels.topk import Workspace, encode_topk
 from asi_lens.sae.activations import Gated, ReLU, Thresholded
-from asi_lens.sae.codes import SparseCode
 from asi_lens.sae.dictionary import SparseAutoencoder
-from asi_lens.sae.mesh import Mesh
-from asi_lens.sae.sparse_ops import Term, decode_sum
-from asi_lens.sae.topk import Workspace, encode_topk
+from asi_lens.training.mesh import Mesh
 
 PENALTIES = ("l0", "tanh")
 

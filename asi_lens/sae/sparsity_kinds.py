@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from asi_lens.kernels.codes import SparseCode, keep, pick, stack_codes
+from asi_lens.kernels.gradients import Term, decode_sum, picked_dots
+from asi_lens.kernels.topk import Workspace
 from asi_lens.sae.activations import BatchTopK, Gated, JumpReLU, pre_activations
-from asi_lens.sae.codes import SparseCode, keep, pick, stack_codes
-from asi_lens.sae.sparse_ops import Term, decode_sum, picked_dots
 from asi_lens.sae.sparsity import Sparsity, largest
-from asi_lens.sae.topk import Workspace
 
 # Largest change of a steered coefficient in one step, and of what it reacts to.
 _STEERING = 0.03

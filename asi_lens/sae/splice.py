@@ -15,10 +15,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from asi_lens import models
-from asi_lens.corpora import Tokens
-from asi_lens.errors import DataError, UnsupportedModelError, require
-from asi_lens.interventions import Edit, loss_recovered, mean_ablate, skip_first
+from asi_lens.base.errors import DataError, UnsupportedModelError, require
+from asi_lens.collapse.interventions import Edit, loss_recovered, mean_ablate, skip_first
+from asi_lens.inputs import models
+from asi_lens.inputs.corpora import Tokens
 from asi_lens.sae.dictionary import SparseAutoencoder
 
 Hooks = Mapping[str, models.Hook]

@@ -15,12 +15,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from asi_lens.activation_store import ReadRows
-from asi_lens.errors import require
-from asi_lens.moments import Moments
+from asi_lens.activations.harvest_store import ActivationStore
+from asi_lens.activations.moments import Moments
+from asi_lens.activations.spectrum import Spectrum
+from asi_lens.activations.store import ReadRows
+from asi_lens.base.errors import require
 from asi_lens.sae.dictionary import SparseAutoencoder
-from asi_lens.spectra import Spectrum
-from asi_lens.store import ActivationStore
 
 
 class SubspaceStore(ActivationStore):

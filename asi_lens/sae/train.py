@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import runpy
 from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import asdict
 from typing import Any
@@ -12,21 +13,23 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from asi_lens.errors import DataError, OptionError, require, require_known
-from asi_lens.sae.codes import SparseCode
-from asi_lens.sae.deadness import DeadnessLedger
+from asi_lens.base.errors import DataError, OptionError, require, require_known
+from asi_lens.kernels.codes import SparseCode
+from asi_lens.kernels.gradients import Gradients, Term, decode_sum, sum_gradients
+from asi_lens.kernels.topk import Workspace, encode_topk
 from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.drift import Drift
-from asi_lens.sae.learner import DivergedError, Fits, StepOutput
-from asi_lens.sae.mesh import Mesh, Part
-from asi_lens.sae.metrics import Row
-from asi_lens.sae.optim import RowAdam, gradient_norm, lr_factor
+from asi_lens.sae.optim import RowAdam, gradient_norm
 from asi_lens.sae.search import SEARCHES, SubspaceSearch, is_due
-from asi_lens.sae.sparse_ops import Gradients, Term, decode_sum, sum_gradients
 from asi_lens.sae.sparsity import SparsityConfig
 from asi_lens.sae.sparsity_kinds import KINDS
-from asi_lens.sae.topk import Workspace, encode_topk
-from asi_lens.sae.train_config import TrainConfig
+from asi_lens.training.config import TrainConfig
+from asi_lens.training.learner import DivergedError, StepOutput
+from asi_lens.training.ledger import DeadnessLedger
+from asi_lens.training.loop import Fits
+from asi_lens.training.mesh import Mesh, Part
+from asi_lens.training.metrics import Metrics
+from asi_lens.training.schedule import lr_factor
 
 __all__ = ["DivergedError", "SparsityConfig", "StepOutput", "TrainConfig", "Trainer"]
 
@@ -220,9 +223,9 @@ class Trainer(Fits):
             batch, dtype = self.config.batch_size, self.compute_dtype
             self.subspace = SubspaceSearch(self.sae, directions, batch, dtype)
 
-    def measure(self) -> Row:
+    def measure(self) -> Metrics:
         """Columns of a logged row beside those of the step: of `drift` and of the search."""
-        found: Row = {} if self.drift is None else {**self.drift(self.sae)}
+        found: Metrics = {} if self.drift is None else {**self.drift(self.sae)}
         if (search := self.subspace) is not None:
             found |= {"search_r": search.r, "search_mass": search.mass, "search_picks": search.picks}
         return found
@@ -345,13 +348,11 @@ def _compute_dtype(choice: str, weights: Tensor) -> torch.dtype:
         require(choice != "bfloat16", "compute_dtype", choice, "auto or float32 for a float64 dictionary")
         return torch.float64
     if choice == "auto":
-        from asi_lens.models import resolve_dtype
+        from asi_lens.inputs.models import resolve_dtype
 
         return resolve_dtype("auto", weights.device)
     return torch.bfloat16 if choice == "bfloat16" else torch.float32
 
 
 if __name__ == "__main__":
-    from asi_lens.sae.run import main
-
-    raise SystemExit(main())
+    runpy.run_module("asi_lens.sae", run_name="__main__")  # the command's older name

@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from asi_lens import models
-from asi_lens.corpora import Tokens
-from asi_lens.errors import OptionError, require, require_both
-from asi_lens.interventions import mean_ablate, skip_first
-from asi_lens.sae.deadness import DeadnessLedger
+from asi_lens.activations.pairs import PairedStores
+from asi_lens.base.errors import OptionError, require, require_both
+from asi_lens.collapse.interventions import mean_ablate, skip_first
+from asi_lens.inputs import models
+from asi_lens.inputs.corpora import Tokens
 from asi_lens.sae.evaluate import Evaluation, scatter_of
 from asi_lens.sae.splice import Hooks, SpliceLosses, hooked_losses, splice_through
-from asi_lens.sae.transcoder import PairedStores, Transcoder
+from asi_lens.sae.transcoder import Transcoder
+from asi_lens.training.ledger import DeadnessLedger
 
 _ROWS = 4096
 

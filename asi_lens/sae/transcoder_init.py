@@ -20,13 +20,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from asi_lens.errors import require, unknown_name
+from asi_lens.activations.pairs import Pair, PairedStores
+from asi_lens.base.errors import require, unknown_name
+from asi_lens.kernels.draws import unit_rows_
+from asi_lens.kernels.gradients import decode_sum
 from asi_lens.sae.activations import Thresholded
-from asi_lens.sae.dictionary import unit_rows_
 from asi_lens.sae.initialize import active_subspace_of, auto_d_init, directions, largest_leak
-from asi_lens.sae.sparse_ops import decode_sum
 from asi_lens.sae.sparsity import has_threshold, set_threshold
-from asi_lens.sae.transcoder import Pair, PairedStores, Transcoder
+from asi_lens.sae.transcoder import Transcoder
 
 TRANSCODER_METHODS = ("random", "asi")
 """Decoder directions: Gaussian, or in the active subspace of the outputs."""

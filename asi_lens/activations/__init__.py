@@ -1,0 +1,1 @@
+"""One pass of the model, and what is kept of it: moments, spectra, stores."""

@@ -1,0 +1,138 @@
+"""One pass of the model, many consumers.
+
+The model runs once over the tokens, no deeper than the deepest layer that a consumer wants, and every
+activation is handed on as rows `[n d]` the moment it exists: nothing is kept, so memory does not grow
+with the number of tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from asi_lens.base.errors import DataError, OptionError, require
+from asi_lens.inputs import models
+from asi_lens.inputs.corpora import Tokens
+
+# A site at a layer, as in ("attn_out", 15).
+SiteLayer = tuple[str, int]
+
+# Tokens a forward pass takes at once: enough for efficient products, small enough for any cache.
+BATCH_TOKENS = 2048
+_LAYER = re.compile(r"blocks\.(\d+)\.")
+
+
+@runtime_checkable
+class Consumer(Protocol):
+    """What a pass feeds: it names the (site, layer) places it wants and receives their rows in order."""
+
+    @property
+    def wants(self) -> Collection[SiteLayer]:
+        """The (site, layer) places whose rows it is to be given."""
+        ...
+
+    def consume(self, where: SiteLayer, rows: Float[Tensor, "n d"]) -> None:
+        """Take one batch of rows; they must be copied if they are kept."""
+        ...
+
+
+def places(model: nn.Module, sites: Iterable[str], layers: Sequence[int] | None) -> list[SiteLayer]:
+    """Every (site, layer) asked for, checked against the model; `layers=None` means all of them.
+
+    Negative layers count from the end, as in Python. A full hook name (`blocks.3.attn.hook_out`) has its
+    layer in it and is taken once; in `blocks.{}.attn.hook_out` the layer is filled in.
+
+    Raises UnknownNameError for a site, OptionError for a layer out of range, UnsupportedModelError for a
+    site the model lacks.
+    """
+    sites = [sites] if isinstance(sites, str) else list(sites)
+    n_layers = models.model_info(model).n_layers
+    chosen = range(n_layers) if layers is None else layers
+    out: list[SiteLayer] = []
+    for layer in chosen:
+        require(-n_layers <= layer < n_layers, "layer", layer, f"from 0 to {n_layers - 1}")
+        out += [(site, layer % n_layers) for site in sites if not _LAYER.match(site)]
+    out += [(site, int(found[1])) for site in sites if (found := _LAYER.match(site))]
+    for site, layer in out:
+        models.hook_name(model, site, layer)
+    if not out:
+        raise OptionError("no site or no layer was asked for")
+    return list(dict.fromkeys(out))
+
+
+def harvest(
+    model: nn.Module,
+    tokens: Tokens,
+    consumers: Sequence[Consumer],
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    drop_first: bool = True,
+    start: int = 0,
+    after_batch: Callable[[int], None] | None = None,
+    progress: bool = True,
+) -> None:
+    """Run the model over `tokens` and feed the consumers.
+
+    Args:
+        drop_first: leave out position 0 of every sequence (BOS, the attention sink: its norm is an
+            outlier that would dominate every statistic).
+        start: sequence to start from, for a pass that resumes.
+        after_batch: called with the number of sequences done after each batch.
+        progress: show a bar with tokens/s and the time left.
+
+    Raises DataError naming site, layer and batch where an activation is NaN or infinite. Hooks are
+    removed however the pass ends, Ctrl-C included.
+    """
+    require(batch_tokens >= 1, "batch_tokens", batch_tokens, "at least 1")
+    require(0 <= start <= len(tokens), "start", start, f"from 0 to {len(tokens)}")
+    if drop_first and tokens.context < 2:
+        raise OptionError("a context of 1 holds nothing but the first position; use drop_first=False")
+    takers: dict[SiteLayer, list[Consumer]] = {}
+    for consumer in consumers:
+        for where in consumer.wants:
+            takers.setdefault(where, []).append(consumer)
+    if not takers:
+        raise OptionError("no consumer wants anything")
+    deepest = max(layer for _, layer in takers)
+    per_batch = max(1, batch_tokens // tokens.context)
+    first = 1 if drop_first else 0
+
+    # Two names may mean one hook ("z" and "blocks.3.attn.hook_z"): it is hooked once.
+    by_hook: dict[str, list[SiteLayer]] = {}
+    for where in takers:
+        by_hook.setdefault(models.hook_name(model, *where), []).append(where)
+
+    def feed(places: list[SiteLayer], batch: int) -> Callable[[Tensor], None]:
+        def hook(activation: Tensor) -> None:
+            rows = activation[:, first:].flatten(0, 1)
+            # One sum finds any NaN or infinity without a second array of flags.
+            if not torch.isfinite(rows.sum(dtype=torch.float32)):
+                raise DataError(f"{places[0][0]} of layer {places[0][1]}, batch {batch}: NaN or infinity")
+            for where in places:
+                for consumer in takers[where]:
+                    consumer.consume(where, rows)
+
+        return hook
+
+    bar = tqdm(
+        total=len(tokens) * tokens.context,
+        initial=start * tokens.context,
+        unit="tok",
+        unit_scale=True,
+        desc=f"harvest {tokens.corpus}",
+        disable=not progress,
+    )
+    with bar:
+        for begin in range(start, len(tokens), per_batch):
+            ids = tokens.ids[begin : begin + per_batch]
+            hooks = {name: feed(places, begin // per_batch) for name, places in by_hook.items()}
+            models.forward(model, ids, hooks, stop_after_layer=deepest)
+            bar.update(ids.numel())
+            if after_batch is not None:
+                after_batch(min(begin + per_batch, len(tokens)))

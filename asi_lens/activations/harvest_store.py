@@ -1,0 +1,343 @@
+"""From a model and tokens to activation stores on disk: `harvest_store`, `harvest_stores`.
+
+One pass of the model writes every (site, layer) asked for, each into a folder of its own. A harvest that
+was killed goes on at the last whole shard, to the same bytes. Several processes (`ranks.joined`, or
+`torchrun -m asi_lens.activations harvest.yaml`) take a stretch of the text each.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+import shutil
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from asi_lens.activations import shards
+from asi_lens.activations.harvest import BATCH_TOKENS, SiteLayer, harvest, places
+from asi_lens.activations.origin import describe
+from asi_lens.activations.shard_writer import ShardWriter, join_parts
+from asi_lens.activations.store import ActivationStore
+from asi_lens.base.errors import CacheError, DataError, OptionError, require
+from asi_lens.base.files import cache_key
+from asi_lens.base.paths import cache_dir
+from asi_lens.base.ranks import Ranks
+from asi_lens.inputs import models
+from asi_lens.inputs.corpora import Tokens
+
+__all__ = ["ActivationStore", "harvest_store", "harvest_stores"]
+
+# Bytes of a shard unless `shard_tokens` says otherwise: what a kill can cost, and a moderate number of files.
+_SHARD_BYTES = 128 * 2**20
+# What makes two stores of one format and dtype the same rows.
+_CONTENT = ("weights_fingerprint", "model_dtype", "tokens_fingerprint", "drop_first")
+_IDENTITY = (*_CONTENT, "hook_name", "layer")
+
+
+def harvest_store(
+    model: nn.Module,
+    tokens: Tokens,
+    site: str,
+    layer: int,
+    *,
+    folder: Path | str | None = None,
+    dtype: str = "bfloat16",
+    budget_gb: int | float = 20,
+    shard_tokens: int | None = None,
+    drop_first: bool = True,
+    batch_tokens: int = BATCH_TOKENS,
+    progress: bool = True,
+    ranks: Ranks | None = None,
+) -> ActivationStore:
+    """Store one site's activations in `folder`; all else is as in `harvest_stores`."""
+    (where,) = places(model, [site], [layer])
+    return _harvest(
+        model,
+        tokens,
+        {where: None if folder is None else Path(folder)},
+        dtype=dtype,
+        budget_gb=budget_gb,
+        shard_tokens=shard_tokens,
+        drop_first=drop_first,
+        batch_tokens=batch_tokens,
+        progress=progress,
+        ranks=ranks or Ranks(),
+    )[where]
+
+
+def harvest_stores(
+    model: nn.Module,
+    tokens: Tokens,
+    wheres: Sequence[SiteLayer],
+    *,
+    folder: Path | str | None = None,
+    dtype: str = "bfloat16",
+    budget_gb: int | float = 20,
+    shard_tokens: int | None = None,
+    drop_first: bool = True,
+    batch_tokens: int = BATCH_TOKENS,
+    progress: bool = True,
+    ranks: Ranks | None = None,
+) -> dict[SiteLayer, ActivationStore]:
+    """Store several (site, layer) places in one pass of the model, each in `folder/site.layer`.
+
+    A store that is already there is opened; the model runs for the missing ones alone. The size is stated
+    before anything is written.
+
+    Args:
+        folder: None puts stores into the cache, under a key of everything that their rows depend on; if
+            another process is writing them there, this one waits for it.
+        dtype: of the rows on disk: "bfloat16", "float16" or "float32".
+        budget_gb: refuse to write more than this many 10^9 bytes.
+        shard_tokens: rows of a shard, rounded to whole forward batches (None: 128 MiB).
+        drop_first: leave out position 0 of every sequence (see `harvest.harvest`).
+        batch_tokens: tokens of a forward pass.
+        progress: show a bar.
+        ranks: the processes that call this together, each of which runs the model over its stretch of the
+            tokens; the first one writes what makes it a store. The folder must be one that all of them see.
+
+    Raises OptionError over the budget (it says both numbers) and for a folder that holds another store,
+    DataError for activations that are NaN, infinite or too large for the dtype, CacheError while another
+    process writes to `folder` and for damaged files, OSError for a full disk or a read-only folder.
+    """
+    chosen = [places(model, [site], [layer])[0] for site, layer in wheres]
+    parent = None if folder is None else Path(folder)
+    return _harvest(
+        model,
+        tokens,
+        {where: None if parent is None else parent / f"{where[0]}.{where[1]}" for where in chosen},
+        dtype=dtype,
+        budget_gb=budget_gb,
+        shard_tokens=shard_tokens,
+        drop_first=drop_first,
+        batch_tokens=batch_tokens,
+        progress=progress,
+        ranks=ranks or Ranks(),
+    )
+
+
+def _harvest(
+    model: nn.Module,
+    tokens: Tokens,
+    chosen: Mapping[SiteLayer, Path | None],
+    *,
+    dtype: str,
+    budget_gb: int | float,
+    shard_tokens: int | None,
+    drop_first: bool,
+    batch_tokens: int,
+    progress: bool,
+    ranks: Ranks,
+) -> dict[SiteLayer, ActivationStore]:
+    require(dtype in shards.DTYPES, "dtype", dtype, " or ".join(map(repr, shards.DTYPES)))
+    require(budget_gb > 0, "budget_gb", budget_gb, "above 0")
+    require(shard_tokens is None or shard_tokens >= 1, "shard_tokens", shard_tokens, "at least 1")
+    require(batch_tokens >= 1, "batch_tokens", batch_tokens, "at least 1")
+    if not chosen:
+        raise OptionError("no (site, layer) was asked for")
+    per_sequence = tokens.context - drop_first
+    n = len(tokens) * per_sequence
+    if n == 0:
+        raise DataError(
+            f"no rows to store from {len(tokens)} sequences of {tokens.context} with drop_first={drop_first}"
+        )
+    origins = _origins(model, tokens, list(chosen), drop_first)
+    folders = {where: folder or _cached(origins[where], dtype) for where, folder in chosen.items()}
+    size = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
+    # Shards of whole forward batches: a pass that resumes cuts the text into the same batches.
+    per_batch = max(1, batch_tokens // tokens.context)
+    batch_rows = per_batch * per_sequence
+    first, last = _stretch(len(tokens), per_batch, ranks)
+    with ExitStack() as stack:
+        writers: dict[SiteLayer, ShardWriter] = {}
+
+        def begin() -> None:
+            # In one order, so that two harvests never wait for each other.
+            for where in sorted(folders, key=folders.__getitem__):
+                if ranks.rank == 0:
+                    # What is in the cache is for whoever asks: the second one waits for it.
+                    stack.enter_context(_alone(folders[where], wait=chosen[where] is None))
+            for where, folder in folders.items():
+                if (folder / shards.MANIFEST).exists():
+                    _require_same(folder, origins[where], dtype)
+                    continue
+                d = models.site_width(model, *where)
+                rows = shard_tokens or _SHARD_BYTES // (d * size)
+                own = folder if ranks.size == 1 else shards.part_folder(folder, ranks.rank)
+                own.mkdir(parents=True, exist_ok=True)
+                _require_begun_so(folder, own)
+                writers[where] = ShardWriter(
+                    own,
+                    {**origins[where], "batch_tokens": batch_tokens},
+                    n_total=(last - first) * per_sequence,
+                    d=d,
+                    dtype=dtype,
+                    shard_rows=max(1, rows // batch_rows) * batch_rows,
+                )
+                stack.callback(writers[where].close)
+            if writers:
+                _state_size(writers, n, size, budget_gb, ranks)
+
+        ranks.together("beginning the harvest", begin)
+        if writers:
+            start = min(writer.n for writer in writers.values())
+            harvest(
+                model,
+                tokens[:last],
+                [_Appending(writers, start)],
+                batch_tokens=batch_tokens,
+                drop_first=drop_first,
+                start=first + start // per_sequence,
+                after_batch=lambda done: ranks.advance(),
+                progress=progress and ranks.rank == 0,
+            )
+            ranks.exchange("the harvest", "", patient=True)
+
+            def finish() -> None:
+                for where, writer in writers.items():
+                    if ranks.size == 1:
+                        writer.finish()
+                    elif ranks.rank == 0:
+                        join_parts(folders[where], writer.origin, ranks.size)
+
+            ranks.together("finishing the store", finish)
+    return {where: ActivationStore.open(folder) for where, folder in folders.items()}
+
+
+def _stretch(n: int, per_batch: int, ranks: Ranks) -> tuple[int, int]:
+    """First of this rank's sequences, and the one after its last, in whole forward batches.
+
+    Raises OptionError for fewer batches than ranks.
+    """
+    n_batches = -(-n // per_batch)
+    if n_batches < ranks.size:
+        raise OptionError(
+            f"{n} sequences are {n_batches} forward batches of {per_batch}: too few for {ranks.size} "
+            "processes"
+        )
+    first, last = (min(n, n_batches * k // ranks.size * per_batch) for k in (ranks.rank, ranks.rank + 1))
+    return first, last
+
+
+def _require_begun_so(folder: Path, own: Path) -> None:
+    """Raise OptionError where the harvest in `folder` was begun by another number of processes."""
+    there = shards.unfinished(folder)
+    if folder in there if own != folder else there and folder not in there:
+        raise OptionError(
+            f"{folder} holds the beginning of a harvest by "
+            f"{'one process' if folder in there else 'several processes'}; finish it so, or delete the folder"
+        )
+
+
+class _Appending:
+    """A harvest consumer that appends to one writer per (site, layer)."""
+
+    def __init__(self, writers: Mapping[SiteLayer, ShardWriter], start: int):
+        self.wants: Collection[SiteLayer] = tuple(writers)
+        self._writers = writers
+        self._seen = dict.fromkeys(writers, start)
+
+    def consume(self, where: SiteLayer, rows: Float[Tensor, "n d"]) -> None:
+        """Append one batch, unless a store that got further before a kill already has it."""
+        if self._seen[where] == self._writers[where].n:
+            self._writers[where].append(rows)
+        self._seen[where] += len(rows)
+
+
+def _origins(
+    model: nn.Module, tokens: Tokens, wheres: Sequence[SiteLayer], drop_first: bool
+) -> dict[SiteLayer, dict[str, Any]]:
+    """What each store's rows are: the manifest's `origin`."""
+    info = models.model_info(model)
+    shared = {
+        "model": info.name,
+        "weights": info.weights,
+        "weights_fingerprint": info.fingerprint,
+        "model_dtype": info.dtype,
+        "corpus": tokens.corpus,
+        "tokenizer": tokens.tokenizer,
+        "tokens_fingerprint": tokens.fingerprint,
+        "sequences": len(tokens),
+        "context": tokens.context,
+        "bos": tokens.bos,
+        "drop_first": drop_first,
+    }
+    return {
+        (site, layer): {
+            **shared,
+            "site": site,
+            "layer": layer,
+            "hook_name": models.hook_name(model, site, layer),
+        }
+        for site, layer in wheres
+    }
+
+
+def _cached(origin: Mapping[str, Any], dtype: str) -> Path:
+    key = cache_key(format=shards.FORMAT, dtype=dtype, **{name: origin[name] for name in _CONTENT})
+    # Names may be paths or hub names: anything but letters, digits, dot and dash would make folders.
+    parent = re.sub(r"[^\w.-]+", "-", f"{origin['model']}-{origin['corpus']}-{key}")
+    return cache_dir("stores") / parent / f"{origin['site']}.{origin['layer']}"
+
+
+@contextmanager
+def _alone(folder: Path, *, wait: bool) -> Iterator[None]:
+    """Hold the store's lock; if another process has it, wait for it or say so at once."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder.with_name(folder.name + ".lock"), timeout=-1 if wait else 0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise CacheError(f"another process is writing the store in {folder}") from error
+    except OSError as error:
+        raise type(error)(error.errno, f"cannot write {folder}: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _state_size(
+    writers: Mapping[SiteLayer, ShardWriter], n: int, size: int, budget_gb: int | float, ranks: Ranks
+) -> None:
+    """Say what will be written, and refuse what is over the budget or the free space."""
+    total = sum(n * writer.d * size for writer in writers.values())
+    # Other processes are as far as this one, more or less.
+    left = sum((n - writer.n * ranks.size) * writer.d * size for writer in writers.values())
+    (where, first), *others = writers.items()
+    what = f"{len(writers)} sites" if others else f"{where[0]} {where[1]}"
+    what += f", {n:,} rows in {first.dtype}"
+    if total > budget_gb * 1e9:
+        raise OptionError(
+            f"{what}: {total / 1e9:.3g} GB, over budget_gb={budget_gb}; take fewer tokens or sites, or raise "
+            "budget_gb"
+        )
+    free = shutil.disk_usage(first.folder).free
+    if left > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"{what}: {left / 1e9:.3g} GB are to be written to {first.folder}, {free / 1e9:.3g} GB are free",
+        )
+    done = f", {1 - left / total:.0%} there already" if left < total else ""
+    if ranks.rank == 0:
+        tqdm.write(f"store of {what}: {total / 1e9:.3g} GB{done}, in {first.folder}")
+
+
+def _require_same(folder: Path, origin: Mapping[str, Any], dtype: str) -> None:
+    manifest = shards.Manifest.read(folder)
+    asked = {**{key: origin[key] for key in _IDENTITY}, "dtype": dtype}
+    differ = shards.differences({**manifest.origin, "dtype": manifest.dtype}, asked)
+    if differ:
+        raise OptionError(
+            f"{folder} holds {describe(manifest.origin)}, not {describe(origin)} ({differ}); choose another "
+            "folder or delete it"
+        )

@@ -1,0 +1,86 @@
+"""Two stores of the same tokens, row by row: what a transcoder reads, and what it is to write."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Num
+from torch import Tensor
+
+from asi_lens.activations.harvest_store import ActivationStore
+from asi_lens.activations.spectrum import Spectrum
+from asi_lens.base.errors import OptionError, require
+
+# What two stores of the same tokens of the same model agree in.
+_SHARED = ("model", "weights_fingerprint", "tokens_fingerprint", "drop_first")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Raw inputs and outputs of the same tokens; its length is their number."""
+
+    x: Num[Tensor, "batch d_in"]
+    y: Num[Tensor, "n d_out"]
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, part: slice) -> Pair:
+        return Pair(self.x[part], self.y[part])
+
+
+class PairedStores:
+    """Two stores of the same tokens, row by row: what a transcoder reads and what it is to write.
+
+    Attributes:
+        inputs, outputs: the stores. n: tokens. d, d_out: widths. metadata: where the outputs come from, and
+            as `reads` what of the inputs differs.
+    """
+
+    def __init__(self, inputs: ActivationStore, outputs: ActivationStore):
+        """Raises OptionError for stores of different length, model or text."""
+        require(inputs.n == outputs.n, "outputs", f"{outputs.n:,} rows", f"{inputs.n:,} rows, as the inputs")
+        for key in _SHARED:
+            mine, theirs = inputs.metadata.get(key), outputs.metadata.get(key)
+            if mine != theirs:
+                raise OptionError(f"inputs of {key} {mine!r} and outputs of {key} {theirs!r}")
+        self.inputs, self.outputs = inputs, outputs
+        self.n, self.d, self.d_out = inputs.n, inputs.d, outputs.d
+        of_inputs = {key: inputs.metadata.get(key) for key in ("site", "layer", "hook_name")}
+        self.metadata: Mapping[str, Any] = {**outputs.metadata, "reads": of_inputs}
+
+    def __len__(self) -> int:
+        return self.n
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the rows of either."""
+        both = self.inputs.fingerprint + self.outputs.fingerprint
+        return hashlib.sha256(both.encode()).hexdigest()[:16]
+
+    @property
+    def spectrum(self) -> Spectrum:
+        """Of the outputs, which ASI starts from."""
+        return self.outputs.spectrum
+
+    def batches(
+        self, batch_size: int, *, seed: int = 0, start: int = 0, n_tokens: int | None = None
+    ) -> Iterator[Pair]:
+        """As `ActivationStore.batches`, the same tokens of both."""
+        options: dict[str, Any] = {"seed": seed, "start": start, "n_tokens": n_tokens}
+        sides = (store.batches(batch_size, **options) for store in (self.inputs, self.outputs))
+        return (Pair(x, y) for x, y in zip(*sides, strict=True))
+
+    def sample(self, n: int, seed: int = 0) -> Pair:
+        """`n` different tokens drawn at random, float32. Raises as `ActivationStore.sample`."""
+        return Pair(self.inputs.sample(n, seed), self.outputs.sample(n, seed))
+
+    def in_order(self, batch_size: int) -> Iterator[Pair]:
+        """All tokens once, in order."""
+        for start in range(0, self.n, batch_size):
+            index = torch.arange(start, min(start + batch_size, self.n))
+            yield Pair(self.inputs.rows(index), self.outputs.rows(index))

@@ -1,0 +1,229 @@
+"""Writing an activation store: rows go into shards, and what describes them is written last.
+
+A shard is written under a temporary name and renamed when it is whole, so a kill costs one shard at most.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from asi_lens.activations.moments import Moments
+from asi_lens.activations.shards import (
+    DTYPES,
+    FORMAT,
+    MOMENTS,
+    PARTIAL,
+    Manifest,
+    Shard,
+    check_size,
+    differences,
+    load,
+    part_folder,
+    save,
+)
+from asi_lens.base import safetensors_io
+from asi_lens.base.errors import CacheError, DataError, OptionError, require
+from asi_lens.base.files import sha256_of
+
+_UNFINISHED = ".unfinished"
+
+
+class ShardWriter:
+    """Appends rows to the shards of one store. One that finds whole shards goes on behind them.
+
+    `n` rows are written (in whole shards after a restart). Raises OptionError where the folder holds the
+    beginning of another store, CacheError where what is there is damaged.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        origin: Mapping[str, Any],
+        *,
+        n_total: int,
+        d: int,
+        dtype: str,
+        shard_rows: int,
+    ):
+        require(dtype in DTYPES, "dtype", dtype, " or ".join(map(repr, DTYPES)))
+        require(shard_rows >= 1, "shard_rows", shard_rows, "at least 1")
+        self.folder, self.origin, self.d, self.dtype = folder, dict(origin), d, dtype
+        self.n_total, self.shard_rows = n_total, shard_rows
+        self.n = 0
+        self.shards: list[Shard] = []
+        self.moments = Moments.zeros(d)
+        self._file: BinaryIO | None = None
+        self._digest = hashlib.sha256()
+        self._open_rows = self._open_n = 0
+        if (folder / PARTIAL).exists():
+            self._restore()
+
+    def append(self, rows: Float[Tensor, "batch d"]) -> None:
+        """Write rows in the store's dtype. They must not reach over the end of a shard.
+
+        Raises DataError for values that are not finite in that dtype, OSError for a full disk and the
+        like: whole shards stay, and a writer opened later goes on behind them.
+        """
+        kept = rows.to(getattr(torch, self.dtype))
+        if not torch.isfinite(kept.sum(dtype=torch.float32)):
+            raise DataError(
+                f"rows {self.n} to {self.n + len(rows)} are not finite in {self.dtype}; store them in "
+                "bfloat16 or float32"
+            )
+        batch = Moments.of(kept)
+        self.moments = self.moments.to(batch.mean.device)
+        if self._file is None:
+            self._begin_shard()
+        assert self._file is not None
+        if self._open_rows + len(rows) > self._open_n:
+            raise OptionError(f"{len(rows)} rows do not fit into what is left of a shard")
+        data = safetensors_io.raw_bytes(kept)
+        try:
+            self._file.write(data)
+        except OSError as error:
+            raise self._cannot_write(error) from error
+        self._digest.update(data)
+        self.moments.merge(batch)
+        self.n += len(rows)
+        self._open_rows += len(rows)
+        if self._open_rows == self._open_n:
+            self._end_shard()
+
+    def finish(self) -> None:
+        """Write moments and manifest: from here on the folder is a store."""
+        if self.n != self.n_total or self._file is not None:
+            raise DataError(f"the store in {self.folder} has {self.n} of {self.n_total} rows")
+        _write_manifest(self.folder, self.origin, self.dtype, self.moments, self.shards)
+        (self.folder / PARTIAL).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Drop a shard that is not whole."""
+        if self._file is not None:
+            # On a full disk the buffer cannot be flushed; the file goes anyway.
+            with suppress(OSError):
+                self._file.close()
+            Path(self._file.name).unlink(missing_ok=True)
+            self._file = None
+
+    def _begin_shard(self) -> None:
+        n = min(self.shard_rows, self.n_total - self.n)
+        header = safetensors_io.header({"rows": (getattr(torch, self.dtype), (n, self.d))})
+        self._digest = hashlib.sha256(header)
+        self._open_rows, self._open_n = 0, n
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._file = (self.folder / (self._shard_name() + _UNFINISHED)).open("wb")
+            self._file.write(header)
+        except OSError as error:
+            raise self._cannot_write(error) from error
+
+    def _end_shard(self) -> None:
+        assert self._file is not None
+        unfinished, path = Path(self._file.name), self.folder / self._shard_name()
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
+            unfinished.replace(path)
+        except OSError as error:
+            raise self._cannot_write(error) from error
+        self.shards.append(Shard(path.name, self._open_n, path.stat().st_size, self._digest.hexdigest()))
+        state = {
+            "format": FORMAT,
+            "n": self.n,
+            "n_total": self.n_total,
+            "d": self.d,
+            "dtype": self.dtype,
+            "shard_rows": self.shard_rows,
+            "origin": self.origin,
+            "shards": [asdict(shard) for shard in self.shards],
+        }
+        # One file, so that the shards and their moments can never belong to different moments in time.
+        save(self.folder / PARTIAL, self.moments.state(), {"state": json.dumps(state)})
+
+    def _restore(self) -> None:
+        path = self.folder / PARTIAL
+        tensors, metadata = load(path)
+        state = json.loads(metadata["state"])
+        if state["format"] != FORMAT:
+            raise CacheError(
+                f"{path} has format {state['format']!r}, this version reads {FORMAT}; delete {self.folder}"
+            )
+        shape = {"n_total": self.n_total, "d": self.d, "dtype": self.dtype, "shard_rows": self.shard_rows}
+        differ = differences({**state["origin"], **state}, {**self.origin, **shape})
+        if differ:
+            raise OptionError(
+                f"{self.folder} holds the beginning of another store ({differ}); finish that harvest, choose "
+                "another folder, or delete it"
+            )
+        self.shards = [Shard(**shard) for shard in state["shards"]]
+        for shard in self.shards:
+            check_size(self.folder / shard.file, shard)
+        self.n = int(state["n"])
+        self.moments = Moments.from_state(tensors)
+
+    def _shard_name(self) -> str:
+        return f"shard-{len(self.shards):05d}.safetensors"
+
+    def _cannot_write(self, error: OSError) -> OSError:
+        self.close()
+        whole = sum(shard.n for shard in self.shards)
+        return type(error)(
+            error.errno,
+            f"cannot write {self.folder / self._shard_name()}: {error.strerror or error}; {whole} of "
+            f"{self.n_total} rows are safe, the same call goes on behind them",
+        )
+
+
+def join_parts(folder: Path, origin: Mapping[str, Any], n_parts: int) -> None:
+    """Make the finished parts of a harvest by several processes one store, by its moments and manifest.
+
+    The shards stay where they are. Raises DataError where a part is not whole, CacheError where its state is
+    damaged.
+    """
+    parts = [part_folder(folder, rank) for rank in range(n_parts)]
+    read = [load(part / PARTIAL) for part in parts]
+    states = [json.loads(metadata["state"]) for _, metadata in read]
+    shards = []
+    for part, state in zip(parts, states, strict=True):
+        if state["n"] != state["n_total"]:
+            raise DataError(f"the store in {part} has {state['n']} of {state['n_total']} rows")
+        for values in state["shards"]:
+            check_size(part / values["file"], Shard(**values))
+            shards.append(Shard(**{**values, "file": f"{part.name}/{values['file']}"}))
+    moments = Moments.from_state(read[0][0])
+    for tensors, _ in read[1:]:
+        moments.merge(Moments.from_state(tensors))
+    _write_manifest(folder, origin, states[0]["dtype"], moments, shards)
+    for part in parts:
+        (part / PARTIAL).unlink()
+
+
+def _write_manifest(
+    folder: Path, origin: Mapping[str, Any], dtype: str, moments: Moments, shards: Sequence[Shard]
+) -> None:
+    """Write moments, then the manifest: from here on the folder is a store."""
+    save(folder / MOMENTS, moments.state(), {})
+    Manifest(
+        FORMAT,
+        moments.n,
+        len(moments.mean),
+        dtype,
+        tuple(moments.mean.tolist()),
+        moments.scatter.diagonal().sum().item() / moments.n,
+        dict(origin),
+        tuple(shards),
+        sha256_of(folder / MOMENTS),
+    ).write(folder)

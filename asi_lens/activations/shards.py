@@ -1,0 +1,194 @@
+"""The files of an activation store: shards of rows, a manifest that describes them, their moments.
+
+    manifest.json           what the rows are and where they come from, and a checksum of every other file
+    shard-00000.safetensors one tensor `rows [n_i d]`; the shards in order are the rows in order
+    moments.safetensors     count, mean and scatter of all rows, float64
+    partial.safetensors     instead of the manifest while a harvest is under way: the shards that are whole
+    part-000/ ...           of a harvest by several processes: the shards of each
+
+What writes them is in `shard_writer`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from asi_lens.activations.moments import Moments
+from asi_lens.base.errors import CacheError, DataError
+from asi_lens.base.files import sha256_of, write_whole
+
+FORMAT = 1
+MANIFEST, PARTIAL, MOMENTS = "manifest.json", "partial.safetensors", "moments.safetensors"
+DTYPES = ("bfloat16", "float16", "float32")
+"""Dtypes that rows can be stored in."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of rows."""
+
+    file: str
+    n: int
+    """Rows."""
+    bytes: int
+    """Size of the file."""
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `manifest.json` holds."""
+
+    format: int
+    n: int
+    """Rows (tokens)."""
+    d: int
+    """Width of a row."""
+    dtype: str
+    """One of DTYPES."""
+    mean: tuple[float, ...]
+    """Mean row, float64."""
+    mean_square_norm: float
+    """Mean of ||row - mean||^2, float64: the trace of the covariance."""
+    origin: dict[str, Any]
+    """Model, site, layer, tokens: what the rows are."""
+    shards: tuple[Shard, ...]
+    moments_sha256: str
+
+    def write(self, folder: Path) -> None:
+        """Write `manifest.json`, whole."""
+        with write_whole(folder / MANIFEST) as temporary:
+            temporary.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read and check `manifest.json`; shards are looked at by `open_shards`.
+
+        Raises FileNotFoundError where there is no store, DataError for a harvest that is not finished,
+        CacheError for a manifest that is damaged or of another format version.
+        """
+        path = folder / MANIFEST
+        if not path.is_file():
+            if unfinished(folder):
+                raise DataError(
+                    f"the store in {folder} is not finished ({progress(folder)} rows so far): run the "
+                    "harvest again, it goes on from there"
+                )
+            raise FileNotFoundError(f"{folder} is not an activation store: it has no {MANIFEST}")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if values["format"] != FORMAT:
+                raise CacheError(
+                    f"{path} has format {values['format']!r}, this version reads {FORMAT}; harvest anew"
+                )
+            expected, found = {field.name for field in fields(cls)}, set(values)
+            if expected != found:
+                raise ValueError(f"unexpected or missing keys: {', '.join(sorted(expected ^ found))}")
+            shards = tuple(Shard(**shard) for shard in values["shards"])
+            manifest = cls(**{**values, "mean": tuple(values["mean"]), "shards": shards})
+            if manifest.dtype not in DTYPES:
+                raise ValueError(f"dtype {manifest.dtype!r}")
+            if manifest.n != sum(shard.n for shard in shards) or manifest.d != len(manifest.mean):
+                raise ValueError("its counts do not belong together")
+        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, CacheError):
+                raise
+            raise CacheError(f"{path} cannot be read ({error}); harvest the store anew") from error
+        return manifest
+
+
+def open_shards(folder: Path, manifest: Manifest) -> list[Float[Tensor, "n_i d"]]:
+    """Memory-mapped views of every shard: nothing is read until rows are used.
+
+    Raises CacheError for a shard that is missing, of another size than written, or not what it says.
+    """
+    rows = []
+    for shard in manifest.shards:
+        path = folder / shard.file
+        check_size(path, shard)
+        try:
+            with safe_open(path, "pt") as file:
+                tensor = file.get_tensor("rows")
+        except SafetensorError as error:
+            raise CacheError(f"{path} is damaged ({error}); delete {folder} and harvest anew") from error
+        if tuple(tensor.shape) != (shard.n, manifest.d) or tensor.dtype != getattr(torch, manifest.dtype):
+            raise CacheError(
+                f"{path} holds {tensor.dtype} of shape {tuple(tensor.shape)}, but {MANIFEST} says "
+                f"{manifest.dtype} of shape {(shard.n, manifest.d)}; delete {folder} and harvest anew"
+            )
+        rows.append(tensor)
+    return rows
+
+
+def verify_checksums(folder: Path, manifest: Manifest) -> None:
+    """Read every file and compare it with its checksum. Raises CacheError naming the first that differs."""
+    sums = {shard.file: shard.sha256 for shard in manifest.shards} | {MOMENTS: manifest.moments_sha256}
+    for name, expected in sums.items():
+        path = folder / name
+        if not path.is_file():
+            raise CacheError(f"{path} is missing; delete {folder} and harvest anew")
+        if sha256_of(path) != expected:
+            raise CacheError(f"{path} was changed since it was written; delete {folder} and harvest anew")
+
+
+def read_moments(folder: Path) -> Moments:
+    """Moments of all rows. Raises CacheError for a file that is missing or damaged."""
+    state, _ = load(folder / MOMENTS)
+    return Moments.from_state(state)
+
+
+def unfinished(folder: Path) -> list[Path]:
+    """The folders in which a harvest under way, of one process or several, has whole shards."""
+    return sorted(path.parent for path in (*folder.glob(PARTIAL), *folder.glob(f"part-*/{PARTIAL}")))
+
+
+def progress(folder: Path) -> int:
+    """Rows in whole shards of a harvest under way."""
+    return sum(int(json.loads(load(part / PARTIAL)[1]["state"])["n"]) for part in unfinished(folder))
+
+
+def part_folder(folder: Path, rank: int) -> Path:
+    """Where process `rank` of several writes its shards."""
+    return folder / f"part-{rank:03d}"
+
+
+def differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """What `there` has other than `asked`, in words; empty where all that is asked agrees."""
+    differ = [key for key in asked if there.get(key) != asked[key]]
+    return "; ".join(f"{key} {there.get(key)!r}, not {asked[key]!r}" for key in differ)
+
+
+def check_size(path: Path, shard: Shard) -> None:
+    """Raise CacheError unless the shard is there, of the size that was written."""
+    if not path.is_file():
+        raise CacheError(f"{path} is missing; delete {path.parent} and harvest anew")
+    found = path.stat().st_size
+    if found != shard.bytes:
+        raise CacheError(
+            f"{path} has {found} bytes, but {shard.bytes} were written; delete {path.parent} and harvest anew"
+        )
+
+
+def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a file of the store other than a shard, whole."""
+    with write_whole(path) as temporary:
+        save_file(dict(tensors), temporary, metadata={"asi_lens_store": str(FORMAT), **metadata})
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of such a file. Raises CacheError if it is missing or damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CacheError(f"{path} cannot be read ({error}); delete {path.parent} and harvest anew") from error

@@ -1,0 +1,234 @@
+"""Spectra of centred activations: effective rank, its companions, and the active subspace.
+
+Definitions follow Roy and Vetterli (2007) for the effective rank and arXiv 2508.16929 for its use on
+attention outputs: singular values s_i of the centred rows X [n d], eigenvalues l_i = s_i^2 / n of
+their covariance.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from asi_lens.activations.moments import Moments
+from asi_lens.base.errors import DataError, require
+
+# Below this many rows per dimension the measured rank is visibly under its limit.
+ROWS_PER_DIMENSION = 20
+
+
+class FewTokensWarning(UserWarning):
+    """Fewer than 20 d rows: the effective rank is biased downwards."""
+
+
+def entropy_rank(singular_values: Float[Tensor, " d"]) -> float:
+    """exp(H(p)), p_i = s_i / sum_j s_j, H in nats (Roy and Vetterli 2007). Between 1 and d.
+
+    Over singular values, not their squares. Raises DataError for values that are negative, not
+    finite, or all zero.
+    """
+    values = singular_values.double()
+    if not torch.isfinite(values).all() or (values < 0).any():
+        raise DataError("singular values must be finite and at least 0")
+    total = values.sum()
+    if total == 0:
+        raise DataError("a spectrum of zeros has no effective rank (the activations never vary)")
+    p = values / total
+    return math.exp(-torch.special.xlogy(p, p).sum().item())
+
+
+class Spectrum:
+    """Eigenvalues of the covariance of centred activations and what is read off them.
+
+    `eigenvalues [d]` descending, float64 (variances, in squared activation units); `mean [d]` the mean
+    activation, float64; `n` rows (tokens) counted; `d` width. Eigenvectors are computed on first use.
+    """
+
+    def __init__(
+        self,
+        eigenvalues: Float[Tensor, " d"],
+        mean: Float[Tensor, " d"],
+        n: int,
+        covariance: Float[Tensor, "d d"] | Callable[[], Float[Tensor, "d d"]],
+        *,
+        name: str = "",
+    ):
+        self.eigenvalues = eigenvalues
+        self.mean = mean
+        self.n = n
+        self.name = name
+        # A spectrum read from disk fetches its covariance only when somebody asks for directions.
+        self._covariance = covariance
+
+    @classmethod
+    def from_moments(cls, moments: Moments, *, name: str = "") -> Spectrum:
+        """Spectrum of accumulated moments."""
+        covariance = moments.covariance
+        return cls(covariance_eigenvalues(covariance), moments.mean, moments.n, covariance, name=name)
+
+    @classmethod
+    def of(cls, rows: Float[Tensor, "n d"], *, name: str = "") -> Spectrum:
+        """Spectrum of rows held in memory; warns where they are few (FewTokensWarning).
+
+        Raises DataError if a value is not finite.
+        """
+        spectrum = cls.from_moments(Moments.of(rows), name=name)
+        warn_if_few([spectrum])
+        return spectrum
+
+    @property
+    def d(self) -> int:
+        """Width of the site."""
+        return self.eigenvalues.shape[0]
+
+    @property
+    def is_few(self) -> bool:
+        """Whether there are fewer than 20 rows per dimension, so that the rank is biased downwards."""
+        return self.n < ROWS_PER_DIMENSION * self.d
+
+    @cached_property
+    def covariance(self) -> Float[Tensor, "d d"]:
+        """Covariance of the centred rows, float64."""
+        return self._covariance() if callable(self._covariance) else self._covariance
+
+    @cached_property
+    def eigenvectors(self) -> Float[Tensor, "d d"]:
+        """Principal directions as columns, in the order of the eigenvalues, float64."""
+        with one_thread(self.d):
+            vectors = torch.linalg.eigh(self.covariance, UPLO="U").eigenvectors.flip(1)
+        # An eigenvector's sign is arbitrary: the largest entry is made positive, so that runs agree.
+        signs = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
+        return vectors * signs
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that change with the mean or any eigenvalue."""
+        content = self.mean.cpu().numpy().tobytes() + self.eigenvalues.cpu().numpy().tobytes()
+        return hashlib.sha256(content).hexdigest()[:16]
+
+    @property
+    def singular_values(self) -> Float[Tensor, " d"]:
+        """Singular values of the centred rows, sqrt(n l_i), descending."""
+        return (self.eigenvalues * self.n).sqrt()
+
+    @property
+    def relative_singular_values(self) -> Float[Tensor, " d"]:
+        """s_i / s_1, between 0 and 1."""
+        return (self.eigenvalues / self.eigenvalues[0]).sqrt()
+
+    @cached_property
+    def effective_rank(self) -> float:
+        """exp of the entropy of the normalised singular values (Roy and Vetterli 2007), 1 to d."""
+        return entropy_rank(self.eigenvalues.sqrt())
+
+    @property
+    def effective_rank_fraction(self) -> float:
+        """Effective rank over the site's width, 0 to 1."""
+        return self.effective_rank / self.d
+
+    def intrinsic_dimension(self, share: float = 0.99) -> int:
+        """Smallest r whose leading eigenvalues hold at least `share` of the variance."""
+        require(0 < share <= 1, "share", share, "above 0 and at most 1")
+        cumulative = self.eigenvalues.cumsum(0)
+        # The last sum equals the total exactly, so that share=1 has an answer.
+        return int(torch.searchsorted(cumulative, share * cumulative[-1]).item()) + 1
+
+    @property
+    def participation_ratio(self) -> float:
+        """(sum l)^2 / sum l^2, 1 to d."""
+        return (self.eigenvalues.sum() ** 2 / self.eigenvalues.square().sum()).item()
+
+    @property
+    def stable_rank(self) -> float:
+        """sum l / l_1, 1 to d."""
+        return (self.eigenvalues.sum() / self.eigenvalues[0]).item()
+
+    def explained_variance(self, r: int) -> float:
+        """Share of the variance inside the top r principal directions, 0 to 1."""
+        require(0 <= r <= self.d, "r", r, f"from 0 to {self.d}")
+        return (self.eigenvalues[:r].sum() / self.eigenvalues.sum()).item()
+
+    def active_subspace(self, d_init: int) -> Float[Tensor, "d d_init"]:
+        """Top `d_init` principal directions as orthonormal columns, float64 (V_active of the paper)."""
+        known = isinstance(d_init, int) and 1 <= d_init <= self.d
+        require(known, "d_init", d_init, f"a whole number from 1 to {self.d}")
+        return self.eigenvectors[:, :d_init]
+
+    def summary(self) -> dict[str, float | int]:
+        """The numbers of `01_rank_curves.csv`: d, ranks and dimensions."""
+        return {
+            "d": self.d,
+            "effective_rank": self.effective_rank,
+            "effective_rank_fraction": self.effective_rank_fraction,
+            "intrinsic_dimension_99": self.intrinsic_dimension(0.99),
+            "participation_ratio": self.participation_ratio,
+            "stable_rank": self.stable_rank,
+        }
+
+    def __repr__(self) -> str:
+        return (
+            f"Spectrum({self.name or 'unnamed'}: n={self.n:,}, d={self.d}, "
+            f"effective_rank={self.effective_rank:.1f} ({self.effective_rank_fraction:.3f} of d))"
+        )
+
+
+def warn_if_few(spectra: Iterable[Spectrum]) -> None:
+    """One FewTokensWarning that names every spectrum with fewer than 20 rows per dimension."""
+    few = [s for s in spectra if s.is_few]
+    if few:
+        names = ", ".join(s.name or "unnamed" for s in few[:4]) + (" ..." if len(few) > 4 else "")
+        warnings.warn(
+            f"{names}: {min(s.n for s in few):,} rows for width {max(s.d for s in few)}; below "
+            f"{ROWS_PER_DIMENSION} rows per dimension the effective rank is biased downwards "
+            "(rank_growth shows by how much)",
+            FewTokensWarning,
+            stacklevel=3,
+        )
+
+
+@contextmanager
+def one_thread(d: int) -> Iterator[None]:
+    """Decompositions of up to 2,048 dimensions on one thread.
+
+    Their steps are too small to share: threads that wait for each other make them slower, several times
+    so when anything else runs on the machine.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if d <= 2048 else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def covariance_eigenvalues(covariance: Float[Tensor, "d d"]) -> Float[Tensor, " d"]:
+    """Eigenvalues of a covariance, descending, float64.
+
+    The upper triangle is read, the one that moments are stored by. What is below d * eps * l_1 is rounding
+    (the tolerance of a numerical rank) and set to zero: its square root would count as a direction of
+    relative size 1e-8.
+    """
+    with one_thread(covariance.shape[0]):
+        values = torch.linalg.eigvalsh(covariance.double(), UPLO="U").flip(0)
+    return values.where(values > len(values) * torch.finfo(torch.float64).eps * values[0], 0.0)
+
+
+def effective_rank_limit(n: Sequence[int], ranks: Sequence[float]) -> float:
+    """The effective rank that a growing sample tends to, from ranks measured on nested samples.
+
+    Sample eigenvalues are off by O(1/n) (Lawley 1956), and so is the rank: r(n) = r_limit - a / n is
+    fitted to the two largest samples. It is an estimate: good once n is well above d.
+    Raises OptionError for fewer than two sizes or sizes that are not distinct and positive.
+    """
+    require(len(n) == len(ranks) and len(n) >= 2, "n", list(n), "two or more sizes, one per rank")
+    require(len(set(n)) == len(n) and min(n) > 0, "n", list(n), "distinct and positive")
+    (n1, r1), (n2, r2) = sorted(zip(n, ranks, strict=True))[-2:]
+    return (r2 * n2 - r1 * n1) / (n2 - n1)

@@ -1,0 +1,61 @@
+"""Activations of one text in two parts: to train dictionaries on, and to judge them by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from asi_lens.activations.harvest import SiteLayer
+from asi_lens.activations.harvest_store import ActivationStore, harvest_stores
+from asi_lens.base.errors import require
+from asi_lens.inputs.corpora import Tokens, load_tokens
+
+
+class Split(NamedTuple):
+    """Activations to train on and to hold out, from one text; no position is in both."""
+
+    train: dict[SiteLayer, ActivationStore]
+    held_out: dict[SiteLayer, ActivationStore]
+    train_tokens: Tokens
+    held_out_tokens: Tokens
+    """What `held_out` was harvested from."""
+    loss_tokens: Tokens
+    """The first of them, for losses of the language model."""
+
+
+def harvest_split(
+    model: nn.Module,
+    corpus: Any,
+    wheres: Sequence[SiteLayer],
+    *,
+    n_tokens: int,
+    n_tokens_held_out: int,
+    n_tokens_loss: int,
+    context: int = 256,
+    budget_gb: int | float = 20,
+) -> Split:
+    """Stores of every (site, layer): the corpus' first `n_tokens` to train on, the next ones held out.
+
+    `budget_gb` bounds what each part may write (see `harvest_stores`).
+
+    Raises OptionError for `n_tokens_loss` above `n_tokens_held_out` or below one sequence, DataError for
+    a corpus that is too short, and what `harvest_stores` raises.
+    """
+    require(
+        context <= n_tokens_loss <= n_tokens_held_out,
+        "n_tokens_loss",
+        n_tokens_loss,
+        f"from one sequence ({context}) to n_tokens_held_out={n_tokens_held_out}",
+    )
+    train = load_tokens(corpus, model, n_tokens, context=context)
+    held_out = load_tokens(corpus, model, n_tokens_held_out, context=context, offset=len(train))
+    loss = held_out[: n_tokens_loss // context]
+    return Split(
+        harvest_stores(model, train, wheres, budget_gb=budget_gb),
+        harvest_stores(model, held_out, wheres, budget_gb=budget_gb),
+        train,
+        held_out,
+        loss,
+    )

@@ -1,0 +1,326 @@
+"""Activations of one site on disk or in memory, read as shuffled batches.
+
+A store describes itself: no model and no dataset is needed to read it. Rows are memory-mapped, and a
+batch is drawn from the whole store: the order of an epoch is a permutation of all rows that is computed
+entry by entry, so that it takes no memory, and any position in the stream of batches can be resumed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from asi_lens.activations import shards
+from asi_lens.activations.moments import Moments
+from asi_lens.activations.origin import describe, require_origin
+from asi_lens.activations.spectrum import Spectrum
+from asi_lens.base.errors import DataError, OptionError, require
+from asi_lens.base.permutation import Permutation
+
+_CHUNK = 8192
+# A permutation's key is (this, seed, epoch): training order and `sample` never coincide.
+_TRAINING, _SAMPLE = 0, 1
+
+
+class ReadRows(NamedTuple):
+    """Rows that were read for a batch; row i belongs to its place `order[i]`."""
+
+    rows: Float[Tensor, "batch d"]
+    order: Int[Tensor, " batch"]
+
+
+class ActivationStore:
+    """Rows `[n d]` of one site, in order of the tokens they belong to.
+
+    Attributes:
+        n: rows (tokens).
+        d: width.
+        dtype: of the stored rows.
+        mean: mean row, float64 `[d]`.
+        scale: what centred rows are multiplied by so that their mean square norm is d.
+        metadata: where the rows come from (model, site, hook_name, layer, corpus, context ...).
+        folder: where they lie, None in memory.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Float[Tensor, "n_i d"]],
+        moments: Callable[[], Moments],
+        mean: Float[Tensor, " d"],
+        mean_square_norm: float,
+        metadata: Mapping[str, Any],
+        folder: Path | None = None,
+        checksums: Sequence[str] = (),
+    ):
+        self._rows = list(rows)
+        self._bounds = list(itertools.accumulate((len(part) for part in rows), initial=0))
+        self._moments = moments
+        self.n: int = self._bounds[-1]
+        self.d: int = rows[0].shape[1]
+        self.dtype = rows[0].dtype
+        self.mean = mean
+        self.mean_square_norm = mean_square_norm
+        self.metadata: Mapping[str, Any] = MappingProxyType(dict(metadata))
+        self.folder = folder
+        self._checksums = tuple(checksums)
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path | str,
+        model: nn.Module | str | None = None,
+        site: str | None = None,
+        layer: int | None = None,
+    ) -> ActivationStore:
+        """The store in `folder`; given `model` (or its name), `site` or `layer`, it must hold just that.
+
+        Sizes are checked here, contents by `verify`. Raises OptionError for a store of something else,
+        DataError for one that is not finished, CacheError for a shard that is missing or cut off or for an
+        unknown format, FileNotFoundError where there is none.
+        """
+        folder = Path(folder)
+        manifest = shards.Manifest.read(folder)
+        require_origin(folder, manifest.origin, model, site, layer)
+        return cls(
+            shards.open_shards(folder, manifest),
+            lambda: shards.read_moments(folder),
+            torch.tensor(manifest.mean, dtype=torch.float64),
+            manifest.mean_square_norm,
+            manifest.origin,
+            folder,
+            [shard.sha256 for shard in manifest.shards],
+        )
+
+    @classmethod
+    def from_tensor(
+        cls,
+        rows: Tensor | np.ndarray | Path | str,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> ActivationStore:
+        """A store of rows [n d] in memory, or of a `.npy` file, which is mapped, not loaded.
+
+        They are read once for their moments. Raises DataError for rows that are not a matrix of floating
+        point numbers, or where one is NaN or infinite (naming the row).
+        """
+        origin = dict(metadata or {})
+        if isinstance(rows, str | Path):
+            path = Path(rows)
+            require(path.suffix == ".npy", "rows", str(rows), "a tensor, an array or a `.npy` file")
+            try:
+                # Mapped copy-on-write: torch warns of memory that it must not write to.
+                rows = np.load(path, mmap_mode="c", allow_pickle=False)
+            except ValueError as error:
+                raise DataError(f"{path} is not a `.npy` file of plain numbers: {error}") from error
+            origin.setdefault("file", path.name)
+        if isinstance(rows, np.ndarray):
+            try:
+                rows = torch.from_numpy(rows)
+            except (TypeError, ValueError) as error:
+                raise DataError(f"rows of {rows.dtype} cannot be used: {error}") from error
+        if not isinstance(rows, Tensor) or rows.ndim != 2 or 0 in rows.shape:
+            shape = tuple(getattr(rows, "shape", ()))
+            raise DataError(f"rows must be a matrix [n d] with at least one row, not of shape {shape}")
+        if not rows.is_floating_point():
+            raise DataError(f"rows must be floating point numbers, not {rows.dtype}")
+        rows = rows.detach()
+        moments = Moments.zeros(rows.shape[1], rows.device)
+        for start in range(0, len(rows), _CHUNK):
+            part = rows[start : start + _CHUNK]
+            bad = ~torch.isfinite(part).all(1)
+            if bad.any():
+                raise DataError(f"row {start + int(bad.nonzero()[0])} holds NaN or infinity")
+            moments.update(part)
+        square = moments.scatter.diagonal().sum().item() / moments.n
+        return cls([rows], lambda: moments, moments.mean.cpu(), square, origin)
+
+    @cached_property
+    def scale(self) -> float:
+        """sqrt(d / mean ||row - mean||^2). Raises DataError where the rows never vary."""
+        if not self.mean_square_norm > 0:
+            raise DataError("the rows never vary: they have no scale")
+        return math.sqrt(self.d / self.mean_square_norm)
+
+    @cached_property
+    def moments(self) -> Moments:
+        """Count, mean and scatter of all rows, float64."""
+        return self._moments()
+
+    @cached_property
+    def spectrum(self) -> Spectrum:
+        """Spectrum of the stored rows, which ASI can start from."""
+        site, layer = self.metadata.get("site"), self.metadata.get("layer")
+        return Spectrum.from_moments(self.moments, name="" if site is None else f"{site} {layer}")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that change with the rows (in memory: with their moments or some of the rows)."""
+        digest = hashlib.sha256(f"{self.n} {self.d} {self.dtype}".encode())
+        for checksum in self._checksums:
+            digest.update(checksum.encode())
+        if not self._checksums:
+            some = self._gather(torch.arange(0, self.n, max(1, self.n // 64)), torch.float64)
+            for part in (self.mean, self.moments.scatter, some):
+                digest.update(part.cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return self.n * self.d * self.dtype.itemsize
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __repr__(self) -> str:
+        what = describe(self.metadata) if "site" in self.metadata else "rows"
+        where = self.folder or "memory"
+        return f"ActivationStore({what}: {self.n:,} x {self.d} {str(self.dtype)[6:]}, in {where})"
+
+    def verify(self) -> None:
+        """Compare every file with its checksum. Raises CacheError naming one that was changed."""
+        if self.folder is not None:
+            shards.verify_checksums(self.folder, shards.Manifest.read(self.folder))
+
+    def in_order(self, batch_size: int) -> Iterator[Float[Tensor, "batch d"]]:
+        """All rows once, in order, in the store's dtype: views of the files, not copies.
+
+        A batch ends with its shard, so some are smaller.
+        """
+        require(batch_size >= 1, "batch_size", batch_size, "at least 1")
+        return (part for rows in self._rows for part in rows.split(batch_size))
+
+    def rows(self, index: Int[Tensor, " batch"]) -> Float[Tensor, "batch d"]:
+        """The rows at `index`, in its order, copied. Raises OptionError for one that does not exist."""
+        if len(index) and not (int(index.min()) >= 0 and int(index.max()) < self.n):
+            raise OptionError(f"rows are 0 to {self.n - 1}, not {int(index.min())} to {int(index.max())}")
+        return self._gather(index)
+
+    def _gather(
+        self, index: Int[Tensor, " batch"], dtype: torch.dtype | None = None
+    ) -> Float[Tensor, "batch d"]:
+        return self._placed(self._read(index), dtype)
+
+    def _read(self, index: Int[Tensor, " batch"]) -> ReadRows:
+        """Rows as they are stored, in ascending order, and the order asked for."""
+        # Sorted, so that each file is walked through once and from its beginning to its end.
+        ordered, order = index.sort()
+        cuts = torch.searchsorted(ordered, torch.tensor(self._bounds)).tolist()
+        found = torch.empty(len(index), self.d, dtype=self.dtype, device=self._rows[0].device)
+        for part, base, (low, high) in zip(self._rows, self._bounds, itertools.pairwise(cuts), strict=False):
+            if low < high:
+                _take(part, ordered[low:high] - base, found[low:high])
+        return ReadRows(found, order)
+
+    def _placed(self, read: ReadRows, dtype: torch.dtype | None) -> Float[Tensor, "batch d"]:
+        """A copy in the order asked for."""
+        out = torch.empty(read.rows.shape, dtype=dtype or self.dtype, device=read.rows.device)
+        out[read.order.to(out.device)] = read.rows.to(out.dtype)
+        return out
+
+    def positions(self, index: Int[Tensor, " batch"]) -> Int[Tensor, "batch 2"]:
+        """(sequence, position) in the harvested tokens of the rows at `index`.
+
+        Raises OptionError for a store that was not harvested from tokens.
+        """
+        if "context" not in self.metadata or "drop_first" not in self.metadata:
+            raise OptionError("this store was not harvested from tokens: its rows have no positions")
+        first = int(self.metadata["drop_first"])
+        kept = int(self.metadata["context"]) - first
+        return torch.stack([index // kept, index % kept + first], dim=1)
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        start: int = 0,
+        n_tokens: int | None = None,
+        dtype: torch.dtype | None = torch.float32,
+        share: Callable[[int], tuple[int, int]] | None = None,
+    ) -> Iterator[Float[Tensor, "batch d"]]:
+        """The stream of shuffled rows, from position `start` up to position `n_tokens` (None: endless).
+
+        Each epoch holds every row once, in an order of its own that mixes the whole store. Position p of the
+        stream is the same row for every batch size, so a stream resumed with `start` at the rows consumed
+        goes on as if it had not stopped. The last batch before `n_tokens` may be smaller.
+
+        Args:
+            dtype: of the batches; None leaves the store's.
+            share: of a batch of n rows, the first of those that are read, and the one after the last; None is
+                all of them. Positions count whole batches.
+        """
+        require(batch_size >= 1, "batch_size", batch_size, "at least 1")
+        require(start >= 0, "start", start, "at least 0")
+        require(seed >= 0, "seed", seed, "at least 0")
+        require(
+            n_tokens is None or n_tokens >= start, "n_tokens", n_tokens, f"None or at least start={start}"
+        )
+        return self._stream(batch_size, seed, start, n_tokens, dtype, share)
+
+    def _stream(
+        self,
+        batch_size: int,
+        seed: int,
+        start: int,
+        n_tokens: int | None,
+        dtype: torch.dtype | None,
+        share: Callable[[int], tuple[int, int]] | None,
+    ) -> Iterator[Float[Tensor, "batch d"]]:
+        # While one batch is worked on, a thread waits for the disk to bring the next.
+        with ThreadPoolExecutor(1) as reader:
+            ahead: Future[ReadRows] | None = None
+            for index in self._order(batch_size, seed, start, n_tokens):
+                if share is not None:
+                    first, last = share(len(index))
+                    index = index[first:last]
+                now, ahead = ahead, reader.submit(self._read, index)
+                if now is not None:
+                    yield self._placed(now.result(), dtype)
+            if ahead is not None:
+                yield self._placed(ahead.result(), dtype)
+
+    def _order(
+        self, batch_size: int, seed: int, start: int, n_tokens: int | None
+    ) -> Iterator[Int[Tensor, " batch"]]:
+        """Rows of one batch after the other."""
+        epoch, shuffle = -1, Permutation(self.n)
+        while n_tokens is None or start < n_tokens:
+            stop = start + batch_size if n_tokens is None else min(start + batch_size, n_tokens)
+            index = []
+            while start < stop:
+                if epoch != start // self.n:
+                    epoch = start // self.n
+                    shuffle = Permutation(self.n, _TRAINING, seed, epoch)
+                first = start - epoch * self.n
+                last = min(stop - epoch * self.n, self.n)
+                index.append(shuffle(np.arange(first, last)))
+                start += last - first
+            yield torch.from_numpy(np.concatenate(index))
+
+    def sample(self, n: int, seed: int = 0) -> Float[Tensor, "n d"]:
+        """`n` different rows drawn at random, float32. Raises OptionError for more rows than there are."""
+        require(1 <= n <= self.n, "n", n, f"from 1 to {self.n}")
+        require(seed >= 0, "seed", seed, "at least 0")
+        index = Permutation(self.n, _SAMPLE, seed)(np.arange(n))
+        return self._gather(torch.from_numpy(index), torch.float32)
+
+
+def _take(rows: Float[Tensor, "n d"], index: Int[Tensor, " batch"], out: Float[Tensor, "batch d"]) -> None:
+    """Copy rows; on a CPU without torch's threads, which would take the cores from what runs meanwhile."""
+    if rows.device.type != "cpu" or not rows.is_contiguous():
+        torch.index_select(rows, 0, index.to(rows.device), out=out)
+        return
+    source, target = (part.view(torch.uint8).numpy() for part in (rows, out))
+    np.take(source, index.numpy(), axis=0, out=target, mode="clip")

@@ -1,0 +1,1 @@
+"""What every room stands on: errors, paths, whole files, the cache, ranks."""

@@ -1,0 +1,238 @@
+"""Cross-entropy with a site truncated to a subspace, ablated to its mean, or edited in any other way.
+
+A batch's prefix (the layers below the edited one) is computed once and every edit resumes from there,
+so that a sweep over ranks costs the layers above alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from asi_lens.activations.spectrum import Spectrum
+from asi_lens.base.cache import cached_json
+from asi_lens.base.errors import DataError, require
+from asi_lens.inputs import models
+from asi_lens.inputs.corpora import Tokens
+
+# Takes an activation [batch position d] and returns what the model goes on with.
+Edit = Callable[[Tensor], Tensor]
+
+_FORMAT = "2"
+
+
+def project(mean: Float[Tensor, " d"], basis: Float[Tensor, "d r"]) -> Edit:
+    """x -> mean + (x - mean) B B^T: the part inside the span of B's orthonormal columns is kept, the
+    rest is put at its mean. With no columns it is mean ablation."""
+
+    def edit(x: Tensor) -> Tensor:
+        m, B = mean.to(x), basis.to(x)
+        return m + (x - m) @ B @ B.T
+
+    return edit
+
+
+def mean_ablate(mean: Float[Tensor, " d"]) -> Edit:
+    """x -> mean, at every position that is edited."""
+    return lambda x: mean.to(x).expand_as(x).clone()
+
+
+def skip_first(edit: Edit) -> Edit:
+    """Leave position 0 as it is: the mean and the directions were measured without it."""
+
+    def skipping(x: Tensor) -> Tensor:
+        return torch.cat([x[:, :1], edit(x[:, 1:])], dim=1)
+
+    return skipping
+
+
+def next_token_loss(
+    logits: Float[Tensor, "batch position vocabulary"], ids: Int[Tensor, "batch position"]
+) -> Float[Tensor, "batch position-1"]:
+    """Cross-entropy of each next token, in nats, in float32 whatever the model computes in."""
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten().long(), reduction="none"
+    ).view(ids.shape[0], -1)
+
+
+def cross_entropy(
+    model: nn.Module, tokens: Tokens, *, batch_tokens: int = 2048, progress: bool = True
+) -> float:
+    """Mean next-token cross-entropy of the model as it is, in nats per token.
+
+    The mean is over all predicted tokens. Raises DataError where it is not finite.
+    """
+    total = 0.0
+    with tqdm(total=len(tokens), unit="seq", desc="clean loss", disable=not progress) as bar:
+        for ids in _batches(tokens, batch_tokens):
+            total += _summed_loss(models.forward(model, ids, {}, logits=True), ids, "clean")
+            bar.update(ids.shape[0])
+    return total / _predictions(tokens)
+
+
+def edited_cross_entropy(
+    model: nn.Module,
+    tokens: Tokens,
+    site: str,
+    layer: int,
+    edits: Mapping[str, Edit],
+    *,
+    batch_tokens: int = 2048,
+    progress: bool = True,
+) -> dict[str, float]:
+    """Mean next-token cross-entropy (nats per token) with one site edited, for each edit alone.
+
+    Raises DataError where a loss is not finite, and the errors of `models.hook_name`.
+    """
+    hook = models.hook_name(model, site, layer)
+    totals = dict.fromkeys(edits, 0.0)
+    with tqdm(
+        total=len(tokens) * len(edits), unit="seq", desc=f"{site} {layer}", disable=not progress, leave=False
+    ) as bar:
+        for ids in _batches(tokens, batch_tokens):
+            resume = models.capture_resume(model, ids, layer)
+            for name, edit in edits.items():
+                logits = models.forward(model, ids, {hook: edit}, logits=True, start=resume)
+                totals[name] += _summed_loss(logits, ids, name)
+                bar.update(ids.shape[0])
+    return {name: total / _predictions(tokens) for name, total in totals.items()}
+
+
+def truncation_sweep(
+    model: nn.Module,
+    tokens: Tokens,
+    spectra: Mapping[tuple[str, int], Spectrum],
+    ranks: Sequence[float],
+    *,
+    random_ranks: Sequence[float] | None = None,
+    random_seeds: Sequence[int] = (0,),
+    batch_tokens: int = 2048,
+    progress: bool = True,
+) -> list[dict[str, object]]:
+    """Cross-entropy with each (site, layer) of `spectra` projected on r directions (paper's claim C3).
+
+    Returns one record per point with the columns of `02_downstream_loss.csv`. Losses are cached, one
+    (site, layer) at a time: the layers below it run once for all of its points.
+
+    Args:
+        ranks: fractions of the site's width, each above 0 and at most 1: the top directions of the spectrum.
+        random_ranks: as many random directions, which shows what choosing them buys; None is `ranks`.
+        random_seeds: a random subspace for each, the same for a site at every r (nested); () is none.
+
+    The first position is left as it is. `tokens` should not be those that the spectra were measured on.
+    Raises OptionError for a rank or seed out of range.
+    """
+    random_ranks = ranks if random_ranks is None else random_ranks
+    for key, values in (("ranks", ranks), ("random_ranks", random_ranks)):
+        for rank in values:
+            require(0 < rank <= 1, key, rank, "fractions of the width above 0 and at most 1")
+    require(all(seed >= 0 for seed in random_seeds), "random_seeds", list(random_seeds), "of at least 0")
+    info = models.model_info(model)
+    base = {
+        "format": _FORMAT,
+        "weights": info.fingerprint,
+        "dtype": info.dtype,
+        "tokens": tokens.fingerprint,
+        "batch_tokens": batch_tokens,
+    }
+    clean = cached_json(
+        "losses", base, partial(cross_entropy, model, tokens, batch_tokens=batch_tokens, progress=progress)
+    )
+    out: list[dict[str, object]] = []
+    for (site, layer), spectrum in spectra.items():
+        points: list[tuple[int | None, int]] = [(None, r) for r in _sizes(ranks, spectrum.d)]
+        points += [(seed, r) for seed in random_seeds for r in _sizes(random_ranks, spectrum.d)]
+        about = {
+            **base,
+            "site": site,
+            "layer": layer,
+            "edits": ["mean", *(_name(*point) for point in points)],
+            "spectrum": spectrum.fingerprint,
+        }
+
+        def measure(
+            site: str = site, layer: int = layer, spectrum: Spectrum = spectrum, points: Any = points
+        ) -> dict[str, float]:
+            edits = _truncations(spectrum, points)
+            return edited_cross_entropy(
+                model, tokens, site, layer, edits, batch_tokens=batch_tokens, progress=progress
+            )
+
+        losses = cached_json("losses", about, measure)
+        for seed, r in points:
+            loss = losses[_name(seed, r)]
+            out.append(
+                {
+                    "model": info.name,
+                    "corpus": tokens.corpus,
+                    "n_tokens": _predictions(tokens),
+                    "site": site,
+                    "layer": layer,
+                    "subspace": "principal" if seed is None else "random",
+                    "seed": seed,
+                    "rank": r,
+                    "rank_fraction": r / spectrum.d,
+                    "cross_entropy": loss,
+                    "cross_entropy_clean": clean,
+                    "cross_entropy_mean_ablated": losses["mean"],
+                    "loss_recovered": loss_recovered(loss, clean, losses["mean"]),
+                }
+            )
+    return out
+
+
+def _sizes(ranks: Sequence[float], d: int) -> list[int]:
+    return sorted({max(1, round(rank * d)) for rank in ranks})
+
+
+def _name(seed: int | None, r: int) -> str:
+    return f"principal {r}" if seed is None else f"random {seed} {r}"
+
+
+def _truncations(spectrum: Spectrum, points: Sequence[tuple[int | None, int]]) -> dict[str, Edit]:
+    """The edits of a sweep: mean ablation, then one projection per (seed, r); no seed is the spectrum's."""
+    frames: dict[int | None, Tensor] = {None: spectrum.eigenvectors}
+    for seed in {point[0] for point in points} - {None}:
+        assert seed is not None
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(spectrum.d, spectrum.d, generator=generator, dtype=torch.float64)
+        frames[seed] = torch.linalg.qr(noise).Q
+    edits = {"mean": skip_first(mean_ablate(spectrum.mean))}
+    for which, r in points:
+        edits[_name(which, r)] = skip_first(project(spectrum.mean, frames[which][:, :r]))
+    return edits
+
+
+def loss_recovered(loss: float, clean: float, ablated: float) -> float | None:
+    """(ablated - loss) / (ablated - clean): 1 at the clean model, 0 at ablation, below 0 if worse.
+
+    None where ablation does not change the loss: the share of nothing is undefined.
+    """
+    if math.isclose(clean, ablated, rel_tol=0.0, abs_tol=1e-9):
+        return None
+    return (ablated - loss) / (ablated - clean)
+
+
+def _batches(tokens: Tokens, batch_tokens: int) -> Iterator[Int[Tensor, "batch position"]]:
+    require(tokens.context >= 2, "context", tokens.context, "at least 2 (a first token predicts the next)")
+    require(batch_tokens >= 1, "batch_tokens", batch_tokens, "at least 1")
+    yield from tokens.ids.split(max(1, batch_tokens // tokens.context))
+
+
+def _predictions(tokens: Tokens) -> int:
+    return len(tokens) * (tokens.context - 1)
+
+
+def _summed_loss(logits: Tensor | None, ids: Tensor, name: str) -> float:
+    assert logits is not None  # asked for with logits=True
+    total = next_token_loss(logits, ids.to(logits.device)).sum(dtype=torch.float64).item()
+    if not math.isfinite(total):
+        raise DataError(f"the cross-entropy under {name!r} is not finite")
+    return total

@@ -1,0 +1,253 @@
+"""What the output projection W_O does to the rank of attention (paper.md, C4 and C5).
+
+Attention writes y = sum_h z_h W_O[h]. The covariance of y is W_O^T C_z W_O, so every counterfactual
+W_O is judged in closed form from the covariance of z: no further pass of the model, and a layer costs
+a few small eigen-decompositions. Rows are stacked head by head: W_O is `[n_heads d_head d_model]`, C_z
+is `[n_heads*d_head, n_heads*d_head]`.
+
+In models that normalize the attention output (Gemma 2 and 3) y is the value before that norm.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from asi_lens.activations.spectrum import covariance_eigenvalues, entropy_rank, one_thread
+from asi_lens.base.cache import cached_json
+from asi_lens.base.errors import OptionError, require, unknown_name
+from asi_lens.collapse.spectra import Spectra
+from asi_lens.inputs import models
+
+_FORMAT = "1"
+
+CLOSED_FORMS = (
+    "z",
+    "attn_out",
+    "isotropic_z",
+    "sum_of_heads",
+    "orthogonal_heads",
+    "flat_spectrum",
+    "random_orthogonal",
+    "gaussian",
+    "rotated_input",
+)
+RANDOM_FORMS = ("gaussian", "rotated_input", "random_orthogonal")
+
+
+def counterfactual_ranks(
+    W_O: Float[Tensor, "n_heads d_head d_model"],
+    z_covariance: Float[Tensor, "d_z d_z"],
+    *,
+    variants: tuple[str, ...] = CLOSED_FORMS,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Effective-rank fraction of the attention output under the true and counterfactual W_O.
+
+    Every number is an effective rank over singular values (Roy and Vetterli 2007) divided by d_model,
+    except `z`, divided by its own width d_z = n_heads * d_head:
+
+    - `z`: the concatenated heads before W_O. `attn_out`: z W_O.
+    - `isotropic_z`: W_O alone, fed white noise.
+    - `sum_of_heads`: the ranks of the single heads' outputs z_h W_O[h], added up: what the output would
+      have if heads did not overlap.
+    - `flat_spectrum`: W_O = U S V^T replaced by U V^T. `random_orthogonal`: by a random (semi-)orthogonal
+      matrix. `gaussian`: by independent normal entries. `rotated_input`: by Q W_O, Q random orthogonal,
+      which keeps W_O's spectrum and breaks its fit to z.
+    - `orthogonal_heads`: every head keeps its own singular values and left vectors, and the heads' output
+      subspaces are made mutually orthogonal. Where n_heads * d_head > d_model (Gemma) they only fit into
+      d_z dimensions, so this and `sum_of_heads` may come out above 1.
+
+    Where d_z <= d_model, `flat_spectrum` and `random_orthogonal` have orthonormal rows and keep the rank of z
+    exactly. `seed` fixes the random variants; their spread from draw to draw is about 0.01.
+    Raises UnknownNameError for a variant, OptionError for shapes that do not fit.
+    """
+    for variant in variants:
+        if variant not in CLOSED_FORMS:
+            raise unknown_name("variant", variant, CLOSED_FORMS)
+    n_heads, d_head, d_model = W_O.shape
+    d_z = n_heads * d_head
+    if z_covariance.shape != (d_z, d_z):
+        raise OptionError(f"z_covariance is {tuple(z_covariance.shape)}, W_O asks for ({d_z}, {d_z})")
+    heads = W_O.double()
+    flat = heads.flatten(0, 1)
+    C = z_covariance.double()
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+
+    def rank(projection: Float[Tensor, "d_z d_out"]) -> float:
+        return _rank(projection.T @ C @ projection) / d_model
+
+    out: dict[str, float] = {}
+    with one_thread(d_z):
+        rank_of_z = _rank(C)
+        for variant in variants:
+            match variant:
+                case "z":
+                    out[variant] = rank_of_z / d_z
+                case "attn_out":
+                    out[variant] = rank(flat)
+                case "isotropic_z":
+                    out[variant] = _rank(flat.T @ flat) / d_model
+                case "sum_of_heads":
+                    out[variant] = sum(_rank_between(C_h, w @ w.T) for C_h, w in _blocks(C, heads)) / d_model
+                case "orthogonal_heads":
+                    out[variant] = rank(_separated(heads))
+                # Orthonormal rows carry z over as it is: no matrix has to be made to know the rank.
+                case "flat_spectrum" | "random_orthogonal" if d_z <= d_model:
+                    out[variant] = rank_of_z / d_model
+                case "flat_spectrum":
+                    U, _, Vh = torch.linalg.svd(flat, full_matrices=False)
+                    out[variant] = rank(U @ Vh)
+                case "random_orthogonal":
+                    out[variant] = rank(_random_orthogonal(d_z, d_model, generator).to(C.device))
+                case "gaussian":
+                    noise = torch.randn(d_z, d_model, generator=generator, dtype=torch.float64)
+                    out[variant] = rank(noise.to(C.device))
+                case "rotated_input":
+                    out[variant] = rank(_random_orthogonal(d_z, d_z, generator).to(C.device) @ flat)
+    return out
+
+
+@dataclass(frozen=True)
+class HeadOverlap:
+    """Overlap of the heads' output subspaces, one number per pair of heads.
+
+    `mean_cosine`, `largest_cosine` `[n_heads n_heads]`: mean and largest cosine of the principal angles
+    between the row spaces of W_O[a] and W_O[b] (0 orthogonal, 1 the same). `covariance_cosine`
+    `[n_heads n_heads]`: the cosine between the covariances of what the heads in fact write, tr(A_a A_b) /
+    (|A_a| |A_b|), which weighs directions by use. `random_mean_cosine`: what two random subspaces of
+    the same size have on average.
+    """
+
+    mean_cosine: Float[Tensor, "n_heads n_heads"]
+    largest_cosine: Float[Tensor, "n_heads n_heads"]
+    covariance_cosine: Float[Tensor, "n_heads n_heads"]
+    random_mean_cosine: float
+
+
+def head_overlap(
+    W_O: Float[Tensor, "n_heads d_head d_model"],
+    z_covariance: Float[Tensor, "d_z d_z"],
+    *,
+    seed: int = 0,
+) -> HeadOverlap:
+    """Principal angles between all pairs of heads' output subspaces (Bjorck and Golub 1973)."""
+    heads = W_O.double()
+    d_model = heads.shape[2]
+    with one_thread(d_model):
+        bases = torch.linalg.svd(heads, full_matrices=False).Vh  # [n_heads min(d_head, d_model) d_model]
+        cosines = torch.linalg.svdvals(bases[:, None] @ bases[None].mT).clamp(0.0, 1.0)
+        blocks = _blocks(z_covariance.double(), heads)
+        written = torch.stack([w.T @ C_h @ w for C_h, w in blocks]).flatten(1)
+        written = written / written.norm(dim=1, keepdim=True)
+        generator = torch.Generator(device="cpu").manual_seed(seed)
+        a, b = (_random_orthogonal(d_model, bases.shape[1], generator) for _ in range(2))
+        random = torch.linalg.svdvals(a.T @ b).mean().item()
+    return HeadOverlap(cosines.mean(-1), cosines[..., 0], written @ written.T, random)
+
+
+def counterfactual_records(
+    model: nn.Module, spectra: Spectra, *, draws: int = 3, seed: int = 0
+) -> list[dict[str, object]]:
+    """`counterfactual_ranks` of every layer whose `z` is in `spectra`: the rows of `03_wo_ablation.csv`.
+
+    Random variants are drawn `draws` times, from seeds `seed`, `seed + 1` ... Cached.
+    """
+    require(draws >= 1, "draws", draws, "at least 1")
+    layers = [layer for site, layer in spectra if site == "z"]
+    fixed = tuple(v for v in CLOSED_FORMS if v not in RANDOM_FORMS)
+
+    def measure() -> list[dict[str, object]]:
+        records: list[dict[str, object]] = []
+        for layer in tqdm(layers, desc="W_O", unit="layer"):
+            z, W_O = spectra["z", layer], models.output_projection(model, layer)
+            base = {"model": spectra.model.name, "corpus": spectra.corpus, "n_tokens": z.n, "layer": layer}
+            plan: list[tuple[int | None, tuple[str, ...]]] = [(None, fixed)]
+            plan += [(seed + draw, RANDOM_FORMS) for draw in range(draws)]
+            for drawn, variants in plan:
+                ranks = counterfactual_ranks(W_O, z.covariance, variants=variants, seed=drawn or 0)
+                records += [
+                    {**base, "variant": variant, "seed": drawn, "effective_rank_fraction": fraction}
+                    for variant, fraction in ranks.items()
+                ]
+        return records
+
+    key = {
+        "format": _FORMAT,
+        "weights": spectra.model.fingerprint,
+        "z": [spectra["z", layer].fingerprint for layer in layers],
+        "names": [spectra.model.name, spectra.corpus],
+        "layers": layers,
+        "draws": draws,
+        "seed": seed,
+    }
+    return cached_json("output_projection", key, measure)
+
+
+def overlap_records(model: nn.Module, spectra: Spectra, *, seed: int = 0) -> list[dict[str, object]]:
+    """`head_overlap` of every layer whose `z` is in `spectra`: the rows of `03_head_overlap.csv`."""
+    records: list[dict[str, object]] = []
+    for site, layer in spectra:
+        if site != "z":
+            continue
+        z = spectra["z", layer]
+        overlap = head_overlap(models.output_projection(model, layer), z.covariance, seed=seed)
+        for a, b in itertools.combinations(range(overlap.mean_cosine.shape[0]), 2):
+            records.append(
+                {
+                    "model": spectra.model.name,
+                    "corpus": spectra.corpus,
+                    "n_tokens": z.n,
+                    "layer": layer,
+                    "head_a": a,
+                    "head_b": b,
+                    "mean_cosine": overlap.mean_cosine[a, b].item(),
+                    "largest_cosine": overlap.largest_cosine[a, b].item(),
+                    "covariance_cosine": overlap.covariance_cosine[a, b].item(),
+                    "random_mean_cosine": overlap.random_mean_cosine,
+                }
+            )
+    return records
+
+
+def _rank(covariance: Float[Tensor, "d d"]) -> float:
+    return entropy_rank(covariance_eigenvalues(covariance).sqrt())
+
+
+def _rank_between(C_h: Float[Tensor, "d_head d_head"], gram: Float[Tensor, "d_head d_head"]) -> float:
+    """Effective rank of w^T C_h w, given gram = w w^T, without leaving the head's own dimensions."""
+    values, vectors = torch.linalg.eigh(C_h)
+    root = vectors * values.clamp_min(0.0).sqrt()
+    return _rank(root.T @ gram @ root)
+
+
+def _blocks(
+    C: Float[Tensor, "d_z d_z"], heads: Float[Tensor, "n_heads d_head d_model"]
+) -> list[tuple[Float[Tensor, "d_head d_head"], Float[Tensor, "d_head d_model"]]]:
+    """(covariance of z_h, W_O[h]) for every head."""
+    d_head = heads.shape[1]
+    starts = range(0, C.shape[0], d_head)
+    return [(C[i : i + d_head, i : i + d_head], w) for i, w in zip(starts, heads, strict=True)]
+
+
+def _random_orthogonal(rows: int, columns: int, generator: torch.Generator) -> Float[Tensor, "rows columns"]:
+    """Haar-distributed (semi-)orthogonal matrix, float64."""
+    tall = max(rows, columns), min(rows, columns)
+    Q, R = torch.linalg.qr(torch.randn(*tall, generator=generator, dtype=torch.float64))
+    # Without the signs of R's diagonal the distribution would depend on the QR's convention.
+    Q = Q * R.diagonal().sign()
+    return Q if rows >= columns else Q.T
+
+
+def _separated(heads: Float[Tensor, "n_heads d_head d_model"]) -> Float[Tensor, "d_z d_out"]:
+    """W_O with every head's own U_h S_h, written to dimensions that no other head uses.
+
+    Which orthonormal frame those dimensions form does not change the rank, so none is drawn.
+    """
+    U, S, _ = torch.linalg.svd(heads, full_matrices=False)
+    return torch.block_diag(*(U * S[:, None]))

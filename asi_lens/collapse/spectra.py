@@ -1,0 +1,301 @@
+"""Spectra of a model on a corpus, cached on disk one (site, layer) at a time.
+
+A cached file is keyed by everything its numbers depend on: the model's weights and compute dtype, the
+tokens, whether the first position is dropped, and the format's version. Asking for more sites later
+runs the model for those alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from asi_lens.activations.harvest import BATCH_TOKENS, SiteLayer, harvest, places
+from asi_lens.activations.moments import Moments
+from asi_lens.activations.spectrum import Spectrum, warn_if_few
+from asi_lens.base.cache import cached_json
+from asi_lens.base.errors import CacheError, require
+from asi_lens.base.files import cache_key, locked, write_whole
+from asi_lens.base.paths import cache_dir
+from asi_lens.inputs import models
+from asi_lens.inputs.corpora import Tokens
+
+_FORMAT = "1"
+# Seconds between two saved states of a pass under way.
+_SAVE_EVERY = 300.0
+
+
+class MomentsConsumer:
+    """A harvest consumer that keeps the moments of every (site, layer) it wants."""
+
+    def __init__(self, wants: Sequence[SiteLayer]):
+        self.wants = tuple(wants)
+        self.moments: dict[SiteLayer, Moments] = {}
+
+    def consume(self, where: SiteLayer, rows: Float[Tensor, "n d"]) -> None:
+        """Add one batch of rows."""
+        new = Moments.of(rows)
+        if where in self.moments:
+            # A resumed pass has read its moments to the CPU: they go where the rows are.
+            new = self.moments[where].to(rows.device).merge(new)
+        self.moments[where] = new
+
+
+class Spectra(Mapping[SiteLayer, Spectrum]):
+    """Spectra by (site, layer), as in `spectra["attn_out", 15]`, with where they come from."""
+
+    def __init__(self, spectra: Mapping[SiteLayer, Spectrum], model: models.ModelInfo, corpus: str):
+        self._spectra = dict(spectra)
+        self.model = model
+        self.corpus = corpus
+
+    def __getitem__(self, where: SiteLayer) -> Spectrum:
+        try:
+            return self._spectra[where]
+        except (KeyError, TypeError):
+            sites = sorted({site for site, _ in self._spectra})
+            layers = sorted({layer for _, layer in self._spectra})
+            raise KeyError(f"no spectrum of {where!r}; sites {sites}, layers {layers}") from None
+
+    def __iter__(self) -> Iterator[SiteLayer]:
+        return iter(self._spectra)
+
+    def __len__(self) -> int:
+        return len(self._spectra)
+
+    def records(self) -> list[dict[str, object]]:
+        """One dict per (site, layer): the columns of `01_rank_curves.csv`."""
+        return [
+            {
+                "model": self.model.name,
+                "corpus": self.corpus,
+                "site": site,
+                "layer": layer,
+                "n_tokens": spectrum.n,
+                **spectrum.summary(),
+            }
+            for (site, layer), spectrum in self._spectra.items()
+        ]
+
+    def curve_records(self, layers: Sequence[int]) -> list[dict[str, object]]:
+        """One dict per singular value at `layers`: the columns of `01_spectra.csv`."""
+        return [
+            {
+                "model": self.model.name,
+                "corpus": self.corpus,
+                "site": site,
+                "layer": layer,
+                "d": spectrum.d,
+                "n_tokens": spectrum.n,
+                "index": i,
+                "index_fraction": i / spectrum.d,
+                "relative_singular_value": value,
+            }
+            for (site, layer), spectrum in self._spectra.items()
+            if layer in layers
+            for i, value in enumerate(spectrum.relative_singular_values.tolist(), start=1)
+        ]
+
+    def __repr__(self) -> str:
+        sites = sorted({site for site, _ in self})
+        return f"Spectra({self.model.name} on {self.corpus}: {len(self)} spectra of {', '.join(sites)})"
+
+
+def collect_spectra(
+    model: nn.Module,
+    tokens: Tokens,
+    sites: Iterable[str] = models.SITES,
+    layers: Sequence[int] | None = None,
+    *,
+    drop_first: bool = True,
+    batch_tokens: int = BATCH_TOKENS,
+    progress: bool = True,
+) -> Spectra:
+    """Spectra of `sites` at `layers` (all by default), from the cache or from one pass of the model.
+
+    While the pass runs it takes 8 d^2 bytes per (site, layer), whatever the number of tokens. Ctrl-C
+    saves the state of the pass; the next call continues from there, to the same bits.
+
+    Raises UnknownNameError, OptionError or UnsupportedModelError for a site or layer the model does
+    not have, DataError for activations that are not finite, CacheError for a damaged cache file.
+    """
+    wanted = places(model, sites, layers)
+    info = models.model_info(model)
+    folder = _folder(info, tokens, drop_first, batch_tokens)
+    with locked(folder):
+        missing = [where for where in wanted if not _file(folder, where).exists()]
+        if missing:
+            consumer = _run(model, tokens, missing, folder, drop_first, batch_tokens, progress)
+            for where in missing:
+                _write(_file(folder, where), consumer.moments.pop(where))
+            _partial(folder, missing).unlink(missing_ok=True)
+    spectra = {where: _read(_file(folder, where), f"{where[0]} {where[1]}") for where in wanted}
+    warn_if_few(spectra.values())
+    return Spectra(spectra, info, tokens.corpus)
+
+
+def rank_growth(
+    model: nn.Module,
+    tokens: Tokens,
+    sites: Iterable[str],
+    layers: Sequence[int],
+    *,
+    steps: int = 5,
+    drop_first: bool = True,
+    batch_tokens: int = BATCH_TOKENS,
+    progress: bool = True,
+) -> list[dict[str, object]]:
+    """Effective rank as a function of the number of tokens: `steps` nested samples, each half the next.
+
+    Returns records with the columns of `01_rank_curves.csv`, smallest sample first. One pass, cached.
+    """
+    require(2 <= steps <= 12, "steps", steps, "from 2 to 12")
+    wanted = places(model, sites, layers)
+    info = models.model_info(model)
+    sizes = sorted({max(1, len(tokens) >> k) for k in range(steps)})
+    key = {**_key(info, tokens, drop_first, batch_tokens), "pairs": wanted, "sizes": sizes}
+
+    def measure() -> list[dict[str, object]]:
+        consumer = MomentsConsumer(wanted)
+        records: list[dict[str, object]] = []
+        for start, size in itertools.pairwise([0, *sizes]):
+            harvest(
+                model,
+                tokens[:size],
+                [consumer],
+                batch_tokens=batch_tokens,
+                drop_first=drop_first,
+                start=start,
+                progress=progress,
+            )
+            for (site, layer), moments in consumer.moments.items():
+                spectrum = Spectrum.from_moments(moments)
+                record = {"model": info.name, "corpus": tokens.corpus, "site": site, "layer": layer}
+                records.append({**record, "n_tokens": moments.n, **spectrum.summary()})
+        return records
+
+    return cached_json("moments", key, measure)
+
+
+def _run(
+    model: nn.Module,
+    tokens: Tokens,
+    missing: Sequence[SiteLayer],
+    folder: Path,
+    drop_first: bool,
+    batch_tokens: int,
+    progress: bool,
+) -> MomentsConsumer:
+    """The pass, continued from a saved state if there is one."""
+    consumer = MomentsConsumer(missing)
+    partial = _partial(folder, missing)
+    done = 0
+    if partial.exists():
+        state = _load(partial)
+        done = int(state["done"])
+        for k, where in enumerate(missing):
+            parts = {name: state[f"{k}.{name}"] for name in ("n", "mean", "scatter")}
+            consumer.moments[where] = Moments.from_state(parts)
+    saved_at = time.monotonic()
+
+    def save() -> None:
+        state = {"done": torch.tensor(done)}
+        for k, where in enumerate(missing):
+            state |= {f"{k}.{name}": t for name, t in consumer.moments[where].state().items()}
+        _save(partial, state)
+
+    def after_batch(sequences: int) -> None:
+        nonlocal done, saved_at
+        done = sequences
+        if time.monotonic() - saved_at > _SAVE_EVERY:
+            save()
+            saved_at = time.monotonic()
+
+    try:
+        harvest(
+            model,
+            tokens,
+            [consumer],
+            batch_tokens=batch_tokens,
+            drop_first=drop_first,
+            start=done,
+            after_batch=after_batch,
+            progress=progress,
+        )
+    except KeyboardInterrupt:
+        # A batch may be half counted: only a state in which every pair has the same rows is kept.
+        rows = done * (tokens.context - drop_first)
+        if done and all(m.n == rows for m in consumer.moments.values()):
+            save()
+        raise
+    return consumer
+
+
+def _key(info: models.ModelInfo, tokens: Tokens, drop_first: bool, batch_tokens: int) -> dict[str, object]:
+    return {
+        "format": _FORMAT,
+        "weights": info.fingerprint,
+        "dtype": info.dtype,
+        "tokens": tokens.fingerprint,
+        "drop_first": drop_first,
+        "batch_tokens": batch_tokens,
+    }
+
+
+def _folder(info: models.ModelInfo, tokens: Tokens, drop_first: bool, batch_tokens: int) -> Path:
+    key = cache_key(**_key(info, tokens, drop_first, batch_tokens))
+    name = f"{info.name}-{tokens.corpus}-{key}"
+    # Names may be paths or hub names: anything but letters, digits, dot and dash would make folders.
+    return cache_dir("moments") / re.sub(r"[^\w.-]+", "-", name)
+
+
+def _file(folder: Path, where: SiteLayer) -> Path:
+    return folder / f"{where[0]}.{where[1]}.safetensors"
+
+
+def _partial(folder: Path, missing: Sequence[SiteLayer]) -> Path:
+    return folder / f"partial-{cache_key(missing=[list(where) for where in missing])}.safetensors"
+
+
+def _write(path: Path, moments: Moments) -> None:
+    eigenvalues = Spectrum.from_moments(moments).eigenvalues
+    _save(path, {**moments.state(), "eigenvalues": eigenvalues.cpu().contiguous()})
+
+
+def _save(path: Path, state: dict[str, Tensor]) -> None:
+    with write_whole(path) as temporary:
+        save_file(state, temporary, metadata={"asi_lens_moments": _FORMAT})
+
+
+def _load(path: Path, *names: str) -> dict[str, Tensor]:
+    """The tensors of a cached file (those named, or all)."""
+    try:
+        with safe_open(path, "pt") as file:
+            found = (file.metadata() or {}).get("asi_lens_moments")
+            if found != _FORMAT:
+                raise CacheError(
+                    f"{path} has format {found!r}, this version reads {_FORMAT!r}; delete the file"
+                )
+            return {name: file.get_tensor(name) for name in names or file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise CacheError(f"{path} cannot be read ({error}); delete the file and run again") from error
+
+
+def _read(path: Path, name: str) -> Spectrum:
+    head = _load(path, "n", "mean", "eigenvalues")
+    return Spectrum(
+        head["eigenvalues"],
+        head["mean"],
+        int(head["n"]),
+        lambda: Moments.from_state(_load(path)).covariance,
+        name=name,
+    )

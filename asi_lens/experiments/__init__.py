@@ -1,0 +1,1 @@
+"""Trainings side by side, each done once and cached."""

@@ -1,0 +1,67 @@
+"""Evaluations of cached runs, each kept under a key of the run and of what it was judged on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+from torch import nn
+
+from asi_lens.base.cache import cached_jsons
+from asi_lens.inputs.corpora import Tokens
+from asi_lens.inputs.models import model_info
+from asi_lens.results.rows import LOSSES
+from asi_lens.sae.evaluate import Evaluation
+
+NO_LOSSES: Mapping[str, None] = dict.fromkeys(LOSSES)
+"""Columns of what the language model loses, where that was not measured."""
+
+
+@runtime_checkable
+class _Finished(Protocol):
+    """A run in the cache."""
+
+    @property
+    def folder(self) -> Path: ...
+
+
+AnyRun = TypeVar("AnyRun", bound=_Finished)
+
+
+def held_out_numbers(
+    runs: Sequence[AnyRun],
+    format_number: int,
+    held_out: str,
+    model: nn.Module | None,
+    tokens: Tokens | None,
+    evaluate: Callable[[list[AnyRun]], Sequence[Evaluation]],
+) -> list[dict[str, Any]]:
+    """The fields of `held_out` rows that come from evaluating runs: of the cache, or of `evaluate`.
+
+    Args:
+        format_number: what raises it makes others.
+        held_out: fingerprint of the data. model, tokens: of the losses, if there are any.
+        evaluate: of the runs that have none yet, together.
+    """
+    judged = {
+        "format": format_number,
+        "losses": list(LOSSES),
+        "held_out": held_out,
+        "model": None if model is None else model_info(model).fingerprint,
+        "tokens": None if tokens is None else tokens.fingerprint,
+    }
+
+    def measure(missing: list[int]) -> list[dict[str, Any]]:
+        return [
+            {
+                "dead_window_tokens": one.n_tokens,
+                "dead_fraction": one.dead_fraction,
+                "fvu": one.fvu,
+                "l0": one.l0,
+                **(NO_LOSSES if one.losses is None else {name: getattr(one.losses, name) for name in LOSSES}),
+            }
+            for one in evaluate([runs[position] for position in missing])
+        ]
+
+    return cached_jsons("evaluations", [{**judged, "run": run.folder.name} for run in runs], measure)

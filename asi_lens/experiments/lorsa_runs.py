@@ -1,0 +1,251 @@
+"""Lorsas of one attention layer, begun in several ways and trained side by side: what notebook 09 compares.
+
+As in `comparison`, every one is trained once and stays in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from asi_lens.base.errors import require, unknown_name
+from asi_lens.base.files import cache_key
+from asi_lens.experiments.folders import alone, finish, is_finished, run_folder
+from asi_lens.experiments.held_out import NO_LOSSES, held_out_numbers
+from asi_lens.inputs.corpora import Tokens
+from asi_lens.inputs.models import model_info, resolve_device
+from asi_lens.lorsa.data import SequencePairs
+from asi_lens.lorsa.evaluate import evaluate_lorsas
+from asi_lens.lorsa.initialize import LORSA_METHODS, initialize_lorsa
+from asi_lens.lorsa.lorsa import Lorsa, LorsaConfig
+from asi_lens.lorsa.train import LorsaTrainer
+from asi_lens.results.rows import DeadFeatureRow
+from asi_lens.sae.evaluate import Evaluation
+from asi_lens.training.checkpoint import held
+from asi_lens.training.config import TrainConfig
+from asi_lens.training.loop import train_together
+from asi_lens.training.metrics import METRICS_FILE, Metrics, read_metrics
+
+# Raise it when a change to training, initialization or evaluation makes other numbers of the same options.
+FORMAT = 1
+_WEIGHTS = "lorsa.safetensors"
+# Sequences for the subspaces and the norm search.
+_SAMPLE = 32
+
+
+@dataclass(frozen=True)
+class LorsaRecipe:
+    """One way to begin, named as in the figures' legends. Raises UnknownNameError."""
+
+    name: str
+    init: str = "random"
+    """Method of `initialize_lorsa`."""
+    d_init_fraction: float | int | None = None
+    """Dimensions of each head's active subspace over the width of a head, for "asi"."""
+
+    def __post_init__(self) -> None:
+        if self.init not in LORSA_METHODS:
+            raise unknown_name("initialization method", self.init, LORSA_METHODS)
+        fraction = self.d_init_fraction
+        fits = (fraction is None) == (self.init == "random") and (fraction is None or 0 < fraction <= 1)
+        require(fits, "d_init_fraction", fraction, "above 0 to 1 for 'asi', left out for 'random'")
+
+
+@dataclass(frozen=True)
+class LorsaRun:
+    """One trained Lorsa in the cache."""
+
+    recipe: LorsaRecipe
+    config: LorsaConfig
+    train: TrainConfig
+    d_init: int | None
+    """Dimensions of each head's active subspace."""
+    folder: Path
+
+    @property
+    def seed(self) -> int:
+        """Of the initial units and of the order of the data."""
+        return self.config.seed
+
+    def history(self) -> list[Metrics]:
+        """Logged metrics, as `LorsaTrainer.fit` returned them."""
+        return read_metrics(self.folder / METRICS_FILE)
+
+    def lorsa(self) -> Lorsa:
+        """The trained Lorsa."""
+        return Lorsa.load(self.folder / _WEIGHTS)
+
+
+def train_lorsas(
+    model: nn.Module,
+    layer: int,
+    pairs: SequencePairs,
+    recipes: Sequence[LorsaRecipe],
+    *,
+    n_ov: int,
+    k: int,
+    seeds: Sequence[int] = (0,),
+    train: TrainConfig | None = None,
+    log_every: int = 50,
+    device: str | torch.device = "auto",
+    progress: bool = True,
+) -> list[LorsaRun]:
+    """Train a Lorsa per recipe and seed, those of a seed on one stream of sequences.
+
+    Args:
+        pairs: of that layer. train: everything but `seed`, which `seeds` say.
+        n_ov, k: as in `LorsaConfig`. log_every: as in `train_together`.
+
+    Returns runs in order of seeds, then recipes. Raises what the parts raise, and CacheError for a run's
+    folder that cannot be read.
+    """
+    require(len(recipes) > 0, "recipes", [], "one or more")
+    require(len(seeds) > 0, "seeds", [], "one or more")
+    target, base, out = resolve_device(device), train or TrainConfig(), []
+    for seed in seeds:
+        config = LorsaConfig.of(model, layer, n_ov=n_ov, k=k, context=pairs.context, seed=seed)
+        runs = [_run(recipe, config, replace(base, seed=seed), pairs, log_every) for recipe in recipes]
+        with alone(run.folder for run in runs):
+            missing = [run for run in runs if not is_finished(run.folder, (METRICS_FILE, _WEIGHTS))]
+            trainers = [_start(run, model, layer, pairs, target) for run in missing]
+            if missing:
+                folders = [run.folder for run in missing]
+                train_together(trainers, pairs, folders=folders, log_every=log_every, progress=progress)
+            for run, trainer in zip(missing, trainers, strict=True):
+                _finish(run, trainer.lorsa)
+        out += runs
+    return out
+
+
+def lorsa_rows(
+    runs: Sequence[LorsaRun],
+    held_out: SequencePairs,
+    *,
+    model: nn.Module | None = None,
+    tokens: Tokens | None = None,
+    progress: bool = True,
+) -> list[DeadFeatureRow]:
+    """Training curves and held-out numbers (`09_lorsa.csv`): features are units, the site is `attention`.
+
+    Args:
+        held_out: sequences of the same layer that no run was trained on.
+        model, tokens: both or none: for the losses.
+
+    Evaluations are cached. Raises as `evaluate_lorsas`.
+    """
+    rows = []
+    for run, measured in zip(runs, _evaluations(runs, held_out, model, tokens, progress), strict=True):
+        about: dict[str, Any] = _about(run, held_out)
+        window = run.train.dead_window
+        for moment in run.history():
+            if (moment["tokens"] or 0) >= window:
+                shared: dict[str, Any] = {key: moment[key] for key in ("tokens", "fvu", "l0")}
+                dead = moment[f"dead_fraction_{window}"]
+                found: dict[str, Any] = {
+                    "dead_window_tokens": window,
+                    "dead_fraction": dead,
+                    **NO_LOSSES,
+                }
+                rows.append(DeadFeatureRow(**about, **shared, **found, split="train"))
+        rows.append(DeadFeatureRow(**about, tokens=run.train.n_tokens, split="held_out", **measured))
+    return rows
+
+
+def lorsa_budget(
+    model: nn.Module, runs: Sequence[LorsaRun], pairs: SequencePairs, held_out: SequencePairs, losses: Tokens
+) -> str:
+    """What stands behind the numbers of runs of one layer and size, for captions and the claims table."""
+    info, run = model_info(model), runs[0]
+    config, train = run.config, run.train
+    d_init = ", ".join(str(one) for one in sorted({one.d_init for one in runs if one.d_init}))
+    seeds = sorted({one.seed for one in runs})
+    parts = [
+        f"{info.name} ({info.weights}, {info.dtype})",
+        str(pairs.metadata["corpus"]),
+        f"attention of layer {config.metadata['layer']} (width {config.d_in})",
+        f"{config.n_ov:,} units under {config.n_qk_heads} heads, k {config.k}",
+        f"d_init {d_init} of {config.d_qk} a head",
+        f"{train.n_tokens:,} training positions ({train.n_tokens / pairs.n:.1f} passes) in sequences of "
+        f"{pairs.context}",
+        f"lr {train.lr:g}, batch {train.batch_size:,}, dead window {train.dead_window:,} positions",
+        f"{held_out.n:,} held-out positions",
+        f"losses on {losses.n_tokens:,} tokens of them",
+        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}",
+    ]
+    return ", ".join(parts)
+
+
+def _run(
+    recipe: LorsaRecipe, config: LorsaConfig, train: TrainConfig, pairs: SequencePairs, log_every: int
+) -> LorsaRun:
+    fraction = recipe.d_init_fraction
+    d_init = None if fraction is None else max(1, round(fraction * config.d_qk))
+    key = cache_key(
+        format=FORMAT,
+        pairs=pairs.fingerprint,
+        config=asdict(config),
+        init=recipe.init,
+        d_init=d_init,
+        train=asdict(train),
+        sample=_SAMPLE,
+        log_every=log_every,
+    )
+    about = config.metadata
+    folder = run_folder([about["model"], "lorsa", about["layer"], config.n_ov, recipe.init], key)
+    return LorsaRun(recipe, config, train, d_init, folder)
+
+
+def _start(
+    run: LorsaRun, model: nn.Module, layer: int, pairs: SequencePairs, device: torch.device
+) -> LorsaTrainer:
+    lorsa = Lorsa(run.config)
+    sample = pairs[: min(_SAMPLE, len(pairs))]
+    initialize_lorsa(lorsa, model, layer, sample, run.recipe.init, run.d_init)
+    return LorsaTrainer(lorsa.to(device), run.train)
+
+
+def _finish(run: LorsaRun, lorsa: Lorsa) -> None:
+    """Put the trained Lorsa into the run's folder."""
+    with held(run.folder):
+        lorsa.save(run.folder / _WEIGHTS)
+        about = {"format": FORMAT, "recipe": asdict(run.recipe), "initialization": lorsa.initialization}
+        finish(run.folder, about)
+
+
+def _evaluations(
+    runs: Sequence[LorsaRun],
+    held_out: SequencePairs,
+    model: nn.Module | None,
+    tokens: Tokens | None,
+    progress: bool,
+) -> list[dict[str, Any]]:
+    """The fields of `held_out` rows that come from the evaluation."""
+
+    def evaluate(missing: list[LorsaRun]) -> list[Evaluation]:
+        lorsas = [run.lorsa() for run in missing]
+        return evaluate_lorsas(lorsas, held_out, model=model, tokens=tokens, progress=progress)
+
+    return held_out_numbers(runs, FORMAT, held_out.fingerprint, model, tokens, evaluate)
+
+
+def _about(run: LorsaRun, held_out: SequencePairs) -> dict[str, Any]:
+    return {
+        "model": run.config.metadata["model"],
+        "corpus": held_out.metadata["corpus"],
+        "site": "attention",
+        "layer": run.config.metadata["layer"],
+        "method": run.recipe.name,
+        "init": run.recipe.init,
+        "d_init": run.d_init,
+        "optimizer": run.train.optimizer,
+        "aux_k": 0,
+        "d_sae": run.config.n_ov,
+        "k": run.config.k,
+        "lr": run.train.lr,
+        "seed": run.seed,
+    }

@@ -1,0 +1,107 @@
+"""Ways of training dictionaries that notebooks compare, by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from asi_lens.base.errors import require, require_known, unknown_name
+from asi_lens.sae.dictionary import ACTIVATIONS
+from asi_lens.sae.initialize import METHODS
+from asi_lens.sae.search import SEARCHES
+from asi_lens.sae.sparsity import SparsityConfig
+from asi_lens.sae.transcoder_init import READERS, TRANSCODER_METHODS
+from asi_lens.training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way of training, named as in the figures' legends. Raises OptionError or UnknownNameError."""
+
+    name: str
+    init: str = "random"
+    """Method of `sae.initialize`."""
+    d_init: int | str | None = None
+    """Dimensions of the active subspace, or "auto"."""
+    optimizer: str = "adam"
+    """As in `TrainConfig`."""
+    aux_k: int | str = 0
+    """As in `TrainConfig`."""
+    center: bool = True
+    """Take the mean out of the input; else it is left in, and `b_dec` starts at zero."""
+    inside: bool = False
+    """Train on the coordinates in the active subspace alone (`sae.subspace`), for "asi"."""
+    activation: str = "topk"
+    """As in `SAEConfig`."""
+    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
+    """How it is kept sparse (`sae.sparsity`)."""
+    reader: str | None = None
+    """What the encoder of a transcoder starts from, of `transcoder_init.READERS`; none for autoencoders."""
+    search: str = "exact"
+    """How the top k are found, of `search.SEARCHES`; "subspace" for TopK autoencoders at full width."""
+
+    def __post_init__(self) -> None:
+        if self.init not in METHODS:
+            raise unknown_name("initialization method", self.init, METHODS)
+        TrainConfig(optimizer=self.optimizer, aux_k=self.aux_k)
+        if self.activation not in ACTIVATIONS:
+            raise unknown_name("activation", self.activation, ACTIVATIONS)
+        fits = not self.inside or (self.init == "asi" and self.d_init is not None and self.center)
+        require(fits, "inside", self.inside, "False but for a centered 'asi' with a d_init")
+        if self.reader is not None:
+            if self.reader not in READERS:
+                raise unknown_name("reader", self.reader, READERS)
+            fits = self.init in TRANSCODER_METHODS and self.center and not self.inside
+            require(
+                fits, "reader", self.reader, "left out where init, center or inside are not a transcoder's"
+            )
+        require_known([self.search], SEARCHES, "search")
+        plain = self.activation == "topk" and not self.inside and self.reader is None
+        fits = self.search == "exact" or plain
+        require(fits, "search", self.search, "'exact' but for TopK autoencoders at full width")
+
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe("random"),
+        Recipe("random + AuxK", aux_k="auto"),
+        Recipe("ASI", "asi", "auto"),
+        Recipe("ASI + sparse Adam", "asi", "auto", "sparse_adam"),
+        Recipe("random, not centered", center=False),
+        Recipe("inside the subspace", "asi", "auto", inside=True),
+    )
+}
+"""The paper's comparison (C7, C9), what centering alone does, and training in the subspace alone."""
+
+
+DICTIONARIES = ("TopK", "BatchTopK", "Matryoshka BatchTopK", "JumpReLU", "Gated", "ReLU with L1")
+"""Kinds of dictionary that `dictionary_recipe` knows."""
+
+
+def dictionary_recipe(kind: str, d_sae: int) -> Recipe:
+    """A kind of dictionary from a random start, under its own name; `dataclasses.replace` changes the start.
+
+    Matryoshka's prefixes are a sixteenth, an eighth, a quarter and half of the dictionary. Raises
+    UnknownNameError for a name that is not in `DICTIONARIES`.
+    """
+    if kind not in DICTIONARIES:
+        raise unknown_name("kind of dictionary", kind, DICTIONARIES)
+    prefixes = tuple(d_sae // part for part in (16, 8, 4, 2))
+    activation, sparsity = {
+        "TopK": ("topk", SparsityConfig()),
+        "BatchTopK": ("batchtopk", SparsityConfig()),
+        "Matryoshka BatchTopK": ("batchtopk", SparsityConfig(prefixes=prefixes)),
+        "JumpReLU": ("jumprelu", SparsityConfig(bandwidth=0.5)),
+        "Gated": ("gated", SparsityConfig(coefficient=0.05)),
+        "ReLU with L1": ("relu", SparsityConfig(coefficient=0.05)),
+    }[kind]
+    return Recipe(kind, activation=activation, sparsity=sparsity)
+
+
+def find_recipe(given: Recipe | str) -> Recipe:
+    """A recipe, or the one of that name in `RECIPES`. Raises UnknownNameError."""
+    if isinstance(given, Recipe):
+        return given
+    if given not in RECIPES:
+        raise unknown_name("recipe", given, RECIPES)
+    return RECIPES[given]

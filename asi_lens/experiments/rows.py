@@ -1,0 +1,179 @@
+"""The table of a comparison: training curves and held-out numbers of its dictionaries, and their budget."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import pandas as pd
+from torch import nn
+
+from asi_lens.activations.pairs import PairedStores
+from asi_lens.activations.split import Split
+from asi_lens.activations.store import ActivationStore
+from asi_lens.experiments.held_out import NO_LOSSES, held_out_numbers
+from asi_lens.experiments.runs import FORMAT, Run
+from asi_lens.inputs.corpora import Tokens
+from asi_lens.inputs.models import model_info
+from asi_lens.results.rows import DeadFeatureRow, DriftRow
+from asi_lens.sae.drift import COLUMNS
+from asi_lens.sae.evaluate import Evaluation, evaluate_together
+from asi_lens.sae.transcoder import Transcoder
+from asi_lens.sae.transcoder_evaluate import evaluate_transcoders
+
+
+def dead_feature_rows(
+    runs: Sequence[Run],
+    held_out: ActivationStore | PairedStores,
+    *,
+    model: nn.Module | None = None,
+    tokens: Tokens | None = None,
+    curves: bool = True,
+    progress: bool = True,
+) -> list[DeadFeatureRow]:
+    """Training curves and held-out numbers of dictionaries of one site (`04_dead_feature_curves.csv`).
+
+    Args:
+        held_out: rows of the same site that no run was trained on: the dead features and FVU of the
+            `held_out` rows.
+        model, tokens: both or none: for the losses, on text of the held-out rows.
+        curves: all logged moments; else the last one. A moment before a window was full has no row of it.
+
+    Evaluations are cached. Raises as `evaluate_together`.
+    """
+    rows = []
+    for run, found in zip(runs, _evaluations(runs, held_out, model, tokens, progress), strict=True):
+        about = _about(run, held_out)
+        history = run.history()
+        for moment in history if curves else history[-1:]:
+            shared = {**about, **NO_LOSSES, **{key: moment[key] for key in ("tokens", "fvu", "l0")}}
+            for column, dead in moment.items():
+                window = re.fullmatch(r"dead_fraction_(\d+)", column)
+                if window and dead is not None and int(window[1]) <= (moment["tokens"] or 0):
+                    rows.append(
+                        DeadFeatureRow(
+                            **shared,
+                            split="train",
+                            dead_window_tokens=int(window[1]),
+                            dead_fraction=dead,
+                        )
+                    )
+        rows.append(DeadFeatureRow(**about, tokens=run.train.n_tokens, split="held_out", **found))
+    return rows
+
+
+def drift_rows(
+    runs: Sequence[Run],
+    held_out: ActivationStore | PairedStores,
+    *,
+    model: nn.Module | None = None,
+    tokens: Tokens | None = None,
+    progress: bool = True,
+) -> list[DriftRow]:
+    """The same with the drift over training (`08_jumprelu_schedule.csv`); see `dead_feature_rows`."""
+    named = {(run.recipe.name, run.seed): run for run in runs}
+    moments = {(*who, moment["tokens"]): moment for who, run in named.items() for moment in run.history()}
+    out = []
+    for row in dead_feature_rows(runs, held_out, model=model, tokens=tokens, progress=progress):
+        run, moment = named[row.method, row.seed], moments[row.method, row.seed, row.tokens]
+        start = run.recipe.sparsity.initial_l0
+        inside: dict[str, Any] = {column: moment[column] for column in COLUMNS}
+        out.append(
+            DriftRow(
+                **asdict(row),
+                activation=run.config.activation,
+                initial_l0=None if start is None else float(start),
+                d_active=run.d_active,
+                **inside,
+            )
+        )
+    return out
+
+
+def relative_times(runs: Sequence[Run]) -> pd.DataFrame:
+    """Time of a step by method, over that of the first one: a ratio of medians over logged rows."""
+    rows = [(run.recipe.name, row["tokens_per_s"]) for run in runs for row in run.history()]
+    speeds = pd.DataFrame(rows, columns=["method", "time per step"]).groupby("method", sort=False).median()
+    return speeds.iloc[0] / speeds
+
+
+def seen_fvu(runs: Sequence[Run], store: ActivationStore, n: int, progress: bool = True) -> pd.Series:
+    """Mean FVU by method on `n` rows of what they were trained on (all of them, if there are fewer).
+
+    Below that of held-out text by what several passes over the same rows memorize.
+    """
+    sample = ActivationStore.from_tensor(store.sample(min(n, store.n)), store.metadata)
+    found = _evaluations(runs, sample, None, None, progress)
+    values = pd.Series([one["fvu"] for one in found], [run.recipe.name for run in runs])
+    return values.groupby(level=0, sort=False).mean()
+
+
+def budget(model: nn.Module, runs: Sequence[Run], data: Split, *, losses: bool = True) -> str:
+    """What stands behind the numbers of some runs, for captions and the claims table."""
+    info, store = model_info(model), next(iter(data.train.values()))
+    sites = dict.fromkeys(run.config.metadata["site"] for run in runs)
+    layers = {run.config.metadata["layer"] for run in runs}
+    sizes, ks = ({getattr(run.config, name) for run in runs} for name in ("d_sae", "k"))
+    train, lrs = runs[0].train, dict.fromkeys(f"{run.train.lr:g}" for run in runs)
+    parts = [
+        f"{info.name} ({info.weights}, {info.dtype})",
+        data.train_tokens.corpus,
+        f"{', '.join(sites)} of layer{'s' * (len(layers) > 1)} {_numbers(layers)} (width {store.d})",
+        f"{_numbers(sizes)} features, k {_numbers(ks)}",
+        f"{train.n_tokens:,} training tokens ({train.n_tokens / store.n:.1f} passes)",
+        f"lr {', '.join(lrs)}, batch {train.batch_size:,}, dead window {train.dead_window:,} tokens",
+        f"{data.held_out_tokens.n_tokens:,} held-out tokens",
+    ]
+    searched = [run for run in runs if run.recipe.search != "exact"]
+    found = [row["search_mass"] or 0.0 for run in searched for row in run.history()]
+    if found:
+        parts.append(f"top k searched in the active subspace (at least {min(found):.2%} of their mass found)")
+    if losses:
+        parts.append(f"losses on {data.loss_tokens.n_tokens:,} of them")
+    seeds = {run.seed for run in runs}
+    return ", ".join([*parts, f"seed{'s' * (len(seeds) > 1)} {_numbers(seeds)}"])
+
+
+def _numbers(values: Iterable[int]) -> str:
+    return ", ".join(f"{value:,}" for value in sorted(values))
+
+
+def _evaluations(
+    runs: Sequence[Run],
+    held_out: ActivationStore | PairedStores,
+    model: nn.Module | None,
+    tokens: Tokens | None,
+    progress: bool,
+) -> list[dict[str, Any]]:
+    """The fields of `held_out` rows that come from the evaluation."""
+
+    def evaluate(missing: list[Run]) -> list[Evaluation]:
+        saes = [run.sae() for run in missing]
+        options: dict[str, Any] = {"model": model, "tokens": tokens, "progress": progress}
+        if isinstance(held_out, PairedStores):
+            transcoders = [sae for sae in saes if isinstance(sae, Transcoder)]
+            return evaluate_transcoders(transcoders, held_out, **options)
+        return evaluate_together(saes, held_out, **options)
+
+    return held_out_numbers(runs, FORMAT, held_out.fingerprint, model, tokens, evaluate)
+
+
+def _about(run: Run, held_out: ActivationStore | PairedStores) -> dict[str, Any]:
+    metadata = {**held_out.metadata, **run.config.metadata}
+    return {
+        "model": metadata["model"],
+        "corpus": metadata["corpus"],
+        "site": metadata["site"],
+        "layer": metadata["layer"],
+        "method": run.recipe.name,
+        "init": run.recipe.init,
+        "d_init": run.d_init,
+        "optimizer": run.train.optimizer,
+        "aux_k": (run.config.d_out or run.config.d_in) // 2 if run.train.aux_k == "auto" else run.train.aux_k,
+        "d_sae": run.config.d_sae,
+        "k": run.config.k if run.config.activation == "topk" else None,
+        "lr": run.train.lr,
+        "seed": run.seed,
+    }

@@ -1,0 +1,247 @@
+"""Dictionaries trained in several ways on one store, side by side: what the notebooks from 04 on compare.
+
+Every dictionary is trained once. Its weights and training curve stay in the cache under a key of all that
+they depend on, so that a notebook that asks again reads them, and one that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from asi_lens.activations.pairs import PairedStores
+from asi_lens.activations.store import ActivationStore
+from asi_lens.base.errors import require
+from asi_lens.base.files import cache_key
+from asi_lens.experiments.folders import about_run, alone, finish, is_finished, run_folder
+from asi_lens.experiments.recipes import Recipe, find_recipe
+from asi_lens.inputs.models import resolve_device, resolve_dtype
+from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
+from asi_lens.sae.drift import Drift
+from asi_lens.sae.initialize import InitReport, auto_d_init, initialize
+from asi_lens.sae.sparsity import has_threshold
+from asi_lens.sae.subspace import SubspaceStore, expand
+from asi_lens.sae.train import Trainer
+from asi_lens.sae.transcoder import Transcoder
+from asi_lens.sae.transcoder_init import TranscoderInitReport, initialize_transcoder
+from asi_lens.training.checkpoint import held
+from asi_lens.training.config import TrainConfig
+from asi_lens.training.loop import train_together
+from asi_lens.training.metrics import METRICS_FILE, Metrics, read_metrics
+
+# Raise it when a change to training, initialization or evaluation makes other numbers of the same options.
+FORMAT = 1
+_SAE = "sae"
+# Rows for the norm search.
+_SAMPLE = 8192
+
+
+@dataclass(frozen=True)
+class Run:
+    """One trained dictionary in the cache."""
+
+    recipe: Recipe
+    config: SAEConfig
+    train: TrainConfig
+    d_init: int | None
+    """Dimensions that the recipe's `d_init` came to."""
+    d_active: int
+    """Dimensions that drift is measured in: `d_init`, or what "auto" comes to."""
+    folder: Path
+    """Holds the dictionary (`sae`), its curve (`metrics.csv`) and what it is (`run.json`)."""
+
+    @property
+    def seed(self) -> int:
+        """Of the initial directions and of the order of the data."""
+        return self.config.seed
+
+    @property
+    def subspace(self) -> int | None:
+        """Dimensions that it was trained in, none for all."""
+        return self.d_init if self.recipe.inside else None
+
+    def history(self) -> list[Metrics]:
+        """Logged metrics, as `Trainer.fit` returned them; FVU is always of whole activations."""
+        history = read_metrics(self.folder / METRICS_FILE)
+        if self.subspace is not None:
+            floor = about_run(self.folder)["discarded"]
+            for row in history:
+                row["fvu"] = None if row["fvu"] is None else floor + (1 - floor) * row["fvu"]
+        return history
+
+    def sae(self) -> SparseAutoencoder:
+        """The trained dictionary."""
+        return SparseAutoencoder.load(self.folder / _SAE)
+
+
+def train_recipes(
+    store: ActivationStore | PairedStores,
+    recipes: Sequence[Recipe | str],
+    *,
+    d_sae: int,
+    k: int = 32,
+    seeds: Sequence[int] = (0,),
+    train: TrainConfig | None = None,
+    windows: Sequence[int] = (),
+    log_every: int = 50,
+    checkpoint_every: int = 250_000,
+    device: str | torch.device = "auto",
+    progress: bool = True,
+) -> list[Run]:
+    """Train a dictionary per recipe and seed, those of a seed on one stream of batches.
+
+    Recipes that come to the same options are one run. Those that are in the cache are not trained again.
+
+    Args:
+        store: rows of one site, or paired stores for transcoders.
+        recipes: recipes, or names in `recipes.RECIPES`; transcoders have a `reader`.
+        train: everything but `optimizer`, `aux_k` and `seed`, which recipes and `seeds` say.
+        windows, log_every, checkpoint_every: as in `train_together`.
+        device: where to train; "auto" is CUDA if there is one.
+
+    Returns runs in order of seeds, then recipes. Raises what the parts raise, and CacheError for a run's
+    folder that cannot be read.
+    """
+    chosen = [find_recipe(recipe) for recipe in recipes]
+    require(len(chosen) > 0, "recipes", [], "one or more")
+    require(len(seeds) > 0, "seeds", [], "one or more")
+    target = resolve_device(device)
+    base = train or TrainConfig()
+    # "auto" means different things on different machines: what it means here is part of the run's key.
+    dtype = resolve_dtype(base.compute_dtype, target)
+    base = replace(base, compute_dtype=str(dtype).removeprefix("torch."))
+    logging = {"windows": sorted({*windows, base.dead_window}), "log_every": log_every}
+    out = []
+    for seed in seeds:
+        runs = [_run(store, recipe, d_sae, k, seed, base, logging) for recipe in chosen]
+        with alone(run.folder for run in runs):
+            _train(store, runs, {**logging, "checkpoint_every": checkpoint_every}, target, progress)
+        out += runs
+    return out
+
+
+def _run(
+    store: ActivationStore | PairedStores,
+    recipe: Recipe,
+    d_sae: int,
+    k: int,
+    seed: int,
+    base: TrainConfig,
+    logging: Mapping[str, Any],
+) -> Run:
+    d_out = store.d_out if isinstance(store, PairedStores) else None
+    fits = (d_out is not None) == (recipe.reader is not None)
+    require(fits, "reader", recipe.reader, "given for paired stores, and for nothing else")
+    config = SAEConfig(store.d, d_sae, k, recipe.activation, seed, store.metadata, d_out)
+    train = replace(base, optimizer=recipe.optimizer, aux_k=recipe.aux_k, seed=seed)
+    automatic = auto_d_init(store.spectrum)
+    d_init = automatic if recipe.d_init == "auto" else recipe.d_init
+    # Recipes of the same options are one run, whatever they are called and however they came to d_init.
+    options = {**asdict(recipe), "name": None, "d_init": d_init}
+    if recipe.activation != "jumprelu":  # nothing else has thresholds that learn
+        del options["sparsity"]["threshold_lr"]
+    if recipe.search == "exact":  # runs from before there was a choice are those of this key
+        del options["search"]
+    if options.pop("reader") is not None:
+        options["init"] = f"{recipe.init}, reads {recipe.reader}"
+    key = cache_key(
+        format=FORMAT,
+        store=store.fingerprint,
+        d_sae=d_sae,
+        k=k,
+        recipe=options,
+        train=asdict(train),
+        sample=_SAMPLE,
+        **logging,
+    )
+    known = [store.metadata[name] for name in ("model", "site", "layer") if name in store.metadata]
+    folder = run_folder([*known, d_sae, recipe.init], key)
+    assert not isinstance(d_init, str)  # "auto" was the only one that `initialize` takes
+    return Run(recipe, config, train, d_init, d_init or automatic, folder)
+
+
+def _train(
+    store: ActivationStore | PairedStores,
+    runs: Sequence[Run],
+    options: Mapping[str, Any],
+    device: torch.device,
+    progress: bool,
+) -> None:
+    """Train what is missing: together where dictionaries read the same rows."""
+    for r in dict.fromkeys(run.subspace for run in runs):
+        missing = {
+            run.folder: run
+            for run in runs
+            if run.subspace == r and not is_finished(run.folder, (METRICS_FILE, _SAE))
+        }
+        if not missing:
+            continue
+        rows = SubspaceStore(store, r) if r is not None and isinstance(store, ActivationStore) else store
+        trainers, reports = [], []
+        for run in missing.values():
+            trainer, report = _start(run, rows, device)
+            trainers.append(trainer)
+            reports.append(report)
+        train_together(trainers, rows, folders=list(missing), progress=progress, **options)
+        for run, trainer, report in zip(missing.values(), trainers, reports, strict=True):
+            _finish(run, trainer.sae, report, rows)
+
+
+def _start(
+    run: Run, rows: ActivationStore | PairedStores, device: torch.device
+) -> tuple[Trainer, InitReport | TranscoderInitReport]:
+    if isinstance(rows, PairedStores):
+        return _start_transcoder(run, rows, device)
+    sae = SparseAutoencoder(replace(run.config, d_in=rows.d))
+    # Inside the subspace any direction is one of ASI's.
+    method, d_init = (run.recipe.init, run.d_init) if run.subspace is None else ("random", None)
+    center = run.recipe.center
+    report = initialize(
+        sae,
+        method,
+        rows.spectrum,
+        d_init,
+        rows.sample(min(_SAMPLE, rows.n)),
+        center=center,
+        b_dec="mean" if center else "zeros",
+        initial_l0=run.recipe.sparsity.initial_l0 if has_threshold(sae) else None,
+    )
+    # Of all, also those that did not begin there; inside the subspace there is nowhere else to go.
+    drift = Drift(rows.spectrum, min(run.d_active, rows.d))
+    return Trainer(sae.to(device), run.train, run.recipe.sparsity, drift, search=run.recipe.search), report
+
+
+def _start_transcoder(
+    run: Run, store: PairedStores, device: torch.device
+) -> tuple[Trainer, TranscoderInitReport]:
+    sae, recipe = Transcoder(run.config), run.recipe
+    assert recipe.reader is not None  # `_run` has seen to it
+    report = initialize_transcoder(
+        sae,
+        store,
+        recipe.init,
+        recipe.reader,
+        run.d_init,
+        initial_l0=recipe.sparsity.initial_l0 if has_threshold(sae) else None,
+    )
+    return Trainer(sae.to(device), run.train, recipe.sparsity), report
+
+
+def _finish(
+    run: Run,
+    sae: SparseAutoencoder,
+    report: InitReport | TranscoderInitReport,
+    rows: ActivationStore | PairedStores,
+) -> None:
+    """Put the trained dictionary into the run's folder, at full width."""
+    about = {"format": FORMAT, "recipe": asdict(run.recipe), "initialization": asdict(report)}
+    if isinstance(rows, SubspaceStore):
+        sae = expand(sae, rows.basis, rows.center)
+        about["discarded"] = rows.discarded
+    with held(run.folder):
+        sae.save(run.folder / _SAE)
+        finish(run.folder, about)

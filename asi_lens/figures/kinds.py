@@ -1,0 +1,138 @@
+"""One builder per figure of other kinds of dictionaries: a table as its CSV has it in, a figure out.
+
+As in `sae_figures`. Here methods differ in the activation function or its schedule as well as in the start.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from asi_lens.base.errors import DataError
+from asi_lens.figures.panels import (
+    RUN,
+    Panel,
+    check,
+    dead_panel,
+    grid,
+    held_out_panels,
+    method_curves,
+    subtitle_of,
+    window_of,
+)
+from asi_lens.figures.parts import strips
+from asi_lens.figures.style import METHOD_COLORS, methods, order, over
+from asi_lens.results.rows import DictionaryRow, DriftRow
+
+__all__ = ["dictionaries", "jumprelu_schedule"]
+
+_STARTS = {"random": ("random", "circle"), "asi": ("ASI", "diamond")}
+
+
+def jumprelu_schedule(table: pd.DataFrame) -> go.Figure:
+    """Dead features, l0 and drift over training, and where each schedule ends on held-out text (C12).
+
+    Takes `DriftRow`s of one model, text, site, layer and size. Lines are means over seeds, bands their range;
+    below a dot per seed, a bar and a number at the mean. Drift is the mean over features; it is measured in
+    the same subspace for all.
+    """
+    name = "jumprelu_schedule"
+    check(table, DriftRow, name, "model", "corpus", "site", "layer", "d_sae", "d_active")
+    train = table[table.split == "train"]
+    window, end = window_of(train, whole=False), train.tokens.max()
+    full = train[(train.dead_window_tokens == window) & (train.tokens >= window)]
+    once = train.drop_duplicates([*RUN, "tokens"])
+    r = int(table.d_active.iloc[0])
+    inside = f"squared norm in the top {r}<br>directions (%, mean over features)"
+    shown = [
+        dead_panel(full, window),
+        Panel("Features per token, training", "features that fire on a token", once, "l0"),
+        Panel("Decoder rows inside", inside, once.assign(inside=100 * once.decoder_inside), "inside"),
+    ]
+    held = held_out_panels(table, name)
+    subtitle = subtitle_of(table, over(table, "seed"))
+    figure, place = grid("JumpReLU from low and from high l0", subtitle, [shown, held] if held else [shown])
+    figure.update_xaxes(title_text="training tokens", tickformat="~s", range=[0, 1.02 * end], row=1)
+    for panel in shown:
+        method_curves(figure, panel, "tokens", methods(table), *place[panel.title])
+    low = 100 * once.decoder_inside.min()
+    figure.update_yaxes(range=[low - 0.06 * (100 - low) - 0.1, 100 + 0.06 * (100 - low)], row=1, col=3)
+    for panel in held:
+        strips(figure, panel.rows, panel.column, methods(table), *place[panel.title])
+    return figure
+
+
+def dictionaries(table: pd.DataFrame) -> go.Figure:
+    """Silent features, FVU and loss on held-out text of every kind of dictionary, random start and ASI.
+
+    Takes `DictionaryRow`s of one model, text, site, layer and size. A dot per seed, a bar and a number at the
+    mean.
+    """
+    name = "dictionaries"
+    check(table, DictionaryRow, name, "model", "corpus", "site", "layer", "d_sae")
+    held = held_out_panels(table, name)
+    if not held:
+        raise DataError(f"{name}: no held_out row has been measured")
+    kinds = order(held[0].rows, "dictionary")
+    subtitle = subtitle_of(table, over(table, "seed"))
+    figure, place = grid("ASI in every dictionary", subtitle, [[panel] for panel in held])
+    for panel in held:
+        row, col = place[panel.title]
+        values = panel.rows[panel.column]
+        low = min(0, values.min()) if panel.column != "fvu" else values.min()
+        room = (values.max() - low) or 1
+        # Room above for the numbers.
+        figure.update_yaxes(range=[low - 0.05 * room, values.max() + 0.18 * room], row=row, col=col)
+        for x, kind in enumerate(kinds):
+            for side, (start, (said, symbol)) in zip((-1, 1), _STARTS.items(), strict=True):
+                rows = panel.rows[(panel.rows.dictionary == kind) & (panel.rows.init == start)]
+                if len(rows):
+                    where: dict[str, Any] = {"row": row, "col": col, "legendgroup": start}
+                    first = not any(trace.name == said for trace in figure.data)
+                    _dots(
+                        figure,
+                        rows.sort_values("seed"),
+                        panel.column,
+                        x + 0.2 * side,
+                        said,
+                        symbol,
+                        first,
+                        where,
+                    )
+    ticks = {"tickvals": list(range(len(kinds))), "ticktext": kinds, "tickangle": 0, "showgrid": False}
+    figure.update_xaxes(**ticks, ticks="", range=[-0.6, len(kinds) - 0.4])
+    return figure
+
+
+def _dots(
+    figure: go.Figure,
+    rows: pd.DataFrame,
+    y: str,
+    x: float,
+    name: str,
+    symbol: str,
+    first: bool,
+    where: dict[str, Any],
+) -> None:
+    """A dot per seed around `x`, a bar and a number at the mean."""
+    tone, mean = METHOD_COLORS[name], float(rows[y].mean())
+    quiet: dict[str, Any] = {"showlegend": False, "hoverinfo": "skip", **where}
+    line = {"color": tone, "width": 4}
+    figure.add_scatter(x=[x - 0.13, x + 0.13], y=[mean, mean], mode="lines", line=line, **quiet)
+    # Above the dots: beside them the next kind's numbers would be in the way.
+    number = {"text": [f"{mean:.3g}<br>\u00a0"], "textposition": "top center", "textfont": {"size": 11}}
+    figure.add_scatter(x=[x], y=[float(rows[y].max())], mode="text", **number, **quiet)
+    figure.add_scatter(
+        x=[x + 0.16 * ((i + 0.5) / len(rows) - 0.5) for i in range(len(rows))],
+        y=rows[y],
+        mode="markers",
+        marker={"symbol": symbol, "size": 8, "color": tone, "line": {"width": 1, "color": "white"}},
+        name=name,
+        showlegend=first,
+        text=rows.seed,
+        hovertemplate=f"%{{customdata}}, {name}, seed %{{text}}: %{{y:.4g}}<extra></extra>",
+        customdata=rows.dictionary,
+        **where,
+    )

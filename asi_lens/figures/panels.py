@@ -1,0 +1,112 @@
+"""What figures of trained dictionaries share: panels of `DeadFeatureRow`s, their titles and checks."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from asi_lens.base.errors import DataError
+from asi_lens.figures.parts import curve, panels
+from asi_lens.figures.style import label, need, setting, single, sites
+from asi_lens.results.rows import Row
+
+# What tells one dictionary from another.
+RUN = ["model", "corpus", "site", "layer", "method", "d_init", "d_sae", "k", "lr", "seed"]
+FVU = "fraction of variance<br>unexplained"
+DELTA = "loss with the reconstruction<br>minus without (nats / token)"
+
+
+class Panel(NamedTuple):
+    """A column of some rows, under a title and beside the title of its axis."""
+
+    title: str
+    y: str
+    rows: pd.DataFrame
+    column: str
+
+
+def check(table: pd.DataFrame, row_type: type[Row], builder: str, *one: str, swept: str = "") -> None:
+    """Raise DataError for another table, one with several values of `one`, or two recipes of one name.
+
+    They are two if they differ in another option than the one that the figure sweeps over.
+    """
+    need(table, row_type)
+    for column in one:
+        single(table, column, builder)
+    for (method, *_), rows in table.groupby(["method", "site", "layer", "d_sae", "seed"]):
+        for column in ("k", "lr", "optimizer", "aux_k", "d_init"):
+            if column != swept:
+                single(rows, column, f"{builder}, method {method!r},")
+
+
+def ends(rows: pd.DataFrame) -> pd.DataFrame:
+    """The last rows of every run."""
+    return rows[rows.tokens == rows.groupby(RUN, dropna=False).tokens.transform("max")]
+
+
+def window_of(train: pd.DataFrame, *, whole: bool) -> int:
+    """The largest window that all runs end with; as long as a run only if `whole` or for want of others."""
+    last_rows = ends(train)
+    last = last_rows.tokens.min()
+    shared = [set(rows.dead_window_tokens) for _, rows in last_rows.groupby(RUN, dropna=False)]
+    fit = [w for w in set.intersection(*shared) if w <= last] if shared else []
+    if not fit:
+        raise DataError("no window of dead features is in all runs of split train and within each")
+    return int(max(fit if whole else [w for w in fit if w < last] or fit))
+
+
+def dead_panel(train: pd.DataFrame, window: int, noun: str = "features") -> Panel:
+    y = f"{noun} without a firing in<br>the last {window:,} tokens (%)"
+    return Panel(f"Dead {noun}, training", y, train.assign(dead=100 * train.dead_fraction), "dead")
+
+
+def held_out_panels(table: pd.DataFrame, builder: str, noun: str = "features") -> list[Panel]:
+    """Panels of what was measured on held-out text at the end of each run."""
+    held = ends(table[table.split == "held_out"])
+    single(held, "dead_window_tokens", builder)
+    window = int(held.dead_window_tokens.max()) if len(held) else 0
+    y = f"{noun} without a firing in<br>{window:,} held-out tokens (%)"
+    every = [
+        Panel(f"Silent {noun}, held out", y, held.assign(silent=100 * held.dead_fraction), "silent"),
+        Panel("FVU, held out", FVU, held[held.fvu.notna()], "fvu"),
+        Panel("Δ LM loss, held out", DELTA, held[held.cross_entropy_delta.notna()], "cross_entropy_delta"),
+    ]
+    return [panel for panel in every if len(panel.rows)]
+
+
+def grid(title: str, subtitle: str, rows: list[list[Panel]]) -> tuple[go.Figure, dict]:
+    """Empty panels with y axes, and the row and column of each panel by its title."""
+    figure = panels(title, subtitle, [[p.title for p in row] for row in rows], shared_y=False, left=96)
+    place = {panel.title: (i, j) for i, row in enumerate(rows, 1) for j, panel in enumerate(row, 1)}
+    for panel in [panel for row in rows for panel in row]:
+        row, col = place[panel.title]
+        figure.update_yaxes(title_text=panel.y, row=row, col=col)
+        if panel.column != "fvu":  # differences in FVU are small beside it; the others are read from zero
+            values = panel.rows[panel.column]
+            low, high = min(0, values.min()), max(0, values.max())
+            room = (high - low) or 1
+            figure.update_yaxes(range=[low - 0.04 * room, low + 1.08 * room], row=row, col=col)
+    return figure, place
+
+
+def subtitle_of(table: pd.DataFrame, what: str, noun: str = "features") -> str:
+    """The setting with sites, layers, sizes and length of training, and `what` the marks are over."""
+    layers = ", ".join(str(n) for n in sorted(table.layer.unique()))
+    tokens = sorted({int(n) for n in ends(table).tokens})
+    parts = [label(site) for site in sites(table) if table.site.nunique() == 1]
+    parts.append(f"layer{'s' * (table.layer.nunique() > 1)} {layers}")
+    parts += [f"{n:,} {noun}" for n in table.d_sae.unique() if table.d_sae.nunique() == 1]
+    parts += [f"k = {n:g}" for n in table.k.dropna().unique() if table.k.nunique() == 1]
+    parts.append(" to ".join(f"{n:,}" for n in dict.fromkeys([tokens[0], tokens[-1]])) + " training tokens")
+    return setting(table, tokens=False, what=" · ".join([*parts, what] if what else parts))
+
+
+def method_curves(figure: go.Figure, panel: Panel, x: str, looks: dict, row: int, col: int) -> None:
+    """A line per method, with marks where there are few."""
+    few = panel.rows[x].nunique() <= 25
+    for method, look in looks.items():
+        line = panel.rows[panel.rows.method == method]
+        if len(line):
+            curve(figure, line, x, panel.column, method, row, col, markers=few, look=look)

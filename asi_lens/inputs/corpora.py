@@ -1,0 +1,351 @@
+"""Text to packed tokens: `load_tokens`.
+
+Documents are tokenised without special tokens, each is followed by the tokenizer's end-of-sequence
+token, and the one long stream is cut into rows of `context` tokens. With `prepend_bos` position 0 of a
+row is the beginning-of-sequence token and the text fills the other `context - 1`. Row i of a corpus does
+not depend on how many rows are asked for, so `offset` gives text that no other rows have seen.
+
+Packed tokens are cached. A cache file that is truncated, changed or from another version raises
+CacheError and says what to delete; it is never read in part or replaced unasked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from numbers import Integral
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from asi_lens.base.errors import CacheError, DataError, OptionError, require
+from asi_lens.base.files import cache_key, locked, write_whole
+from asi_lens.base.paths import cache_dir
+from asi_lens.inputs.documents import Corpus, corpus_names, open_corpus
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Tokens", "corpus_names", "load_tokens"]
+
+_FORMAT = "1"
+_PIECE = 1 << 18
+"""Characters of a document tokenised at once: bounds the memory, whatever the document's length."""
+_BATCH = 1 << 20
+"""Characters tokenised per call."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """Packed token ids with where they come from. `tokens[a:b]` are sequences a to b."""
+
+    ids: Int[Tensor, "sequence position"]
+    """int64, on the CPU."""
+    corpus: str
+    """Name of the corpus, for tables and figures."""
+    tokenizer: str
+    """Class and fingerprint of the tokenizer."""
+    context: int
+    """Positions per sequence."""
+    fingerprint: str = ""
+    """16 hex digits of the ids themselves; left empty, it is computed."""
+    bos: bool = True
+    """Whether position 0 of every sequence is the beginning-of-sequence token."""
+    content: str = ""
+    """Fingerprint of the corpus that the rows were taken from; empty where it cannot be known."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.ids.ndim == 2 and self.ids.shape[1] == self.context,
+            "ids",
+            tuple(self.ids.shape),
+            f"of shape (sequence, {self.context})",
+        )
+        if not self.fingerprint:
+            digest = hashlib.sha256(self.ids.to("cpu", torch.int32).contiguous().numpy().tobytes())
+            digest.update(f"{self.context} {self.bos}".encode())
+            object.__setattr__(self, "fingerprint", digest.hexdigest()[:16])
+
+    @property
+    def n_tokens(self) -> int:
+        """All positions, BOS included."""
+        return self.ids.numel()
+
+    def __len__(self) -> int:
+        """Number of sequences."""
+        return self.ids.shape[0]
+
+    def __getitem__(self, rows: slice) -> Tokens:
+        """Some of the sequences, with their own fingerprint."""
+        if not isinstance(rows, slice):
+            raise OptionError(f"tokens[{rows!r}]: take sequences by a slice, tokens[:8], or use tokens.ids")
+        return Tokens(self.ids[rows], self.corpus, self.tokenizer, self.context, "", self.bos, self.content)
+
+    def batches(self, batch_size: int) -> Iterator[Int[Tensor, "batch position"]]:
+        """The ids in order, `batch_size` sequences at a time; the last batch may be smaller."""
+        require(batch_size >= 1, "batch_size", batch_size, "at least 1")
+        for start in range(0, len(self), batch_size):
+            yield self.ids[start : start + batch_size]
+
+
+def load_tokens(
+    source: Any,
+    model_or_tokenizer: Any,
+    n_tokens: int,
+    *,
+    context: int = 256,
+    prepend_bos: bool = True,
+    seed: int | None = None,
+    column: str = "text",
+    split: str = "train",
+    name: str | None = None,
+    offset: int = 0,
+) -> Tokens:
+    """Text packed into sequences of token ids.
+
+    Args:
+        source: a packaged corpus (`corpus_names()`), a `.txt`, `.md`, `.py`, `.csv`, `.jsonl` or `.parquet`
+            file, a folder of those, a hub dataset "owner/name" or "owner/name@revision" (streamed), a
+            `datasets` object, or a list of strings. See `asi_lens.inputs.documents` for what a document is.
+        model_or_tokenizer: a model as `load_model` gives it, or a Hugging Face tokenizer. With a model the
+            context is checked against the model's own.
+        n_tokens: positions in all, BOS included; rounded down to whole sequences.
+        context: positions per sequence.
+        prepend_bos: start every sequence with the tokenizer's BOS (else its EOS, else its CLS) token.
+        seed: shuffles the documents; None keeps the corpus' own order. A hub stream is shuffled through a
+            buffer of 10,000 documents.
+        column: column of a table that holds the text.
+        split, name: split and configuration of a hub dataset.
+        offset: sequences to skip first. Rows [0, n) and rows from offset n on share no text position, which
+            is how a held-out set is made (same corpus, context and seed).
+
+    Returns:
+        Tokens with ids of shape (n_tokens // context, context).
+
+    Raises:
+        DataError: fewer tokens in the corpus than asked (it says how many there are), no text, not UTF-8.
+        OptionError: an argument out of range, a context longer than the model's.
+        UnknownNameError: no such corpus, column or split.
+        FetchError, CacheError, OSError: from downloads and the cache.
+    """
+    tokenizer, limit, d_vocab = _tokenizer_and_limits(model_or_tokenizer)
+    context = _integer("context", context, 1 + prepend_bos)
+    require(context <= limit, "context", context, f"at most {limit:,}, the longest that the model takes")
+    n_tokens = _integer("n_tokens", n_tokens, context, " (one sequence)")
+    offset = _integer("offset", offset, 0)
+    seed = None if seed is None else _integer("seed", seed, 0)
+    corpus = open_corpus(source, column=column, split=split, name=name)
+    packing = _Packing(tokenizer, context, prepend_bos)
+    rows = n_tokens // context
+
+    if corpus.fingerprint is None:
+        ids = _pack(corpus, packing, rows, offset, seed)
+    else:
+        key = cache_key(
+            format=_FORMAT,
+            corpus=corpus.fingerprint,
+            column=column,
+            tokenizer=packing.tokenizer_name,
+            context=context,
+            start=packing.start,
+            end=packing.end,
+            rows=rows,
+            offset=offset,
+            seed=seed,
+        )
+        slug = re.sub(r"[^\w.-]+", "-", corpus.name)[:60]
+        path = cache_dir("corpora") / f"{slug}-{key}.safetensors"
+        ids = _cached(path, key, corpus, packing, rows, offset, seed)
+    if d_vocab is not None and int(ids.max()) >= d_vocab:
+        raise DataError(f"the tokenizer gives token {int(ids.max())}, but the model knows {d_vocab} tokens")
+    return Tokens(
+        torch.from_numpy(ids.astype(np.int64)),
+        corpus.name,
+        packing.tokenizer_name,
+        context,
+        bos=prepend_bos,
+        content=corpus.fingerprint or "",
+    )
+
+
+def _integer(key: str, value: Any, least: int, why: str = "") -> int:
+    number = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else least - 1
+    require(number >= least, key, value, f"an integer >= {least}{why}")
+    return number
+
+
+def _tokenizer_and_limits(given: Any) -> tuple[PreTrainedTokenizerBase, int, int | None]:
+    """(tokenizer, longest context, size of the model's vocabulary if it is a model)."""
+    from transformers import PreTrainedTokenizerBase
+
+    if isinstance(given, PreTrainedTokenizerBase):
+        return given, int(given.model_max_length), None
+    if not isinstance(given, torch.nn.Module):
+        raise OptionError(
+            f"{type(given).__name__} is not allowed here; give a model (load_model(...)) or a Hugging Face "
+            "tokenizer"
+        )
+    from asi_lens.inputs import models
+
+    info = models.model_info(given)
+    return models.tokenizer_of(given), info.n_ctx, info.d_vocab
+
+
+class _Packing:
+    """How documents become rows: the tokenizer, its first and separating tokens, the row length."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, context: int, prepend_bos: bool) -> None:
+        def first(*names: str) -> int | None:
+            ids = (getattr(tokenizer, f"{name}_token_id", None) for name in names)
+            return next((i for i in ids if i is not None), None)
+
+        self.tokenizer = tokenizer
+        self.start = first("bos", "eos", "cls") if prepend_bos else None
+        self.end = first("eos", "sep", "bos")
+        if self.end is None:
+            raise DataError("the tokenizer has no token to put between documents; set its eos_token")
+        self.context = context
+        self.text = context - prepend_bos
+        self.tokenizer_name = f"{type(tokenizer).__name__}:{_tokenizer_fingerprint(tokenizer)}"
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        # split_special_tokens: "<|endoftext|>" written in a document is text, not a command.
+        return self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+
+
+_fingerprints: weakref.WeakKeyDictionary[Any, tuple[int, str]] = weakref.WeakKeyDictionary()
+
+
+def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    known = _fingerprints.get(tokenizer)
+    if known is not None and known[0] == len(tokenizer):  # len changes when tokens are added
+        return known[1]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        text = backend.to_str()
+        # Truncation and padding come first in it; they are the last caller's and not used here.
+        text = text[text.index('"added_tokens"') :]
+    else:
+        text = json.dumps([type(tokenizer).__qualname__, sorted(tokenizer.get_vocab().items())])
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    _fingerprints[tokenizer] = (len(tokenizer), digest)
+    return digest
+
+
+def _pieces(document: str) -> Iterator[str]:
+    """The document in pieces of bounded length, cut after a line end or before a space where there is one."""
+    start = 0
+    while len(document) - start > _PIECE:
+        stop = start + _PIECE
+        line = document.rfind("\n", start + _PIECE // 2, stop)
+        space = document.rfind(" ", start + _PIECE // 2, stop)
+        cut = line + 1 if line >= 0 else space if space >= 0 else stop
+        yield document[start:cut]
+        start = cut
+    yield document[start:]
+
+
+def _pack(corpus: Corpus, packing: _Packing, rows: int, offset: int, seed: int | None) -> np.ndarray:
+    """(rows, context) int32, from the tokens of as many documents as that takes."""
+    from tqdm import tqdm
+
+    needed = (offset + rows) * packing.text
+    parts: list[np.ndarray] = []
+    total = n_documents = 0
+    with tqdm(total=needed, unit="tok", unit_scale=True, desc=f"tokenizing {corpus.name}", delay=2) as bar:
+        for texts, ends in _batches(corpus.documents(seed)):
+            for ids, end in zip(packing.encode(texts), ends, strict=True):
+                parts.append(np.asarray([*ids, packing.end] if end else ids, dtype=np.int32))
+                total += len(parts[-1])
+                n_documents += end
+            bar.update(min(total, needed) - int(bar.n))
+            if total >= needed:
+                break
+    if not total:
+        raise DataError(f"{corpus.name} holds no text")
+    if total < needed:
+        there = total // packing.text
+        raise DataError(
+            f"{corpus.name} has {n_documents:,} documents, {total:,} tokens with this tokenizer: {there:,} "
+            f"sequences of {packing.context}, that is n_tokens={there * packing.context:,} at most; asked "
+            f"for {rows:,} sequences (n_tokens={rows * packing.context:,})"
+            + (f" after skipping {offset:,}" if offset else "")
+            + ". Text is never repeated."
+        )
+    stream = np.concatenate(parts)[offset * packing.text : needed].reshape(rows, packing.text)
+    if packing.start is None:
+        return stream
+    return np.concatenate([np.full((rows, 1), packing.start, np.int32), stream], axis=1)
+
+
+def _batches(documents: Iterator[str]) -> Iterator[tuple[list[str], list[bool]]]:
+    """(texts, whether each ends its document), about `_BATCH` characters at a time."""
+    texts: list[str] = []
+    ends: list[bool] = []
+    size = 0
+    for document in documents:
+        pieces = list(_pieces(document))
+        for number, piece in enumerate(pieces, 1):
+            texts.append(piece)
+            ends.append(number == len(pieces))
+            size += len(piece)
+            if size >= _BATCH:
+                yield texts, ends
+                texts, ends, size = [], [], 0
+    if texts:
+        yield texts, ends
+
+
+def _cached(
+    path: Path, key: str, corpus: Corpus, packing: _Packing, rows: int, offset: int, seed: int | None
+) -> np.ndarray:
+    shape = (rows, packing.context)
+    if path.exists():  # before the lock: the cache may lie in a read-only folder
+        return _read(path, key, shape)
+    with locked(path):
+        if path.exists():
+            return _read(path, key, shape)
+        ids = _pack(corpus, packing, rows, offset, seed)
+        _write(path, key, ids)
+        return ids
+
+
+def _write(path: Path, key: str, ids: np.ndarray) -> None:
+    from safetensors.numpy import save
+
+    told = {"format": _FORMAT, "key": key, "sha256": hashlib.sha256(ids.tobytes()).hexdigest()}
+    with write_whole(path) as temporary:
+        # Through Python's own file: a full disk is then an OSError, which says so.
+        temporary.write_bytes(save({"ids": ids}, metadata=told))
+
+
+def _read(path: Path, key: str, shape: tuple[int, int]) -> np.ndarray:
+    from safetensors import SafetensorError, safe_open
+
+    repair = f"Delete the file and run again to tokenise anew: {path}"
+    try:
+        with safe_open(path, framework="numpy") as file:
+            told = file.metadata() or {}
+            ids = file.get_tensor("ids")
+    except SafetensorError as error:
+        raise CacheError(f"cached tokens are truncated or not tokens ({error}). {repair}") from error
+    if told.get("format") != _FORMAT or told.get("key") != key or ids.shape != shape:
+        raise CacheError(f"cached tokens are from another version or another corpus. {repair}")
+    if hashlib.sha256(ids.tobytes()).hexdigest() != told.get("sha256"):
+        raise CacheError(f"cached tokens were changed. {repair}")
+    return ids

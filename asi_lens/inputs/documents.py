@@ -1,0 +1,328 @@
+"""Text as a stream of documents: packaged corpora, files, folders, `datasets` objects, lists, hub names.
+
+What a document is: one row of a table (`.csv`, `.jsonl`, `.parquet`, `datasets`), one string of a
+list, one whole file otherwise (`.txt`, `.md`, `.py`): nothing is cut at blank lines, so a text keeps
+its length. A folder is its readable files, sorted by path. Documents without text are passed over.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from asi_lens.base.errors import AsiLensError, DataError, FetchError, OptionError, require, unknown_name
+from asi_lens.base.files import cache_key, sha256_of
+from asi_lens.inputs.sources import SOURCES, fetch
+
+_SHUFFLE_BUFFER = 10_000
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents in a fixed order. Opened by `open_corpus`; nothing is read until `documents` is used."""
+
+    name: str
+    fingerprint: str | None
+    """Identifies the content (pinned hashes, file hashes, commit of the hub); None if it cannot be known."""
+    rows: Callable[[], Iterable[Any]]
+    shuffled: Callable[[int], Iterable[Any]] | None = None
+    """For streams too long to hold: their own shuffle."""
+
+    def documents(self, seed: int | None = None) -> Iterator[str]:
+        """Documents with text, in order or shuffled by `seed`. Raises DataError for a row that is no text."""
+        if seed is None:
+            rows = self.rows()
+        elif self.shuffled is not None:
+            rows = self.shuffled(seed)
+        else:
+            rows = list(self.rows())
+            random.Random(seed).shuffle(rows)
+        for number, row in enumerate(rows):
+            if row is None:
+                continue
+            if not isinstance(row, str):
+                raise DataError(f"document {number} of {self.name} is {type(row).__name__}, not text")
+            if row.strip():
+                yield row
+
+
+def corpus_names() -> list[str]:
+    """Names of the packaged corpora, which need nothing but a Python package index."""
+    return [name for name, source in SOURCES.items() if source.kind == "corpus"]
+
+
+def open_corpus(
+    source: Any, *, column: str = "text", split: str = "train", name: str | None = None
+) -> Corpus:
+    """Documents of `source`: a packaged name, a path, a hub name ("owner/name", "owner/name@revision"), a
+    `datasets` object or a list of strings.
+
+    `split` and `name` (the configuration) are for hub names and dataset dictionaries. A path that exists
+    goes before a hub name. Raises UnknownNameError, OptionError, DataError (no such file, nothing
+    readable), FetchError (hub not reached).
+    """
+    if type(source).__module__.partition(".")[0] == "datasets":
+        return _from_datasets(source, column, split, name)
+    if isinstance(source, str) and not Path(source).exists() and _is_hub_name(source):
+        return _from_hub(source, column, split, name)
+    require(name is None, "name", name, "left out: only hub datasets have configurations")
+    require(split == "train", "split", split, "'train': nothing else is split here")
+    if isinstance(source, str) and source in corpus_names():
+        return _packaged(source, column)
+    if isinstance(source, str | Path):
+        return _from_path(source, column)
+    if isinstance(source, list | tuple):
+        _only_text(column, "a list of strings")
+        return _from_list(source)
+    raise OptionError(
+        f"source of type {type(source).__name__} is not allowed; source must be a corpus name "
+        f"({', '.join(corpus_names())}), a path, a hub name 'owner/name', a `datasets` object or a list of "
+        "strings"
+    )
+
+
+def _is_hub_name(source: str) -> bool:
+    plain = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", source) is not None
+    return plain and not source.startswith(".") and Path(source).suffix.lower() not in _READERS
+
+
+def _packaged(name: str, column: str) -> Corpus:
+    source = SOURCES[name]
+
+    def rows() -> Iterator[Any]:
+        folder = fetch(name)
+        if source.layout == "csv":
+            for path in sorted(folder.glob("*.csv")):
+                yield from _csv(path, column)
+        elif source.layout == "lines":
+            for path in sorted(folder.glob("*.txt")):
+                # Not splitlines(): that also cuts at separators that may stand inside a line.
+                yield from _decoded(path).replace("\r\n", "\n").split("\n")
+        else:
+            for _, path in _listing(folder):
+                yield _decoded(path)
+
+    if source.layout != "csv":
+        _only_text(column, name)
+    return Corpus(name, f"{name}-{source.key}", rows)
+
+
+def _from_path(source: str | Path, column: str) -> Corpus:
+    path = Path(source).expanduser()
+    if not path.exists():
+        if isinstance(source, str) and "/" not in source and not path.suffix:
+            raise unknown_name("corpus", source, corpus_names())
+        raise DataError(f"no file or folder {path} (packaged corpora: {', '.join(corpus_names())})")
+    if path.is_dir():
+        files = _listing(path)
+        if not files:
+            raise DataError(f"no readable text in the folder {path}; readable are {', '.join(_READERS)}")
+    else:
+        if path.suffix.lower() not in _READERS:
+            raise unknown_name("kind of text file", path.suffix or path.name, _READERS)
+        files = [(path.name, path)]
+
+    def rows() -> Iterator[Any]:
+        for _, file in files:
+            yield from _READERS[file.suffix.lower()](file, column)
+
+    return Corpus(path.name, cache_key(files=[[shown, sha256_of(file)] for shown, file in files]), rows)
+
+
+def _listing(folder: Path) -> list[tuple[str, Path]]:
+    """(path in the folder, file) of every readable file, sorted the same way on every system."""
+    found = ((p.relative_to(folder).as_posix(), p) for p in folder.rglob("*") if p.is_file())
+    return sorted(
+        (shown, p) for shown, p in found if p.suffix.lower() in _READERS and not p.name.startswith(".")
+    )
+
+
+def _from_list(texts: list[Any] | tuple[Any, ...]) -> Corpus:
+    digest = hashlib.sha256()
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise DataError(f"document {number} of the list is {type(text).__name__}, not text")
+        try:
+            data = text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(f"document {number} of the list is not valid text: {error}") from error
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return Corpus(f"list of {len(texts)} texts", digest.hexdigest(), lambda: texts)
+
+
+def _from_datasets(source: Any, column: str, split: str, name: str | None) -> Corpus:
+    require(name is None, "name", name, "left out for a dataset that is loaded already")
+    if isinstance(source, dict):  # DatasetDict and IterableDatasetDict
+        if split not in source:
+            raise unknown_name("split", split, source)
+        source = source[split]
+    else:
+        require(split == "train", "split", split, "'train' for a dataset that is one split already")
+    if source.column_names is not None and column not in source.column_names:
+        raise unknown_name("column", column, source.column_names)
+    info = getattr(source.info, "dataset_name", None) or type(source).__name__
+    # An IterableDataset has no fingerprint: what it yields is known only once it was read.
+    fingerprint = getattr(source, "_fingerprint", None)
+    return Corpus(str(info), fingerprint, lambda: _column(source, column), _own_shuffle(source, column))
+
+
+def _own_shuffle(source: Any, column: str) -> Callable[[int], Iterable[Any]] | None:
+    if hasattr(source, "__len__"):
+        return None
+    return lambda seed: _column(source.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER), column)
+
+
+def _column(rows: Iterable[dict[str, Any]], column: str) -> Iterator[Any]:
+    for row in rows:
+        if column not in row:
+            raise unknown_name("column", column, row)
+        yield row[column]
+
+
+def _from_hub(source: str, column: str, split: str, name: str | None) -> Corpus:
+    repo, _, revision = source.partition("@")
+    pinned = revision if re.fullmatch(r"[0-9a-f]{40}", revision) else _hub_commit(repo, revision or None)
+
+    def rows(seed: int | None = None) -> Iterator[Any]:
+        import datasets
+
+        try:
+            known = datasets.get_dataset_split_names(repo, name, revision=pinned)
+            if split not in known:
+                raise unknown_name("split", split, known)
+            stream = datasets.load_dataset(repo, name, split=split, streaming=True, revision=pinned)
+            if seed is not None:
+                stream = stream.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
+            yield from _column(stream, column)
+        except (OSError, datasets.exceptions.DatasetsError) as error:
+            raise _not_reached(repo, error) from error
+        except ValueError as error:
+            if isinstance(error, AsiLensError):
+                raise
+            # How datasets says that a configuration is missing or does not exist.
+            raise OptionError(f"name={name!r} is not allowed for {repo!r}: {error}") from error
+
+    return Corpus(repo, f"{repo}@{pinned}/{name or ''}/{split}", rows, rows)
+
+
+def _hub_commit(repo: str, revision: str | None) -> str:
+    """The commit that the name stands for now, so that cached tokens belong to one content."""
+    from huggingface_hub import HfApi
+
+    try:
+        return str(HfApi().dataset_info(repo, revision=revision, timeout=30).sha)
+    except Exception as error:  # the hub's client raises httpx, OS and its own errors without a common base
+        raise _not_reached(repo, error) from error
+
+
+def _not_reached(repo: str, error: Exception) -> FetchError:
+    return FetchError(
+        f"could not read the dataset {repo!r} from the Hugging Face hub ({type(error).__name__}: {error}). "
+        f"There is no local path of that name either. Check the name and, for gated data, the login; without "
+        f"a network use a packaged corpus ({', '.join(corpus_names())}) or a local file, or name the commit, "
+        f"'{repo}@<40 hex digits>', to use tokens that were cached before."
+    )
+
+
+def _only_text(column: str, what: str) -> None:
+    if column != "text":
+        raise OptionError(f"column={column!r} is not allowed: {what} has no columns; leave column at 'text'")
+
+
+def _decoded(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _undecodable(path) from error
+
+
+def _undecodable(path: Path) -> DataError:
+    """The error for a file that is not UTF-8, with the place of the first bad byte."""
+    decoder, read = codecs.getincrementaldecoder("utf-8")("strict"), 0
+    with path.open("rb") as file:
+        while True:
+            block = file.read(1 << 20)
+            read += len(block)
+            try:
+                decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                offset = read - len(error.object) + error.start
+                return DataError(
+                    f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {offset:,} "
+                    f"({error.reason}); convert it first, e.g. iconv -f <its encoding> -t UTF-8"
+                )
+            if not block:
+                return DataError(f"{path} is not UTF-8")
+
+
+def _whole(path: Path, column: str) -> Iterator[Any]:
+    _only_text(column, path.name)
+    yield _decoded(path)
+
+
+def _csv(path: Path, column: str) -> Iterator[Any]:
+    import pandas as pd
+
+    try:
+        header = pd.read_csv(path, nrows=0, encoding="utf-8-sig").columns
+        if column not in header:
+            raise unknown_name("column", column, header)
+        with pd.read_csv(
+            path, usecols=[column], dtype=str, keep_default_na=False, chunksize=4096, encoding="utf-8-sig"
+        ) as chunks:
+            for chunk in chunks:
+                yield from chunk[column].tolist()
+    except UnicodeDecodeError as error:
+        raise _undecodable(path) from error
+    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise DataError(f"{path} is not a readable CSV: {error}") from error
+
+
+def _jsonl(path: Path, column: str) -> Iterator[Any]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise DataError(f"{path}, line {number}: not JSON ({error})") from error
+                if not isinstance(row, dict):
+                    raise DataError(f"{path}, line {number}: {type(row).__name__}, not an object")
+                if column not in row:
+                    raise unknown_name(f"column (line {number} of {path.name})", column, row)
+                yield row[column]
+    except UnicodeDecodeError as error:
+        raise _undecodable(path) from error
+
+
+def _parquet(path: Path, column: str) -> Iterator[Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            if column not in file.schema_arrow.names:
+                raise unknown_name("column", column, file.schema_arrow.names)
+            for batch in file.iter_batches(batch_size=1024, columns=[column]):
+                yield from batch.column(0).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a readable Parquet file: {error}") from error
+
+
+_READERS: dict[str, Callable[[Path, str], Iterator[Any]]] = {
+    ".txt": _whole,
+    ".md": _whole,
+    ".py": _whole,
+    ".csv": _csv,
+    ".jsonl": _jsonl,
+    ".parquet": _parquet,
+}

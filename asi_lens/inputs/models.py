@@ -1,0 +1,333 @@
+"""Models by name, their sites, and forwards with hooks.
+
+A model is a TransformerBridge **without weight processing**: folding layer norms and centering weights
+both change the spectra of activations. A HookedTransformer (TransformerLens 3) is taken as it is given.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import warnings
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from asi_lens.base.errors import (
+    CacheError,
+    DataError,
+    FetchError,
+    OptionError,
+    UnknownNameError,
+    UnsupportedModelError,
+    require,
+    unknown_name,
+)
+from asi_lens.base.paths import cache_root
+from asi_lens.inputs import gguf, twin
+from asi_lens.inputs.hooks import (
+    SITES,
+    Hook,
+    ResumePoint,
+    attention_write_site,
+    capture_resume,
+    forward,
+    hook_name,
+    normalizes_attn_out,
+    output_bias,
+    output_projection,
+    site_width,
+)
+from asi_lens.inputs.sources import SOURCES, fetch
+
+__all__ = [
+    "SITES",
+    "Hook",
+    "ModelInfo",
+    "ResumePoint",
+    "attention_write_site",
+    "capture_resume",
+    "forward",
+    "hook_name",
+    "load_model",
+    "model_info",
+    "output_bias",
+    "output_projection",
+    "resolve_dtype",
+    "site_width",
+    "tokenizer_of",
+]
+
+# Hub names from before owners were part of a name.
+_OLD_HUB_NAMES = {
+    **{name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")},
+    "distilgpt2": "distilbert/distilgpt2",
+    **{
+        f"bert-{kind}": f"google-bert/bert-{kind}" for kind in ("base-uncased", "base-cased", "large-uncased")
+    },
+}
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a model is, for captions, table columns and cache keys."""
+
+    name: str
+    architecture: str
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    d_vocab: int
+    n_ctx: int
+    dtype: str
+    """Of the parameters and so of the computation: float32, bfloat16 ..."""
+    weights: str
+    """Where the weights' precision comes from: "4-bit weights, dequantised", "as released", "as given" ..."""
+    fingerprint: str
+    """16 hex digits over names, shapes, dtypes and samples of all parameters, taken anew at every call."""
+    normalizes_attn_out: bool
+    """Attention's output is normalized before it is added (Gemma 2 and 3): z W_O is `attn.hook_out` there."""
+    causal: bool
+    """A left-to-right language model; False for encoders, whose logits are no next-token predictions."""
+
+
+_ORIGINS: WeakKeyDictionary[nn.Module, tuple[str, str]] = WeakKeyDictionary()
+
+
+def load_model(
+    model: str | Path | nn.Module,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """A TransformerBridge by name, without weight processing.
+
+    `model` is a packaged name (`smollm2-135m`), a hub name (`meta-llama/Llama-3.1-8B`), a local Hugging Face
+    folder, a `.gguf` file, or a TransformerBridge or HookedTransformer, which is returned as it is.
+    dtype "auto" is bfloat16 on a GPU that has it and on a CPU with bf16 instructions (AVX512-BF16, AMX), else
+    float32: without them bf16 is many times slower than float32. device "auto" is CUDA if there is one.
+
+    Raises UnknownNameError (with the packaged names), UnsupportedModelError (an architecture that
+    transformers or TransformerLens does not have), FetchError (the hub cannot be reached), DataError (a
+    folder or file that is no whole model), CacheError (a cached one that was changed), OptionError.
+    """
+    target = resolve_device(device)
+    if isinstance(model, nn.Module):
+        return _as_given(model, dtype, device)
+    boot = partial(
+        _boot,
+        dtype=resolve_dtype(dtype, target),
+        device=str(target),
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    name = str(model)
+    if name in SOURCES and SOURCES[name].kind == "model":
+        folder, weights = gguf.dequantized(fetch(name) / str(SOURCES[name].main))
+        return boot(folder, name, weights)
+    path = Path(model).expanduser()
+    if path.is_file():
+        require(path.suffix == ".gguf", "model", name, "a folder if it is not a `.gguf` file")
+        folder, weights = gguf.dequantized(path)
+        return boot(folder, path.stem, weights)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise DataError(f"{path} is not a Hugging Face model folder: it has no config.json")
+        return boot(path, path.resolve().name)
+    if name.count("/") == 1 and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and path.suffix != ".gguf":
+        return boot(name, name)
+    if name in _OLD_HUB_NAMES:
+        return boot(_OLD_HUB_NAMES[name], name)
+    packaged = [key for key, source in SOURCES.items() if source.kind == "model"]
+    raise UnknownNameError(
+        f"{unknown_name('model', name, packaged)}. A model is also a hub name (owner/name), a Hugging Face "
+        "folder, a `.gguf` file (neither is at that path), or a TransformerBridge or HookedTransformer object"
+    )
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype that "auto" means on a device, or the one named. Raises OptionError."""
+    if dtype == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        fast = any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+        return torch.bfloat16 if fast else torch.float32
+    for allowed in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        if dtype in (allowed, str(allowed).removeprefix("torch.")):
+            return allowed
+    raise OptionError(
+        f"dtype={dtype!r} is not allowed; dtype must be 'auto', 'float32', 'bfloat16', 'float16' or 'float64'"
+    )
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device that "auto" means here, or the one named. Raises OptionError."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise OptionError(
+            f"device={device!r} is not allowed; device must be 'auto', 'cpu' or 'cuda'"
+        ) from error
+    if target.type == "mps" and not os.environ.get("ASI_LENS_ALLOW_MPS"):
+        raise OptionError(
+            "device='mps' is refused: PyTorch has computed silently wrong activations there (TransformerLens "
+            "issue 1178). Use 'cpu', or set ASI_LENS_ALLOW_MPS=1 to take the risk"
+        )
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise OptionError(f"device={str(device)!r} is not allowed here: PyTorch finds no CUDA device")
+    return target
+
+
+def _as_given(model: nn.Module, dtype: str | torch.dtype, device: str | torch.device) -> nn.Module:
+    if twin.kind_of(model) is None:
+        raise OptionError(
+            f"model={type(model).__name__}(...) is not allowed; an object is a TransformerBridge or a "
+            "HookedTransformer (a Hugging Face model: TransformerBridge.boot_transformers(..., hf_model=m))"
+        )
+    parameter = next(model.parameters())
+    if dtype != "auto":
+        require(
+            resolve_dtype(dtype, parameter.device) == parameter.dtype,
+            "dtype",
+            dtype,
+            "'auto' for a ready model",
+        )
+    if device != "auto":
+        require(
+            resolve_device(device).type == parameter.device.type, "device", device, "'auto' for a ready model"
+        )
+    return model
+
+
+def _boot(
+    source: str | Path,
+    name: str,
+    weights: str | None = None,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    revision: str | None,
+    trust_remote_code: bool,
+) -> nn.Module:
+    from safetensors import SafetensorError
+    from transformer_lens.model_bridge import TransformerBridge
+
+    if isinstance(source, Path):
+        require(revision is None, "revision", revision, "left out for a model that is not on the hub")
+    _mend_neox()
+    try:
+        with warnings.catch_warnings():
+            # aliases of parts that an architecture does not have: asking for such a site is an error later
+            warnings.filterwarnings("ignore", message="Hook alias .* did not resolve")
+            bridge = TransformerBridge.boot_transformers(
+                str(source),
+                device=device,
+                dtype=dtype,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+            )
+    except SafetensorError as error:
+        kind = CacheError if Path(source).is_relative_to(cache_root()) else DataError
+        raise kind(f"the weights of {source} are damaged or cut off: {error}") from error
+    except OSError as error:
+        raise _load_error(source, name, error) from error
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UnsupportedModelError(
+            f"cannot load {name!r} as a TransformerBridge: {str(error)[:400]}"
+        ) from error
+    quantization = getattr(bridge.original_model.config, "quantization_config", None)
+    if weights is None and quantization:
+        method = getattr(quantization, "quant_method", None) or dict(quantization).get("quant_method", "")
+        weights = f"quantised ({getattr(method, 'value', method)})"
+    _ORIGINS[bridge] = (name, weights or "as released")
+    return bridge
+
+
+def _mend_neox() -> None:
+    """TransformerLens 3.5 looks for GPT-NeoX's head under the name it had before transformers 5.14."""
+    from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
+    from transformer_lens.model_bridge.supported_architectures import NeoxArchitectureAdapter
+
+    class Mended(NeoxArchitectureAdapter):
+        def prepare_model(self, hf_model: Any) -> None:
+            super().prepare_model(hf_model)
+            head = self.component_mapping["unembed"]
+            if head.name == "embed_out" and hasattr(hf_model, "lm_head"):
+                head.name = "lm_head"
+
+    registered = ArchitectureAdapterFactory._adapters.get("GPTNeoXForCausalLM")
+    if registered is NeoxArchitectureAdapter:
+        ArchitectureAdapterFactory.register_adapter("GPTNeoXForCausalLM", Mended)
+
+
+def _load_error(source: str | Path, name: str, error: OSError) -> Exception:
+    message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if isinstance(source, Path):
+        return DataError(f"cannot load the model in {source}: {message}")
+    if "not a valid model identifier" in str(error):
+        return UnknownNameError(f"the model hub has no model {name!r} that you may see: {message}")
+    packaged = ", ".join(key for key, entry in SOURCES.items() if entry.kind == "model")
+    return FetchError(
+        f"cannot fetch {name!r} from the model hub: {message} Without the hub, use a packaged model "
+        f"({packaged}), a local folder or a `.gguf` file"
+    )
+
+
+def model_info(model: nn.Module) -> ModelInfo:
+    """Name, shape, precision and fingerprint of a model."""
+    cfg: Any = model.cfg
+    name, weights = _ORIGINS.get(model, (str(cfg.model_name), "as given"))
+    if str(cfg.normalization_type).endswith("Pre") or getattr(model, "compatibility_mode", False):
+        weights += ", processed by TransformerLens"
+    architecture = str(getattr(cfg, "architecture", None) or getattr(cfg, "original_architecture", ""))
+    return ModelInfo(
+        name=name,
+        architecture=architecture,
+        n_layers=int(cfg.n_layers),
+        d_model=int(cfg.d_model),
+        n_heads=int(cfg.n_heads),
+        n_kv_heads=int(getattr(cfg, "n_key_value_heads", None) or cfg.n_heads),
+        d_head=int(cfg.d_head),
+        d_vocab=int(cfg.d_vocab),
+        n_ctx=int(cfg.n_ctx),
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        weights=weights,
+        fingerprint=_fingerprint(model),
+        normalizes_attn_out=normalizes_attn_out(model),
+        causal=not architecture.startswith(("Bert", "Hubert", "Wav2Vec")),
+    )
+
+
+def _fingerprint(model: nn.Module) -> str:
+    # Never cached: weights that were edited in place must not find the statistics of the old ones.
+    _, fast = twin.runners(model)
+    digest = hashlib.sha256()
+    for name, parameter in sorted((fast.root if fast and fast.root else model).named_parameters()):
+        flat = parameter.detach().reshape(-1)
+        if parameter.ndim == 1 and not bool(flat.any()):
+            continue  # biases of zeros, which TransformerLens 3 adds and 4 does not
+        sample = flat[:: max(1, flat.numel() // 1024)]
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(sample.to("cpu", torch.float64).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def tokenizer_of(model: nn.Module) -> Any:
+    """The model's Hugging Face tokenizer."""
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        raise UnsupportedModelError(f"model {model_info(model).name!r} has no tokenizer")
+    return tokenizer

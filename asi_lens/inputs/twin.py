@@ -1,0 +1,195 @@
+"""The module tree that a forward runs on, and where each TransformerLens hook lies in it.
+
+A TransformerBridge wraps every Hugging Face module and computes attention itself, step by step, so that
+each step can be hooked: about 0.7 of the speed of the model that it wraps. Most hooks are simply the
+input or the output of a Hugging Face module, so for those a *plain twin* is run instead: the same
+modules without the wrappers, sharing every parameter and buffer, with fused attention. What its hooks
+see is by construction what forward hooks on the plain Hugging Face model see.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from asi_lens.base.errors import UnsupportedModelError
+
+Side = Literal["in", "out"]
+
+
+@dataclass
+class Runner:
+    """Something that can be called on token ids, with hooks by TransformerLens name."""
+
+    blocks: list[nn.Module]
+    """One module per layer; its output, or the first entry of it, is the residual stream."""
+    places: dict[str, tuple[nn.Module, Side]]
+    """Hook name -> module, and whether its input or its output is meant."""
+    root: Any = None
+    """The plain twin; None where the model itself is called (it owns this runner, not the reverse)."""
+    hook_points: list[nn.Module] = field(default_factory=list)
+    """Every HookPoint of the model, to see whether somebody hooked it."""
+    processed: bool = False
+    """Whether the bridge was in compatibility mode (weights processed, hooks renamed) when this was made."""
+
+    def call(self, model: Any, ids: Tensor, logits: bool) -> Tensor | None:
+        """Run on ids [batch position] to the end; logits [batch position d_vocab] if asked."""
+        if self.root is None:
+            return model(ids, return_type="logits" if logits else None)
+        if not logits:
+            self.root.base_model(input_ids=ids)
+            return None
+        output = self.root(input_ids=ids)
+        if getattr(output, "logits", None) is None:
+            raise UnsupportedModelError(f"{type(self.root).__name__} has no output head, so it has no logits")
+        return output.logits
+
+
+_RUNNERS: WeakKeyDictionary[nn.Module, tuple[Runner, Runner | None]] = WeakKeyDictionary()
+
+
+def kind_of(model: object) -> Literal["bridge", "hooked"] | None:
+    """`bridge` for a TransformerBridge, `hooked` for a HookedTransformer (TransformerLens 3), else None."""
+    for base in type(model).__mro__:
+        if base.__module__.partition(".")[0] == "transformer_lens":
+            if base.__name__ == "TransformerBridge":
+                return "bridge"
+            if base.__name__ == "HookedTransformer":
+                return "hooked"
+    return None
+
+
+def runners(model: nn.Module) -> tuple[Runner, Runner | None]:
+    """The runner over the model's own hook points, and the plain twin's where there can be one."""
+    processed = bool(getattr(model, "compatibility_mode", False))
+    if model not in _RUNNERS or _RUNNERS[model][0].processed != processed:
+        own = _own_runner(model, processed)
+        _RUNNERS[model] = (own, _plain_runner(model, own) if kind_of(model) == "bridge" else None)
+    return _RUNNERS[model]
+
+
+def runner_for(model: nn.Module, hooks: Iterator[str] | list[str]) -> Runner:
+    """The fastest runner that reaches all `hooks`.
+
+    Hooks that somebody added to the model itself stay in force: then the model is what runs.
+    """
+    own, twin = runners(model)
+    if twin is None or any(_hooked_by_somebody(point) for point in own.hook_points):
+        return own
+    return twin if all(name in twin.places for name in hooks) else own
+
+
+def _hooked_by_somebody(point: Any) -> bool:
+    # TransformerLens 4 hooks some points itself, only to make others fire
+    owners = (getattr(handle.user_hook, "__module__", None) for handle in point.fwd_hooks)
+    return any(not str(owner).startswith("transformer_lens.") for owner in owners)
+
+
+def original(module: nn.Module) -> nn.Module:
+    """The Hugging Face module inside a bridge component (or the module itself)."""
+    while (inside := module._modules.get("_original_component")) is not None:
+        module = inside
+    return module
+
+
+def _own_runner(model: Any, processed: bool) -> Runner:
+    blocks = getattr(model, "blocks", None)
+    if blocks is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} {_architecture(model)} has no `blocks`: no layers to hook"
+        )
+    points = model.hook_dict
+    unique = {id(point): point for point in points.values()}
+    return Runner(
+        blocks=list(blocks),
+        places={name: (point, "out") for name, point in points.items()},
+        hook_points=list(unique.values()),
+        processed=processed,
+    )
+
+
+def _plain_runner(model: Any, own: Runner) -> Runner | None:
+    source = model.original_model
+    device_map = getattr(source, "hf_device_map", None) or {}
+    # Processed weights live in the wrappers; a dispatched model's modules carry their own `forward`.
+    if own.processed or len(set(map(str, device_map.values()))) > 1:
+        return None
+    if any("forward" in vars(module) for module in source.modules()) or not hasattr(source, "base_model"):
+        return None
+    twins: dict[int, nn.Module] = {}
+    root = _twin(source, twins, {})
+    _use_fused_attention(root)
+    root.eval()
+
+    component_of: dict[int, tuple[nn.Module, Side]] = {}
+    for component in model.modules():
+        # A component without a name of its own borrows its parent's module: its hooks are not that module's.
+        if "_original_component" not in component._modules or getattr(component, "name", None) is None:
+            continue
+        module = twins.get(id(original(component)))
+        if module is not None:
+            component_of[id(component.hook_in)] = (module, "in")
+            component_of[id(component.hook_out)] = (module, "out")
+    places = {
+        name: component_of[id(point)] for name, (point, _) in own.places.items() if id(point) in component_of
+    }
+    blocks = [twins[id(original(block))] for block in own.blocks if id(original(block)) in twins]
+    if len(blocks) != len(own.blocks):
+        return None
+    return Runner(blocks=blocks, places=places, root=root)
+
+
+def _twin(module: nn.Module, twins: dict[int, nn.Module], configs: dict[int, Any]) -> nn.Module:
+    """Copy the tree without wrappers and hooks; parameter and buffer tables are shared, not copied.
+
+    Sharing the tables (not only the tensors) keeps the twin right when weights are replaced or moved.
+    """
+    module = original(module)
+    if id(module) in twins:
+        return twins[id(module)]
+    twin = module.__class__.__new__(module.__class__)
+    twin.__dict__.update(module.__dict__)
+    twins[id(module)] = twin
+    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        twin.__dict__[name] = OrderedDict()
+    for name in (
+        "_forward_hooks_with_kwargs",
+        "_forward_hooks_always_called",
+        "_forward_pre_hooks_with_kwargs",
+    ):
+        twin.__dict__[name] = OrderedDict()
+    config = module.__dict__.get("config")
+    if hasattr(config, "to_dict"):
+        if id(config) not in configs:
+            configs[id(config)] = copy.deepcopy(config)
+        twin.__dict__["config"] = configs[id(config)]
+    twin.__dict__["_modules"] = {
+        name: None if child is None else _twin(child, twins, configs)
+        for name, child in module._modules.items()
+    }
+    return twin
+
+
+def _use_fused_attention(root: Any) -> None:
+    """Fused attention for the twin, unless the architecture cannot (soft-capped scores) or chose its own."""
+    configs = {
+        id(m.__dict__["config"]): m.__dict__["config"] for m in root.modules() if "config" in m.__dict__
+    }
+    for config in configs.values():
+        config.output_attentions = False
+        config.use_cache = False
+    if getattr(root.config, "_attn_implementation", None) != "eager" or not getattr(
+        root, "_supports_sdpa", False
+    ):
+        return
+    root.set_attn_implementation("sdpa")
+
+
+def _architecture(model: nn.Module) -> str:
+    return str(getattr(getattr(model, "cfg", None), "architecture", "") or "")

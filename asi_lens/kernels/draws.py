@@ -1,0 +1,33 @@
+"""Random directions that are the same on every device, and rows of unit norm."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+# Rows of random directions drawn at a time; part of what a seed means.
+DRAW_ROWS = 16_384
+
+
+@torch.no_grad()
+def draw_gaussian(out: Float[Tensor, "n d"], seed: int, first: int = 0, total: int | None = None) -> None:
+    """Fill `out` with independent standard normal numbers, the same on every device and dtype.
+
+    They are rows `first` and on of `total` (by default, of as many as `out` has).
+    """
+    generator, last = torch.Generator().manual_seed(seed), first + len(out)
+    for start in range(0, last, DRAW_ROWS):
+        size = min(DRAW_ROWS, (last if total is None else total) - start)
+        drawn = torch.randn(size, out.shape[1], generator=generator)
+        begin, end = max(first, start), min(last, start + size)
+        if begin < end:
+            out[begin - first : end - first].copy_(drawn[begin - start : end - start])
+
+
+@torch.no_grad()
+def unit_rows_(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """Divide each row by its norm, in place, without a copy of all rows."""
+    for block in rows.split(1024):
+        block.div_(torch.linalg.vector_norm(block, dim=1, keepdim=True))
+    return rows

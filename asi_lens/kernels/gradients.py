@@ -1,0 +1,225 @@
+"""Decoding of sparse codes, and the gradients of a step as sums over picks.
+
+Nothing here builds a batch x d_sae array and nothing uses autograd. Weights come as rows, one feature per
+row: `encoder [d_sae d_in]`, `decoder [d_sae d_in]`.
+
+The loss is L = mean over the batch of sum over d_in of (reconstruction - x_n)^2, on normalized inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import embedding_bag, pad
+
+from asi_lens.kernels.codes import SparseCode
+
+
+def decode_sum(code: SparseCode, decoder: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "batch d_out"]:
+    """sum_j values[b, j] decoder[indices[b, j]], without a batch x d_sae array."""
+    return embedding_bag(code.indices, decoder, per_sample_weights=code.values, mode="sum")
+
+
+def picked_dots(
+    grad: Float[Tensor, "batch d_out"], decoder: Float[Tensor, "d_sae d_out"], indices: Int[Tensor, "batch k"]
+) -> Float[Tensor, "batch k"]:
+    """grad[b] . decoder[indices[b, j]]: the derivative of a loss in the values of a code."""
+    features, order = indices.flatten().sort()
+    dots = torch.empty_like(order, dtype=grad.dtype)
+    dots[order] = _sorted_dots(grad, decoder, order.div(indices.shape[1], rounding_mode="floor"), features)
+    return dots.view(indices.shape)
+
+
+def _sorted_dots(
+    table: Float[Tensor, "rows d_out"],
+    decoder: Float[Tensor, "d_sae d_out"],
+    rows: Int[Tensor, " picks"],
+    features: Int[Tensor, " picks"],
+) -> Float[Tensor, " picks"]:
+    """table[rows[i]] . decoder[features[i]], features ascending: the decoder, which no cache holds, is then
+    read from its start to its end, less than half the time of reading it here and there."""
+    # What embedding_bag itself uses for the derivative in its sample weights, on CPU and CUDA; the fourth
+    # argument would say where bags begin, if the fifth did not say the bag of each sample.
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        decoder, table, rows, features[:1], features, 0
+    )
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients of one step, kept as picks sorted by feature: rows are summed when asked for.
+
+    `offsets [d_sae + 1]` bounds each feature's picks; `features` those with at least one (the only
+    rows whose gradient is not zero). `b_enc [d_sae]` and `b_dec [d_out]` are summed already.
+    `parallel [d_sae]` is decoder gradient . decoder row, which falls out of the picks for nothing.
+    """
+
+    features: Int[Tensor, " n"]
+    offsets: Int[Tensor, " bounds"]
+    encoder_table: Float[Tensor, "batch d_in"]
+    encoder_rows: Int[Tensor, " picks"]
+    encoder_weights: Float[Tensor, " picks"]
+    decoder_table: Float[Tensor, "rows d_out"]
+    decoder_rows: Int[Tensor, " picks"]
+    decoder_weights: Float[Tensor, " picks"]
+    b_enc: Float[Tensor, " d_sae"]
+    b_dec: Float[Tensor, " d_out"]
+    parallel: Float[Tensor, " d_sae"]
+
+    def encoder(self, start: int, stop: int) -> Float[Tensor, "n d_in"]:
+        """dL / d encoder rows `start` to `stop`, zero where nothing fired."""
+        return self._encoder(self.offsets[start : stop + 1])
+
+    def encoder_of(self, first: int, last: int) -> Float[Tensor, "n d_in"]:
+        """dL / d encoder rows of `features[first:last]` alone."""
+        return self._encoder(self._bounds(first, last))
+
+    def decoder(
+        self, start: int, stop: int, unit_rows: Float[Tensor, "d_sae d_out"] | None
+    ) -> Float[Tensor, "n d_out"]:
+        """dL / d decoder rows; given the decoder, whose rows must be unit, without the part along them.
+
+        That part would only change a row's norm, which is then put back to one.
+        """
+        grad = self._decoder(self.offsets[start : stop + 1])
+        if unit_rows is None:
+            return grad
+        return grad.addcmul_(self.parallel[start:stop, None], unit_rows[start:stop], value=-1)
+
+    def decoder_of(
+        self, first: int, last: int, unit_rows: Float[Tensor, "d_sae d_out"]
+    ) -> Float[Tensor, "n d_out"]:
+        """The same of `features[first:last]` alone, without the part along the rows."""
+        fired = self.features[first:last]
+        grad = self._decoder(self._bounds(first, last))
+        return grad.addcmul_(self.parallel[fired, None], unit_rows[fired], value=-1)
+
+    def _bounds(self, first: int, last: int) -> Int[Tensor, " bounds"]:
+        # Rows between those that fired have no picks, so the picks of these follow each other.
+        fired = self.features[first:last]
+        return torch.cat([self.offsets[fired], self.offsets[fired[-1:] + 1]])
+
+    def _encoder(self, bounds: Tensor) -> Tensor:
+        return _sum_bags(self.encoder_table, self.encoder_rows, self.encoder_weights, bounds)
+
+    def _decoder(self, bounds: Tensor) -> Tensor:
+        return _sum_bags(self.decoder_table, self.decoder_rows, self.decoder_weights, bounds)
+
+    def __len__(self) -> int:
+        return self.b_enc.shape[0]
+
+
+def _sum_bags(table: Tensor, rows: Tensor, weights: Tensor, bounds: Tensor) -> Tensor:
+    first, last = bounds[[0, -1]].tolist()
+    return embedding_bag(
+        rows[first:last],
+        table,
+        bounds - first,
+        mode="sum",
+        per_sample_weights=weights[first:last],
+        include_last_offset=True,
+    )
+
+
+class Term(NamedTuple):
+    """One loss term: `grad [batch d_in]` is dL / d(sum of picked decoder rows), for the picks of `code`."""
+
+    code: SparseCode
+    grad: Float[Tensor, "batch d_out"]
+    pull: Float[Tensor, "batch k"] | None = None
+    """What a penalty on the values adds to dL / d values; only that of picks that fired counts."""
+    holds_b_dec: bool = True
+    """Whether b_dec is part of this term's reconstruction."""
+    gain: Float[Tensor, "batch k"] | None = None
+    """d value / d (x . encoder row), where it is not 1."""
+    to_b_enc: bool = True
+    """Whether b_enc is part of what the values come from."""
+    moves_decoder: bool = True
+    """Whether the decoder learns from this term; else it is taken as a constant."""
+
+
+def sum_gradients(
+    terms: Sequence[Term],
+    x: Float[Tensor, "batch d_in"],
+    encoder: Float[Tensor, "d_sae d_in"],
+    decoder: Float[Tensor, "d_sae d_out"],
+    *,
+    b_dec_is_read: bool = True,
+    over_features: Callable[[Tensor], Tensor] | None = None,
+) -> Gradients:
+    """Gradients of all terms in encoder, decoder and biases.
+
+    `x` are the centered rows x_n - b_dec that were encoded: b_dec reaches every pick through the
+    encoder's input (unless not `b_dec_is_read`), and is added by the reconstructions that hold it. Where
+    `encoder` has a part of the features, `over_features` adds up what the parts say of b_dec.
+    """
+    d_sae, batch = encoder.shape[0], x.shape[0]
+    widths = [term.code.indices.shape[1] for term in terms]
+    rows = torch.arange(len(terms) * batch, device=x.device).view(len(terms), batch)
+    table_rows = [own.repeat_interleave(width) for own, width in zip(rows, widths, strict=True)]
+    fired = torch.cat([term.code.values.flatten() for term in terms]) > 0
+    features, order = torch.cat([term.code.indices.flatten() for term in terms]), None
+    if not bool(fired.all()):
+        order = fired.nonzero().flatten()
+        features = features[order]
+    # Stable, so that sums run in the same order every time.
+    features, place = features.sort(stable=True)
+    order = place if order is None else order[place]
+
+    def column(parts: Sequence[Tensor | None], rest: float = 0.0) -> Tensor:
+        """Of the picks that fired, sorted by feature; terms without a part of it have `rest`."""
+        whole = [
+            torch.full_like(term.code.values, rest) if part is None else part
+            for part, term in zip(parts, terms, strict=True)
+        ]
+        return torch.cat([part.flatten() for part in whole])[order]
+
+    table = terms[0].grad if len(terms) == 1 else torch.cat([term.grad for term in terms])
+    rows_of_table = column(table_rows)
+    values = column([term.code.values if term.moves_decoder else None for term in terms])
+    dots = _sorted_dots(table, decoder, rows_of_table, features)
+    into = dots
+    if any(term.pull is not None for term in terms):
+        into = into + column([term.pull for term in terms])
+    if any(term.gain is not None for term in terms):
+        into = into * column([term.gain for term in terms], rest=1.0)
+    summed = [into, values * dots]
+    if not all(term.to_b_enc for term in terms):
+        ones = [torch.ones_like(term.code.values) if term.to_b_enc else None for term in terms]
+        summed.append(into * column(ones))
+    counts = torch.bincount(features, minlength=d_sae)
+    offsets = pad(counts.cumsum(0), (1, 0))
+    sums = embedding_bag(
+        torch.arange(len(features), device=x.device),
+        torch.stack(summed, 1),
+        offsets,
+        mode="sum",
+        include_last_offset=True,
+    )
+    pre, parallel, *other = sums.unbind(1)
+    b_enc = other[0] if other else pre
+    active = counts.nonzero().flatten()
+    b_dec = torch.stack([term.grad.sum(0) for term in terms if term.holds_b_dec]).sum(0)
+    if b_dec_is_read:
+        # It is subtracted before the encoder and added after the decoder.
+        few = 4 * len(active) < d_sae
+        through = pre[active] @ encoder[active] if few else pre @ encoder
+        b_dec = b_dec - (through if over_features is None else over_features(through))
+    return Gradients(
+        features=active,
+        offsets=offsets,
+        encoder_table=x,
+        encoder_rows=rows_of_table if len(terms) == 1 else rows_of_table % batch,
+        encoder_weights=into,
+        decoder_table=table,
+        decoder_rows=rows_of_table,
+        decoder_weights=values,
+        b_enc=b_enc.contiguous(),
+        b_dec=b_dec,
+        parallel=parallel.contiguous(),
+    )

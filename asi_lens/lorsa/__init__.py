@@ -1,0 +1,1 @@
+"""Low-rank sparse attention: what `sae` is for activations, for attention layers."""

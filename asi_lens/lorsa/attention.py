@@ -1,0 +1,218 @@
+"""What one attention layer of a model computes with, read out and checked against the layer itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from asi_lens.base.errors import UnsupportedModelError, require
+from asi_lens.inputs import models, twin
+from asi_lens.lorsa.heads import PatternConfig, QueryKeyHeads
+
+READ_SITE = "blocks.{}.attn.hook_in"
+"""What an attention layer reads: the stream after its input norm, where there is one."""
+
+# Relative error of the copy's output that rounding explains, by the dtype the model computes in.
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """The weights of an attention layer by query head, float64 on the CPU, and its rules.
+
+    Key-value heads that query heads share (grouped queries) are repeated, one for each query head. Missing
+    biases are zeros. `cos`, `sin` as in `QueryKeyHeads`; gains are None without a query-key norm.
+    """
+
+    W_Q: Float[Tensor, "head d_in d_head"]
+    W_K: Float[Tensor, "head d_in d_head"]
+    W_V: Float[Tensor, "head d_in d_head"]
+    W_O: Float[Tensor, "head d_head d_in"]
+    b_Q: Float[Tensor, "head d_head"]
+    b_K: Float[Tensor, "head d_head"]
+    b_V: Float[Tensor, "head d_head"]
+    b_O: Float[Tensor, " d_in"]
+    cos: Float[Tensor, "context rotary_dim"]
+    sin: Float[Tensor, "context rotary_dim"]
+    q_gain: Float[Tensor, " d_head"] | None
+    k_gain: Float[Tensor, " d_head"] | None
+    pattern: PatternConfig
+
+    @property
+    def n_heads(self) -> int:
+        """Number of query heads."""
+        return self.W_Q.shape[0]
+
+    @property
+    def d_in(self) -> int:
+        """Width of what the layer reads and writes."""
+        return self.W_Q.shape[1]
+
+    @property
+    def d_head(self) -> int:
+        """Width of a head."""
+        return self.W_Q.shape[2]
+
+    @torch.no_grad()
+    def fill(self, heads: QueryKeyHeads, mean: Float[Tensor, " d_in"], scale: float) -> None:
+        """Copy queries and keys into `heads`, for inputs (x - mean) * scale instead of x.
+
+        Each head goes into as many neighbors as `heads` has of them for each of the layer's.
+        """
+        copies = heads.W_Q.shape[0] // self.n_heads
+        mean = mean.to(self.W_Q)
+        for name in "QK":
+            W, b = getattr(self, f"W_{name}"), getattr(self, f"b_{name}")
+            getattr(heads, f"W_{name}").copy_((W / scale).repeat_interleave(copies, 0))
+            getattr(heads, f"b_{name}").copy_((b + mean @ W).repeat_interleave(copies, 0))
+        for name in ("cos", "sin", "q_gain", "k_gain"):
+            value = getattr(self, name)
+            if value is not None:
+                getattr(heads, name).copy_(value)
+
+    @torch.no_grad()
+    def output(self, x: Float[Tensor, "batch position d_in"]) -> Float[Tensor, "batch position d_in"]:
+        """What the layer writes, before any norm after it, for raw inputs; float64."""
+        heads = QueryKeyHeads(self.n_heads, self.d_in, self.d_head, self.pattern, torch.float64)
+        self.fill(heads, torch.zeros(self.d_in), 1.0)
+        values = torch.einsum("bpd,hdv->bhpv", x.double().cpu(), self.W_V) + self.b_V[:, None]
+        z = heads(x.double().cpu()) @ values
+        return torch.einsum("bhpv,hvd->bpd", z, self.W_O) + self.b_O
+
+
+def write_site(model: nn.Module, layer: int) -> str:
+    """The hook of what the attention layer writes, before any norm after it (Gemma 2 and 3)."""
+    return models.hook_name(model, models.attention_write_site(model), layer)
+
+
+def read_attention(model: nn.Module, layer: int, context: int) -> AttentionLayer:
+    """Read an attention layer of a TransformerBridge, for sequences up to `context`.
+
+    The model runs once, on `context` tokens up to that layer: the rotation by position is taken from that
+    run, and the output computed from what was read must be the layer's own.
+
+    Raises UnsupportedModelError, naming what is missing, for a layer whose patterns are made otherwise
+    (without a causal mask, with ALiBi or other rotations ...); OptionError for a layer or context out of
+    range.
+    """
+    info = models.model_info(model)
+    if not info.causal:
+        raise _unsupported(model, layer, "it attends to later positions too: no causal mask")
+    read, write = models.hook_name(model, READ_SITE, layer), write_site(model, layer)
+    require(1 <= context <= info.n_ctx, "context", context, f"from 1 to the model's {info.n_ctx} tokens")
+    own, fast = twin.runners(model)
+    if fast is None or read not in fast.places:
+        raise _unsupported(model, layer, "only a TransformerBridge without weight processing is read")
+    attention: Any = fast.places[read][0]
+    x, y, rotation = _run(model, attention, layer, read, write, context)
+    bridge = own.blocks[layer]._modules["attn"]
+    n_heads, n_groups = info.n_heads, info.n_kv_heads
+    W_Q, b_Q = _projection(model, layer, bridge, "q", n_heads, n_heads)
+    W_K, b_K = _projection(model, layer, bridge, "k", n_groups, n_heads)
+    W_V, b_V = _projection(model, layer, bridge, "v", n_groups, n_heads)
+    W_O, b_O = models.output_projection(model, layer), models.output_bias(model, layer)
+    norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    scale = getattr(attention, "scaling", None)
+    if scale is None:
+        raise _unsupported(model, layer, f"{type(attention).__name__} has no `scaling`")
+    cos, sin = rotation or (torch.zeros(context, 0), torch.zeros(context, 0))
+    found = AttentionLayer(
+        W_Q=W_Q,
+        W_K=W_K,
+        W_V=W_V,
+        W_O=W_O.double().cpu(),
+        b_Q=b_Q,
+        b_K=b_K,
+        b_V=b_V,
+        b_O=torch.zeros(W_Q.shape[1], dtype=torch.float64) if b_O is None else b_O.double().cpu(),
+        cos=cos.double().cpu(),
+        sin=sin.double().cpu(),
+        q_gain=None if norms[0] is None else _gain(model, layer, norms[0], W_Q.shape[2]),
+        k_gain=None if norms[1] is None else _gain(model, layer, norms[1], W_Q.shape[2]),
+        pattern=PatternConfig(
+            context=context,
+            scale=float(scale),
+            softcap=getattr(attention, "attn_logit_softcapping", None),
+            window=getattr(attention, "sliding_window", None),
+            rotary_dim=cos.shape[-1],
+            norm_eps=None if norms[0] is None else _eps(norms[0]),
+        ),
+    )
+    error = float((found.output(x) - y).norm() / y.norm())
+    allowed = _TOLERANCE[next(model.parameters()).dtype]
+    if not error <= allowed:
+        raise _unsupported(
+            model,
+            layer,
+            f"queries, keys, rotation, scale, soft cap, window and norm as read give another output than the "
+            f"layer (relative error {error:.2g}, rounding explains {allowed:g}): it does something else too",
+        )
+    return found
+
+
+def _run(
+    model: nn.Module, attention: nn.Module, layer: int, read: str, write: str, context: int
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """Input and output [1 context d_in], float64, of one run; cos and sin [context rotary_dim], if any."""
+    seen: dict[str, Any] = {}
+
+    def keep(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        seen["rotation"] = kwargs.get("position_embeddings")
+
+    hooks = {read: lambda x: seen.__setitem__("x", x), write: lambda y: seen.__setitem__("y", y)}
+    ids = torch.arange(context).remainder(models.model_info(model).d_vocab)[None]
+    handle = attention.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        models.forward(model, ids, hooks, stop_after_layer=layer)
+    finally:
+        handle.remove()
+    if "rotation" not in seen:
+        raise _unsupported(model, layer, "hooks that were added to the model itself are in the way")
+    rotation = seen["rotation"]
+    if rotation is not None:
+        cos, sin = (part.reshape(context, -1) for part in rotation)
+        rotation = cos, sin
+    return seen["x"].double().cpu(), seen["y"].double().cpu(), rotation
+
+
+def _projection(
+    model: nn.Module, layer: int, bridge: Any, name: str, n_groups: int, n_heads: int
+) -> tuple[Float[Tensor, "head d_in d_head"], Float[Tensor, "head d_head"]]:
+    """Weights and biases of queries, keys or values, float64, one for each query head."""
+    part = bridge._modules.get(name)
+    linear: Any = None if part is None else twin.original(part)
+    if not isinstance(linear, nn.Linear):
+        raise _unsupported(model, layer, f"it has no projection `{name}` of its own")
+    weight = linear.weight.detach().double().cpu()
+    bias = torch.zeros(len(weight)) if linear.bias is None else linear.bias.detach()
+    by_head = weight.unflatten(0, (n_groups, -1)).mT
+    biases = bias.double().cpu().unflatten(0, (n_groups, -1))
+    copies = n_heads // n_groups
+    return by_head.repeat_interleave(copies, 0), biases.repeat_interleave(copies, 0)
+
+
+def _eps(norm: nn.Module) -> float:
+    return float(getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", None) or 0.0)
+
+
+def _gain(model: nn.Module, layer: int, norm: nn.Module, d_head: int) -> Float[Tensor, " d_head"]:
+    """What a norm multiplies by: its output for ones, whose root mean square is 1 (some store gain - 1)."""
+    parameter = next(norm.parameters(), torch.empty(0))
+    if _eps(norm) <= 0 or parameter.numel() != d_head:
+        raise _unsupported(
+            model, layer, f"its query-key norm {type(norm).__name__} is no root-mean-square norm by head"
+        )
+    with torch.no_grad():
+        gain = norm(torch.ones(1, 1, 1, d_head, dtype=parameter.dtype, device=parameter.device))
+    return gain.flatten().double().cpu() * (1 + _eps(norm)) ** 0.5
+
+
+def _unsupported(model: nn.Module, layer: int, why: str) -> UnsupportedModelError:
+    info = models.model_info(model)
+    return UnsupportedModelError(
+        f"attention of layer {layer} of {info.name} ({info.architecture}) cannot be copied: {why}"
+    )

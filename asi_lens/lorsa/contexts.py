@@ -1,0 +1,119 @@
+"""What the units of a Lorsa attend to: where each wrote most, and from where it read that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from asi_lens.base.errors import require
+from asi_lens.inputs.corpora import Tokens
+from asi_lens.lorsa.data import SequencePairs
+from asi_lens.lorsa.lorsa import Lorsa
+
+# Sequences encoded at a time.
+_BLOCK = 4
+
+
+@torch.no_grad()
+def unit_firings(lorsa: Lorsa, pairs: SequencePairs) -> pd.DataFrame:
+    """How often each unit wrote and how strongly, over the positions that count.
+
+    Columns: `unit`, `head`, `frequency` (share of positions), `mean` (of the values when it wrote).
+    """
+    counts = torch.zeros(lorsa.n_ov, dtype=torch.float64)
+    sums = torch.zeros(lorsa.n_ov, dtype=torch.float64)
+    for block in pairs.blocks(_BLOCK):
+        code = lorsa.encode(block.x)
+        units, values = code.indices[:, 1:].flatten(), code.values[:, 1:].flatten().double()
+        counts.index_add_(0, units, (values != 0).double())
+        sums.index_add_(0, units, values)
+    return pd.DataFrame(
+        {
+            "unit": range(lorsa.n_ov),
+            "head": lorsa.head_of_unit,
+            "frequency": (counts / pairs.n).tolist(),
+            "mean": (sums / counts.clamp_min(1)).tolist(),
+        }
+    )
+
+
+@torch.no_grad()
+def top_contexts(
+    lorsa: Lorsa,
+    pairs: SequencePairs,
+    tokens: Tokens,
+    units: Sequence[int],
+    decode: Callable[[list[int]], str],
+    *,
+    n: int = 3,
+    before: int = 12,
+    spaces: str = " ",
+) -> pd.DataFrame:
+    """The `n` positions where each unit wrote most, each in another sequence.
+
+    Args:
+        pairs, tokens: the layer's data and the text that they were harvested from.
+        decode: ids to text, as a tokenizer's `decode`.
+        before: tokens of text shown before the position.
+        spaces: what stands for line breaks.
+
+    Columns: `unit`, `head`, `value` (normalized units), `reads_from` (the token that gave most), `share`
+    (its part of the value before the choice of k; others may be negative, so it may exceed 1), `distance`
+    (positions back), `text` (up to the position, the token read in «»). Raises OptionError for a unit that
+    there is not, or text of another shape than `pairs`.
+    """
+    shape = (len(pairs), pairs.context)
+    require(tuple(tokens.ids.shape) == shape, "tokens", tuple(tokens.ids.shape), f"of shape {shape}")
+    for unit in units:
+        require(0 <= unit < lorsa.n_ov, "units", unit, f"from 0 to {lorsa.n_ov - 1}")
+    best = _strongest(lorsa, pairs, units)
+    rows = []
+    for place, unit in enumerate(units):
+        for sequence in best[place].amax(1).argsort(descending=True)[:n].tolist():
+            position = int(best[place, sequence].argmax())
+            value = best[place, sequence, position].item()
+            if value <= 0:
+                continue
+            parts = _parts(lorsa, pairs[sequence : sequence + 1].inputs, unit, position)
+            source = int(parts.argmax())
+            ids = tokens.ids[sequence].tolist()
+            start = max(0, min(position - before, source - 2))
+            words = [decode([token]) for token in ids[start : position + 1]]
+            words[source - start] = f"«{words[source - start]}»"
+            rows.append(
+                {
+                    "unit": unit,
+                    "head": lorsa.head_of_unit[unit],
+                    "value": value,
+                    "reads_from": decode([ids[source]]),
+                    "share": (parts[source] / parts.sum()).item(),
+                    "distance": position - source,
+                    "text": spaces.join("".join(words).split()),
+                }
+            )
+    names = ["unit", "head", "value", "reads_from", "share", "distance", "text"]
+    return pd.DataFrame(rows, columns=names)
+
+
+def _strongest(lorsa: Lorsa, pairs: SequencePairs, units: Sequence[int]) -> Tensor:
+    """What each unit wrote everywhere, by size [unit sequence position]; nothing at position 0."""
+    wanted = torch.tensor(list(units))
+    found = []
+    for block in pairs.blocks(_BLOCK):
+        code = lorsa.encode(block.x)
+        hit = code.indices[None] == wanted[:, None, None, None]
+        found.append((hit * code.values.abs()[None]).sum(-1))
+    out = torch.cat(found, 1)
+    out[:, :, 0] = 0
+    return out
+
+
+def _parts(lorsa: Lorsa, x: Tensor, unit: int, position: int) -> Tensor:
+    """What each position up to this one gives to a unit: A[position, source] (x_n . w_v + b_v)."""
+    x_n = lorsa.normalize(x)
+    pattern = lorsa.heads(x_n)[0, lorsa.head_of_unit[unit], position]
+    values = x_n[0] @ lorsa.W_V[unit] + lorsa.b_V[unit]
+    return (pattern * values)[: position + 1]

@@ -1,0 +1,204 @@
+"""What an attention layer reads and writes, in whole sequences: the data of a Lorsa.
+
+Position 0 of a sequence (BOS, the attention sink) is kept, because later positions look at it, but it is in
+no statistic, no loss and no count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from asi_lens.activations.harvest import BATCH_TOKENS, SiteLayer, harvest
+from asi_lens.activations.harvest_store import harvest_stores
+from asi_lens.activations.moments import Moments
+from asi_lens.base.errors import DataError, require
+from asi_lens.base.permutation import Permutation
+from asi_lens.inputs import models
+from asi_lens.inputs.corpora import Tokens
+from asi_lens.lorsa.attention import READ_SITE, write_site
+from asi_lens.lorsa.lorsa import origin
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """Inputs x and outputs y of the same sequences, raw units; its length is the positions that count."""
+
+    x: Float[Tensor, "batch position d"]
+    y: Float[Tensor, "batch position d"]
+
+    def __len__(self) -> int:
+        return self.x.shape[0] * (self.x.shape[1] - 1)
+
+
+class SequencePairs:
+    """Inputs and outputs [sequence position d] of one attention layer, in memory.
+
+    `pairs[a:b]` are sequences a to b, without a copy. Raises DataError for shapes that do not fit or a
+    context of 1, which holds nothing but the position that is never counted.
+    """
+
+    def __init__(
+        self,
+        inputs: Tensor,
+        outputs: Tensor,
+        metadata: Mapping[str, Any] | None = None,
+    ):
+        if inputs.shape != outputs.shape or inputs.ndim != 3 or inputs.numel() == 0 or inputs.shape[1] < 2:
+            raise DataError(
+                f"inputs of shape {tuple(inputs.shape)} and outputs of shape {tuple(outputs.shape)}; both "
+                "are [sequence position d], of 2 positions or more"
+            )
+        self.inputs, self.outputs = inputs, outputs
+        self.d = inputs.shape[2]
+        """Width."""
+        self.metadata: dict[str, Any] = dict(metadata or {})
+
+    def __len__(self) -> int:
+        """Number of sequences."""
+        return self.inputs.shape[0]
+
+    def __getitem__(self, part: slice) -> SequencePairs:
+        return SequencePairs(self.inputs[part], self.outputs[part], self.metadata)
+
+    @property
+    def context(self) -> int:
+        """Positions of a sequence, the one that is not counted included."""
+        return self.inputs.shape[1]
+
+    @property
+    def n(self) -> int:
+        """Positions that count."""
+        return len(self) * (self.context - 1)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that change with the data: over the means and variances of both sides."""
+        digest = hashlib.sha256(f"{len(self)} {self.context}".encode())
+        for moments in (self.input_moments, self.output_moments):
+            digest.update(moments.mean.cpu().numpy().tobytes())
+            digest.update(moments.scatter.diagonal().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def blocks(self, n_sequences: int) -> Iterator[PairBatch]:
+        """All sequences once, in order."""
+        sides = (self.inputs.split(n_sequences), self.outputs.split(n_sequences))
+        return itertools.starmap(PairBatch, zip(*sides, strict=True))
+
+    def batches(
+        self, batch_size: int, *, seed: int, start: int = 0, n_tokens: int | None = None
+    ) -> Iterator[PairBatch]:
+        """Shuffled batches from position `start` of the stream on, until `n_tokens` (None: without end).
+
+        `batch_size`, `start` and `n_tokens` count positions, but a batch is whole sequences: as many as fit,
+        in the last one too, and one batch may reach from an epoch into the next. Each epoch has an order of
+        its own, from `seed`. Raises OptionError for a batch smaller than a sequence, or a start between
+        batches.
+        """
+        each = self.context - 1
+        require(batch_size >= each, "batch_size", batch_size, f"a sequence of {each} positions at least")
+        n, n_sequences = len(self), batch_size // each
+        require(start % (n_sequences * each) == 0, "start", start, f"a multiple of {n_sequences * each}")
+        first = start // each
+        while n_tokens is None or first * each < n_tokens:
+            places = np.arange(first, first + n_sequences)
+            index = np.empty_like(places)
+            for epoch in np.unique(places // n):
+                inside = places // n == epoch
+                index[inside] = Permutation(n, seed, int(epoch))(places[inside] % n)
+            chosen = torch.from_numpy(index).to(self.inputs.device)
+            yield PairBatch(self.inputs[chosen], self.outputs[chosen])
+            first += n_sequences
+
+    @cached_property
+    def input_moments(self) -> Moments:
+        """Moments of the inputs at the positions that count. Raises DataError for NaN or infinity."""
+        return _moments(self.inputs)
+
+    @cached_property
+    def output_moments(self) -> Moments:
+        """The same of the outputs."""
+        return _moments(self.outputs)
+
+
+def harvest_pairs(
+    model: nn.Module,
+    tokens: Tokens,
+    layer: int,
+    *,
+    dtype: str | torch.dtype = "float32",
+    batch_tokens: int = BATCH_TOKENS,
+    progress: bool = True,
+) -> SequencePairs:
+    """Run the model once and keep what the attention of `layer` reads and writes (before any norm after it).
+
+    Takes 2 * tokens * d_model numbers of `dtype` ("bfloat16" halves them, "auto" is what the machine is fast
+    in). Raises as `harvest` and `models.hook_name` do.
+    """
+    read = models.hook_name(model, READ_SITE, layer)
+    d = int(models.model_info(model).d_model)
+    kept = _Kept(
+        (read, layer),
+        (write_site(model, layer), layer),
+        torch.empty(2, tokens.ids.numel(), d, dtype=models.resolve_dtype(dtype, torch.device("cpu"))),
+    )
+    harvest(model, tokens, [kept], batch_tokens=batch_tokens, drop_first=False, progress=progress)
+    inputs, outputs = kept.rows.unflatten(1, (len(tokens), tokens.context))
+    about = {**origin(model, layer), "corpus": tokens.corpus, "tokens": tokens.fingerprint}
+    return SequencePairs(inputs, outputs, about)
+
+
+def stored_pairs(
+    model: nn.Module,
+    tokens: Tokens,
+    layer: int,
+    *,
+    budget_gb: int | float = 20,
+    progress: bool = True,
+) -> SequencePairs:
+    """The same from stores in the cache, in bfloat16, which are written if they are not there yet.
+
+    Raises as `harvest_stores` and `models.hook_name` do.
+    """
+    wheres = ((models.hook_name(model, READ_SITE, layer), layer), (write_site(model, layer), layer))
+    stores = harvest_stores(model, tokens, wheres, drop_first=False, budget_gb=budget_gb, progress=progress)
+    inputs, outputs = (
+        torch.cat(list(stores[where].in_order(8192))).view(len(tokens), tokens.context, -1)
+        for where in wheres
+    )
+    about = {**origin(model, layer), "corpus": tokens.corpus, "tokens": tokens.fingerprint}
+    return SequencePairs(inputs, outputs, about)
+
+
+class _Kept:
+    """Consumer that writes the rows of two sites side by side into one array."""
+
+    def __init__(self, read: SiteLayer, write: SiteLayer, rows: Float[Tensor, "2 n d"]):
+        self.wants = (read, write)
+        self.rows = rows
+        self._at = [0, 0]
+
+    def consume(self, where: SiteLayer, rows: Float[Tensor, "n d"]) -> None:
+        """See `harvest.Consumer`."""
+        side = self.wants.index(where)
+        start = self._at[side]
+        self._at[side] = start + len(rows)
+        self.rows[side, start : self._at[side]] = rows
+
+
+def _moments(sequences: Float[Tensor, "sequence position d"]) -> Moments:
+    """Of all positions but the first, products in float64."""
+    moments = Moments.zeros(sequences.shape[2], sequences.device)
+    for block in sequences.split(math.ceil(8192 / sequences.shape[1])):
+        moments.update(block[:, 1:].flatten(0, 1).double())
+    return moments

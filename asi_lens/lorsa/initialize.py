@@ -1,0 +1,266 @@
+"""How a Lorsa begins: a layer exactly, or units at random or in the active subspace of each head's values.
+
+Queries and keys always come from the layer. ASI (arXiv 2508.16929, claim C10) takes, for each original head,
+the centered values v = x W_V of that head and their top `d_init` principal directions U [d_head d_init]; a
+unit of that head draws a direction u = U c, c isotropic, reads it (w_v = W_V u) and writes what the layer
+makes of it (w_o = u W_O). Both get unit norm, then one factor on all w_v makes the first reconstruction best.
+Subspaces and projections are computed in float64. (The authors take the directions in the residual stream,
+of x W_V W_V^T, at d_init = d_head, and write w_v W_V W_O.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from asi_lens.activations.moments import Moments
+from asi_lens.activations.spectrum import one_thread
+from asi_lens.base.errors import OptionError, require, unknown_name
+from asi_lens.kernels.codes import SparseCode
+from asi_lens.kernels.draws import draw_gaussian, unit_rows_
+from asi_lens.lorsa.attention import AttentionLayer, read_attention
+from asi_lens.lorsa.data import SequencePairs
+from asi_lens.lorsa.lorsa import Lorsa, config_for, origin
+
+LORSA_METHODS = ("random", "asi")
+"""Gaussian units; units in the active subspace of the values of their head."""
+
+# Elements of z~ [batch position n_ov] computed at a time outside of training.
+_BLOCK = 2**25
+
+
+@dataclass(frozen=True)
+class LorsaInitReport:
+    """What `initialize_lorsa` did, and how exact it came out.
+
+    Attributes:
+        d_init: dimensions of each head's active subspace; none for `random`.
+        leak_value, leak_output: largest share of the norm of a w_v (w_o) outside of what the active subspace
+            of its head is in the stream, in float64 on the weights as stored; none for `random`.
+        value_norm: norm that all w_v have (w_o have norm 1).
+        fvu: fraction of the sample's output variance that the first reconstruction leaves.
+    """
+
+    method: str
+    d_init: int | None
+    seed: int
+    tied: bool
+    norm_search: bool
+    center: bool
+    leak_value: float | None
+    leak_output: float | None
+    value_norm: float
+    fvu: float
+
+
+@torch.no_grad()
+def from_attention(
+    model: nn.Module, layer: int, context: int, *, dtype: torch.dtype = torch.float32
+) -> Lorsa:
+    """The Lorsa that is an attention layer exactly: one unit per query head and value dimension, all on.
+
+    For sequences up to `context`. Raises as `read_attention`.
+    """
+    source = read_attention(model, layer, context)
+    n_ov = source.n_heads * source.d_head
+    config = config_for(source, n_ov=n_ov, k=n_ov, rectify=False, metadata=origin(model, layer))
+    lorsa = Lorsa(config, dtype=dtype)
+    source.fill(lorsa.heads, torch.zeros(source.d_in), 1.0)
+    W_O = source.W_O.flatten(0, 1)
+    norms = W_O.norm(dim=1, keepdim=True)
+    # A direction that is not written at all keeps its row of zeros.
+    norms = torch.where(norms > 0, norms, 1.0)
+    lorsa.W_O.copy_(W_O / norms)
+    lorsa.W_V.copy_(source.W_V.mT.flatten(0, 1) * norms)
+    lorsa.b_V.copy_(source.b_V.flatten() * norms.squeeze(1))
+    lorsa.b_O.copy_(source.b_O)
+    lorsa.initialization = {"method": "from_attention"}
+    return lorsa
+
+
+@torch.no_grad()
+def initialize_lorsa(
+    lorsa: Lorsa,
+    model: nn.Module,
+    layer: int,
+    sample: SequencePairs,
+    method: str = "asi",
+    d_init: int | None = None,
+    *,
+    tied: bool = True,
+    norm_search: bool = True,
+    center: bool = True,
+    seed: int | None = None,
+) -> LorsaInitReport:
+    """Set every weight of `lorsa` and its normalization of inputs and outputs, in place.
+
+    Args:
+        model, layer: whose queries and keys are copied, and whose values and outputs ASI looks at.
+        sample: of that layer, for the means, the scales, the subspaces and the norm.
+        method: one of `LORSA_METHODS`. `random` draws w_v isotropically in the stream.
+        d_init: dimensions of the active subspace of a head, 1 to d_qk. ASI only.
+        tied: a unit writes what its head's W_O makes of what it reads: u W_O for ASI, (w_v W_V) W_O for
+            `random`. Else w_o is drawn on its own, the same way (for `random`: isotropically in the stream).
+        norm_search: scale w_v so that the first reconstruction of `sample` has the smallest mean squared
+            error, in closed form; else w_v have norm 1, as they do where every norm makes it worse (untied
+            units may: what they write has nothing to do with what they read).
+        center: take the means out of inputs and outputs (buffers); else b_O starts as the outputs' mean.
+        seed: of the units; by default that of the configuration.
+
+    Raises OptionError, UnknownNameError, DataError for a sample that is not finite or never varies, and what
+    `read_attention` raises.
+    """
+    if method not in LORSA_METHODS:
+        raise unknown_name("initialization method", method, LORSA_METHODS)
+    config = lorsa.config
+    source = read_attention(model, layer, config.pattern.context)
+    shape = (source.d_in, source.d_head, source.pattern)
+    if (config.d_in, config.d_qk, config.pattern) != shape or config.n_qk_heads % source.n_heads:
+        raise OptionError(
+            f"layer {layer} has d_in={source.d_in}, d_qk={source.d_head}, {source.n_heads} heads and "
+            f"{source.pattern}; this Lorsa was made for another (d_in={config.d_in}, d_qk={config.d_qk}, "
+            f"n_qk_heads={config.n_qk_heads}, {config.pattern}). LorsaConfig.of takes them from a layer"
+        )
+    require(sample.d == config.d_in, "sample", f"of width {sample.d}", f"of width d_in={config.d_in}")
+    _check_d_init(method, d_init, source.d_head)
+    seed = config.seed if seed is None else seed
+    require(seed >= 0, "seed", seed, "at least 0")
+
+    _set_normalization(lorsa, sample, center)
+    source.fill(lorsa.heads, lorsa.input_mean, lorsa.input_scale.item())
+    lorsa.b_V.zero_()
+    active = None if d_init is None else active_values(source, sample.input_moments.covariance, d_init)
+    _draw_units(lorsa, source, active, tied, seed)
+    if norm_search:
+        cross, power = _first_fit(lorsa, sample)
+        lorsa.W_V.mul_(cross / power if cross > 0 else 1.0)
+    leaks = None if active is None else _leaks(lorsa, source, active)
+    report = LorsaInitReport(
+        method=method,
+        d_init=d_init,
+        seed=seed,
+        tied=tied,
+        norm_search=norm_search,
+        center=center,
+        leak_value=None if leaks is None else leaks[0],
+        leak_output=None if leaks is None else leaks[1],
+        value_norm=lorsa.W_V.norm(dim=1).mean().item(),
+        fvu=squared_error(lorsa, sample) / sample.output_moments.scatter.trace().item(),
+    )
+    settings = ("method", "d_init", "seed", "tied", "norm_search", "center")
+    lorsa.initialization = {key: value for key, value in asdict(report).items() if key in settings}
+    return report
+
+
+def active_values(
+    source: AttentionLayer, input_covariance: Float[Tensor, "d_in d_in"], d_init: int
+) -> Float[Tensor, "head d_head d_init"]:
+    """Top principal directions of each head's values, orthonormal columns, float64."""
+    C = input_covariance.double().cpu()
+    with one_thread(source.d_head):
+        vectors = torch.linalg.eigh(source.W_V.mT @ C @ source.W_V).eigenvectors
+    return vectors[:, :, -d_init:].flip(-1)
+
+
+@torch.no_grad()
+def codes(lorsa: Lorsa, pairs: SequencePairs) -> Iterator[tuple[Tensor, SparseCode]]:
+    """Targets [batch position-1 d_in], normalized, and codes [batch position-1 k] of positions that count,
+    a few sequences at a time: z~ is dense, and memory bounds how many."""
+    at_once = max(1, _BLOCK // (pairs.context * lorsa.n_ov))
+    for block in pairs.blocks(at_once):
+        code = lorsa.encode(block.x)
+        yield lorsa.normalize_output(block.y)[:, 1:], SparseCode(*(part[:, 1:] for part in code))
+
+
+@torch.no_grad()
+def squared_error(lorsa: Lorsa, pairs: SequencePairs) -> float:
+    """Sum of the squared errors at the positions that count, raw units."""
+    total = 0.0
+    for target, code in codes(lorsa, pairs):
+        total += (target.double() - lorsa.decode_normalized(code).double()).square().sum().item()
+    return total / lorsa.output_scale.item() ** 2
+
+
+def _check_d_init(method: str, d_init: int | None, d_head: int) -> None:
+    if method == "random":
+        require(d_init is None, "d_init", d_init, "left out for method='random'")
+        return
+    whole = isinstance(d_init, int) and not isinstance(d_init, bool)
+    allowed = f"a whole number from 1 to d_qk={d_head} for method={method!r}"
+    require(whole and 1 <= (d_init or 0) <= d_head, "d_init", d_init, allowed)
+
+
+def _set_normalization(lorsa: Lorsa, sample: SequencePairs, center: bool) -> None:
+    """Means and scales of `sample`: normalized rows have mean square norm d_in."""
+    sides: dict[str, Moments] = {"input": sample.input_moments, "output": sample.output_moments}
+    for side, moments in sides.items():
+        size = moments.covariance.trace().item()
+        require(0 < size < math.inf, f"variance of the {side}s", size, "finite and above 0")
+        if not center:
+            size += moments.mean.square().sum().item()
+        getattr(lorsa, f"{side}_mean").copy_(moments.mean if center else torch.zeros_like(moments.mean))
+        getattr(lorsa, f"{side}_scale").fill_(math.sqrt(lorsa.d_in / size))
+    offset = (sample.output_moments.mean.to(lorsa.output_mean) - lorsa.output_mean) * lorsa.output_scale
+    lorsa.b_O.copy_(offset)
+
+
+def _draw_units(lorsa: Lorsa, source: AttentionLayer, active: Tensor | None, tied: bool, seed: int) -> None:
+    """Unit rows w_v and w_o, a group for each query-key head."""
+    width = lorsa.d_in if active is None else active.shape[2]
+    reads = torch.empty(lorsa.n_ov, width, dtype=torch.float64)
+    draw_gaussian(reads, seed)
+    writes = reads
+    if not tied:
+        writes = torch.empty_like(reads)
+        # Any other stream of the same seed.
+        draw_gaussian(writes, seed + 2**31)
+    for head, rows in _groups(lorsa, source):
+        W_V, W_O = source.W_V[head], source.W_O[head]
+        if active is not None:
+            w_v = reads[rows] @ active[head].T @ W_V.T
+            w_o = writes[rows] @ active[head].T @ W_O
+        else:
+            w_v = reads[rows]
+            w_o = w_v @ W_V @ W_O if tied else writes[rows]
+        lorsa.W_V[rows] = unit_rows_(w_v.clone()).to(lorsa.W_V)
+        lorsa.W_O[rows] = unit_rows_(w_o.clone()).to(lorsa.W_O)
+
+
+def _groups(lorsa: Lorsa, source: AttentionLayer) -> Iterator[tuple[int, slice]]:
+    """The layer's head and the units of each query-key head."""
+    heads = lorsa.config.n_qk_heads
+    copies, group = heads // source.n_heads, lorsa.n_ov // heads
+    for head in range(heads):
+        yield head // copies, slice(head * group, (head + 1) * group)
+
+
+def _leaks(lorsa: Lorsa, source: AttentionLayer, active: Tensor) -> tuple[float, float]:
+    """Largest share of a row's norm outside the span of W_V U (for w_v) and of U^T W_O (for w_o)."""
+    largest = [0.0, 0.0]
+    for head, rows in _groups(lorsa, source):
+        spans = (source.W_V[head] @ active[head], (active[head].T @ source.W_O[head]).T)
+        for side, (span, weights) in enumerate(zip(spans, (lorsa.W_V, lorsa.W_O), strict=True)):
+            basis = torch.linalg.qr(span).Q
+            exact = weights[rows].double().cpu()
+            outside = (exact - (exact @ basis) @ basis.T).norm(dim=1) / exact.norm(dim=1)
+            largest[side] = max(largest[side], outside.max().item())
+    return largest[0], largest[1]
+
+
+def _first_fit(lorsa: Lorsa, sample: SequencePairs) -> tuple[float, float]:
+    """Sums over the sample of t . r and |r|^2, for targets t and their reconstructions r, both less b_O.
+
+    Scaling all w_v by s takes r to s r (b_V is zero), so the best s is their ratio.
+    """
+    cross = power = 0.0
+    for target, code in codes(lorsa, sample):
+        t = (target - lorsa.b_O).double()
+        r = (lorsa.decode_normalized(code) - lorsa.b_O).double()
+        cross += (t * r).sum().item()
+        power += r.square().sum().item()
+    return cross, power

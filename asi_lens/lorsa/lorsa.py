@@ -1,0 +1,327 @@
+"""Low-rank sparse attention (Lorsa): an attention layer as many rank-1 units, few of which write at a time.
+
+Query-key heads say where each position looks, and groups of units share them. A unit reads one direction
+w_v where its head looks and writes one direction w_o:
+
+    x_n  = (x - input_mean) * input_scale
+    z~_i = A_h(i) (x_n . w_v_i + b_v_i)          [batch position unit], A_h(i) the pattern of its head
+    z    = TopK(ReLU(z~)) over the units of a position
+    y    = (sum_i z_i w_o_i + b_o) / output_scale + output_mean
+
+x is what the attention layer reads (after its input norm), y what it writes (before any norm after it). Rows
+w_o have unit norm. Normalized inputs and outputs have mean square norm d_in. z~ is held whole, [batch
+position n_ov]: this is made for thousands of units, not for a million.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Num
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from asi_lens.base.errors import DataError, OptionError, require, require_known, require_whole
+from asi_lens.base.files import write_whole
+from asi_lens.base.metadata import plain_metadata
+from asi_lens.inputs import models
+from asi_lens.kernels.codes import SparseCode
+from asi_lens.kernels.draws import draw_gaussian, unit_rows_
+from asi_lens.kernels.gradients import decode_sum
+from asi_lens.kernels.topk import topk_exact
+from asi_lens.lorsa.attention import AttentionLayer, read_attention, write_site
+from asi_lens.lorsa.heads import PatternConfig, QueryKeyHeads
+
+FORMAT = 1
+_HEADER = "asi_lens_lorsa"
+
+
+@dataclass(frozen=True)
+class LorsaConfig:
+    """What a Lorsa is. Raises OptionError or UnknownNameError for values that cannot be.
+
+    Attributes:
+        d_in: width of what the layer reads and writes.
+        d_qk: width of queries and keys.
+        n_qk_heads: patterns.
+        n_ov: units, a multiple of n_qk_heads; unit i looks where head i // (n_ov / n_qk_heads) does.
+        k: units that may write at one position, 1 to n_ov.
+        pattern: how queries and keys become patterns.
+        rectify: units write above zero only; else the k largest by size do, of either sign.
+        seed: of the random directions.
+        metadata: where it comes from (model, layer, hook names ...); JSON values.
+    """
+
+    d_in: int
+    d_qk: int
+    n_qk_heads: int
+    n_ov: int
+    k: int
+    pattern: PatternConfig
+    rectify: bool = True
+    seed: int = 0
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for key in ("d_in", "d_qk", "n_qk_heads", "n_ov", "k", "seed"):
+            require_whole(key, getattr(self, key), 0 if key == "seed" else 1)
+        require(self.k <= self.n_ov, "k", self.k, f"from 1 to n_ov={self.n_ov}")
+        divisible = self.n_ov % self.n_qk_heads == 0
+        require(divisible, "n_ov", self.n_ov, f"a multiple of n_qk_heads={self.n_qk_heads}")
+        object.__setattr__(self, "metadata", plain_metadata(self.metadata))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LorsaConfig:
+        """The configuration in `values`, as `dataclasses.asdict` gives it. Raises UnknownNameError for a key
+        that it does not have."""
+        for kind, given in ((cls, values), (PatternConfig, values.get("pattern", {}))):
+            require_known(given, [f.name for f in fields(kind)], f"{kind.__name__} key")
+        return cls(**{**values, "pattern": PatternConfig(**values["pattern"])})
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        layer: int,
+        *,
+        n_ov: int,
+        k: int,
+        context: int,
+        n_qk_heads: int | None = None,
+        rectify: bool = True,
+        seed: int = 0,
+    ) -> LorsaConfig:
+        """The configuration for an attention layer of `model`, whose rules of patterns it takes.
+
+        `n_qk_heads` is a multiple of the layer's query heads (each is copied that often), by default just
+        those. Raises as `read_attention` does, and OptionError.
+        """
+        source = read_attention(model, layer, context)
+        return config_for(
+            source,
+            n_ov=n_ov,
+            k=k,
+            n_qk_heads=n_qk_heads,
+            rectify=rectify,
+            seed=seed,
+            metadata=origin(model, layer),
+        )
+
+
+def config_for(
+    source: AttentionLayer,
+    *,
+    n_ov: int,
+    k: int,
+    n_qk_heads: int | None = None,
+    rectify: bool = True,
+    seed: int = 0,
+    metadata: Mapping[str, Any] | None = None,
+) -> LorsaConfig:
+    """The configuration of a Lorsa for a layer that has been read; see `LorsaConfig.of`."""
+    heads = source.n_heads if n_qk_heads is None else n_qk_heads
+    multiple = heads > 0 and heads % source.n_heads == 0
+    require(multiple, "n_qk_heads", n_qk_heads, f"a multiple of the layer's {source.n_heads} query heads")
+    return LorsaConfig(
+        source.d_in, source.d_head, heads, n_ov, k, source.pattern, rectify, seed, metadata or {}
+    )
+
+
+def origin(model: nn.Module, layer: int) -> dict[str, Any]:
+    """Metadata of a Lorsa of `model`: its name and fingerprint, the layer, the hook it writes to."""
+    info = models.model_info(model)
+    return {
+        "model": info.name,
+        "fingerprint": info.fingerprint,
+        "layer": layer,
+        "hook_name": write_site(model, layer),
+    }
+
+
+class Lorsa(nn.Module):
+    """Query-key heads and the units that share them.
+
+    Parameters: those of `heads` (`QueryKeyHeads`), `W_V`, `W_O [n_ov d_in]`, `b_V [n_ov]`, `b_O [d_in]`.
+    Buffers: `input_mean`, `output_mean [d_in]`, `input_scale`, `output_scale []`.
+
+    A new one has Gaussian unit rows from `config.seed` and heads without weights, which look everywhere
+    alike: `initialize_lorsa` copies them from a model; `from_attention` makes one that is a layer exactly.
+    """
+
+    input_mean: Tensor
+    input_scale: Tensor
+    output_mean: Tensor
+    output_scale: Tensor
+
+    def __init__(self, config: LorsaConfig, *, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        require(
+            dtype in (torch.float32, torch.float64), "dtype", dtype, "float32 or float64 (master weights)"
+        )
+        self.config = config
+        d_in, n_ov = config.d_in, config.n_ov
+        self.heads = QueryKeyHeads(config.n_qk_heads, d_in, config.d_qk, config.pattern, dtype)
+        self.W_V = nn.Parameter(torch.empty(n_ov, d_in, dtype=dtype))
+        self.W_O = nn.Parameter(torch.empty(n_ov, d_in, dtype=dtype))
+        self.b_V = nn.Parameter(torch.zeros(n_ov, dtype=dtype))
+        self.b_O = nn.Parameter(torch.zeros(d_in, dtype=dtype))
+        for name in ("input", "output"):
+            self.register_buffer(f"{name}_mean", torch.zeros(d_in, dtype=dtype))
+            self.register_buffer(f"{name}_scale", torch.ones((), dtype=dtype))
+        self.initialization: dict[str, Any] = {}
+        """How the weights began (JSON values); `initialize_lorsa` fills it."""
+        draw_gaussian(self.W_V.data, config.seed)
+        # Any other stream of the same seed.
+        draw_gaussian(self.W_O.data, config.seed + 2**31)
+        unit_rows_(self.W_V.data)
+        unit_rows_(self.W_O.data)
+
+    @property
+    def d_in(self) -> int:
+        """Width of what it reads and writes."""
+        return self.config.d_in
+
+    @property
+    def n_ov(self) -> int:
+        """Number of units."""
+        return self.config.n_ov
+
+    @property
+    def k(self) -> int:
+        """Units that may write at one position."""
+        return self.config.k
+
+    @property
+    def head_of_unit(self) -> list[int]:
+        """The query-key head of each unit."""
+        group = self.n_ov // self.config.n_qk_heads
+        return [unit // group for unit in range(self.n_ov)]
+
+    def normalize(self, x: Num[Tensor, "batch position d_in"]) -> Float[Tensor, "batch position d_in"]:
+        """(x - input_mean) * input_scale in the weights' dtype.
+
+        Raises DataError for another width, no positions, more than the context, NaN or infinity.
+        """
+        self._require_sequences(x, "inputs")
+        return (x.to(self.input_mean) - self.input_mean) * self.input_scale
+
+    def normalize_output(self, y: Num[Tensor, "batch position d_in"]) -> Float[Tensor, "batch position d_in"]:
+        """(y - output_mean) * output_scale in the weights' dtype: the target. Raises as `normalize`."""
+        self._require_sequences(y, "outputs")
+        return (y.to(self.output_mean) - self.output_mean) * self.output_scale
+
+    def units(self, x: Num[Tensor, "batch position d_in"]) -> Float[Tensor, "batch position n_ov"]:
+        """z~: what each unit finds where its head looks, before the choice of k. Raises as `normalize`."""
+        x_n = self.normalize(x)
+        patterns = self.heads(x_n)
+        values = (x_n @ self.W_V.T + self.b_V).unflatten(-1, (self.config.n_qk_heads, -1))
+        return (patterns @ values.transpose(1, 2)).transpose(1, 2).flatten(2)
+
+    def encode(self, x: Num[Tensor, "batch position d_in"]) -> SparseCode:
+        """Units and values of raw inputs, [batch position k]; a zero value did not write.
+
+        Units come in no particular order. Raises DataError as `normalize` does.
+        """
+        z = self.units(x)
+        score = z.detach() if self.config.rectify else z.detach().abs()
+        indices = topk_exact(score.flatten(0, 1), self.k).indices.view(*z.shape[:2], self.k)
+        values = z.gather(-1, indices)
+        return SparseCode(indices, values.relu() if self.config.rectify else values)
+
+    def decode_normalized(self, code: SparseCode) -> Float[Tensor, "batch position d_in"]:
+        """sum_i z_i w_o_i + b_o: the output in normalized units, from a code [batch position k]."""
+        flat = SparseCode(*(part.flatten(0, 1) for part in code))
+        return decode_sum(flat, self.W_O).view(*code.indices.shape[:2], -1) + self.b_O
+
+    def decode(self, code: SparseCode) -> Float[Tensor, "batch position d_in"]:
+        """Raw outputs from a code [batch position k]."""
+        return self.decode_normalized(code) / self.output_scale + self.output_mean
+
+    def forward(self, x: Num[Tensor, "batch position d_in"]) -> Float[Tensor, "batch position d_in"]:
+        """What the attention layer would write, approximately, for what it reads; both in raw units."""
+        return self.decode(self.encode(x))
+
+    def save(self, path: Path | str) -> None:
+        """Write one `.safetensors` file (see `save_lorsa`)."""
+        save_lorsa(self, path)
+
+    @classmethod
+    def load(cls, path: Path | str) -> Lorsa:
+        """Read such a file (see `load_lorsa`)."""
+        return load_lorsa(path)
+
+    def extra_repr(self) -> str:
+        """For `print`."""
+        config = self.config
+        return f"d_in={config.d_in}, n_qk_heads={config.n_qk_heads}, n_ov={config.n_ov}, k={config.k}"
+
+    def _require_sequences(self, x: Tensor, what: str) -> None:
+        if x.ndim != 3 or x.shape[-1] != self.d_in or x.numel() == 0:
+            raise DataError(
+                f"{what} of shape {tuple(x.shape)}; a Lorsa takes [batch position {self.d_in}], none 0"
+            )
+        context = self.config.pattern.context
+        if x.shape[1] > context:
+            raise DataError(f"sequences of {x.shape[1]} positions given to a Lorsa with context={context}")
+        if not bool(torch.isfinite(x.sum(dtype=torch.float32))):
+            bad = (~torch.isfinite(x)).flatten(1).any(1).sum().item()
+            if bad:
+                raise DataError(f"{bad} of {len(x)} sequences of {what} hold NaN or infinity")
+
+
+def save_lorsa(lorsa: Lorsa, path: Path | str) -> None:
+    """Write a Lorsa to `path` (`.safetensors`), whole or not at all; a file that is there is replaced.
+
+    Raises OptionError for another suffix, OSError naming the file if it cannot be written.
+    """
+    path = _checked(path)
+    about = {"format": FORMAT, "config": asdict(lorsa.config), "initialization": lorsa.initialization}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in lorsa.state_dict().items()}
+    with write_whole(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata={_HEADER: json.dumps(about, allow_nan=False)})
+        except SafetensorError as error:
+            raise OSError(f"cannot write {path}: {error}") from error
+
+
+def load_lorsa(path: Path | str) -> Lorsa:
+    """The Lorsa in a file of `save_lorsa`, in the dtype it was saved in, on the CPU.
+
+    Raises FileNotFoundError; OptionError for another suffix; DataError for a file that is damaged, not of a
+    Lorsa, or of another format.
+    """
+    path = _checked(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(_HEADER)
+            if text is None:
+                raise DataError(f"{path} is not the file of a Lorsa")
+            about = json.loads(text)
+            if about.get("format") != FORMAT:
+                raise DataError(f"{path} has format {about.get('format')!r}, this version reads {FORMAT}")
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    dtype = state["W_O"].dtype if "W_O" in state else torch.float32
+    lorsa = Lorsa(LorsaConfig.from_dict(about["config"]), dtype=dtype)
+    try:
+        lorsa.load_state_dict(state)
+    except RuntimeError as error:
+        raise DataError(f"{path} holds other tensors than its configuration asks for: {error}") from error
+    lorsa.initialization = about["initialization"]
+    return lorsa
+
+
+def _checked(path: Path | str) -> Path:
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise OptionError(f"path={str(path)!r} is not allowed; path must be a `.safetensors` file")
+    return path

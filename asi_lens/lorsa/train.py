@@ -1,0 +1,183 @@
+"""Training of a Lorsa on sequences: plain autograd and fused Adam, unit rows w_o, one ledger of firing.
+
+The loss is the mean over positions (all but the first) of sum over d_in of (reconstruction - y_n)^2, in
+normalized units, as for a dictionary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from asi_lens.base.errors import DataError, OptionError, require
+from asi_lens.kernels.codes import SparseCode
+from asi_lens.kernels.draws import unit_rows_
+from asi_lens.lorsa.data import PairBatch, SequencePairs
+from asi_lens.lorsa.lorsa import Lorsa
+from asi_lens.training.config import TrainConfig
+from asi_lens.training.learner import DivergedError, StepOutput
+from asi_lens.training.ledger import DeadnessLedger
+from asi_lens.training.loop import Fits
+from asi_lens.training.metrics import Metrics
+from asi_lens.training.schedule import lr_factor
+
+
+class LorsaTrainer(Fits):
+    """Trains one Lorsa, which it holds and changes in place, on the device where it is by then.
+
+    Of `TrainConfig`, `batch_size` and `n_tokens` count positions that are in the loss (context - 1 of each
+    sequence). Raises OptionError for options that a Lorsa does not have (`optimizer` other than "adam", AuxK,
+    bfloat16 compute) and for a Lorsa that was not initialized: heads of zeros have no gradient.
+
+    Attributes:
+        lorsa: the Lorsa. config: how it is trained. optimizer: of torch. ledger: firings of units.
+    """
+
+    def __init__(self, lorsa: Lorsa, config: TrainConfig | None = None):
+        self.lorsa = lorsa
+        self.config = config = config or TrainConfig()
+        require(config.optimizer == "adam", "optimizer", config.optimizer, "'adam' for a Lorsa")
+        require(config.aux_k == 0, "aux_k", config.aux_k, "0 for a Lorsa")
+        dtypes = ("auto", "float32")
+        require(config.compute_dtype in dtypes, "compute_dtype", config.compute_dtype, " or ".join(dtypes))
+        if not lorsa.initialization:
+            raise OptionError("this Lorsa has heads without weights; run initialize_lorsa first")
+        self.optimizer = torch.optim.Adam(lorsa.parameters(), lr=config.lr, fused=True)
+        self.ledger = DeadnessLedger(lorsa.n_ov, lorsa.W_O.device)
+        self._steps = 0
+
+    @property
+    def d_in(self) -> int:
+        """Width of the data."""
+        return self.lorsa.d_in
+
+    @property
+    def steps(self) -> int:
+        """Steps done."""
+        return self._steps
+
+    @property
+    def tokens(self) -> int:
+        """Positions seen that were in the loss."""
+        return self.ledger.n_tokens
+
+    def measure(self) -> Metrics:
+        """Nothing beside what a step says."""
+        return {}
+
+    def step(self, x: Tensor, y: Tensor) -> StepOutput:
+        """One update on raw inputs and outputs of the layer, both [batch position d_in].
+
+        The learning rate follows `n_tokens`, in steps of the size of this one. Raises DataError for shapes
+        that do not fit, NaN or infinity, and DivergedError (naming the step) if loss or gradients are not
+        finite. Nothing has changed then.
+        """
+        if x.shape != y.shape or x.ndim != 3 or x.shape[1] < 2:
+            raise DataError(
+                f"inputs of shape {tuple(x.shape)} and outputs of shape {tuple(y.shape)}; both are "
+                f"[batch position {self.lorsa.d_in}], of 2 positions or more"
+            )
+        lorsa, config = self.lorsa, self.config
+        target = lorsa.normalize_output(y)[:, 1:]
+        code = SparseCode(*(part[:, 1:] for part in lorsa.encode(x)))
+        n = target.shape[0] * target.shape[1]
+        loss = (lorsa.decode_normalized(code) - target).square().sum() / n
+        self.optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        norm = self._finish_gradients()
+        size, missed, spread, fired = self._numbers(norm, loss * n, target, code)
+        if not (math.isfinite(missed) and math.isfinite(size)):
+            self.optimizer.zero_grad()
+            raise DivergedError(
+                f"step {self.steps + 1}: loss {missed / n} or its gradient is not finite; "
+                "nothing was updated. A smaller lr or clip_norm may help"
+            )
+        if config.clip_norm is not None:
+            clip_grads_with_norm_(lorsa.parameters(), config.clip_norm, norm)
+        n_steps = math.ceil(config.n_tokens / n)
+        lr = config.lr * lr_factor(self.steps, n_steps, config.warmup_steps, config.decay_fraction)
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        unit_rows_(lorsa.W_O.data)
+        self.ledger.update(SparseCode(code.indices.flatten(0, 1), code.values.detach().abs().flatten(0, 1)))
+        self._steps += 1
+        return StepOutput(
+            step=self.steps,
+            tokens=self.tokens,
+            loss=missed / n,
+            aux_loss=0.0,
+            penalty=0.0,
+            fvu=missed / spread if spread else math.nan,
+            l0=fired / n,
+            dead_fraction=self.ledger.dead_fraction(config.dead_window),
+            lr=lr,
+            gradient_norm=None if config.clip_norm is None else size,
+        )
+
+    @torch.no_grad()
+    def _finish_gradients(self) -> Float[Tensor, ""]:
+        """Take the part along the rows out of W_O's gradient (their norm is put back to 1 anyhow); returns
+        the norm of all gradients."""
+        W_O, grad = self.lorsa.W_O, self.lorsa.W_O.grad
+        assert grad is not None  # every parameter is in the loss
+        grad.sub_((grad * W_O).sum(1, keepdim=True) * W_O)
+        return get_total_norm([p.grad for p in self.lorsa.parameters() if p.grad is not None])
+
+    @staticmethod
+    def _numbers(norm: Tensor, missed: Tensor, target: Tensor, code: SparseCode) -> list[float]:
+        """Gradient norm, squared error, variance and firings, in one wait for the device."""
+        rows = target.flatten(0, 1)
+        spread = (rows - rows.mean(0)).square().sum()
+        return torch.stack([norm, missed.detach(), spread, (code.values != 0).sum()]).tolist()
+
+    def prepare(self, store: SequencePairs) -> None:
+        """What `fit` does first: check that `store` can be trained on.
+
+        Raises OptionError for a longer context than the Lorsa's or a sequence longer than the batch.
+        """
+        longest, each = self.lorsa.config.pattern.context, store.context - 1
+        require(store.context <= longest, "store", f"of context {store.context}", f"of {longest} at most")
+        size = self.config.batch_size
+        require(size >= each, "batch_size", size, f"a sequence of {each} positions at least")
+
+    def step_on(self, batch: PairBatch) -> StepOutput:
+        """`step`, by the name that `fit` calls it."""
+        return self.step(batch.x, batch.y)
+
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint must agree with to be continued by this trainer (JSON values)."""
+        lorsa = self.lorsa
+        return {
+            "lorsa": asdict(lorsa.config),
+            "train": asdict(self.config),
+            "initialization": lorsa.initialization,
+        }
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor that the run depends on from here: weights, moments, ledger."""
+        out = {f"lorsa.{name}": tensor for name, tensor in self.lorsa.state_dict().items()}
+        out |= {f"ledger.{name}": tensor for name, tensor in self.ledger.state().items()}
+        for name, parameter in self.lorsa.named_parameters():
+            for key, tensor in self.optimizer.state.get(parameter, {}).items():
+                out[f"optimizer.{name}.{key}"] = tensor
+        return out | {"steps": torch.tensor(self.steps)}
+
+    @torch.no_grad()
+    def load_state(self, read: Callable[[str], Tensor]) -> None:
+        """The inverse of `state`; tensors are read one at a time."""
+        self.lorsa.load_state_dict({name: read(f"lorsa.{name}") for name in self.lorsa.state_dict()})
+        self.ledger.load_state({name: read(f"ledger.{name}") for name in self.ledger.state()})
+        self._steps = int(read("steps"))
+        for name, parameter in self.lorsa.named_parameters():
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            self.optimizer.state[parameter] = {
+                key: read(f"optimizer.{name}.{key}").to(parameter.device) for key in keys
+            }

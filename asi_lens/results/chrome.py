@@ -1,0 +1,192 @@
+"""The browser that draws static images: where it is, how it is started, and how to get one.
+
+Plotly's kaleido drives a Chrome. `python -m asi_lens.results.chrome` (part of `make setup`) uses an installed
+one, else downloads one as `plotly_get_chrome` does, else installs Debian's `chromium` where it may.
+Without any, figures still come out as HTML and tables, and the reason is told.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+# A browser named by hand wins. BROWSER_PATH is the variable that kaleido itself reads.
+VARIABLES = ("BROWSER_PATH", "CHROME")
+# Tried when the browser that kaleido would pick does not start (Ubuntu's `chromium-browser` may be a
+# stub that only asks for a snap).
+_NAMES = ("google-chrome", "google-chrome-stable", "chromium", "chromium-browser", "chrome", "microsoft-edge")
+_RETRY = "run `python -m asi_lens.results.chrome` to fetch one, or set BROWSER_PATH to an installed one"
+
+
+def find_chrome() -> str | None:
+    """Path of a Chrome or Chromium that starts, or None."""
+    return chrome_or_reason()[0]
+
+
+def chrome_or_reason() -> tuple[str | None, str]:
+    """The path and "", or None and a sentence that says why there is none.
+
+    A browser named in `BROWSER_PATH` or `CHROME` is taken or refused: when it does not start, no
+    other one is used in its place.
+    """
+    for variable in VARIABLES:
+        named = os.environ.get(variable)
+        if named:
+            path = shutil.which(named)
+            if path and _starts(path):
+                return path, ""
+            return None, f"{variable}={named!r} is not a browser that starts; correct it or unset it"
+    tried = []
+    for path in _candidates():
+        if _starts(path):
+            return path, ""
+        tried.append(path)
+    if tried:
+        return None, f"no Chrome that starts ({', '.join(tried)} does not); {_RETRY}"
+    return None, f"no Chrome or Chromium is installed; {_RETRY}"
+
+
+def kaleido_options(chrome: str) -> dict[str, Any]:
+    """What `kaleido.Kaleido(...)`, `start_sync_server(...)` and `kopts=` need to draw with `chrome`.
+
+    No sandbox, since Chrome refuses one to root (containers, CI) and the only page it opens is our
+    own; no MathJax, since kaleido would load it from a server.
+    """
+    return {"path": chrome, "enable_sandbox": False, "mathjax": False}
+
+
+def can_draw(chrome: str) -> str:
+    """Draw a small figure with `chrome`: "" when a PNG came out, else what went wrong."""
+    import kaleido
+
+    figure = {"data": [{"type": "scatter", "y": [0, 1]}], "layout": {"title": {"text": "asi_lens"}}}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "figure.png")
+        try:
+            kaleido.write_fig_sync(figure, path=path, kopts={**kaleido_options(chrome), "timeout": 60})
+            drawn = path.read_bytes()
+        except Exception as error:  # whatever a broken browser does, setup goes on and tells
+            return f"{chrome} cannot draw: {type(error).__name__}: {error}"
+    return "" if drawn.startswith(b"\x89PNG\r\n") else f"{chrome} wrote something that is no PNG"
+
+
+def _candidates() -> list[str]:
+    from choreographer.browsers.chromium import Chromium
+
+    found = [Chromium.find_browser(skip_local=False), Chromium.find_browser(skip_local=True)]
+    found += [shutil.which(name) for name in _NAMES]
+    return list(dict.fromkeys(path for path in found if path))
+
+
+@functools.cache
+def _starts(path: str) -> bool:
+    """Whether `path --version` works: a download without its system libraries fails here."""
+    if platform.system() == "Windows":  # chrome.exe opens a window on --version
+        return Path(path).is_file()
+    try:
+        done = subprocess.run(
+            [path, "--version"], stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0
+
+
+def _download() -> str:
+    """Fetch Chrome for Testing to where kaleido looks for it; "" or the reason it failed."""
+    import kaleido
+
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)  # the download sets none: a network that drops packets would hang it
+    try:
+        path = str(kaleido.get_chrome_sync())
+    except Exception as error:  # no network, an unsupported machine, a full disk
+        return f"download failed: {error}"
+    finally:
+        socket.setdefaulttimeout(before)
+    _starts.cache_clear()
+    return "" if _starts(path) else f"the downloaded {path} does not start (system libraries missing?)"
+
+
+def _install_debian() -> str:
+    """`apt-get install chromium` on Debian as root or by passwordless sudo; "" or the reason it failed."""
+    try:
+        release = platform.freedesktop_os_release() if platform.system() == "Linux" else {}
+    except OSError:
+        release = {}
+    family = {release.get("ID", ""), *release.get("ID_LIKE", "").split()}
+    # Ubuntu's package of that name is a stub for a snap, which cannot run headless in most containers.
+    if "debian" not in family or "ubuntu" in family or not shutil.which("apt-get"):
+        return "no Debian, so its chromium package was not tried"
+    prefix: list[str] = []
+    if os.geteuid() != 0:
+        prefix = ["sudo", "-n"]
+        if not shutil.which("sudo") or _run([*prefix, "true"])[0] != 0:
+            return "not root and no passwordless sudo, so `apt-get install chromium` was not tried"
+    apt = [*prefix, "env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-o", "DPkg::Lock::Timeout=120"]
+    _run([*apt, "update"])  # may fail for an unrelated repository; the install then says what is missing
+    code, output = _run([*apt, "install", "-y", "--no-install-recommends", "chromium", "fonts-liberation"])
+    _starts.cache_clear()
+    last = output.strip().splitlines()[-1:] or [""]
+    return "" if code == 0 else f"apt-get install chromium failed: {last[0]}"
+
+
+def _run(command: list[str]) -> tuple[int, str]:
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=900,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return 1, str(error)
+    return done.returncode, done.stdout
+
+
+def main() -> int:
+    """Find or fetch a Chrome, prove that it draws, and tell. Always 0: PNGs are not worth a failed setup."""
+    warnings.simplefilter("ignore")  # kaleido's own remarks on Ubuntu would bury what is told below
+    chrome, reason = chrome_or_reason()
+    reasons = [reason]
+    if chrome is None and not any(os.environ.get(variable) for variable in VARIABLES):
+        for step, attempt in (
+            ("Downloading Chrome for Testing", _download),
+            ("Installing Debian's chromium", _install_debian),
+        ):
+            print(f"No Chrome for static images yet. {step} ...", flush=True)
+            failed = attempt()
+            chrome, reason = chrome_or_reason()
+            if chrome is not None:
+                break
+            reasons.append(failed or reason)
+    broken = can_draw(chrome) if chrome else ""
+    if chrome and not broken:
+        print(f"Static images: {chrome}")
+        return 0
+    lines = [f"  - {text}" for text in ([broken] if chrome else reasons) if text]
+    print(
+        "*" * 100,
+        "WARNING: figures will come out as HTML and CSV only. PNG images will be MISSING:",
+        *lines,
+        "*" * 100,
+        sep="\n",
+        file=sys.stderr,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

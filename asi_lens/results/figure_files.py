@@ -1,0 +1,262 @@
+"""Figures on disk: an interactive page, and a still image where a Chrome is found.
+
+Pages share one local copy of plotly.js, so that they work without a network and stay small. Title,
+subtitle and caption are set as text that wraps: in the page as HTML, in the image as lines broken
+to its width.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import re
+import textwrap
+from pathlib import Path
+from typing import NamedTuple
+
+import plotly.graph_objects as go
+
+from asi_lens.base.errors import require
+from asi_lens.base.files import locked, write_whole
+from asi_lens.base.paths import figures_root
+from asi_lens.results.provenance import record_figure
+
+PLOTLY_JS = "plotly.min.js"
+CONFIG = {
+    "responsive": True,
+    "displaylogo": False,
+    "modeBarButtonsToRemove": ["select2d", "lasso2d"],
+    # plotly.js would offer to upload the figure.
+    "showSendToCloud": False,
+    "plotlyServerURL": "",
+}
+SCALE = 2
+"""Pixels of the PNG for each pixel of the layout."""
+WIDTH = 1000
+"""Width of the PNG's layout, in pixels, unless the figure sets its own."""
+
+# Average width of a character over the font's size: 0.50 in DejaVu Sans, the widest of our fonts, and a
+# little more, since lines differ. Bold is wider.
+_CHARACTER, _BOLD = 0.53, 1.15
+_TITLE_SIZE, _SUBTITLE_SIZE, _CAPTION_SIZE = 20, 14, 13
+_LINE = 1.35
+_PAD = 16
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{plain_title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 70rem;
+  margin: 0 auto; padding: 1rem; }}
+h1 {{ font-size: 1.35rem; margin: 0; }}
+.subtitle {{ color: #555; margin: .25rem 0 1rem; }}
+.plot {{ overflow-x: auto; }}
+.plot > div {{ min-width: {min_width}px; height: {height}px; }}
+.caption {{ max-width: 46rem; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+<p class="subtitle">{subtitle}</p>
+<div class="plot"><div id="figure"></div></div>
+<p class="caption">{caption}</p>
+<noscript>This figure is drawn by JavaScript.</noscript>
+<script src="{plotly_js}"></script>
+<script type="application/json" id="figure-data">{data}</script>
+<script>
+if (window.Plotly) {{
+  const figure = JSON.parse(document.getElementById("figure-data").textContent);
+  // A finger on the plot scrolls the page.
+  if (matchMedia("(pointer: coarse)").matches) {{
+    figure.layout.dragmode = false;
+    figure.config.displayModeBar = false;
+  }}
+  Plotly.newPlot("figure", figure.data, figure.layout, figure.config);
+}} else {{
+  document.getElementById("figure").textContent = "{plotly_js} is missing beside the figures.";
+}}
+</script>
+</body>
+</html>
+"""
+
+
+class SavedFigure(NamedTuple):
+    """What `save` wrote."""
+
+    png: Path | None
+    """The still image; None where it could not be drawn."""
+    html: Path
+    """The interactive page."""
+    reason: str
+    """Why there is no PNG; empty where there is one."""
+
+
+def save(figure: go.Figure, stem: Path | str, *, caption: str) -> SavedFigure:
+    """Write `<stem>.html` and `<stem>.png` and record the figure in the folder's `run.json`.
+
+    The caption tells model, text, tokens and seed, as far as the subtitle does not. Without a Chrome
+    that draws, the PNG is left out (an older one is removed, since it would show other numbers) and
+    the reason is returned and recorded. `layout.meta["min_width"]` is the width in pixels below which
+    the page scrolls the plot sideways.
+    """
+    stem = Path(stem)
+    title, subtitle = _titles(figure)
+    require(
+        bool(title),
+        "figure.layout.title.text",
+        title,
+        "a title (the builders of asi_lens.figures set it)",
+    )
+    require(bool(caption.strip()), "caption", caption, "a text")
+    page = _with_suffix(stem, ".html")
+    script = shared_plotly_js(stem.parent)
+    _write_text(page, page_text(figure, caption=caption, plotly_js=_relative_url(script, stem.parent)))
+    png = _with_suffix(stem, ".png")
+    image, reason = _draw(for_paper(figure, caption))
+    if reason:
+        png.unlink(missing_ok=True)
+    else:
+        with write_whole(png) as temporary:
+            temporary.write_bytes(image)
+    record_figure(
+        stem.parent, stem.name, title=title, subtitle=subtitle, caption=caption, png=not reason, reason=reason
+    )
+    return SavedFigure(None if reason else png, page, reason)
+
+
+def page_text(figure: go.Figure, *, caption: str, plotly_js: str) -> str:
+    """The interactive page as text, drawing with the plotly.js at URL `plotly_js`."""
+    title, subtitle = _titles(figure)
+    bare = go.Figure(figure)
+    bare.update_layout(autosize=True, width=None)
+    bare.layout.title = None  # update_layout would merge it
+    if figure.layout.margin.t is not None:
+        bare.update_layout(margin_t=max(40, figure.layout.margin.t - _title_height(figure)))
+    data = '{"config":' + json.dumps(CONFIG) + "," + bare.to_json()[1:]
+    meta = figure.layout.meta or {}
+    return _PAGE.format(
+        plain_title=html.escape(re.sub(r"<[^>]*>", "", title)),
+        title=rich(title),
+        subtitle=rich(subtitle),
+        caption=rich(caption),
+        min_width=int(meta.get("min_width", 320)),
+        height=int(bare.layout.height or 450),
+        plotly_js=html.escape(plotly_js),
+        data=data.replace("</", "<\\/").replace("<!--", "<\\u0021--"),
+    )
+
+
+def for_paper(figure: go.Figure, caption: str) -> go.Figure:
+    """The figure with title, subtitle and caption broken into lines that fit its width.
+
+    The plot keeps its size: the figure grows by what the text needs.
+    """
+    paper = go.Figure(figure)
+    width = figure.layout.width or WIDTH
+    margin = figure.layout.margin
+    left, top, bottom = margin.l or 80, margin.t or 80, margin.b or 70
+    title, subtitle = _titles(figure)
+    room = width - 2 * _PAD
+    title_lines = _wrap(title, round(room / _BOLD), _TITLE_SIZE)
+    subtitle_lines = _wrap(subtitle, room, _SUBTITLE_SIZE)
+    caption_lines = _wrap(caption, room, _CAPTION_SIZE)
+    more_titles, more_subtitles = max(0, len(title_lines) - 1), max(0, len(subtitle_lines) - 1)
+    grown_top = top + round(_LINE * (_TITLE_SIZE * more_titles + _SUBTITLE_SIZE * more_subtitles))
+    grown_bottom = bottom + round(_LINE * _CAPTION_SIZE * len(caption_lines)) + _PAD
+    height = (figure.layout.height or 450) + (grown_top - top) + (grown_bottom - bottom)
+    head = f"<b>{'<br>'.join(title_lines)}</b>"
+    if subtitle_lines:
+        small = "<br>".join(subtitle_lines)
+        head += f'<br><span style="font-size:{_SUBTITLE_SIZE}px;color:#555">{small}</span>'
+    paper.update_layout(
+        width=width,
+        height=height,
+        autosize=False,
+        margin={"t": grown_top, "b": grown_bottom},
+    )
+    paper.layout.title = None
+    # Annotations are placed from the plot's corners, so the margins must be what they are told to be.
+    paper.update_xaxes(automargin=False)
+    paper.update_yaxes(automargin=False)
+    common = {"xref": "paper", "yref": "paper", "xanchor": "left", "align": "left", "showarrow": False}
+    common |= {"x": 0, "xshift": _PAD - left, "yanchor": "top"}
+    paper.add_annotation(text=head, y=1, yshift=grown_top - _PAD, font={"size": _TITLE_SIZE}, **common)
+    paper.add_annotation(
+        text="<br>".join(caption_lines),
+        y=0,
+        yshift=-bottom,
+        font={"size": _CAPTION_SIZE, "color": "#333"},
+        **common,
+    )
+    return paper
+
+
+def rich(text: str) -> str:
+    """Text for HTML: escaped, but for the few tags (b, i, sub, sup) that plotly knows too."""
+    return re.sub(r"&lt;(/?(?:b|i|sub|sup))&gt;", r"<\1>", html.escape(text))
+
+
+def shared_plotly_js(folder: Path) -> Path:
+    """The local plotly.js for figures of `folder`, written if it is absent or of another version.
+
+    One copy serves everything below the project's figures folder; a folder elsewhere has its own.
+    """
+    from plotly.offline import get_plotlyjs
+
+    root = figures_root()
+    folder = folder.resolve()
+    path = (root if folder.is_relative_to(root.resolve()) else folder) / PLOTLY_JS
+    text = get_plotlyjs()
+    with locked(path.with_name(".plotly")):
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            _write_text(path, text)
+    return path
+
+
+def _draw(figure: go.Figure) -> tuple[bytes, str]:
+    """The PNG's bytes and "", or nothing and why there is no image."""
+    from asi_lens.results.chrome import chrome_or_reason
+    from asi_lens.results.drawing import draw
+
+    chrome, reason = chrome_or_reason()
+    if chrome is None:
+        return b"", reason
+    layout = figure.layout
+    options = {"format": "png", "width": layout.width, "height": layout.height, "scale": SCALE}
+    try:
+        return draw(json.loads(figure.to_json()), chrome, options), ""
+    except Exception as error:  # a browser fails in many ways; the figure's page still stands
+        return b"", f"{Path(chrome).name} could not draw it: {type(error).__name__}: {error}"
+
+
+def _titles(figure: go.Figure) -> tuple[str, str]:
+    title = figure.layout.title
+    return title.text or "", (title.subtitle.text if title.subtitle else "") or ""
+
+
+def _title_height(figure: go.Figure) -> int:
+    title, subtitle = _titles(figure)
+    return round(_LINE * (_TITLE_SIZE * bool(title) + _SUBTITLE_SIZE * bool(subtitle)))
+
+
+def _wrap(text: str, width: int, size: int) -> list[str]:
+    plain = " ".join(text.split())
+    return textwrap.wrap(plain, max(20, int(width / (size * _CHARACTER))), break_long_words=True)
+
+
+def _with_suffix(stem: Path, suffix: str) -> Path:
+    return stem.with_name(stem.name + suffix)  # with_suffix would eat the ".1" of a name
+
+
+def _relative_url(path: Path, folder: Path) -> str:
+    return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
+
+
+def _write_text(path: Path, text: str) -> None:
+    with write_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

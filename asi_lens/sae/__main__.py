@@ -1,0 +1,163 @@
+"""Whole training runs from a file: `python -m asi_lens.sae run.yaml`, with torchrun over several ranks.
+
+    store: stores/attn_out.15          # an ActivationStore's folder
+    sae: {d_sae: 16384, k: 32}         # as SAEConfig; d_in is the store's
+    initialize: {method: asi, d_init: auto}   # as `initialize`; `sample` is a number of rows
+    train: {n_tokens: 4000000, optimizer: sparse_adam}   # as TrainConfig
+    search: subspace                   # optional: exact (default) or subspace (`search`)
+    mesh: {data: 1, model: 1}          # ranks along each dimension
+    output: runs/asi                   # metrics.csv, checkpoints, and at the end the dictionary in `sae`
+    fit: {checkpoint_every: 1000000}   # optional: checkpoint_every, log_every, windows, loggers
+    device: cpu                        # optional: cpu or cuda
+    timeout_s: 600                     # optional: how long a rank waits for another
+
+A run that was stopped or killed goes on when the same command is given again, on another mesh too. Relative
+paths are relative to the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from asi_lens.activations.spectrum import Spectrum
+from asi_lens.activations.store import ActivationStore
+from asi_lens.base import run_files
+from asi_lens.base.errors import require, require_known, require_whole
+from asi_lens.base.ranks import Ranks
+from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
+from asi_lens.sae.initialize import initialize
+from asi_lens.sae.search import SEARCHES
+from asi_lens.sae.shard import part_of
+from asi_lens.sae.train import Trainer
+from asi_lens.training import sharded_checkpoint
+from asi_lens.training.config import TrainConfig
+from asi_lens.training.mesh import Mesh, MeshConfig, RankMesh
+
+FINISHED = "sae"
+"""The folder of the trained dictionary in a run's `output`."""
+SAMPLE_ROWS = 8192
+"""Rows for the norm search unless the file says otherwise."""
+_INITIALIZE = (
+    *("method", "d_init", "sample", "tied", "norm_search", "b_dec", "center", "center_encoder_bias"),
+    *("initial_l0", "seed"),
+)
+_FIT = ("checkpoint_every", "log_every", "windows", "loggers")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What a run file holds, checked. Raises OptionError or UnknownNameError.
+
+    Attributes:
+        store, output: folders. sae, initialize, train, fit: keyword arguments of what they are named after.
+    """
+
+    store: Path
+    output: Path
+    sae: Mapping[str, Any]
+    initialize: Mapping[str, Any] = field(default_factory=dict)
+    train: Mapping[str, Any] = field(default_factory=dict)
+    search: str = "exact"
+    mesh: Mapping[str, Any] = field(default_factory=dict)
+    fit: Mapping[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
+    timeout_s: float | int = 600
+
+    def __post_init__(self) -> None:
+        known: dict[str, Sequence[str]] = {
+            "sae": [f.name for f in fields(SAEConfig) if f.name not in ("d_out", "metadata")],
+            "initialize": _INITIALIZE,
+            "train": [f.name for f in fields(TrainConfig)],
+            "mesh": [f.name for f in fields(MeshConfig)],
+            "fit": _FIT,
+        }
+        for section, keys in known.items():
+            require_known(getattr(self, section), keys, f"{section} key")
+        require("d_sae" in self.sae, "sae", dict(self.sae), "given with d_sae")
+        run_files.require_machine(self.device, self.timeout_s)
+        require_whole("sample", self.initialize.get("sample", SAMPLE_ROWS), 1)
+        require_known([self.search], SEARCHES, "search")
+        TrainConfig(**self.train)
+        MeshConfig(**self.mesh)
+
+    @classmethod
+    def read(cls, path: Path | str) -> RunConfig:
+        """The configuration in a YAML file; raises as `run_files.read_yaml` too."""
+        known = [f.name for f in fields(cls)]
+        sections = ("sae", "initialize", "train", "mesh", "fit")
+        needed, folders = ("store", "sae", "output"), ("store", "output")
+        return cls(**run_files.read_yaml(path, known, needed, sections, folders))
+
+
+def run(config: RunConfig, ranks: Ranks, progress: bool = True) -> Trainer:
+    """Train what `config` says, as one of `ranks`; the dictionary is then in `output/sae`.
+
+    Raises RankError, naming the rank, where they cannot begin together; else as `Trainer.fit`.
+    """
+    run_files.agree(ranks, asdict(config))
+    store = ranks.together("opening the store", lambda: ActivationStore.open(config.store))
+    ranks.require_same("stores", {"fingerprint": store.fingerprint, "rows": store.n})
+    device = run_files.device_here(config.device)
+    shape = MeshConfig(**config.mesh)
+    mesh = Mesh() if ranks.size == shape.size == 1 else RankMesh(shape, ranks, device)
+
+    whole = SAEConfig(**{"d_in": store.d, **config.sae}, metadata=dict(store.metadata))
+    sae = SparseAutoencoder(part_of(whole, mesh), draw=False).to(device)
+    options = {"method": "asi", "sample": SAMPLE_ROWS, **config.initialize}
+    if options["method"].startswith("asi"):
+        options.setdefault("d_init", "auto")
+    sample = store.sample(min(options.pop("sample"), store.n))
+    initialize(sae, spectrum=_shared_spectrum(store, ranks, device), sample=sample, mesh=mesh, **options)
+    trainer = Trainer(sae, TrainConfig(**config.train), mesh=mesh, search=config.search)
+    trainer.fit(store, folder=config.output, progress=progress, **config.fit)
+
+    def export() -> None:
+        if mesh.leads:
+            export_folder(config.output, config.output / FINISHED)
+
+    ranks.together("writing the dictionary", export)
+    return trainer
+
+
+def _shared_spectrum(store: ActivationStore, ranks: Ranks, device: str) -> Spectrum:
+    """The store's spectrum; of several ranks the first computes it, and its directions are everyone's."""
+    if ranks.size == 1:
+        return store.spectrum
+    d = store.d
+    values, directions = torch.zeros(d, dtype=torch.float64), torch.zeros(d, d, dtype=torch.float64)
+    if ranks.rank == 0:
+        values, directions = store.spectrum.eigenvalues, store.spectrum.eigenvectors.contiguous()
+    values, directions = (ranks.share(tensor.to(device)).cpu() for tensor in (values, directions))
+    spectrum = Spectrum(values, store.mean, store.n, lambda: store.moments.covariance)
+    spectrum.eigenvectors = directions
+    return spectrum
+
+
+def export_folder(run_folder: Path | str, folder: Path | str) -> None:
+    """The dictionary of a run's newest checkpoint as a folder (`SparseAutoencoder.save`).
+
+    Its weights are mapped from disk and written a piece at a time, so that it fits into any memory. Raises as
+    `sharded_checkpoint.mapped_weights` and `save` do.
+    """
+    with sharded_checkpoint.mapped_weights(Path(run_folder)) as (about, weights):
+        # Without memory: every tensor is one from the checkpoint.
+        with torch.device("meta"):
+            sae = SparseAutoencoder(SAEConfig.from_dict(about["run"]["sae"]), draw=False)
+        sae.W_enc = torch.nn.Parameter(weights.pop("encoder").T)
+        sae.load_state_dict({**weights, "W_enc": sae.W_enc}, assign=True)
+        sae.initialization = about["run"]["initialization"]
+        sae.save(folder)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command."""
+    return run_files.command("python -m asi_lens.sae", __doc__, RunConfig.read, run, arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,43 @@
+"""A dictionary over the ranks of a mesh: each has the features that are its own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from asi_lens.base.errors import require
+from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
+from asi_lens.training.mesh import Mesh
+
+
+def part_of(config: SAEConfig, mesh: Mesh) -> SAEConfig:
+    """The configuration of the features of one rank.
+
+    Raises OptionError for an activation function other than TopK, features that cannot be shared out, or
+    fewer than k of them on a rank.
+    """
+    if mesh.config.size > 1:
+        require(config.activation == "topk", "activation", config.activation, "'topk' over several ranks")
+    first, last = mesh.features(config.d_sae)
+    least = f"at least k={config.k} times model={mesh.config.model}"
+    require(last - first >= config.k, "d_sae", config.d_sae, least)
+    return replace(config, d_sae=last - first)
+
+
+@torch.no_grad()
+def shard(sae: SparseAutoencoder, mesh: Mesh) -> SparseAutoencoder:
+    """The features of this rank of a TopK dictionary, copied; everything else is whole.
+
+    Raises OptionError as `part_of` does.
+    """
+    out = type(sae)(part_of(sae.config, mesh), draw=False, dtype=sae.W_dec.dtype)
+    first, last = mesh.features(sae.d_sae)
+    out.encoder_rows.copy_(sae.encoder_rows[first:last])
+    out.b_enc.copy_(sae.b_enc[first:last])
+    out.W_dec.copy_(sae.W_dec[first:last])
+    out.b_dec.copy_(sae.b_dec)
+    for name, buffer in sae.named_buffers():
+        out.get_buffer(name).copy_(buffer)
+    out.initialization = dict(sae.initialization)
+    return out.to(sae.W_dec.device)

@@ -1,0 +1,123 @@
+"""The folder of a training run: one checkpoint, one trainer at a time.
+
+A checkpoint is one safetensors file with its description as JSON in the header, written whole: what
+stood there before stays until the new one is complete, on a full disk too. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from asi_lens.base.errors import AsiLensError, CacheError
+from asi_lens.base.files import write_whole
+
+CHECKPOINT_FILE = "checkpoint.safetensors"
+FORMAT = 1
+
+
+class FolderInUseError(AsiLensError, RuntimeError):
+    """Another trainer writes to the folder."""
+
+
+class OtherConfigurationError(AsiLensError, ValueError):
+    """A checkpoint of a run that was set up differently."""
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold `folder` for one trainer; another, in this process or not, gets a FolderInUseError.
+
+    The lock goes with the process: a killed one leaves none behind.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise FolderInUseError(
+            f"another trainer is writing to {folder}; wait for it, stop it, or use another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Path:
+    """Put a checkpoint in place of the folder's last one. `about` must be JSON values.
+
+    Raises OSError naming the file if it cannot be written; the last one then stays.
+    """
+    path = folder / CHECKPOINT_FILE
+    text = json.dumps({"format": FORMAT, **about}, allow_nan=False)
+    # On a GPU the tensors are copied; on a CPU they are written from where they lie.
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with write_whole(path) as temporary:
+        try:
+            save_file(stored, temporary, metadata={"asi_lens_checkpoint": text})
+        except SafetensorError as error:
+            raise OSError(f"cannot write {path}: {error}") from error
+    return path
+
+
+@contextmanager
+def read_checkpoint(folder: Path) -> Iterator[tuple[dict[str, Any], Callable[[str], Tensor]] | None]:
+    """The folder's checkpoint as (about, a function that reads one tensor), or None if it has none.
+
+    Raises CacheError for a file that is damaged, not a checkpoint, or of another format.
+    """
+    path = folder / CHECKPOINT_FILE
+    if not path.exists():
+        yield None
+        return
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get("asi_lens_checkpoint")
+            about = json.loads(text) if text else {}
+            require_format(path, about)
+            yield about, file.get_tensor
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise CacheError(f"{path} cannot be read ({error}); delete it and train again") from error
+
+
+def require_format(path: Path, about: Mapping[str, Any]) -> None:
+    """Raise CacheError unless the checkpoint `about` describes is one that this version reads."""
+    if about.get("format") != FORMAT:
+        raise CacheError(f"{path} has format {about.get('format')!r}, this version reads {FORMAT}; delete it")
+
+
+def require_same(folder: Path, stored: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Raise OtherConfigurationError naming every field in which the two descriptions differ."""
+    old, new = _flat(stored), _flat(json.loads(json.dumps(here)))
+    differing = [
+        f"{key} ({old.get(key, 'absent')!r} there, {new.get(key, 'absent')!r} here)"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, _ABSENT) != new.get(key, _ABSENT)
+    ]
+    if differing:
+        raise OtherConfigurationError(
+            f"{folder / CHECKPOINT_FILE} is of another configuration: {', '.join(differing)}; "
+            "use another folder, or delete the checkpoint to start over"
+        )
+
+
+_ABSENT = object()
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            out |= _flat(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = value
+    return out

@@ -1,0 +1,83 @@
+"""How a dictionary is trained: the options of `Trainer`, checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from asi_lens.base.errors import require, require_known, require_whole, unknown_name
+
+OPTIMIZERS = ("adam", "sparse_adam", "sparse_adam_decay")
+"""Optimizers by name; `sae.optim` says what each does with rows that did not fire."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. Raises OptionError or UnknownNameError for values that cannot be.
+
+    Attributes:
+        lr: largest learning rate of Adam (betas 0.9 and 0.999, eps 1e-8).
+        batch_size: tokens a step.
+        n_tokens: tokens in all; the last batch may be smaller.
+        optimizer: `adam`, `sparse_adam` (rows without a firing rest) or `sparse_adam_decay` (their
+            moments decay); see `optim`.
+        warmup_steps: steps over which the learning rate rises linearly.
+        decay_fraction: share of the steps, at the end, over which it falls linearly.
+        aux_k: dead features that reconstruct the residual (Gao et al. 2024); 0 is off, "auto" d_out // 2.
+        aux_weight: weight of that loss.
+        clip_norm: gradients are scaled down to this L2 norm over all four parameters together (parallel
+            part of the decoder's removed, loss summed over d_in); None is off.
+        seed: of the order of the data (the dictionary's own seed draws its weights).
+        dead_window: tokens without a firing after which a feature counts as dead, in `StepOutput` and
+            for AuxK.
+        compute_dtype: of the encoder's product: "float32", "bfloat16", or "auto" (bfloat16 where the
+            machine is fast in it). All else is float32; a float64 dictionary computes in float64.
+    """
+
+    lr: float = 8e-4
+    batch_size: int = 2048
+    n_tokens: int = 4_000_000
+    optimizer: str = "adam"
+    warmup_steps: int = 100
+    decay_fraction: float = 0.2
+    aux_k: int | str = 0
+    aux_weight: float = 1 / 32
+    clip_norm: float | None = None
+    seed: int = 0
+    dead_window: int = 500_000
+    compute_dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        require(_finite(self.lr) and self.lr > 0, "lr", self.lr, "above 0")
+        least = {"batch_size": 1, "n_tokens": 1, "warmup_steps": 0, "seed": 0, "dead_window": 1}
+        for key, minimum in least.items():
+            require_whole(key, getattr(self, key), minimum)
+        if self.optimizer not in OPTIMIZERS:
+            raise unknown_name("optimizer", self.optimizer, OPTIMIZERS)
+        share = _finite(self.decay_fraction) and 0 <= self.decay_fraction <= 1
+        require(share, "decay_fraction", self.decay_fraction, "from 0 to 1")
+        aux = self.aux_k == "auto" or (_whole(self.aux_k) and int(self.aux_k) >= 0)
+        require(aux, "aux_k", self.aux_k, "'auto' or a whole number of at least 0")
+        require(
+            _finite(self.aux_weight) and self.aux_weight >= 0, "aux_weight", self.aux_weight, "at least 0"
+        )
+        clip = self.clip_norm is None or (_finite(self.clip_norm) and self.clip_norm > 0)
+        require(clip, "clip_norm", self.clip_norm, "None or above 0")
+        dtypes = ("auto", "float32", "bfloat16")
+        require(self.compute_dtype in dtypes, "compute_dtype", self.compute_dtype, " or ".join(dtypes))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """The configuration in `values`. Raises UnknownNameError for a key that it does not have."""
+        require_known(values, cls.__dataclass_fields__, "TrainConfig key")
+        return cls(**values)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,368 @@
+"""Whole training runs: the stream of batches, progress, metrics, checkpoints, signals, resumption."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Protocol, runtime_checkable
+
+from tqdm.auto import tqdm
+
+from asi_lens.base.errors import DataError, OptionError, require
+from asi_lens.base.threads import short_steps
+from asi_lens.training import sharded_checkpoint
+from asi_lens.training.checkpoint import OtherConfigurationError, held, require_same
+from asi_lens.training.config import TrainConfig
+from asi_lens.training.learner import DivergedError, Learner, StepOutput
+from asi_lens.training.ledger import DeadnessLedger
+from asi_lens.training.mesh import Mesh
+from asi_lens.training.metrics import Logger, Metrics, MetricsLog
+
+
+@runtime_checkable
+class Data(Protocol):
+    """What it is trained on: an `ActivationStore`, or something else with a stream of batches."""
+
+    @property
+    def n(self) -> int:
+        """Tokens of one epoch."""
+        ...
+
+    @property
+    def d(self) -> int:
+        """Width."""
+        ...
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """Where the data come from."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the data."""
+        ...
+
+    def batches(self, batch_size: int, *, seed: int, start: int, n_tokens: int) -> Iterator[Sized]:
+        """Batches from token `start` to `n_tokens` of the stream; their length is their number of tokens."""
+        ...
+
+
+def train_together(
+    trainers: Sequence[Learner],
+    store: Data,
+    *,
+    folders: Sequence[Path | str] | None = None,
+    checkpoint_every: int = 250_000,
+    log_every: int = 50,
+    windows: Sequence[int] = (),
+    loggers: Iterable[str | Logger] = (),
+    progress: bool = True,
+    on_log: Callable[[Any, StepOutput], None] | None = None,
+) -> list[list[Metrics]]:
+    """Train dictionaries (or Lorsas) side by side on one stream of batches; returns each one's metrics.
+
+    Every trainer gets the batches it would get alone, so that it ends in the same weights. A dictionary
+    without input normalization takes the store's mean and scale.
+
+    Args:
+        folders: one per trainer: `checkpoint.safetensors` and `metrics.csv` go there, and a run that was
+            stopped or killed goes on from there, bit for bit. None keeps everything in memory.
+        checkpoint_every: tokens between checkpoints; also one at the end, and on Ctrl-C or SIGTERM after
+            the step under way (a second Ctrl-C stops at once, without).
+        log_every: steps between rows of metrics (step, tokens, fvu, l0, loss, aux_loss, penalty,
+            dead_fraction_<window>, lr, tokens_per_s of time spent in steps, gradient_norm, and those of the
+            trainer's `drift`).
+        windows: tokens of dead fractions to log besides `dead_window`.
+        loggers: "tensorboard", "wandb", or functions that take a row.
+        on_log: called with trainer and output whenever a row is logged.
+
+    Raises OptionError for trainers whose `batch_size`, `n_tokens` or `seed` differ, or a store of another
+    width; FolderInUseError; OtherConfigurationError for a checkpoint of another run (naming the fields
+    that differ); DivergedError, after a checkpoint of the last good state.
+    """
+    require(len(trainers) > 0, "trainers", [], "one or more")
+    require(checkpoint_every >= 1, "checkpoint_every", checkpoint_every, "at least 1")
+    require(log_every >= 1, "log_every", log_every, "at least 1")
+    require(all(w >= 1 for w in windows), "windows", list(windows), "of at least 1 token each")
+    for key in ("batch_size", "n_tokens", "seed"):
+        values = {getattr(trainer.config, key) for trainer in trainers}
+        if len(values) > 1:
+            raise OptionError(f"trainers on one stream have different {key}: {sorted(values)}")
+    for trainer in trainers:
+        require(store.d == trainer.d_in, "store", f"of width {store.d}", f"{trainer.d_in} wide")
+    paths: list[Path | None] = [None] * len(trainers)
+    if folders is not None:
+        paths = [Path(folder) for folder in folders]
+        distinct = len({path.resolve() for path in paths if path}) == len(trainers)
+        require(distinct, "folders", [str(path) for path in paths], "one of its own for each trainer")
+
+    mesh = trainers[0].mesh
+    one = mesh.config.size == 1 or all(trainer.mesh is mesh for trainer in trainers)
+    require(one, "mesh", "another for some", "the same one for all trainers")
+    loggers = list(loggers) if mesh.leads else []
+    with ExitStack() as stack:
+
+        def hold() -> None:
+            for path in paths:
+                if path is not None and mesh.leads:
+                    stack.enter_context(held(path))
+
+        mesh.ranks.together("the output folder", hold)
+        runs = [
+            _Run(trainer, store, path, windows, loggers, log_every, checkpoint_every, on_log)
+            for trainer, path in zip(trainers, paths, strict=True)
+        ]
+        _loop(runs, store, progress)
+    return [run.log.history for run in runs]
+
+
+def _loop(runs: Sequence[_Run], store: Data, progress: bool) -> None:
+    config, mesh = runs[0].trainer.config, runs[0].trainer.mesh
+    position = min(run.trainer.tokens for run in runs)
+    with (
+        short_steps(),
+        _Stop() as stop,
+        tqdm(
+            total=config.n_tokens,
+            initial=position,
+            unit="tok",
+            unit_scale=True,
+            desc="train",
+            disable=not (progress and mesh.leads),
+        ) as bar,
+    ):
+        if position < config.n_tokens:
+            for batch in runs[0].trainer.stream(store, position):
+                position += len(batch)
+                # After a kill one may be behind the others: they wait.
+                try:
+                    outputs = [run.step(batch) for run in runs if run.trainer.tokens < position]
+                except (DataError, DivergedError) as error:
+                    # Neither changed anything, so these are the last good states. Rows that are not finite
+                    # may be those of one rank, which the others wait for.
+                    if mesh.config.size == 1 or isinstance(error, DivergedError):
+                        for run in runs:
+                            run.checkpoint()
+                    raise
+                bar.update(len(batch))
+                if outputs:
+                    bar.set_postfix_str(_summary(outputs), refresh=False)
+                # All ranks stop after the same step, whichever were told to.
+                if mesh.any(stop.received is not None):
+                    stop.received = stop.received or signal.SIGTERM
+                    break
+        for run in runs:
+            run.checkpoint()
+
+
+def _summary(outputs: Sequence[StepOutput]) -> str:
+    fvu = "/".join(f"{output.fvu:.3f}" for output in outputs)
+    dead = "/".join(f"{100 * output.dead_fraction:.1f}" for output in outputs)
+    return f"fvu {fvu}, dead {dead} %"
+
+
+class _Run:
+    """One trainer with its folder."""
+
+    def __init__(
+        self,
+        trainer: Learner,
+        store: Data,
+        folder: Path | None,
+        windows: Sequence[int],
+        loggers: Sequence[str | Logger],
+        log_every: int,
+        checkpoint_every: int,
+        on_log: Callable[[Any, StepOutput], None] | None,
+    ):
+        self.trainer = trainer
+        self.folder = folder
+        self.windows = sorted({trainer.config.dead_window, *windows})
+        self.log_every, self.checkpoint_every, self.on_log = log_every, checkpoint_every, on_log
+        self.about: dict[str, Any] = {
+            **trainer.describe(),
+            "store": {
+                "n": store.n,
+                "d": store.d,
+                "fingerprint": store.fingerprint,
+                "metadata": _plain(store.metadata),
+            },
+        }
+        trainer.prepare(store)
+        self.saved_at: int | None = None
+        self.busy, self.busy_tokens = 0.0, 0
+        columns = ["step", "tokens", "fvu", "l0", "loss", "aux_loss", "penalty"]
+        columns += [f"dead_fraction_{window}" for window in self.windows]
+        columns += ["lr", "tokens_per_s", "gradient_norm", *trainer.measure()]
+        self.log = MetricsLog(columns, folder if trainer.mesh.leads else None, loggers)
+        self._resume()
+
+    def _resume(self) -> None:
+        if self.folder is None:
+            return
+        with sharded_checkpoint.read(self.folder, self.trainer.mesh) as found:
+            if found is not None:
+                about, read = found
+                require_same(self.folder, about["run"], self.about)
+                # A trainer that is further than its checkpoint goes on from where it is.
+                if about["tokens"] > self.trainer.tokens:
+                    try:
+                        self.trainer.load_state(read)
+                    except OptionError as error:
+                        raise OtherConfigurationError(f"{self.folder}: {error}") from error
+                if about["tokens"] == self.trainer.tokens:
+                    self.saved_at = self.trainer.tokens
+        self.log.resume(self.trainer.steps)
+
+    def step(self, batch: Any) -> StepOutput:
+        """Train on one batch, log and checkpoint where due."""
+        trainer = self.trainer
+        before = trainer.tokens
+        started = time.perf_counter()
+        output = trainer.step_on(batch)
+        self.busy += time.perf_counter() - started
+        self.busy_tokens += len(batch)
+        last = trainer.tokens >= trainer.config.n_tokens
+        if output.step == 1 or output.step % self.log_every == 0 or last:
+            self._add_row(output)
+        if trainer.tokens // self.checkpoint_every > before // self.checkpoint_every:
+            self.checkpoint()
+        return output
+
+    def _add_row(self, output: StepOutput) -> None:
+        dead = {f"dead_fraction_{w}": self.trainer.dead_fraction(w) for w in self.windows}
+        self.log.add(
+            {
+                "step": output.step,
+                "tokens": output.tokens,
+                "fvu": output.fvu,
+                "l0": output.l0,
+                "loss": output.loss,
+                "aux_loss": output.aux_loss,
+                "penalty": output.penalty,
+                **dead,
+                "lr": output.lr,
+                "tokens_per_s": round(self.busy_tokens / self.busy, 1),
+                "gradient_norm": output.gradient_norm,
+                **self.trainer.measure(),
+            }
+        )
+        self.busy, self.busy_tokens = 0.0, 0
+        if self.on_log is not None:
+            self.on_log(self.trainer, output)
+
+    def checkpoint(self) -> None:
+        """Write the state, unless it is there already or there is no folder."""
+        trainer = self.trainer
+        if self.folder is None or self.saved_at == trainer.tokens:
+            return
+        about = {"run": self.about, "step": trainer.steps, "tokens": trainer.tokens}
+        sharded_checkpoint.write(self.folder, trainer.state(), about, trainer.mesh)
+        self.saved_at = trainer.tokens
+
+
+def _plain(metadata: Mapping[str, Any]) -> Any:
+    """Metadata as JSON gives it back; what JSON does not have as its text."""
+    return json.loads(json.dumps(dict(metadata), default=str))
+
+
+class _Stop:
+    """Ctrl-C and SIGTERM wait for the end of a step, so that no state is half updated.
+
+    On leaving, the signal is passed on: KeyboardInterrupt, or what SIGTERM did before. A second signal
+    interrupts at once. Only the main thread can do this; elsewhere nothing is changed.
+    """
+
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        """The signal to end with; of ranks that stop together, also one that another rank got."""
+        self._signals = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Stop:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._receive) for number in self._SIGNALS}
+        return self
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._signals += 1
+        if self._signals > 1:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            # None: a handler that Python did not install and cannot put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if self.received is None or error is not None:
+            return
+        if self.received == signal.SIGTERM:
+            signal.raise_signal(signal.SIGTERM)
+            raise SystemExit(128 + signal.SIGTERM)
+        raise KeyboardInterrupt
+
+
+class Fits:
+    """What trainers share: a whole run of one of them."""
+
+    config: TrainConfig
+    ledger: DeadnessLedger
+    mesh = Mesh()
+
+    def stream(self, store: Any, start: int) -> Iterator[Sized]:
+        """See `Learner.stream`."""
+        return self._batches(store, start)
+
+    def _batches(self, store: Any, start: int, **more: Any) -> Iterator[Sized]:
+        config = self.config
+        return store.batches(
+            config.batch_size, seed=config.seed, start=start, n_tokens=config.n_tokens, **more
+        )
+
+    def dead_fraction(self, window: int) -> float:
+        """Share of features (or units) silent for the last `window` tokens or more, over all ranks."""
+        dead, mesh = self.mesh.count(len(self.ledger.dead(window))), self.mesh
+        return dead / (len(self.ledger.counts) * mesh.config.model)
+
+    def fit(
+        self,
+        store: Any,
+        *,
+        folder: Path | str | None = None,
+        checkpoint_every: int = 250_000,
+        log_every: int = 50,
+        windows: Sequence[int] = (),
+        loggers: Iterable[str | Logger] = (),
+        progress: bool = True,
+        on_log: Callable[[Any, StepOutput], None] | None = None,
+    ) -> list[Metrics]:
+        """Train on shuffled batches of `store` up to `n_tokens`; returns the logged metrics.
+
+        `store` is an `ActivationStore`, of transcoders `PairedStores`, of Lorsas `SequencePairs` (a step has
+        as many whole sequences as fit into `batch_size`). See `train_together`, of which this is the
+        case of one.
+        """
+        assert isinstance(self, Learner)  # what has this method has the others
+        (history,) = train_together(
+            [self],
+            store,
+            folders=None if folder is None else [folder],
+            checkpoint_every=checkpoint_every,
+            log_every=log_every,
+            windows=windows,
+            loggers=loggers,
+            progress=progress,
+            on_log=on_log,
+        )
+        return history

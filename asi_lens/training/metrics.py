@@ -1,0 +1,106 @@
+"""Where the numbers of a training run go: a CSV in its folder, and TensorBoard or W&B if asked."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from asi_lens.base.errors import DataError, OptionError, unknown_name
+from asi_lens.base.files import write_whole
+
+METRICS_FILE = "metrics.csv"
+LOGGERS = ("tensorboard", "wandb")
+
+Metrics = dict[str, float | int | None]
+Logger = Callable[[Mapping[str, Any]], None]
+
+
+class MetricsLog:
+    """Rows of metrics in memory and, given a folder, in `metrics.csv`, complete after every row.
+
+    `history` holds the rows so far, also those of a run that is resumed.
+    """
+
+    def __init__(
+        self, columns: Sequence[str], folder: Path | None = None, loggers: Iterable[str | Logger] = ()
+    ):
+        self.columns = tuple(columns)
+        self.path = None if folder is None else folder / METRICS_FILE
+        self.history: list[Metrics] = []
+        self._loggers = [_logger(choice, folder) if isinstance(choice, str) else choice for choice in loggers]
+
+    def resume(self, step: int) -> None:
+        """Take up the rows of the file up to `step`; later ones, of work that was lost, are dropped."""
+        if self.path is None:
+            return
+        self.history = [row for row in read_metrics(self.path) if (row.get("step") or 0) <= step]
+        with write_whole(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.columns, restval="", extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(self.history)
+
+    def add(self, row: Metrics) -> None:
+        """One row, whose keys are the columns."""
+        self.history.append(row)
+        if self.path is not None:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, self.columns).writerow(row)
+        for logger in self._loggers:
+            logger(row)
+
+
+def read_metrics(path: Path | str) -> list[Metrics]:
+    """The rows of a `metrics.csv`, empty if there is none; a last row cut off by a kill is left out.
+
+    Raises DataError for a file that is something else.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    whole, newline, _ = text.rpartition("\n")
+    rows: list[Metrics] = []
+    for record in csv.DictReader((whole + newline).splitlines()):
+        try:
+            rows.append({key: _number(value) for key, value in record.items()})
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{path} is not a table of metrics: {error}") from error
+    return rows
+
+
+def _number(text: str) -> float | int | None:
+    if text == "":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def _logger(name: str, folder: Path | None) -> Logger:
+    """A logger by name; its package is imported here, when somebody asks for it."""
+    if name not in LOGGERS:
+        raise unknown_name("logger", name, LOGGERS)
+    try:
+        if name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(None if folder is None else str(folder))
+
+            def to_tensorboard(row: Mapping[str, Any]) -> None:
+                for key, value in row.items():
+                    if value is not None and key not in ("step", "tokens"):
+                        writer.add_scalar(key, value, row["tokens"])
+                writer.flush()
+
+            return to_tensorboard
+        import wandb
+
+        run = wandb.init(project="asi_lens", dir=None if folder is None else str(folder))
+        return lambda row: run.log(dict(row), step=int(row["step"]))
+    except ImportError as error:
+        raise OptionError(
+            f"loggers={name!r} needs a package that is not installed: pip install 'asi_lens[{name}]'"
+        ) from error

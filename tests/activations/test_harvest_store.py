@@ -1,0 +1,405 @@
+"""Harvested stores: the rows of the hooks, whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_stores import OPTIONS, PER_SEQUENCE, everything, files, hooked
+
+from asi_lens.activations import harvest_store as module
+from asi_lens.activations.harvest_store import harvest_store, harvest_stores
+from asi_lens.activations.shard_writer import ShardWriter
+from asi_lens.activations.spectrum import Spectrum
+from asi_lens.activations.store import ActivationStore
+from asi_lens.base.errors import CacheError, DataError, OptionError, UnknownNameError
+from asi_lens.inputs import models
+from asi_lens.inputs.corpora import Tokens
+
+# Tiny stores: too few tokens for a rank is what they always have.
+pytestmark = pytest.mark.filterwarnings("ignore::asi_lens.activations.spectrum.FewTokensWarning")
+
+
+@pytest.fixture
+def small(tiny_llama: Any, tiny_tokens: Tokens, tmp_path: Path) -> ActivationStore:
+    return harvest_store(tiny_llama, tiny_tokens, "attn_out", 1, folder=tmp_path / "small", **OPTIONS)
+
+
+# --- what is stored ---------------------------------------------------------------------------------
+
+
+@pytest.mark.model_facing
+@pytest.mark.parametrize("site", models.SITES)
+def test_rows_are_those_of_the_hooks(tiny_llama: Any, tiny_tokens: Tokens, tmp_path: Path, site: str) -> None:
+    found = harvest_store(tiny_llama, tiny_tokens, site, 1, folder=tmp_path / "s", dtype="float32", **OPTIONS)
+    assert torch.equal(everything(found), hooked(tiny_llama, tiny_tokens, site, 1))
+    assert found.metadata["hook_name"] == models.hook_name(tiny_llama, site, 1)
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("bfloat16", 8), ("float16", 11), ("float32", 24)])
+def test_rows_are_rounded_to_the_dtype_asked_for(
+    tiny_llama: Any, tiny_tokens: Tokens, tmp_path: Path, dtype: str, bits: int
+) -> None:
+    found = harvest_store(
+        tiny_llama, tiny_tokens, "mlp_out", 2, folder=tmp_path / "s", dtype=dtype, **OPTIONS
+    )
+    exact = hooked(tiny_llama, tiny_tokens, "mlp_out", 2)
+    assert torch.equal(everything(found), exact.to(getattr(torch, dtype)))
+    torch.testing.assert_close(everything(found).float(), exact, rtol=2.0**-bits, atol=1e-6)
+    assert found.nbytes == exact.numel() * found.dtype.itemsize
+
+
+def test_the_first_position_is_kept_on_request(tiny_llama: Any, tiny_tokens: Tokens, tmp_path: Path) -> None:
+    found = harvest_store(
+        tiny_llama,
+        tiny_tokens,
+        "attn_out",
+        0,
+        folder=tmp_path / "s",
+        dtype="float32",
+        drop_first=False,
+        **OPTIONS,
+    )
+    exact = hooked(tiny_llama, tiny_tokens, "attn_out", 0, first=0)
+    assert torch.equal(everything(found), exact)
+    index = torch.tensor([0, 31, 32, 33])
+    assert found.positions(index).tolist() == [[0, 0], [0, 31], [1, 0], [1, 1]]
+
+
+def test_positions_find_the_token_of_a_row(
+    small: ActivationStore, tiny_llama: Any, tiny_tokens: Tokens
+) -> None:
+    index = torch.tensor([0, 30, 31, 200])
+    found = small.positions(index)
+    assert found.tolist() == [[0, 1], [0, 31], [1, 1], [6, 15]]
+    hook = models.hook_name(tiny_llama, "attn_out", 1)
+    seen: list[torch.Tensor] = []
+    models.forward(tiny_llama, tiny_tokens.ids, {hook: lambda x: seen.append(x.clone())})
+    torch.testing.assert_close(
+        small.rows(index).float(), seen[0][found[:, 0], found[:, 1]], rtol=2e-2, atol=1e-3
+    )
+
+
+def test_statistics_are_those_of_the_stored_rows(small: ActivationStore) -> None:
+    rows = everything(small).double()
+    centred = rows - rows.mean(0)
+    assert small.n == len(small) == len(rows) == 12 * PER_SEQUENCE
+    torch.testing.assert_close(small.mean, rows.mean(0), rtol=0, atol=1e-7)
+    assert (centred * small.scale).square().sum(1).mean().item() == pytest.approx(small.d, rel=1e-6)
+    direct = Spectrum.of(rows)
+    torch.testing.assert_close(small.spectrum.eigenvalues, direct.eigenvalues, rtol=1e-4, atol=1e-9)
+    assert small.moments.n == small.n
+
+
+def test_the_manifest_says_what_the_rows_are(
+    small: ActivationStore, tiny_llama: Any, tiny_tokens: Tokens
+) -> None:
+    info = models.model_info(tiny_llama)
+    assert small.folder is not None
+    manifest = json.loads((small.folder / "manifest.json").read_text())
+    origin = manifest["origin"]
+    assert origin["weights_fingerprint"] == info.fingerprint
+    assert origin["tokens_fingerprint"] == tiny_tokens.fingerprint
+    assert (origin["model"], origin["site"], origin["layer"]) == (info.name, "attn_out", 1)
+    assert [shard["n"] for shard in manifest["shards"]] == [4 * PER_SEQUENCE] * 3
+    assert sorted(path.name for path in small.folder.iterdir()) == [
+        "manifest.json",
+        "moments.safetensors",
+        *(f"shard-{k:05d}.safetensors" for k in range(3)),
+    ]
+    # any safetensors reader opens a shard
+    shard = load_file(small.folder / "shard-00001.safetensors")
+    assert list(shard) == ["rows"]
+    assert shard["rows"].shape == (4 * PER_SEQUENCE, small.d)
+    assert "attn_out of layer 1" in repr(small)
+
+
+def test_several_sites_in_one_pass(
+    tiny_llama: Any, tiny_tokens: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[Any] = []
+    real = module.harvest
+
+    def counting(model: Any, tokens: Any, consumers: Any, **options: Any) -> None:
+        passes.append([where for consumer in consumers for where in consumer.wants])
+        real(model, tokens, consumers, **options)
+
+    monkeypatch.setattr(module, "harvest", counting)
+    wheres = [("attn_out", 0), ("z", 2), ("resid_post", -1)]
+    found = harvest_stores(tiny_llama, tiny_tokens, wheres, folder=tmp_path, dtype="float32", **OPTIONS)
+    assert list(found) == [("attn_out", 0), ("z", 2), ("resid_post", 2)]
+    for (site, layer), one in found.items():
+        assert torch.equal(everything(one), hooked(tiny_llama, tiny_tokens, site, layer))
+        assert one.folder == tmp_path / f"{site}.{layer}"
+    # again: opened; one more: that one alone
+    harvest_stores(tiny_llama, tiny_tokens, [("z", 2), ("z", 0)], folder=tmp_path, dtype="float32", **OPTIONS)
+    assert passes == [[("attn_out", 0), ("z", 2), ("resid_post", 2)], [("z", 0)]]
+
+
+def test_without_a_folder_it_goes_to_the_cache_under_a_key(
+    tiny_llama: Any, tiny_tokens: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ASI_LENS_CACHE", str(tmp_path))
+    one = harvest_store(tiny_llama, tiny_tokens, "attn_out", 0, **OPTIONS)
+    same = harvest_stores(tiny_llama, tiny_tokens, [("attn_out", 0)], **OPTIONS)["attn_out", 0]
+    other = harvest_store(tiny_llama, tiny_tokens[:4], "attn_out", 0, **OPTIONS)
+    precise = harvest_store(tiny_llama, tiny_tokens, "attn_out", 0, dtype="float32", **OPTIONS)
+    assert one.folder == same.folder
+    assert len({one.folder, other.folder, precise.folder}) == 3
+    assert one.folder is not None
+    assert one.folder.is_relative_to(tmp_path / "stores")
+
+
+# --- a harvest that stops ---------------------------------------------------------------------------
+
+
+def test_a_harvest_stopped_anywhere_goes_on_to_the_same_bytes(
+    tiny_llama: Any, tiny_tokens: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheres = [("attn_out", 1), ("z", 2)]
+    whole = tmp_path / "whole"
+    harvest_stores(tiny_llama, tiny_tokens, wheres, folder=whole, **OPTIONS)
+    folder = tmp_path / "stopped"
+    real = ShardWriter.append
+    calls = 0
+
+    def stopping(self: Any, rows: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls in (3, 7, 12):
+            raise KeyboardInterrupt
+        real(self, rows)
+
+    monkeypatch.setattr(ShardWriter, "append", stopping)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            harvest_stores(tiny_llama, tiny_tokens, wheres, folder=folder, **OPTIONS)
+        assert not list(folder.glob("*/manifest.json"))
+        with pytest.raises((DataError, FileNotFoundError), match=r"not finished|not an activation store"):
+            ActivationStore.open(folder / "attn_out.1")
+    harvest_stores(tiny_llama, tiny_tokens, wheres, folder=folder, **OPTIONS)
+    for name in ("attn_out.1", "z.2"):
+        assert files(folder / name) == files(whole / name)
+
+
+def test_a_killed_harvest_goes_on_at_the_last_whole_shard(
+    tiny_folder: Any, tiny_llama: Any, tiny_tokens: Tokens, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(tiny_tokens.ids, tmp_path / "ids.pt")
+    program = f"""
+        import os, signal
+        import torch
+        torch.set_num_threads(1)
+        from asi_lens import load_model
+        from asi_lens.inputs.corpora import Tokens
+        from asi_lens.activations.shard_writer import ShardWriter
+        from asi_lens.activations.harvest_store import harvest_store
+        model = load_model({str(tiny_folder("llama"))!r}, dtype="float32", device="cpu")
+        real, calls = ShardWriter.append, []
+        def append(self, rows):
+            calls.append(1)
+            if len(calls) == 4:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(self, rows)
+        ShardWriter.append = append
+        tokens = Tokens(torch.load({str(tmp_path / "ids.pt")!r}), "random", "tiny", 32)
+        harvest_store(model, tokens, "attn_out", 1, folder={str(tmp_path / "s")!r}, **{OPTIONS!r})
+        """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == -9, done.stderr
+    assert (tmp_path / "s" / "shard-00001.safetensors.unfinished").exists()
+    for name in ("whole", "s"):
+        harvest_store(tiny_llama, tiny_tokens, "attn_out", 1, folder=tmp_path / name, **OPTIONS)
+    # six batches in all, two per shard: the first shard was whole
+    assert "1.79e-05 GB, 33% there already, in" in capsys.readouterr().out
+    assert files(tmp_path / "s") == files(tmp_path / "whole")
+
+
+def finish_never(self: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_stop_between_the_last_shard_and_the_manifest(
+    tiny_llama: Any, tiny_tokens: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = harvest_store(tiny_llama, tiny_tokens, "z", 0, folder=tmp_path / "whole", **OPTIONS)
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "finish", finish_never)
+        with pytest.raises(KeyboardInterrupt):
+            harvest_store(tiny_llama, tiny_tokens, "z", 0, folder=tmp_path / "s", **OPTIONS)
+    with pytest.raises(DataError, match="372 rows so far"):
+        ActivationStore.open(tmp_path / "s")
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "append", None)  # nothing is left to append
+        found = harvest_store(tiny_llama, tiny_tokens, "z", 0, folder=tmp_path / "s", **OPTIONS)
+    assert found.folder is not None
+    assert whole.folder is not None
+    assert files(found.folder) == files(whole.folder)
+
+
+def test_the_beginning_of_another_store_is_not_gone_on_with(
+    tiny_llama: Any, tiny_tokens: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "finish", finish_never)
+        with pytest.raises(KeyboardInterrupt):
+            harvest_store(tiny_llama, tiny_tokens, "attn_out", 0, folder=tmp_path / "s", **OPTIONS)
+    with pytest.raises(OptionError, match=r"beginning of another store .*layer 0, not 1"):
+        harvest_store(tiny_llama, tiny_tokens, "attn_out", 1, folder=tmp_path / "s", **OPTIONS)
+    with pytest.raises(OptionError, match=r"dtype 'bfloat16', not 'float32'"):
+        harvest_store(
+            tiny_llama, tiny_tokens, "attn_out", 0, folder=tmp_path / "s", dtype="float32", **OPTIONS
+        )
+
+
+def test_a_full_disk_keeps_whole_shards(
+    tiny_llama: Any, tiny_tokens: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "s"
+    real = Path.open
+
+    class Full(io.BufferedWriter):
+        def write(self, data: Any) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def opening(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if mode == "wb" and self.name.startswith("shard-00001"):
+            raw = io.FileIO(self, "wb")
+            return Full(raw)
+        return real(self, mode, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", opening)
+        with pytest.raises(
+            OSError, match=r"cannot write .*No space left.*; 124 of 372 rows are safe"
+        ) as caught:
+            harvest_store(tiny_llama, tiny_tokens, "attn_out", 1, folder=folder, **OPTIONS)
+        assert caught.value.errno == errno.ENOSPC
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "partial.safetensors",
+        "shard-00000.safetensors",
+    ]
+    harvest_store(tiny_llama, tiny_tokens, "attn_out", 1, folder=folder, **OPTIONS).verify()
+
+
+def test_no_room_is_said_before_anything_is_written(
+    tiny_llama: Any, tiny_tokens: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage(1, 1, 1000))
+    with pytest.raises(OSError, match=r"1.79e-05 GB are to be written to .*, 1e-06 GB are free"):
+        harvest_store(tiny_llama, tiny_tokens, "attn_out", 1, folder=tmp_path / "s", **OPTIONS)
+    assert not list((tmp_path / "s").iterdir())
+
+
+def test_a_read_only_folder(
+    tiny_llama: Any, tiny_tokens: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusing(self: Path, *args: Any, **kwargs: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refusing)
+    with pytest.raises(PermissionError, match=r"cannot write .*/s: Permission denied"):
+        harvest_store(tiny_llama, tiny_tokens, "attn_out", 1, folder=tmp_path / "s", **OPTIONS)
+
+
+def test_two_harvests_on_one_folder(tiny_llama: Any, tiny_tokens: Tokens, tmp_path: Path) -> None:
+    from filelock import FileLock
+
+    with (
+        FileLock(tmp_path / "s.lock"),
+        pytest.raises(CacheError, match="another process is writing the store"),
+    ):
+        harvest_store(tiny_llama, tiny_tokens, "attn_out", 1, folder=tmp_path / "s", **OPTIONS)
+    harvest_store(tiny_llama, tiny_tokens, "attn_out", 1, folder=tmp_path / "s", **OPTIONS)
+
+
+# --- options ----------------------------------------------------------------------------------------
+
+
+def test_the_size_is_stated_and_held_against_the_budget(
+    tiny_llama: Any, tiny_tokens: Tokens, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = 372 * 24 * 2
+    with pytest.raises(OptionError, match=r"1\.79e-05 GB, over budget_gb=1\.7e-05"):
+        harvest_store(
+            tiny_llama, tiny_tokens, "attn_out", 1, folder=tmp_path / "s", budget_gb=1.7e-5, **OPTIONS
+        )
+    assert not list((tmp_path / "s").glob("*"))
+    assert capsys.readouterr().out == ""
+    harvest_store(
+        tiny_llama, tiny_tokens, "attn_out", 1, folder=tmp_path / "s", budget_gb=size / 1e9, **OPTIONS
+    )
+    assert "attn_out 1, 372 rows in bfloat16: 1.79e-05 GB" in capsys.readouterr().out
+    with pytest.raises(OptionError, match="2 sites, 372 rows"):
+        harvest_stores(
+            tiny_llama, tiny_tokens, [("z", 0), ("z", 1)], folder=tmp_path, budget_gb=size / 1e9, **OPTIONS
+        )
+
+
+@pytest.mark.parametrize(
+    "change", [{"dtype": "int8"}, {"budget_gb": 0}, {"shard_tokens": 0}, {"batch_tokens": 0}]
+)
+def test_options_out_of_range(
+    tiny_llama: Any, tiny_tokens: Tokens, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    with pytest.raises(OptionError, match=next(iter(change))):
+        harvest_store(tiny_llama, tiny_tokens, "z", 0, folder=tmp_path / "s", **{**OPTIONS, **change})
+
+
+def test_sites_and_layers_that_do_not_exist(tiny_llama: Any, tiny_tokens: Tokens, tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match="attn_out"):
+        harvest_store(tiny_llama, tiny_tokens, "atn_out", 0, folder=tmp_path / "s")
+    with pytest.raises(OptionError, match="layer"):
+        harvest_stores(tiny_llama, tiny_tokens, [("z", 3)], folder=tmp_path / "s")
+    with pytest.raises(OptionError, match=r"no .site, layer."):
+        harvest_stores(tiny_llama, tiny_tokens, [], folder=tmp_path / "s")
+
+
+def test_activations_that_are_not_finite(tiny_folder: Any, tiny_tokens: Tokens, tmp_path: Path) -> None:
+    model = models.load_model(tiny_folder("llama"), dtype="float32", device="cpu")
+    weight = models.output_projection(model, 0)  # a view of the model's own
+    weight[0, 0, 0] = 1e6
+    with pytest.raises(DataError, match="rows 0 to 62 are not finite in float16; store them in bfloat16"):
+        harvest_store(model, tiny_tokens, "attn_out", 0, folder=tmp_path / "a", dtype="float16", **OPTIONS)
+    weight[0, 0, 0] = float("nan")
+    with pytest.raises(DataError, match="attn_out of layer 0, batch 0: NaN or infinity"):
+        harvest_store(model, tiny_tokens, "attn_out", 0, folder=tmp_path / "b", **OPTIONS)
+    assert not list((tmp_path / "b").glob("*"))
+
+
+# --- the real model ---------------------------------------------------------------------------------
+
+
+@pytest.mark.packaged
+def test_a_store_of_the_packaged_model(tmp_path: Path) -> None:
+    from asi_lens.inputs.corpora import load_tokens
+
+    model = models.load_model("smollm2-135m", dtype="float32", device="cpu")
+    tokens = load_tokens("news-en", model, 2048, context=128)
+    found = harvest_stores(
+        model,
+        tokens,
+        [("attn_out", 2), ("z", 1)],
+        folder=tmp_path,
+        batch_tokens=512,
+        shard_tokens=600,
+        progress=False,
+    )
+    for (site, layer), one in found.items():
+        one.verify()
+        assert torch.equal(everything(one), hooked(model, tokens, site, layer, batch=4).bfloat16())
+        assert (one.n, one.d) == (16 * 127, 576)

@@ -1,0 +1,333 @@
+"""Stores opened and read: what was asked for, undamaged, shuffled over the whole store, in memory too."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small_stores import OPTIONS, everything, files
+
+from asi_lens.activations.harvest_store import harvest_store
+from asi_lens.activations.shard_writer import ShardWriter
+from asi_lens.activations.store import ActivationStore
+from asi_lens.base.errors import CacheError, DataError, OptionError
+from asi_lens.inputs import models
+from asi_lens.inputs.corpora import Tokens
+from asi_lens.training.mesh import Mesh, MeshConfig
+
+# Tiny stores: too few tokens for a rank is what they always have.
+pytestmark = pytest.mark.filterwarnings("ignore::asi_lens.activations.spectrum.FewTokensWarning")
+
+
+@pytest.fixture
+def small(tiny_llama: Any, tiny_tokens: Tokens, tmp_path: Path) -> ActivationStore:
+    return harvest_store(tiny_llama, tiny_tokens, "attn_out", 1, folder=tmp_path / "small", **OPTIONS)
+
+
+# --- opening ----------------------------------------------------------------------------------------
+
+
+def test_a_store_of_something_else_than_asked(
+    small: ActivationStore, tiny_folder: Any, tiny_llama: Any
+) -> None:
+    folder = small.folder
+    assert folder is not None
+    name = models.model_info(tiny_llama).name
+    ActivationStore.open(folder, tiny_llama, "attn_out", 1)
+    ActivationStore.open(folder, model=name, site="blocks.1.hook_attn_out")
+    with pytest.raises(OptionError, match=rf"attn_out of layer 1 of {name} .*not mlp_out of layer 1 of"):
+        ActivationStore.open(folder, site="mlp_out")
+    with pytest.raises(OptionError, match=r"layer 1 of .*, not attn_out of layer 2"):
+        ActivationStore.open(folder, layer=2)
+    with pytest.raises(OptionError, match=rf"of {name} on random, not .* of smollm2-135m"):
+        ActivationStore.open(folder, model="smollm2-135m")
+    other = models.load_model(tiny_folder("qwen3"), dtype="float32", device="cpu")
+    with pytest.raises(OptionError, match=r"not .* of tiny-qwen3 .*weights"):
+        ActivationStore.open(folder, other)
+
+
+def test_a_folder_that_holds_another_store(
+    small: ActivationStore, tiny_llama: Any, tiny_tokens: Tokens
+) -> None:
+    before = files(small.folder) if small.folder else {}
+    with pytest.raises(OptionError, match=r"holds attn_out of layer 1 .*, not z of layer 1"):
+        harvest_store(tiny_llama, tiny_tokens, "z", 1, folder=small.folder, **OPTIONS)
+    with pytest.raises(OptionError, match="tokens_fingerprint"):
+        harvest_store(tiny_llama, tiny_tokens[:4], "attn_out", 1, folder=small.folder, **OPTIONS)
+    with pytest.raises(OptionError, match="dtype 'bfloat16', not 'float32'"):
+        harvest_store(tiny_llama, tiny_tokens, "attn_out", 1, folder=small.folder, dtype="float32", **OPTIONS)
+    assert small.folder is not None
+    assert files(small.folder) == before
+
+
+def test_damage_is_found(small: ActivationStore) -> None:
+    folder = small.folder
+    assert folder is not None
+    small.verify()
+    shard = folder / "shard-00001.safetensors"
+    good = shard.read_bytes()
+    edited = bytearray(good)
+    edited[-1] ^= 1
+    shard.write_bytes(edited)
+    with pytest.raises(CacheError, match=r"shard-00001.safetensors was changed"):
+        ActivationStore.open(folder).verify()
+    shard.write_bytes(good[:-2])
+    with pytest.raises(CacheError, match=rf"00001.safetensors has {len(good) - 2} bytes, but {len(good)}"):
+        ActivationStore.open(folder)
+    shard.write_bytes(b"\xff" * len(good))
+    with pytest.raises(CacheError, match=r"shard-00001.safetensors is damaged"):
+        ActivationStore.open(folder)
+    shard.unlink()
+    with pytest.raises(CacheError, match=r"shard-00001.safetensors is missing"):
+        ActivationStore.open(folder)
+    shard.write_bytes(good)
+    (folder / "moments.safetensors").write_bytes(b"")
+    with pytest.raises(CacheError, match=r"moments.safetensors cannot be read"):
+        _ = ActivationStore.open(folder).moments
+    with pytest.raises(CacheError, match=r"moments.safetensors was changed"):
+        ActivationStore.open(folder).verify()
+
+
+def test_shards_swapped_for_others_of_the_same_size(small: ActivationStore) -> None:
+    folder = small.folder
+    assert folder is not None
+    shard = folder / "shard-00002.safetensors"
+    rows = load_file(shard)["rows"]
+    save_file({"rows": rows.view(torch.float16)}, shard)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["shards"][2]["bytes"] = shard.stat().st_size
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CacheError, match=r"holds torch.float16 .* but manifest.json says bfloat16"):
+        ActivationStore.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "has format 2, this version reads 1"),
+        ({"n": 371}, "counts do not belong together"),
+        ({"dtype": "int8"}, "int8"),
+        ({"colour": "red"}, "unexpected or missing keys: colour"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_manifest_that_cannot_be_used(
+    small: ActivationStore, change: dict[str, Any] | None, message: str
+) -> None:
+    assert small.folder is not None
+    path = small.folder / "manifest.json"
+    text = path.read_text()
+    path.write_text(text[:100] if change is None else json.dumps({**json.loads(text), **change}))
+    with pytest.raises(CacheError, match=message):
+        ActivationStore.open(small.folder)
+
+
+def test_no_store_at_all(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="not an activation store"):
+        ActivationStore.open(tmp_path)
+
+
+# --- reading ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["disk", "memory"])
+def numbered(request: pytest.FixtureRequest, tmp_path: Path) -> ActivationStore:
+    """1,000 rows whose first entry is their number (exact in float32), in ten shards or in memory."""
+    rows = torch.stack([torch.arange(1000.0), -torch.arange(1000.0)], 1)
+    if request.param == "memory":
+        return ActivationStore.from_tensor(rows)
+    writer = ShardWriter(tmp_path / "n", {}, n_total=1000, d=2, dtype="float32", shard_rows=100)
+    for part in rows.split(50):
+        writer.append(part)
+    writer.finish()
+    return ActivationStore.open(tmp_path / "n")
+
+
+def numbers(batches: Iterator[torch.Tensor]) -> list[int]:
+    return torch.cat(list(batches))[:, 0].int().tolist()
+
+
+def test_an_epoch_holds_every_row_once_and_the_next_in_another_order(numbered: ActivationStore) -> None:
+    stream = numbers(numbered.batches(64, seed=3, n_tokens=2000))
+    first, second = stream[:1000], stream[1000:]
+    assert sorted(first) == sorted(second) == list(range(1000))
+    assert first != second
+    assert first != sorted(first)
+
+
+def test_the_stream_is_a_function_of_seed_and_position_alone(numbered: ActivationStore) -> None:
+    stream = numbers(numbered.batches(64, seed=3, n_tokens=2500))
+    assert numbers(numbered.batches(7, seed=3, n_tokens=2500)) == stream
+    assert numbers(numbered.batches(100, seed=3, start=950, n_tokens=2500)) == stream[950:]
+    assert numbers(numbered.batches(1500, seed=3, n_tokens=2500)) == stream
+    assert numbers(numbered.batches(64, seed=4, n_tokens=2500)) != stream
+    assert [len(batch) for batch in numbered.batches(64, n_tokens=150)] == [64, 64, 22]
+    assert list(numbered.batches(64, start=150, n_tokens=150)) == []
+
+
+def test_a_stream_without_an_end_goes_on(numbered: ActivationStore) -> None:
+    batches = numbered.batches(300)
+    for _ in range(11):
+        assert next(batches).shape == (300, 2)
+
+
+def test_the_next_batch_is_read_while_one_is_worked_on(
+    numbered: ActivationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    read = numbered._read
+
+    def counted(index: torch.Tensor) -> Any:
+        sizes.append(len(index))
+        return read(index)
+
+    monkeypatch.setattr(numbered, "_read", counted)
+    batches = numbered.batches(5, n_tokens=17)
+    next(batches)
+    batches.close()  # waits for what is under way
+    assert sizes == [5, 5]
+    assert [len(batch) for batch in numbered.batches(5, n_tokens=17)] == [5, 5, 5, 2]
+
+
+def test_an_error_of_reading_ahead_is_raised(
+    numbered: ActivationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(index: torch.Tensor) -> Any:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(numbered, "_read", broken)
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(numbered.batches(5))
+
+
+def test_every_batch_mixes_the_whole_store(numbered: ActivationStore) -> None:
+    stream = torch.tensor(numbers(numbered.batches(100, seed=0, n_tokens=1000)))
+    for batch in stream.split(100):
+        # about ten rows of every tenth of the store, never more than 25 or fewer than 1
+        counts = torch.bincount(batch // 100, minlength=10)
+        assert counts.min() >= 1
+        assert counts.max() <= 25
+    # rows that were neighbours in the text are not neighbours in the stream
+    assert ((stream[1:] - stream[:-1]).abs() == 1).sum() < 15
+
+
+def test_shares_of_a_batch_are_the_batch(numbered: ActivationStore) -> None:
+    options = {"seed": 3, "start": 20, "n_tokens": 155}
+    whole = list(numbered.batches(30, **options))
+    parts = []
+    for rank in range(4):
+        mesh = Mesh()
+        mesh.config, mesh.data_rank = MeshConfig(data=4), rank
+        parts.append(list(numbered.batches(30, share=mesh.tokens, **options)))
+    for batch, *shares in zip(whole, *parts, strict=True):
+        assert torch.equal(torch.cat(shares), batch)
+        sizes = [len(share) for share in shares]
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_batches_have_the_dtype_asked_for(small: ActivationStore) -> None:
+    assert next(small.batches(8)).dtype == torch.float32
+    assert next(small.batches(8, dtype=None)).dtype == torch.bfloat16
+    assert torch.equal(next(small.batches(8, dtype=None)).float(), next(small.batches(8)))
+
+
+def test_rows_by_index(numbered: ActivationStore) -> None:
+    index = torch.tensor([999, 0, 500, 0, 100, 99])
+    assert numbered.rows(index)[:, 0].tolist() == index.tolist()
+    for bad in ([1000], [-1]):
+        with pytest.raises(OptionError, match="rows are 0 to 999"):
+            numbered.rows(torch.tensor(bad))
+    with pytest.raises(OptionError, match="not harvested from tokens"):
+        numbered.positions(index)
+
+
+def test_a_sample_has_different_rows_and_depends_on_its_seed(numbered: ActivationStore) -> None:
+    sample = numbered.sample(1000, seed=1)[:, 0].int().tolist()
+    assert sorted(sample) == list(range(1000))
+    assert numbered.sample(50, seed=1)[:, 0].int().tolist() == sample[:50]
+    assert numbered.sample(50, seed=2)[:, 0].int().tolist() != sample[:50]
+    assert next(numbered.batches(50, seed=1))[:, 0].int().tolist() != sample[:50]
+    with pytest.raises(OptionError, match="n=1001"):
+        numbered.sample(1001)
+
+
+def test_reading_in_order_copies_nothing(numbered: ActivationStore) -> None:
+    parts = list(numbered.in_order(64))
+    assert torch.cat(parts)[:, 0].tolist() == list(range(1000))
+    again = list(numbered.in_order(64))
+    assert [part.data_ptr() for part in parts] == [part.data_ptr() for part in again]
+
+
+@pytest.mark.parametrize(
+    "options", [{"batch_size": 0}, {"start": -1}, {"seed": -1}, {"start": 10, "n_tokens": 9}]
+)
+def test_batches_out_of_range(numbered: ActivationStore, options: dict[str, Any]) -> None:
+    with pytest.raises(OptionError):
+        numbered.batches(**{"batch_size": 4, **options})
+
+
+def test_fingerprints_follow_the_rows(small: ActivationStore) -> None:
+    assert small.folder is not None
+    assert ActivationStore.open(small.folder).fingerprint == small.fingerprint
+    rows = torch.randn(100, 3, generator=torch.Generator().manual_seed(0))
+    prints = {
+        ActivationStore.from_tensor(x).fingerprint
+        for x in (rows, rows.clone(), rows + 1e-3, rows[:99], rows.flip(0))
+    }
+    assert len(prints) == 4
+
+
+# --- in memory --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_npy_files_are_mapped(tmp_path: Path, dtype: type) -> None:
+    rows = np.random.default_rng(0).normal(3.0, 2.0, (500, 6)).astype(dtype)
+    np.save(tmp_path / "rows.npy", rows)
+    found = ActivationStore.from_tensor(tmp_path / "rows.npy", {"site": "attn_out"})
+    assert torch.equal(everything(found), torch.from_numpy(rows))
+    np.testing.assert_allclose(found.mean.numpy(), rows.astype(float).mean(0), rtol=1e-5)
+    assert next(found.batches(8)).dtype == torch.float32
+    assert found.metadata == {"site": "attn_out", "file": "rows.npy"}
+    assert found.spectrum.d == 6
+
+
+def test_tensors_and_arrays_in_any_layout() -> None:
+    rows = torch.randn(40, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    for form in (
+        rows,
+        rows.detach().numpy(),
+        np.asfortranarray(rows.detach().numpy()),
+        rows.T.contiguous().T,
+    ):
+        assert torch.equal(everything(ActivationStore.from_tensor(form)), rows.detach())
+
+
+def test_rows_that_cannot_be_used(tmp_path: Path) -> None:
+    rows = torch.zeros(20, 3)
+    with pytest.raises(DataError, match="never vary"):
+        _ = ActivationStore.from_tensor(rows).scale
+    rows[17, 1] = float("nan")
+    with pytest.raises(DataError, match="row 17 holds NaN"):
+        ActivationStore.from_tensor(rows)
+    for bad in (torch.zeros(3), torch.zeros(0, 3), torch.zeros(2, 3, 4)):
+        with pytest.raises(DataError, match="matrix"):
+            ActivationStore.from_tensor(bad)
+    with pytest.raises(DataError, match="floating point"):
+        ActivationStore.from_tensor(torch.zeros(3, 4, dtype=torch.long))
+    np.save(tmp_path / "objects.npy", np.array([[1, "a"]], dtype=object), allow_pickle=True)
+    with pytest.raises(DataError, match="plain numbers"):
+        ActivationStore.from_tensor(tmp_path / "objects.npy")
+    with pytest.raises(OptionError, match=r"\.npy"):
+        ActivationStore.from_tensor(tmp_path / "rows.csv")
+    with pytest.raises(FileNotFoundError):
+        ActivationStore.from_tensor(tmp_path / "none.npy")
+    np.save(tmp_path / "words.npy", np.array([["a", "b"]]))
+    with pytest.raises(DataError, match="cannot be used"):
+        ActivationStore.from_tensor(tmp_path / "words.npy")

@@ -1,0 +1,87 @@
+"""Small results on disk: computed once, keyed by everything, never half there."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from pathlib import Path
+
+import pytest
+
+from asi_lens.base.cache import cached_json, cached_jsons
+from asi_lens.base.errors import CacheError
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ASI_LENS_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def test_computed_once_per_key() -> None:
+    calls = []
+    for key in ({"a": 1}, {"a": 1}, {"a": 2}):
+        assert cached_json("x", key, lambda key=key: calls.append(key) or {"r": key["a"]}) == {"r": key["a"]}
+    assert calls == [{"a": 1}, {"a": 2}]
+
+
+def test_numbers_come_back_exactly() -> None:
+    values = {"third": 1 / 3, "tiny": 5e-324, "none": None}
+    cached_json("x", {"n": 1}, lambda: values)
+    assert cached_json("x", {"n": 1}, lambda: pytest.fail("computed again")) == values
+
+
+def test_a_failed_computation_leaves_nothing(own_cache: Path) -> None:
+    def fail() -> object:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cached_json("x", {"a": 1}, fail)
+    assert list(own_cache.glob("x/*.json")) == []
+    assert cached_json("x", {"a": 1}, lambda: 7) == 7
+
+
+@pytest.mark.parametrize("content", ["", '{"key": {"a": 1}, "resul', "[]", "{}"])
+def test_a_damaged_file_is_named(own_cache: Path, content: str) -> None:
+    cached_json("x", {"a": 1}, lambda: 7)
+    (path,) = own_cache.glob("x/*.json")
+    path.write_text(content)
+    with pytest.raises(CacheError, match=path.name):
+        cached_json("x", {"a": 1}, lambda: 7)
+
+
+def _slow(folder: str) -> int:
+    def compute() -> int:
+        time.sleep(0.3)
+        with (Path(folder) / "calls").open("a") as file:
+            file.write("x")
+        return 7
+
+    return cached_json("x", {"a": 1}, compute)
+
+
+def test_two_processes_compute_once(own_cache: Path) -> None:
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        assert pool.map(_slow, [str(own_cache)] * 2) == [7, 7]
+    assert (own_cache / "calls").read_text() == "x"
+
+
+def test_only_what_is_missing_is_computed_and_at_once() -> None:
+    asked: list[list[int]] = []
+
+    def compute(missing: list[int]) -> list[str]:
+        asked.append(missing)
+        return [f"{len(asked)}.{position}" for position in missing]
+
+    keys = [{"n": n} for n in range(3)]
+    assert cached_jsons("x", [keys[1]], compute) == ["1.0"]
+    assert cached_jsons("x", [keys[0], keys[1], keys[2], keys[0]], compute) == ["2.0", "1.0", "2.2", "2.0"]
+    assert cached_jsons("x", keys, compute) == ["2.0", "1.0", "2.2"]
+    assert cached_jsons("x", [], compute) == []
+    assert asked == [[0], [0, 2]]
+
+
+def test_too_few_results_are_no_results() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        cached_jsons("x", [{"n": 1}, {"n": 2}], lambda missing: [1])
+    assert cached_jsons("x", [{"n": 1}], lambda missing: [2]) == [2]

@@ -1,0 +1,211 @@
+"""Cached spectra: equal to a direct computation, incremental, resumable, and never silently wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from asi_lens.activations.harvest import harvest
+from asi_lens.activations.spectrum import Spectrum
+from asi_lens.base.errors import CacheError, OptionError
+from asi_lens.collapse import spectra
+from asi_lens.collapse.spectra import collect_spectra, rank_growth
+from asi_lens.inputs import models
+from asi_lens.inputs.corpora import Tokens
+
+pytestmark = [
+    pytest.mark.model_facing,
+    # Tiny models on tiny texts: too few tokens is what these tests always have.
+    pytest.mark.filterwarnings("ignore::asi_lens.activations.spectrum.FewTokensWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ASI_LENS_CACHE", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[str, int]]]:
+    """What each pass of the model was asked for."""
+    seen: list[list[tuple[str, int]]] = []
+
+    def counting(model: Any, tokens: Any, consumers: Any, **options: Any) -> None:
+        seen.append([where for consumer in consumers for where in consumer.wants])
+        harvest(model, tokens, consumers, **options)
+
+    monkeypatch.setattr(spectra, "harvest", counting)
+    return seen
+
+
+def files(cache: Path) -> list[Path]:
+    return sorted(cache.glob("moments/*/*.safetensors"))
+
+
+def test_spectra_equal_those_of_the_rows(tiny_llama: Any, tiny_tokens: Tokens) -> None:
+    spectra = collect_spectra(tiny_llama, tiny_tokens, batch_tokens=3 * tiny_tokens.context, progress=False)
+    assert len(spectra) == 4 * models.model_info(tiny_llama).n_layers
+    for where, spectrum in spectra.items():
+        found: list[torch.Tensor] = []
+        hook = models.hook_name(tiny_llama, *where)
+        models.forward(tiny_llama, tiny_tokens.ids, {hook: lambda x, found=found: found.append(x.clone())})
+        rows = found[0][:, 1:].flatten(0, 1)
+        direct = Spectrum.of(rows.double())
+        assert spectrum.n == rows.shape[0]
+        assert spectrum.effective_rank == pytest.approx(direct.effective_rank, rel=1e-4)
+        torch.testing.assert_close(spectrum.covariance, direct.covariance, rtol=1e-3, atol=1e-7)
+
+
+def test_a_second_call_runs_nothing_and_more_sites_run_alone(
+    tiny_llama: Any, tiny_tokens: Tokens, passes: list[list[tuple[str, int]]]
+) -> None:
+    first = collect_spectra(tiny_llama, tiny_tokens, ["attn_out"], [0], progress=False)
+    again = collect_spectra(tiny_llama, tiny_tokens, ["attn_out"], [0], progress=False)
+    assert torch.equal(first["attn_out", 0].eigenvalues, again["attn_out", 0].eigenvalues)
+    collect_spectra(tiny_llama, tiny_tokens, ["attn_out", "z"], [0, 1], progress=False)
+    assert passes == [[("attn_out", 0)], [("z", 0), ("attn_out", 1), ("z", 1)]]
+
+
+def test_other_tokens_or_options_are_other_results(
+    tiny_llama: Any, tiny_tokens: Tokens, passes: list[list[tuple[str, int]]]
+) -> None:
+    for tokens, options in (
+        (tiny_tokens, {}),
+        (tiny_tokens[:2], {}),
+        (tiny_tokens, {"drop_first": False}),
+    ):
+        collect_spectra(tiny_llama, tokens, ["attn_out"], [0], progress=False, **options)
+    assert len(passes) == 3
+
+
+def test_other_weights_are_another_result(
+    tiny_llama: Any, tiny_tokens: Tokens, passes: list[list[tuple[str, int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    collect_spectra(tiny_llama, tiny_tokens, ["attn_out"], [0], progress=False)
+    info = models.model_info(tiny_llama)
+    monkeypatch.setattr(models, "model_info", lambda model: replace(info, fingerprint="other"))
+    collect_spectra(tiny_llama, tiny_tokens, ["attn_out"], [0], progress=False)
+    assert len(passes) == 2
+
+
+def test_an_interrupted_pass_goes_on_to_the_same_bits(
+    tiny_llama: Any, tiny_tokens: Tokens, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"batch_tokens": tiny_tokens.context, "progress": False}
+    calls = []
+    real = models.forward
+
+    def interrupted(*args: Any, **keywords: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            collect_spectra(tiny_llama, tiny_tokens, ["attn_out", "z"], **options)
+    (partial,) = files(own_cache)
+    assert partial.name.startswith("partial-")
+
+    calls.clear()
+    monkeypatch.setattr(models, "forward", lambda *a, **k: (calls.append(1), real(*a, **k))[1])
+    resumed = collect_spectra(tiny_llama, tiny_tokens, ["attn_out", "z"], **options)
+    assert len(calls) == len(tiny_tokens) - 2
+    assert not partial.exists()
+
+    monkeypatch.setenv("ASI_LENS_CACHE", str(own_cache / "other"))
+    straight = collect_spectra(tiny_llama, tiny_tokens, ["attn_out", "z"], **options)
+    for where in straight:
+        assert torch.equal(resumed[where].covariance, straight[where].covariance)
+        assert torch.equal(resumed[where].eigenvalues, straight[where].eigenvalues)
+
+
+def test_a_pass_interrupted_inside_a_batch_saves_nothing_half_counted(
+    tiny_llama: Any, tiny_tokens: Tokens, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, count = spectra.MomentsConsumer.consume, []
+
+    def interrupted(self: Any, where: Any, rows: Any) -> None:
+        count.append(1)
+        if len(count) == 6:  # in the middle of the second batch of four pairs
+            raise KeyboardInterrupt
+        real(self, where, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(spectra.MomentsConsumer, "consume", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            collect_spectra(
+                tiny_llama,
+                tiny_tokens,
+                ["attn_out", "z"],
+                [0, 1],
+                batch_tokens=tiny_tokens.context,
+                progress=False,
+            )
+    assert files(own_cache) == []
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "other version"])
+def test_a_damaged_file_is_named_not_used(
+    tiny_llama: Any, tiny_tokens: Tokens, own_cache: Path, damage: str
+) -> None:
+    collect_spectra(tiny_llama, tiny_tokens, ["attn_out"], [0], progress=False)
+    (path,) = files(own_cache)
+    whole = path.read_bytes()
+    path.write_bytes(
+        {
+            "truncated": whole[: len(whole) // 2],
+            "empty": b"",
+            "other version": whole.replace(b'"asi_lens_moments":"1"', b'"asi_lens_moments":"0"'),
+        }[damage]
+    )
+    with pytest.raises(CacheError, match=path.name) as error:
+        collect_spectra(tiny_llama, tiny_tokens, ["attn_out"], [0], progress=False)
+    assert "delete" in str(error.value)
+
+
+def test_few_tokens_warn(tiny_llama: Any, tiny_tokens: Tokens) -> None:
+    from asi_lens.activations.spectrum import FewTokensWarning
+
+    with pytest.warns(FewTokensWarning, match="rows per dimension"):
+        collect_spectra(tiny_llama, tiny_tokens[:1], ["attn_out"], [0], progress=False)
+
+
+def test_records_have_the_columns_of_the_table(tiny_llama: Any, tiny_tokens: Tokens) -> None:
+    from asi_lens.results.rows import RankRow
+
+    spectra = collect_spectra(tiny_llama, tiny_tokens, ["attn_out"], [0], progress=False)
+    (row,) = [RankRow(**record) for record in spectra.records()]
+    assert (row.site, row.layer, row.n_tokens) == (
+        "attn_out",
+        0,
+        len(tiny_tokens) * (tiny_tokens.context - 1),
+    )
+    with pytest.raises(KeyError, match="attn_out"):
+        spectra["mlp_out", 0]
+
+
+def test_growth_ends_at_the_full_sample(
+    tiny_llama: Any, tiny_tokens: Tokens, passes: list[list[tuple[str, int]]]
+) -> None:
+    options = {"batch_tokens": tiny_tokens.context, "progress": False}
+    records = rank_growth(tiny_llama, tiny_tokens, ["attn_out"], [1], steps=3, **options)
+    sizes = [
+        len(tokens) * (tiny_tokens.context - 1)
+        for tokens in (tiny_tokens[: len(tiny_tokens) >> k] for k in (2, 1, 0))
+    ]
+    assert [r["n_tokens"] for r in records] == sizes
+    full = collect_spectra(tiny_llama, tiny_tokens, ["attn_out"], [1], **options)["attn_out", 1]
+    assert records[-1]["effective_rank"] == pytest.approx(full.effective_rank, rel=1e-9)
+    before = len(passes)
+    assert rank_growth(tiny_llama, tiny_tokens, ["attn_out"], [1], steps=3, **options) == records
+    assert len(passes) == before
+    with pytest.raises(OptionError, match="steps="):
+        rank_growth(tiny_llama, tiny_tokens, ["attn_out"], [1], steps=1)

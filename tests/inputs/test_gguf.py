@@ -1,0 +1,209 @@
+"""GGUF files become Hugging Face folders once: right weights and tokenizer, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from asi_lens.base.errors import CacheError, DataError, UnsupportedModelError
+from asi_lens.inputs import gguf, models
+
+pytestmark = pytest.mark.model_facing
+
+D_MODEL, D_MLP, N_HEADS, N_KV_HEADS, D_HEAD = 64, 96, 4, 2, 16
+TOKENS = ["<unk>", "<s>", "</s>", *(chr(c) for c in range(33, 127)), "Ġ", "Ċ", "ĠĠ"]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ASI_LENS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def interleaved(weight: np.ndarray, n_heads: int) -> np.ndarray:
+    """Rows as llama.cpp keeps Q and K: each head's two rotary halves interleaved."""
+    halves = weight.reshape(n_heads, 2, weight.shape[0] // n_heads // 2, *weight.shape[1:])
+    return halves.swapaxes(1, 2).reshape(weight.shape)
+
+
+def write(path: Path, architecture: str = "llama", without: str = "") -> dict[str, np.ndarray]:
+    """A llama-like model of two layers in Q4_1, as llama.cpp writes it; returns the float weights."""
+    from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quants
+
+    rng = np.random.default_rng(0)
+    writer = GGUFWriter(path, architecture)
+    writer.add_file_type(LlamaFileType.MOSTLY_Q4_1)
+    writer.add_context_length(128)
+    writer.add_embedding_length(D_MODEL)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(D_MLP)
+    writer.add_head_count(N_HEADS)
+    writer.add_head_count_kv(N_KV_HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_rope_dimension_count(D_HEAD)
+    writer.add_vocab_size(len(TOKENS))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([3, 3, 3] + [1] * (len(TOKENS) - 3))
+    writer.add_token_merges(["Ġ Ġ"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    shapes = {"token_embd": (len(TOKENS), D_MODEL), "output_norm": (D_MODEL,)}
+    for layer in range(2):
+        shapes |= {
+            f"blk.{layer}.attn_norm": (D_MODEL,),
+            f"blk.{layer}.attn_q": (N_HEADS * D_HEAD, D_MODEL),
+            f"blk.{layer}.attn_k": (N_KV_HEADS * D_HEAD, D_MODEL),
+            f"blk.{layer}.attn_v": (N_KV_HEADS * D_HEAD, D_MODEL),
+            f"blk.{layer}.attn_output": (D_MODEL, N_HEADS * D_HEAD),
+            f"blk.{layer}.ffn_norm": (D_MODEL,),
+            f"blk.{layer}.ffn_gate": (D_MLP, D_MODEL),
+            f"blk.{layer}.ffn_up": (D_MLP, D_MODEL),
+            f"blk.{layer}.ffn_down": (D_MODEL, D_MLP),
+        }
+    shapes.pop(without, None)
+    weights = {}
+    for name, shape in shapes.items():
+        value = rng.normal(size=shape).astype(np.float32)
+        if len(shape) == 1:
+            writer.add_tensor(f"{name}.weight", value)
+            weights[name] = value
+            continue
+        n_heads = {"attn_q": N_HEADS, "attn_k": N_KV_HEADS}.get(name.split(".")[-1])
+        stored = interleaved(value, n_heads) if n_heads else value
+        kind = GGMLQuantizationType.Q4_1
+        packed = quants.quantize(stored, kind)
+        writer.add_tensor(f"{name}.weight", packed, raw_dtype=kind)
+        # Quantization is by blocks of a row, so it does not care about the order of rows.
+        weights[name] = quants.dequantize(quants.quantize(value, kind), kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return weights
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    write(tmp_path / "tiny.gguf")
+    return tmp_path / "tiny.gguf"
+
+
+def test_weights_and_tokenizer_come_through(tmp_path: Path) -> None:
+    expected = write(tmp_path / "tiny.gguf")
+    model = models.load_model(tmp_path / "tiny.gguf", dtype="float32", device="cpu")
+    info = models.model_info(model)
+    assert (info.name, info.weights) == ("tiny", "4-bit weights, dequantised")
+    assert (info.architecture, info.n_kv_heads, info.d_head) == ("LlamaForCausalLM", N_KV_HEADS, D_HEAD)
+    names = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "ffn_down": "mlp.down_proj"}
+    weights = dict(models.twin.runners(model)[1].root.named_parameters())
+    for ours, theirs in names.items():
+        found = weights[f"model.layers.1.{theirs}.weight"].detach().numpy()
+        np.testing.assert_array_equal(found, expected[f"blk.1.{ours}"])
+    W_O = models.output_projection(model, 0)
+    np.testing.assert_array_equal(W_O.flatten(0, 1).T.numpy(), expected["blk.0.attn_output"])
+    tokenizer = models.tokenizer_of(model)
+    # digits stand alone, so the two spaces before one are a pair: llama.cpp's rule for this family
+    text = tokenizer.convert_ids_to_tokens(tokenizer("a  12", add_special_tokens=False).input_ids)
+    assert text == ["a", "ĠĠ", "1", "2"]
+    logits = models.forward(model, torch.tensor([[1, 5, 9]]), {}, logits=True)
+    assert logits.shape == (1, 3, len(TOKENS))
+    assert bool(logits.isfinite().all())
+
+
+def test_the_second_time_nothing_is_converted(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = gguf.dequantized(file)
+    monkeypatch.setattr(gguf, "_convert", lambda *_: pytest.fail("converted again"))
+    assert gguf.dequantized(file)[0] == folder
+    moved = file.rename(file.with_name("moved.gguf"))
+    assert gguf.read_header(moved) == gguf.Header("llama", 4, "smollm")
+
+
+def test_a_failed_conversion_leaves_nothing(
+    file: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path, header: gguf.Header, folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gguf, "_convert", fail)
+    with pytest.raises(KeyboardInterrupt):
+        gguf.dequantized(file)
+    assert [entry.name for entry in (own_cache / "models").iterdir() if entry.is_dir()] == []
+
+
+def test_a_full_disk_leaves_nothing(file: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors import SafetensorError
+    from transformers import PreTrainedModel
+
+    def full(self: Any, folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    with pytest.raises(OSError, match=r"cannot write .*models: .*No space left"):
+        gguf.dequantized(file)
+    assert [entry.name for entry in (own_cache / "models").iterdir() if entry.is_dir()] == []
+
+
+def test_an_unsupported_architecture_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "odd.gguf", architecture="rwkv7")
+    with pytest.raises(UnsupportedModelError, match=r"odd\.gguf.*'rwkv7'"):
+        models.load_model(tmp_path / "odd.gguf")
+
+
+def test_missing_weights_are_not_made_up(tmp_path: Path, own_cache: Path) -> None:
+    write(tmp_path / "part.gguf", without="blk.1.ffn_down")
+    with pytest.raises(DataError, match=r"lacks the weights model\.layers\.1\.mlp\.down_proj\.weight"):
+        models.load_model(tmp_path / "part.gguf")
+    assert not list((own_cache / "models").glob("part-*/"))
+
+
+@pytest.mark.parametrize("kept", [0, 3, 200, 2_000, 20_000, -1])
+def test_a_file_that_is_cut_off(file: Path, kept: int) -> None:
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(DataError, match="not a whole GGUF file"):
+        models.load_model(file)
+
+
+def test_a_changed_cache_is_refused(file: Path) -> None:
+    folder, _ = gguf.dequantized(file)
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    with pytest.raises(CacheError, match=r"model\.safetensors has .* bytes.*Delete the folder"):
+        gguf.dequantized(file)
+    weights.write_bytes(whole)
+    manifest = json.loads((folder / gguf.MANIFEST).read_text())
+    (folder / gguf.MANIFEST).write_text(json.dumps({**manifest, "format": 99}))
+    with pytest.raises(CacheError, match="another version"):
+        gguf.dequantized(file)
+    (folder / gguf.MANIFEST).unlink()
+    with pytest.raises(CacheError, match="cannot be read"):
+        gguf.dequantized(file)
+
+
+def _load(file: str, results: Any) -> None:
+    results.put(str(gguf.dequantized(Path(file))[0]))
+
+
+def test_two_processes_at_once(file: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    results: Any = context.Queue()
+    processes = [context.Process(target=_load, args=(str(file), results)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    folders = {results.get(timeout=100) for _ in processes}
+    for process in processes:
+        process.join()
+    assert len(folders) == 1
+    assert (Path(folders.pop()) / gguf.MANIFEST).is_file()

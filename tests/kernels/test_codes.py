@@ -1,0 +1,47 @@
+"""Sparse codes of any width, and how they are put together."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asi_lens.kernels.codes import SparseCode, keep, pick, side_by_side, stack_codes
+
+
+def dense(code: SparseCode, n: int) -> torch.Tensor:
+    return torch.zeros(len(code.values), n).scatter_add(1, code.indices, code.values)
+
+
+@given(batch=st.integers(0, 5), n=st.integers(1, 9), share=st.floats(0, 1), seed=st.integers(0, 99))
+def test_marked_places_and_no_others_are_picked(batch: int, n: int, share: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(batch, n, generator=generator) < share
+    values = torch.randn(batch, n, generator=generator)
+    code = pick(mask, values)
+    assert torch.equal(dense(code, n), values * mask)
+    assert code.values.shape[1] == max(1, int(mask.sum(1).max()) if batch else 0)
+
+
+def test_what_a_row_lacks_is_filled_up_as_asked() -> None:
+    rows, indices, values = torch.tensor([0, 2, 2]), torch.tensor([7, 5, 6]), torch.tensor([1.0, 2.0, 3.0])
+    code = side_by_side(rows, indices, values, 3, fill=-torch.inf)
+    assert code.indices.tolist() == [[7, 0], [0, 0], [5, 6]]
+    assert code.values.tolist() == [[1, -torch.inf], [-torch.inf, -torch.inf], [2, 3]]
+
+
+def test_kept_picks_move_to_the_left_in_their_order() -> None:
+    code = SparseCode(torch.tensor([[4, 5, 6], [7, 8, 9]]), torch.tensor([[1.0, 2, 3], [4, 5, 6]]))
+    found = keep(code, torch.tensor([[False, True, True], [False, False, True]]))
+    assert found.indices[0].tolist() == [5, 6]
+    assert found.values.tolist() == [[2, 3], [6, 0]]
+
+
+def test_codes_of_any_width_are_stacked() -> None:
+    codes = [
+        SparseCode(torch.tensor([[3, 1]]), torch.tensor([[1.0, 2.0]])),
+        SparseCode(torch.tensor([[5], [6]]), torch.tensor([[0.5], [0.0]])),
+    ]
+    found = stack_codes(codes)
+    assert found.indices.tolist() == [[3, 1], [5, 0], [6, 0]]
+    assert found.values.tolist() == [[1, 2], [0.5, 0], [0, 0]]

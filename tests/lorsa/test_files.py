@@ -1,0 +1,57 @@
+"""A Lorsa on disk and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small_lorsas import LAYER, started
+
+from asi_lens.base.errors import DataError, OptionError
+from asi_lens.inputs.corpora import Tokens
+from asi_lens.lorsa.data import harvest_pairs
+from asi_lens.lorsa.lorsa import Lorsa, load_lorsa
+
+pytestmark = pytest.mark.model_facing
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_it_comes_back_as_it_was(tiny_llama: Any, tiny_tokens: Tokens, tmp_path: Path, dtype: Any) -> None:
+    pairs = harvest_pairs(tiny_llama, tiny_tokens, LAYER, progress=False)
+    lorsa = started(tiny_llama, pairs, dtype=dtype)
+    path = tmp_path / "deep" / "lorsa.safetensors"
+    path.parent.mkdir()
+    lorsa.save(path)
+    found = Lorsa.load(path)
+    assert found.config == lorsa.config
+    assert found.initialization == lorsa.initialization
+    assert torch.equal(found(pairs.inputs), lorsa(pairs.inputs))
+
+
+def test_files_that_are_something_else_are_refused(
+    tiny_llama: Any, tiny_tokens: Tokens, tmp_path: Path
+) -> None:
+    pairs = harvest_pairs(tiny_llama, tiny_tokens, LAYER, progress=False)
+    path = tmp_path / "lorsa.safetensors"
+    with pytest.raises(FileNotFoundError, match="lorsa"):
+        load_lorsa(path)
+    with pytest.raises(OptionError, match=r"must be a `\.safetensors` file"):
+        load_lorsa(tmp_path / "lorsa.pt")
+    started(tiny_llama, pairs).save(path)
+    tensors = load_file(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match="cannot be read"):
+        load_lorsa(path)
+    path.write_bytes(whole.replace(b'\\"format\\": 1', b'\\"format\\": 9'))
+    with pytest.raises(DataError, match="has format 9"):
+        load_lorsa(path)
+    save_file(tensors, path)
+    with pytest.raises(DataError, match="is not the file of a Lorsa"):
+        load_lorsa(path)
+    path.write_bytes(whole.replace(b'"W_O"', b'"W_X"'))
+    with pytest.raises(DataError, match="other tensors"):
+        load_lorsa(path)

@@ -1,0 +1,324 @@
+"""Data, training and evaluation of a Lorsa."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_lorsas import CONTEXT, LAYER, N_OV, K, quick, read_and_written, started
+
+from asi_lens.base.errors import DataError, OptionError
+from asi_lens.collapse import interventions
+from asi_lens.inputs import models
+from asi_lens.inputs.corpora import Tokens
+from asi_lens.inputs.models import load_model
+from asi_lens.lorsa.data import SequencePairs, harvest_pairs
+from asi_lens.lorsa.evaluate import evaluate_lorsa
+from asi_lens.lorsa.initialize import from_attention
+from asi_lens.lorsa.lorsa import Lorsa
+from asi_lens.lorsa.train import LorsaTrainer
+from asi_lens.sae.train import DivergedError, StepOutput
+from asi_lens.training.checkpoint import OtherConfigurationError
+from asi_lens.training.loop import train_together
+
+pytestmark = pytest.mark.model_facing
+EACH = CONTEXT - 1
+
+
+@pytest.fixture(scope="module")
+def pairs(tiny_llama: Any, tiny_tokens: Tokens) -> SequencePairs:
+    return harvest_pairs(tiny_llama, tiny_tokens, LAYER, progress=False)
+
+
+def trainer(
+    model: Any, pairs: SequencePairs, method: str = "asi", dtype: Any = None, **changes: Any
+) -> LorsaTrainer:
+    return LorsaTrainer(started(model, pairs, method, dtype=dtype or torch.float32), quick(**changes))
+
+
+def same_bits(a: LorsaTrainer, b: LorsaTrainer) -> bool:
+    first, second = a.state(), b.state()
+    assert first.keys() == second.keys()
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+# --- data -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_pairs_are_what_the_layer_reads_and_writes(tiny_folder: Any, tiny_tokens: Tokens, name: str) -> None:
+    model = load_model(tiny_folder(name), dtype="float32", device="cpu")
+    found = harvest_pairs(model, tiny_tokens, LAYER, batch_tokens=5 * CONTEXT, progress=False)
+    x, y = read_and_written(model, tiny_tokens.ids, LAYER)
+    torch.testing.assert_close(found.inputs, x)
+    torch.testing.assert_close(found.outputs, y)
+    assert (len(found), found.context, found.d, found.n) == (12, CONTEXT, 24, 12 * EACH)
+    assert found.metadata["layer"] == LAYER
+    half = harvest_pairs(model, tiny_tokens, LAYER, dtype="bfloat16", progress=False)
+    assert half.inputs.dtype == torch.bfloat16
+    torch.testing.assert_close(half.inputs.float(), x, rtol=0.01, atol=0.01)
+
+
+def test_batches_are_shuffled_sequences_and_go_on_anywhere() -> None:
+    inputs = torch.arange(7.0).view(7, 1, 1).expand(7, 4, 2)
+    pairs = SequencePairs(inputs, -inputs)
+    assert len(next(pairs.batches(10, seed=0))) == 9  # 3 sequences of 3 positions that count
+    stream = list(pairs.batches(9, seed=0, n_tokens=9 * 14))
+    assert len(stream) == 14
+    order = [int(x) for batch in stream for x in batch.x[:, 0, 0]]
+    for epoch in range(6):
+        assert sorted(order[7 * epoch : 7 * epoch + 7]) == list(range(7))
+    assert order[:7] != order[7:14]
+    assert all(torch.equal(batch.x, -batch.y) for batch in stream)
+    later = list(pairs.batches(9, seed=0, start=9 * 5, n_tokens=9 * 14))
+    assert [int(x) for batch in later for x in batch.x[:, 0, 0]] == order[15:]
+    other = [int(x) for batch in pairs.batches(9, seed=1, n_tokens=9 * 14) for x in batch.x[:, 0, 0]]
+    assert other != order
+    with pytest.raises(OptionError, match=r"batch_size=2 .* a sequence of 3"):
+        next(pairs.batches(2, seed=0))
+    with pytest.raises(OptionError, match="start=4"):
+        next(pairs.batches(9, seed=0, start=4))
+
+
+def test_pairs_that_cannot_be_are_refused() -> None:
+    x = torch.zeros(3, 4, 2)
+    for inputs, outputs in ((x, x[:2]), (x[0], x[0]), (x[:, :1], x[:, :1]), (x[:0], x[:0])):
+        with pytest.raises(DataError, match="inputs of shape"):
+            SequencePairs(inputs, outputs)
+    assert len(SequencePairs(x, x)[1:]) == 2
+    assert SequencePairs(x, x).fingerprint != SequencePairs(x, x + 1).fingerprint
+
+
+# --- a step -----------------------------------------------------------------------------------------
+
+
+def test_what_a_step_reports(tiny_llama: Any, pairs: SequencePairs) -> None:
+    one = trainer(tiny_llama, pairs, dtype=torch.float64)
+    x, y = pairs.inputs[:4].double(), pairs.outputs[:4].double()
+    with torch.no_grad():
+        error = (one.lorsa(x) - y)[:, 1:].square().sum().item()
+        l0 = (one.lorsa.encode(x).values[:, 1:] > 0).double().sum(-1).mean().item()
+    rows = y[:, 1:].flatten(0, 1)
+    output = one.step(x, y)
+    assert output.fvu == pytest.approx(error / (rows - rows.mean(0)).square().sum().item())
+    assert output.loss == pytest.approx(error / (4 * EACH) * one.lorsa.output_scale.item() ** 2)
+    assert (output.step, output.tokens) == (1, 4 * EACH)
+    assert output.l0 == pytest.approx(l0)
+    assert l0 <= K
+    assert output.lr == pytest.approx(3e-3 / 3)
+    assert output.gradient_norm is None
+    assert one.step(x, y).loss < output.loss
+    norms = one.lorsa.W_O.norm(dim=1)
+    torch.testing.assert_close(norms, torch.ones_like(norms))
+
+
+def test_the_first_position_is_not_in_the_loss(tiny_llama: Any, pairs: SequencePairs) -> None:
+    one, other = (trainer(tiny_llama, pairs) for _ in range(2))
+    y = pairs.outputs[:4].clone()
+    y[:, 0] += 100
+    assert one.step(pairs.inputs[:4], pairs.outputs[:4]) == other.step(pairs.inputs[:4], y)
+    assert same_bits(one, other)
+
+
+def test_gradients_are_free_of_the_part_that_would_change_norms(
+    tiny_llama: Any, pairs: SequencePairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = trainer(tiny_llama, pairs, clip_norm=1e-3)
+    W_O = one.lorsa.W_O.detach().clone()
+    found: list[torch.Tensor] = []
+    norms: list[float] = []
+
+    def look(*args: Any) -> None:
+        found.append(one.lorsa.W_O.grad.clone())
+        norms.append(sum(p.grad.square().sum().item() for p in one.lorsa.parameters()) ** 0.5)
+
+    monkeypatch.setattr(one.optimizer, "step", look)
+    output = one.step(pairs.inputs[:4], pairs.outputs[:4])
+    torch.testing.assert_close((found[0] * W_O).sum(1), torch.zeros(N_OV), rtol=0, atol=1e-8)
+    assert found[0].any()
+    assert output.gradient_norm is not None
+    assert output.gradient_norm > 1e-3
+    assert norms[0] == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_the_ledger_counts_positions_but_the_first(tiny_llama: Any, pairs: SequencePairs) -> None:
+    one = trainer(tiny_llama, pairs, dead_window=4 * EACH)
+    with torch.no_grad():
+        one.lorsa.b_V[:10] = -1e4  # never above zero
+        code = one.lorsa.encode(pairs.inputs[:4])
+    output = one.step(pairs.inputs[:4], pairs.outputs[:4])
+    fired = code.indices[:, 1:][code.values[:, 1:] > 0]
+    counts = torch.bincount(fired, minlength=N_OV)
+    assert torch.equal(one.ledger.counts, counts)
+    assert not counts[:10].any()
+    assert one.ledger.n_tokens == 4 * EACH
+    assert output.dead_fraction == (counts == 0).double().mean().item() >= 10 / N_OV
+
+
+def test_steps_that_cannot_be_are_refused_and_change_nothing(tiny_llama: Any, pairs: SequencePairs) -> None:
+    one = trainer(tiny_llama, pairs)
+    before = {name: tensor.clone() for name, tensor in one.state().items()}
+    x, y = pairs.inputs[:2], pairs.outputs[:2]
+    broken = y.clone()
+    broken[0, 3, 3] = float("nan")
+    for inputs, outputs, message in [
+        (x, broken, "1 of 2 sequences of outputs hold NaN"),
+        (x, y[:1], "outputs of shape"),
+        (x[:, :1], y[:, :1], "2 positions or more"),
+        (x[..., :20], y[..., :20], r"\[batch position 24\]"),
+        (x.repeat(1, 2, 1), y.repeat(1, 2, 1), f"context={CONTEXT}"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            one.step(inputs, outputs)
+    with pytest.raises(DivergedError, match=r"step 1: .* nothing was updated"):
+        one.step(x, y * 1e30)
+    assert before.keys() == one.state().keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in one.state().items())
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"optimizer": "sparse_adam"}, "optimizer='sparse_adam' .* 'adam' for a Lorsa"),
+        ({"aux_k": 3}, "aux_k=3 .* 0 for a Lorsa"),
+        ({"compute_dtype": "bfloat16"}, "compute_dtype='bfloat16'"),
+    ],
+)
+def test_a_training_that_cannot_be_is_refused(
+    tiny_llama: Any, pairs: SequencePairs, change: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(OptionError, match=named):
+        trainer(tiny_llama, pairs, **change)
+    with pytest.raises(OptionError, match="run initialize_lorsa first"):
+        LorsaTrainer(Lorsa(started(tiny_llama, pairs).config))
+
+
+# --- a run ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["random", "asi"])
+def test_training_lowers_the_loss(tiny_llama: Any, pairs: SequencePairs, method: str) -> None:
+    one = trainer(tiny_llama, pairs, method)
+    before = {name: p.detach().clone() for name, p in one.lorsa.named_parameters()}
+    history = one.fit(pairs, log_every=10, windows=[50], progress=False)
+    assert [row["step"] for row in history] == [1, 10, 20, 30]
+    assert history[-1]["tokens"] == 30 * 4 * EACH
+    assert history[-1]["loss"] < 0.7 * history[0]["loss"]
+    assert {"fvu", "l0", "dead_fraction_50", f"dead_fraction_{2 * 4 * EACH}", "tokens_per_s"} <= history[
+        0
+    ].keys()
+    for name, parameter in one.lorsa.named_parameters():
+        assert not torch.equal(parameter, before[name]), name
+
+
+def test_a_run_is_that_of_its_seed(tiny_llama: Any, pairs: SequencePairs) -> None:
+    runs = [trainer(tiny_llama, pairs, steps=5, seed=seed) for seed in (0, 0, 1)]
+    for run in runs:
+        run.fit(pairs, progress=False)
+    assert same_bits(runs[0], runs[1])
+    assert not same_bits(runs[0], runs[2])
+    # Side by side each ends as it does alone.
+    together = [trainer(tiny_llama, pairs, method, steps=5) for method in ("asi", "random")]
+    train_together(together, pairs, progress=False)
+    assert same_bits(together[0], runs[0])
+
+
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(
+    tiny_llama: Any, pairs: SequencePairs, tmp_path: Path
+) -> None:
+    class Stop(Exception):  # noqa: N818
+        pass
+
+    def stop(one: LorsaTrainer, output: StepOutput) -> None:
+        if output.step == 7:
+            raise Stop
+
+    whole = trainer(tiny_llama, pairs, steps=12)
+    whole.fit(pairs, progress=False)
+    with pytest.raises(Stop):
+        trainer(tiny_llama, pairs, steps=12).fit(
+            pairs, folder=tmp_path, checkpoint_every=4 * EACH * 3, log_every=1, progress=False, on_log=stop
+        )
+    again = trainer(tiny_llama, pairs, steps=12)
+    history = again.fit(pairs, folder=tmp_path, log_every=1, progress=False)
+    assert same_bits(again, whole)
+    assert [row["step"] for row in history] == list(range(1, 13))
+    with pytest.raises(OtherConfigurationError, match=r"initialization\.method"):
+        trainer(tiny_llama, pairs, "random", steps=12).fit(pairs, folder=tmp_path, progress=False)
+
+
+def test_data_that_do_not_fit_are_refused(tiny_llama: Any, pairs: SequencePairs) -> None:
+    one = trainer(tiny_llama, pairs)
+    long = SequencePairs(pairs.inputs.repeat(1, 2, 1), pairs.outputs.repeat(1, 2, 1))
+    with pytest.raises(OptionError, match=f"of context {2 * CONTEXT}"):
+        one.fit(long, progress=False)
+    with pytest.raises(OptionError, match="of width 20"):
+        one.fit(SequencePairs(pairs.inputs[..., :20], pairs.outputs[..., :20]), progress=False)
+    with pytest.raises(OptionError, match=f"batch_size={EACH - 1}"):
+        trainer(tiny_llama, pairs, batch_size=EACH - 1).fit(pairs, progress=False)
+
+
+# --- evaluation -------------------------------------------------------------------------------------
+
+
+def test_a_layer_exactly_loses_nothing(tiny_llama: Any, tiny_tokens: Tokens, pairs: SequencePairs) -> None:
+    exact = from_attention(tiny_llama, LAYER, CONTEXT)
+    found = evaluate_lorsa(exact, pairs, model=tiny_llama, tokens=tiny_tokens, progress=False)
+    assert found.n_tokens == 12 * EACH
+    assert found.fvu < 1e-9
+    assert found.explained_variance == pytest.approx(1)
+    assert found.losses is not None
+    assert found.losses.cross_entropy_delta == pytest.approx(0, abs=1e-5)
+    assert found.losses.loss_recovered == pytest.approx(1, abs=1e-3)
+
+
+def test_numbers_are_their_definitions(tiny_llama: Any, tiny_tokens: Tokens, pairs: SequencePairs) -> None:
+    lorsa = started(tiny_llama, pairs)
+    held_out = pairs[3:]
+    found = evaluate_lorsa(lorsa, held_out, model=tiny_llama, tokens=tiny_tokens[3:], progress=False)
+    with torch.no_grad():
+        y = held_out.outputs[:, 1:].double()
+        error = (lorsa(held_out.inputs)[:, 1:].double() - y).square().sum().item()
+        code = lorsa.encode(held_out.inputs)
+    assert found.fvu == pytest.approx(error / (y - y.mean((0, 1))).square().sum().item(), rel=1e-4)
+    values = code.values[:, 1:]
+    assert found.l0 == pytest.approx((values > 0).double().sum(-1).mean().item())
+    silent = N_OV - len(code.indices[:, 1:][values > 0].unique())
+    assert found.dead_fraction == silent / N_OV
+    # The reconstruction in place of what attention writes, but at the first position.
+    ids = tiny_tokens.ids[3:]
+    x, written = read_and_written(tiny_llama, ids, LAYER)
+    with torch.no_grad():
+        spliced = torch.cat([written[:, :1], lorsa(x)[:, 1:]], 1)
+    hook = models.hook_name(tiny_llama, "attn_out", LAYER)
+    logits = models.forward(tiny_llama, ids, {hook: lambda _: spliced}, logits=True)
+    assert logits is not None
+    loss = interventions.next_token_loss(logits, ids).mean().item()
+    assert found.losses is not None
+    assert found.losses.cross_entropy == pytest.approx(loss, rel=1e-5)
+    assert found.losses.kl > 0
+
+
+def test_the_write_before_a_norm_is_what_is_replaced(tiny_folder: Any, tiny_tokens: Tokens) -> None:
+    model = load_model(tiny_folder("gemma3"), dtype="float32", device="cpu")
+    exact = from_attention(model, LAYER, CONTEXT)
+    held_out = harvest_pairs(model, tiny_tokens, LAYER, progress=False)
+    found = evaluate_lorsa(exact, held_out, model=model, tokens=tiny_tokens, progress=False)
+    assert found.losses is not None
+    assert abs(found.losses.cross_entropy_delta) < 1e-5
+    assert abs(found.losses.cross_entropy_mean_ablated - found.losses.cross_entropy_clean) > 1e-4
+
+
+def test_bad_input(tiny_llama: Any, tiny_tokens: Tokens, pairs: SequencePairs) -> None:
+    lorsa = started(tiny_llama, pairs)
+    with pytest.raises(OptionError, match="belong together"):
+        evaluate_lorsa(lorsa, pairs, model=tiny_llama)
+    with pytest.raises(OptionError, match="of width 20"):
+        evaluate_lorsa(lorsa, SequencePairs(pairs.inputs[..., :20], pairs.outputs[..., :20]))
+    elsewhere = SequencePairs(pairs.inputs, pairs.outputs, {"hook_name": "blocks.0.hook_attn_out"})
+    with pytest.raises(OptionError, match=r"a Lorsa of blocks\.1\.hook_attn_out and pairs of blocks\.0"):
+        evaluate_lorsa(lorsa, elsewhere)
+    with pytest.raises(DataError, match="never vary"):
+        evaluate_lorsa(lorsa, SequencePairs(pairs.inputs, torch.ones_like(pairs.outputs)))

@@ -1,0 +1,356 @@
+"""The runner: what runs again, what does not, and what stands after a failure."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+import runs
+import yaml
+
+from asi_lens.base.errors import AsiLensError, UnknownNameError
+from asi_lens.base.files import locked
+from asi_lens.reproduce import __main__ as reproduce
+from asi_lens.reproduce.execute import NotebookError
+from asi_lens.results import provenance
+from asi_lens.results.claims import ClaimRow, read_claims, write_claim
+
+CLAIM = (
+    "from asi_lens.results.claims import ClaimRow, write_claim\n"
+    "write_claim(folder, ClaimRow('{claim}', 's', '', str(x), '', '', 'supported', '{notebook}'))\n"
+)
+FIGURE = (
+    "from asi_lens.results.provenance import record_figure\n"
+    "record_figure(folder, '{stem}', title='t', subtitle='s', caption='c', png=False, reason='no Chrome')\n"
+)
+
+
+class Runner:
+    """Executes notebooks in this process, which is quick, and remembers which."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.ran: list[str] = []
+
+    def execute(self, notebook: Path, parameters: Mapping[str, Any], executed: Path) -> None:
+        self.ran.append(notebook.stem)
+        cells = [c.source for c in nbformat.read(notebook, 4).cells if c.cell_type == "code"]
+        names: dict[str, Any] = {}
+        exec(cells[0], names)
+        names.update(parameters)
+        for number, cell in enumerate(cells[1:], start=3):
+            try:
+                exec(cell, names)
+            except Exception as error:
+                raise NotebookError(f"{notebook.stem}, cell In[{number}]: {error!r}\n{executed}") from error
+
+    def __call__(self, *arguments: str) -> list[str]:
+        """Run the command line for the tiny model; returns the notebooks that ran."""
+        self.ran = []
+        code = reproduce.main(["--model", "tiny", *arguments])
+        self.code = code
+        return self.ran
+
+    @property
+    def folder(self) -> Path:
+        return self.root / "figures" / "tiny" / "quick"
+
+    def notebook(self, name: str, *cells: str, x: int = 1) -> None:
+        path = self.root / "notebooks" / f"{name}.ipynb"
+        write = runs.WRITE.format(stem=name)
+        runs.notebook(path, write, *cells, parameters=runs.PARAMETERS + f"x = {x}\nranks = [1]\n")
+
+
+@pytest.fixture
+def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
+    monkeypatch.setenv("ASI_LENS_PROJECT", str(tmp_path))
+    monkeypatch.delenv("ASI_LENS_FIGURES", raising=False)
+    runs.project(tmp_path)
+    runner = Runner(tmp_path)
+    monkeypatch.setattr(reproduce, "execute", runner.execute)
+    return runner
+
+
+def test_a_second_run_does_nothing(runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+    assert runner() == ["01_alpha", "02_beta"]
+    assert runner.code == 0
+    told = capsys.readouterr().out
+    assert "[1/2] 01_alpha: running (not run yet)" in told
+    assert f"gallery: {runner.root / 'figures' / 'index.html'}" in told
+    assert (runner.root / "figures" / "index.html").is_file()
+    before = {p: p.stat().st_mtime_ns for p in runner.folder.rglob("*") if "lock" not in p.name}
+    assert runner() == []
+    assert capsys.readouterr().out.count("up to date") == 2
+    assert {p: p.stat().st_mtime_ns for p in runner.folder.rglob("*") if "lock" not in p.name} == before
+
+
+def test_only_what_changed_runs_again_and_the_reason_is_told(
+    runner: Runner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runner()
+    runner.notebook("02_beta", "restyled = True", x=2)
+    assert runner() == ["02_beta"]
+    assert "02_beta: running (changed: the notebook)" in capsys.readouterr().out
+    assert runner("-p", "seed=9") == ["01_alpha", "02_beta"]
+    assert "changed: its parameters" in capsys.readouterr().out
+    assert runner("-p", "seed=9") == []
+
+
+def test_prose_outputs_and_metadata_run_nothing(runner: Runner) -> None:
+    runner()
+    path = runner.root / "notebooks" / "02_beta.ipynb"
+    node = nbformat.read(path, 4)
+    node.cells[0].source = "# Other words"
+    node.cells[1].outputs = [nbformat.v4.new_output("stream", text="1")]
+    node.metadata["kernelspec"]["name"] = "another"
+    nbformat.write(node, path)
+    assert runner() == []
+
+
+def test_a_profile_changes_only_the_notebooks_it_names(runner: Runner) -> None:
+    runner()
+    path = runner.root / "parameters" / "quick.yaml"
+    path.write_text(yaml.safe_dump({"common": {"seed": 1}, "02_beta": {"ranks": [4]}}))
+    assert runner() == ["02_beta"]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".html"])
+def test_an_output_that_is_gone_or_changed_is_made_again(
+    runner: Runner, suffix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runner()
+    path = runner.folder / f"01_alpha{suffix}"
+    path.unlink()
+    assert runner() == ["01_alpha"]
+    assert f"01_alpha{suffix} is gone" in capsys.readouterr().out
+    path.write_text("edited by hand")
+    assert runner() == ["01_alpha"]
+    assert f"01_alpha{suffix} was changed" in capsys.readouterr().out
+    assert path.read_text() != "edited by hand"
+
+
+def test_a_change_of_the_package_or_of_a_library_runs_all(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runner()
+    monkeypatch.setattr(provenance, "versions", lambda: {"plotly": "99"})
+    assert runner() == ["01_alpha", "02_beta"]
+    assert "changed: installed versions" in capsys.readouterr().out
+    real = reproduce.sha256_of
+    monkeypatch.setattr(reproduce, "sha256_of", lambda p: "new" if p.name == "collapse.py" else real(p))
+    assert runner() == ["01_alpha", "02_beta"]
+    assert "changed: the package" in capsys.readouterr().out
+    # The runner and the gallery make no numbers and no figures.
+    monkeypatch.setattr(
+        reproduce, "sha256_of", lambda p: "new" if p.name in ("collapse.py", "gallery.py") else real(p)
+    )
+    assert runner() == []
+
+
+def test_it_can_be_forced_and_chosen(runner: Runner) -> None:
+    runner()
+    assert runner("--force", "--notebooks", "02") == ["02_beta"]
+    assert runner("--notebooks", "01_alpha,02_beta") == []
+
+
+def test_it_stops_at_the_first_failure_and_goes_on_from_there(
+    runner: Runner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runner.notebook("02_beta", "raise ValueError('broken')")
+    runner.notebook("03_gamma")
+    assert runner() == ["01_alpha", "02_beta"]
+    assert runner.code == 1
+    told = capsys.readouterr()
+    assert "stopped: 02_beta, cell In[4]: ValueError('broken')" in told.err
+    assert str(runner.folder / ".executed" / "02_beta.ipynb") in told.err
+    runner.notebook("02_beta")
+    assert runner() == ["02_beta", "03_gamma"]
+    assert runner.code == 0
+
+
+def test_ctrl_c_leaves_a_state_to_go_on_from(
+    runner: Runner, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner.notebook("02_beta", CLAIM.format(claim="C2", notebook="02_beta"), "raise KeyboardInterrupt")
+    assert runner() == ["01_alpha", "02_beta"]
+    assert runner.code == 130
+    assert "goes on from here" in capsys.readouterr().err
+    json.loads((runner.folder / ".state.json").read_text())
+    runner.notebook("02_beta", CLAIM.format(claim="C2", notebook="02_beta"))
+    assert runner() == ["02_beta"]
+    assert not [p for p in runner.folder.iterdir() if p.name.startswith(".0")], "no temporary file is left"
+
+
+def test_bad_parameters_are_told_before_anything_runs(
+    runner: Runner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert runner("-p", "rnaks=[1]") == []
+    assert runner.code == 1
+    assert "unknown parameter of 01_alpha" in capsys.readouterr().err
+    runs.notebook(runner.root / "notebooks" / "03_gamma.ipynb", "x = 1", tag=False)
+    assert runner() == []
+    assert "no cell tagged `parameters`" in capsys.readouterr().err
+    assert runner("--profile", "qick") == []
+    assert "did you mean 'quick'" in capsys.readouterr().err
+    assert not (runner.root / "figures").exists()
+    with pytest.raises(UnknownNameError):
+        reproduce.reproduce("tiny", "quick", ["7"])
+
+
+def test_what_a_notebook_no_longer_makes_goes(runner: Runner) -> None:
+    extra = "(folder / '01_old.csv').write_text('x')\n(folder / '01_old.html').write_text('page')\n"
+    claims = CLAIM.format(claim="C1", notebook="01_alpha") + CLAIM.format(claim="C4", notebook="01_alpha")
+    runner.notebook("01_alpha", extra, FIGURE.format(stem="01_old"), FIGURE.format(stem="01_alpha"), claims)
+    runner()
+    assert (runner.folder / "01_old.csv").exists()
+    runner.notebook("01_alpha", FIGURE.format(stem="01_alpha"), CLAIM.format(claim="C1", notebook="01_alpha"))
+    runner()
+    assert not list(runner.folder.glob("01_old.*"))
+    assert list(provenance.read_run(runner.folder)["figures"]) == ["01_alpha"]
+    assert [row.claim for row in read_claims(runner.folder)] == ["C1"]
+    assert (runner.folder / "02_beta.csv").exists(), "another notebook's files stay"
+
+
+def test_a_failure_keeps_what_an_earlier_run_left(runner: Runner) -> None:
+    claims = CLAIM.format(claim="C1", notebook="01_alpha") + CLAIM.format(claim="C4", notebook="01_alpha")
+    runner.notebook("01_alpha", claims, x=5)
+    runner()
+    table = (runner.folder / "01_alpha.csv").read_text()
+    path = runner.root / "notebooks" / "01_alpha.ipynb"
+    runs.notebook(path, "raise ValueError", parameters=runs.PARAMETERS + "x = 6\n")
+    runner()
+    assert runner.code == 1
+    assert (runner.folder / "01_alpha.csv").read_text() == table
+    assert [(row.claim, row.our_value) for row in read_claims(runner.folder)] == [("C1", "5"), ("C4", "5")]
+
+
+def test_edited_claims_are_made_again(runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+    runner.notebook("01_alpha", CLAIM.format(claim="C1", notebook="01_alpha"))
+    runner()
+    write_claim(runner.folder, ClaimRow("C1", "s", "", "better", "", "", "supported", "01_alpha"))
+    assert runner() == ["01_alpha"]
+    assert "its claims were changed" in capsys.readouterr().out
+    (runner.folder / "claims.csv").unlink()
+    assert runner() == ["01_alpha"]
+
+
+def test_missing_images_are_told_loudly_and_drawn_once_there_is_a_chrome(
+    runner: Runner, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reproduce, "chrome_or_reason", lambda: (None, "no Chrome"))
+    runner.notebook("01_alpha", FIGURE.format(stem="01_alpha"))
+    runner()
+    told = capsys.readouterr().err
+    assert "1 PNG(s) ARE MISSING: 01_alpha" in told
+    assert "no Chrome" in told
+    assert runner() == []
+    assert "MISSING" in capsys.readouterr().err
+    monkeypatch.setattr(reproduce, "chrome_or_reason", lambda: ("/usr/bin/chrome", ""))
+    assert runner() == ["01_alpha"]
+    assert "images can be drawn now" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"01_alpha": 1}', '{"01_alpha": {"key": "old"}}'])
+def test_a_damaged_state_runs_again(runner: Runner, text: str) -> None:
+    runner()
+    (runner.folder / ".state.json").write_text(text)
+    assert runner() == ["01_alpha", "02_beta"]
+    assert runner() == []
+
+
+def test_wall_times_are_recorded(runner: Runner) -> None:
+    runner()
+    entry = json.loads((runner.folder / "run.json").read_text())["notebooks"]["01_alpha"]
+    assert entry["wall_time_s"] >= 0
+
+
+def _hold(folder: Path, held: Any, done: Any) -> None:
+    from filelock import FileLock
+
+    with FileLock(folder / ".reproduce.lock"):
+        held.set()
+        done.wait(60)
+
+
+def test_two_runs_in_one_folder_are_refused(runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+    runner()
+    context = multiprocessing.get_context("spawn")
+    held, done = context.Event(), context.Event()
+    other = context.Process(target=_hold, args=(runner.folder, held, done))
+    other.start()
+    try:
+        assert held.wait(60)
+        assert runner("--force") == []
+        assert runner.code == 1
+        assert f"another run is at work in {runner.folder}" in capsys.readouterr().err
+    finally:
+        done.set()
+        other.join()
+    assert runner("--force") == ["01_alpha", "02_beta"]
+
+
+def test_the_runner_holds_no_lock_that_a_notebook_needs(runner: Runner) -> None:
+    with reproduce._alone(runner.folder):
+        for name in (".run", ".claims"):
+            with locked(runner.folder / name):
+                pass
+        with pytest.raises(AsiLensError), reproduce._alone(runner.folder):
+            pass
+
+
+@pytest.mark.notebooks
+def test_the_command_line_runs_real_notebooks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ASI_LENS_PROJECT", str(tmp_path))
+    monkeypatch.delenv("ASI_LENS_FIGURES", raising=False)
+    runs.project(tmp_path)
+    assert reproduce.main(["--model", "tiny", "--notebooks", "02", "-p", "x=11"]) == 0
+    folder = tmp_path / "figures" / "tiny" / "quick"
+    assert (folder / "02_beta.csv").read_text() == "x\n11\n"
+    assert (folder / ".executed" / "02_beta.ipynb").is_file()
+    assert not (folder / "01_alpha.csv").exists()
+
+
+@pytest.mark.notebooks
+def test_notebooks_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ASI_LENS_PROJECT", str(tmp_path))
+    monkeypatch.delenv("ASI_LENS_FIGURES", raising=False)
+    runs.project(tmp_path)
+    meet = (
+        "import time\n(folder / '{own}.here').touch()\nuntil = time.monotonic() + 120\n"
+        "while not (folder / '{other}.here').exists():\n"
+        "    assert time.monotonic() < until\n    time.sleep(0.05)\n"
+    )
+    parameters = runs.PARAMETERS + "x = 1\nranks = [1]\n"
+    for name, other, more in (
+        ("01_alpha", "02_beta", "raise ValueError('lost')"),
+        ("02_beta", "01_alpha", ""),
+        ("03_gamma", "", "raise AssertionError"),
+    ):
+        cells = [runs.WRITE.format(stem=name), *([meet.format(own=name, other=other)] if other else []), more]
+        runs.notebook(tmp_path / "notebooks" / f"{name}.ipynb", *cells, parameters=parameters)
+    assert reproduce.main(["--model", "tiny", "--jobs", "2"]) == 1
+    told = capsys.readouterr()
+    assert "01_alpha, cell" in told.err
+    assert "ValueError: lost" in told.err
+    # The one beside it was let finish; nothing else began, or it was told of as well.
+    assert "02_beta: done" in told.out
+    folder = tmp_path / "figures" / "tiny" / "quick"
+    assert (folder / "02_beta.csv").is_file()
+    runs.notebook(
+        tmp_path / "notebooks" / "01_alpha.ipynb", runs.WRITE.format(stem="01_alpha"), parameters=parameters
+    )
+    (tmp_path / "notebooks" / "03_gamma.ipynb").unlink()
+    assert reproduce.main(["--model", "tiny", "--jobs", "2"]) == 0
+    assert "02_beta: up to date" in capsys.readouterr().out
+
+
+def test_fewer_than_one_at_a_time(runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+    assert runner("--jobs", "0") == []
+    assert "jobs=0 is not allowed" in capsys.readouterr().err

@@ -1,0 +1,171 @@
+"""Nothing is lost when a run is stopped or goes wrong; checkpoints and metrics are plain files."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_trainings import (
+    D_SAE,
+    child,
+    make,
+    quick,
+    rows,
+    small_store,
+    trained,
+)
+
+from asi_lens.activations.harvest_store import ActivationStore
+from asi_lens.base.errors import CacheError, DataError, OptionError, UnknownNameError
+from asi_lens.sae.initialize import initialize
+from asi_lens.sae.train import DivergedError, StepOutput, Trainer
+from asi_lens.training import checkpoint
+from asi_lens.training.checkpoint import CHECKPOINT_FILE, FolderInUseError, OtherConfigurationError, held
+from asi_lens.training.metrics import METRICS_FILE, read_metrics
+
+
+@pytest.fixture(scope="module")
+def store() -> ActivationStore:
+    return small_store()
+
+
+def test_a_loss_that_is_not_finite_leaves_the_last_good_state(store: ActivationStore, tmp_path: Path) -> None:
+    trainer = Trainer(make(), quick())
+
+    def explode(trainer: Trainer, output: StepOutput) -> None:
+        if output.step == 8:
+            trainer.sae.W_dec.data[:] *= 1e30
+
+    with pytest.raises(DivergedError, match="step 9"):
+        trainer.fit(store, folder=tmp_path, progress=False, log_every=1, on_log=explode)
+    with checkpoint.read_checkpoint(tmp_path) as found:
+        assert found is not None
+        assert found[0]["step"] == 8
+    moments = trainer.optimizer.state()
+    assert all(torch.isfinite(tensor).all() for tensor in moments.values())
+
+
+def test_a_bad_batch_leaves_a_checkpoint_too(store: ActivationStore, tmp_path: Path) -> None:
+    class Broken(ActivationStore):
+        def batches(self, *args: Any, **kwargs: Any) -> Iterator[torch.Tensor]:
+            for place, batch in enumerate(super().batches(*args, **kwargs)):
+                yield batch * float("nan") if place == 5 else batch
+
+    with pytest.raises(DataError, match="64 of 64"):
+        trained(Broken.from_tensor(rows()), quick(), folder=tmp_path)
+    with checkpoint.read_checkpoint(tmp_path) as found:
+        assert found is not None
+        assert found[0]["step"] == 5
+
+
+def test_a_checkpoint_of_another_configuration_names_the_fields(
+    store: ActivationStore, tmp_path: Path
+) -> None:
+    trained(store, quick(n_tokens=640), folder=tmp_path)
+    with pytest.raises(OtherConfigurationError, match=r"train\.lr \(0\.003 there, 0\.1 here\)") as error:
+        trained(store, quick(n_tokens=640, lr=0.1, optimizer="sparse_adam"), folder=tmp_path)
+    assert "train.optimizer" in str(error.value)
+    assert "train.seed" not in str(error.value)
+    other_store = ActivationStore.from_tensor(rows(900), metadata={"site": "attn_out", "layer": 3})
+    with pytest.raises(
+        OtherConfigurationError, match=r"store\.metadata\.layer \(15 there, 3 here\), store\.n"
+    ):
+        trained(other_store, quick(n_tokens=640), folder=tmp_path)
+    sae = make()
+    initialize(sae, "orthogonal", sample=rows())
+    with pytest.raises(
+        OtherConfigurationError, match=r"initialization\.method \('random' there, 'orthogonal'"
+    ):
+        Trainer(sae, quick(n_tokens=640)).fit(store, folder=tmp_path, progress=False)
+    changed = make()
+    changed.W_dec.data[:] = changed.W_dec.data.flip(0)
+    with pytest.raises(OtherConfigurationError, match="began with other weights"):
+        Trainer(changed, quick(n_tokens=640)).fit(store, folder=tmp_path, progress=False)
+
+
+def test_two_trainers_on_one_folder(store: ActivationStore, tmp_path: Path) -> None:
+    with held(tmp_path), pytest.raises(FolderInUseError, match=str(tmp_path)):
+        trained(store, quick(), folder=tmp_path)
+    # Another process, while this one holds the folder.
+    with held(tmp_path):
+        other = child(tmp_path, 0, "SIGKILL")
+    assert "FolderInUseError" in other.stderr
+    trained(store, quick(n_tokens=64), folder=tmp_path)
+
+
+def test_on_a_full_disk_the_old_checkpoint_stays(store: ActivationStore, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    trained(store, quick(n_tokens=640), folder=tmp_path / "run")
+    path = tmp_path / "run" / CHECKPOINT_FILE
+    old = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        # No file may grow past half of a checkpoint.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(old) // 2, limits[1]))
+        with pytest.raises(OSError, match=CHECKPOINT_FILE):
+            checkpoint.write_checkpoint(path.parent, Trainer(make(), quick()).state(), {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == old
+    left = {file.name for file in path.parent.iterdir()}
+    assert left == {CHECKPOINT_FILE, METRICS_FILE, ".lock"}
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"cut"])
+def test_a_damaged_checkpoint_is_named(content: bytes, store: ActivationStore, tmp_path: Path) -> None:
+    trained(store, quick(n_tokens=64), folder=tmp_path)
+    path = tmp_path / CHECKPOINT_FILE
+    path.write_bytes(path.read_bytes()[:1000] if content == b"cut" else content)
+    with pytest.raises(CacheError, match=CHECKPOINT_FILE):
+        trained(store, quick(n_tokens=64), folder=tmp_path)
+
+
+def test_a_checkpoint_is_plain_tensors_and_json(store: ActivationStore, tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    trainer = trained(store, quick(n_tokens=64), folder=tmp_path)
+    with safe_open(tmp_path / CHECKPOINT_FILE, "pt") as file:
+        about = json.loads(file.metadata()["asi_lens_checkpoint"])
+        assert torch.equal(file.get_tensor("sae.W_dec"), trainer.sae.W_dec)
+    assert about["run"]["sae"]["d_sae"] == D_SAE
+    assert about["tokens"] == 64
+
+
+# --- metrics -----------------------------------------------------------------------------------------
+
+
+def test_a_row_cut_off_by_a_kill_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / METRICS_FILE
+    path.write_text("step,tokens,fvu\n1,64,0.5\n2,128,0.")
+    assert read_metrics(path) == [{"step": 1, "tokens": 64, "fvu": 0.5}]
+    path.write_text("step,tokens\n1,many\n")
+    with pytest.raises(DataError, match=METRICS_FILE):
+        read_metrics(path)
+
+
+def test_loggers_are_asked_for(store: ActivationStore, tmp_path: Path) -> None:
+    seen: list[Any] = []
+    history = Trainer(make(), quick()).fit(store, progress=False, log_every=10, loggers=[seen.append])
+    assert seen == history
+    with pytest.raises(UnknownNameError, match="did you mean 'tensorboard'"):
+        Trainer(make(), quick()).fit(store, loggers=["tensorbord"])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tensorboard_gets_the_numbers(store: ActivationStore, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    trained(store, quick(n_tokens=640), folder=tmp_path, loggers=["tensorboard"])
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_a_logger_that_is_not_installed_says_how_to_get_it(
+    store: ActivationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(OptionError, match=r"pip install 'asi_lens\[wandb\]'"):
+        Trainer(make(), quick()).fit(store, loggers=["wandb"])
