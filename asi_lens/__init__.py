@@ -67,7 +67,7 @@ _MODULES = {
     "comparison": "asi_lens.experiments.runs",
     "comparison_table": "asi_lens.experiments.rows",
     "corpora": "asi_lens.inputs.corpora",
-    "correlation": "asi_lens.results.correlation",
+    "correlation": "asi_lens.results.judging",
     "dictionary_figures": "asi_lens.figures.kinds",
     "errors": "asi_lens.base.errors",
     "files": "asi_lens.base.files",

@@ -1,0 +1,329 @@
+"""Claims C6 to C12: which features die, and what Active Subspace Initialization (ASI) does about it.
+
+See `verdicts` for what all claims' functions share.
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from asi_lens.results.judging import (
+    Number,
+    Verdict,
+    counted,
+    final_numbers,
+    in_every_seed,
+    loss_is_higher,
+    rank_correlation,
+    single,
+    spread,
+    taken,
+)
+
+AUTOMATIC = "ASI, automatic d_init"
+PLACE = ["site", "layer"]
+SITES = ["attn_out", "mlp_out", "resid_post"]
+
+
+def rank_points(table: pd.DataFrame) -> pd.DataFrame:
+    """Return what C6 correlates, of `RankedDeadFeatureRow`s: a row per (site, layer), mean over seeds.
+
+    Columns: `effective_rank_fraction`, and `dead_fraction` of the random start on held-out text.
+    """
+    measures = ["effective_rank_fraction", "dead_fraction"]
+    held = _held_out(table, [*PLACE, "method"], measures)
+    return held[held.method == "random"].groupby(PLACE)[measures].mean()
+
+
+def c6(table: pd.DataFrame) -> Verdict | None:
+    """The lower the effective rank of a site, the more features are dead (the paper's abstract, a figure).
+
+    Of `RankedDeadFeatureRow`s. Holds if the whole 95 % interval of Spearman's correlation over the points
+    (`rank_points`) is below zero. It cannot be judged where ranks or silent features do not vary.
+    """
+    points = rank_points(table)
+    if points.empty:
+        return None
+    rho, low, high = rank_correlation(points.effective_rank_fraction, points.dead_fraction)
+    known = rho == rho
+    within = [
+        number
+        for site, part in points.groupby("site")
+        for number in single(f"within {site}", rank_correlation(*part.to_numpy().T)[0])
+    ]
+    return Verdict(
+        claim="C6",
+        statement="The lower the effective rank of a site, the more dead features",
+        paper_value="its figure: dead features fall with the effective rank",
+        numbers=(*([Number("Spearman", rho, low, high)] if known else []), *within[:3]),
+        over=f"{counted(len(points), '(layer, site) point')}, resampled",
+        holds=bool(high < 0) if known else None,
+    )
+
+
+def c7(table: pd.DataFrame, dead_window: int) -> Verdict | None:
+    """ASI cures dead features, at lower reconstruction error and delta LM loss (abstract, figures).
+
+    Of `DeadFeatureRow`s. Holds if in every seed ASI has fewer dead features than the random start, in
+    training and on held-out text, a lower FVU, a lower KL, and a loss that is not higher (by two standard
+    errors). It does not hold if one of these fails in every seed.
+    """
+    ends = _ends(table, dead_window, ["random", "ASI"])
+    if ends is None:
+        return None
+    random, asi = ends
+    parts = asi.lt(random)[["dead_in_training", "silent_held_out", "fvu", "kl"]]
+    parts = parts.assign(loss=~loss_is_higher(asi, random))
+    return Verdict(
+        claim="C7",
+        statement="ASI cures dead features, at lower reconstruction error and lower delta LM loss",
+        paper_value="87 % dead falls below 1 % (1M features, Llama-3.1-8B)",
+        numbers=_silent_and_fvu(random, asi),
+        over=counted(len(parts), "seed"),
+        holds=_every_seed(parts, random.drop(columns="l0"), asi.drop(columns="l0")),
+    )
+
+
+def c7_by_size(table: pd.DataFrame) -> Verdict | None:
+    """The larger the dictionary, the more features a random start leaves dead; ASI cures it (a figure).
+
+    Of `DeadFeatureRow`s. Holds if at every size and seed ASI leaves fewer features silent on held-out text
+    than the random start, and the random start's silent share grows from the smallest to the largest size.
+    """
+    held = _held_out(table, ["d_sae", "seed", "method"], ["dead_fraction"])
+    held = held[held.method.isin(["random", "ASI"])]
+    silent = held.groupby(["d_sae", "seed", "method"]).dead_fraction.mean().unstack("method")
+    sizes = silent.index.unique("d_sae").sort_values()
+    if not {"random", "ASI"} <= set(silent) or len(sizes) < 2:
+        return None
+    grows = silent.random.loc[sizes[-1]].mean() > silent.random.loc[sizes[0]].mean()
+    cured = (silent.random > silent.ASI).all()
+    told = [("random", sizes[0]), ("random", sizes[-1]), ("ASI", sizes[-1])]
+    return Verdict(
+        claim="C7",
+        statement="The larger the dictionary, the more features a random start leaves dead; ASI cures it",
+        paper_value="dead features grow with size without ASI, below 1 % with it",
+        numbers=(
+            *(
+                number
+                for method, size in told
+                for number in spread(f"{method}, {size:,} features", silent[method].loc[size], percent=True)
+            ),
+            *single("random minus ASI, smallest", (silent.random - silent.ASI).min(), percent=True),
+        ),
+        over=counted(silent.index.unique("seed").size, "seed"),
+        holds=None if silent.isna().any(axis=None) else bool(cured and grows),
+    )
+
+
+def good_d_init(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the automatic `d_init` of each (site, layer) beside the good range, of `DeadFeatureRow`s.
+
+    A swept value is good if (means over seeds) it leaves at most half as many features silent as the random
+    start, at no higher FVU. Columns: `d_init` and what held-out text shows of the automatic choice; the same
+    of the random start; `good d_init, min`, `good d_init, max` (NaN where no value is good); `inside the good
+    range`.
+    """
+    measures = ["dead_fraction", "fvu", "cross_entropy_delta"]
+    held = _held_out(table, [*PLACE, "method"], ["d_init", *measures])
+    swept = held[held.method == "ASI"].groupby([*PLACE, "d_init"])[measures].mean().reset_index("d_init")
+    random = held[held.method == "random"].groupby(PLACE)[measures].mean()
+    auto = held[held.method == AUTOMATIC].groupby(PLACE)[["d_init", *measures]].mean()
+    fine = swept[_is_good(swept, random.reindex(swept.index))]
+    good = fine.groupby(PLACE).d_init.agg(["min", "max"]).reindex(auto.index)
+    choice = auto.join(random.add_suffix(" random")).join(good.add_prefix("good d_init, "))
+    inside = (good["min"] <= auto.d_init) & (auto.d_init <= good["max"])
+    return choice.assign(**{"inside the good range": inside})
+
+
+def c8(table: pd.DataFrame) -> Verdict | None:
+    """`d_init` has a wide good range; near d_model it does nothing, too small hurts (a figure).
+
+    Of `DeadFeatureRow`s, on attention outputs, means over layers and seeds. Holds if the good values (as of
+    `good_d_init`) span at least a factor of two, the largest value tried is not good, and the smallest
+    reconstructs worse than the best.
+    """
+    held = _held_out(table, ["site", "layer", "seed", "method"], ["d_init", "dead_fraction", "fvu"])
+    held = held[held.site == "attn_out"]
+    measures = ["dead_fraction", "fvu"]
+    base = held[held.method == "random"][measures].mean()
+    swept = held[held.method == "ASI"].groupby("d_init")
+    curve = swept[measures].mean()
+    if not {"random", "ASI"} <= set(held.method) or len(curve) < 2:
+        return None
+    first, last = curve.index.min(), curve.index.max()
+    good = curve.index[_is_good(curve, base)]
+    wide = len(good) > 0 and good.max() >= 2 * good.min()
+    best = curve.fvu.fillna(float("inf")).idxmin()
+    fvu = {d_init: part.fvu for d_init, part in swept}
+    unknown = base.isna().any() or curve.isna().any(axis=None)
+    return Verdict(
+        claim="C8",
+        statement="d_init has a wide good range; near d_model it does nothing, too small hurts",
+        paper_value="1,024 to 2,048 of 4,096 (Llama-3.1-8B)",
+        numbers=(
+            *single("smallest good d_init", good.min()),
+            *single(f"largest good d_init, of {last:.0f} tried", good.max()),
+            *spread(f"FVU at d_init {first:.0f}, the smallest tried", fvu[first]),
+            *spread(f"FVU at d_init {best:.0f}, the lowest", fvu[best]),
+        ),
+        over=f"{counted(held.layer.nunique(), 'layer')} and {counted(held.seed.nunique(), 'seed')}",
+        holds=None if unknown else bool(wide and last not in good and curve.fvu[first] > curve.fvu.min()),
+    )
+
+
+def c9(table: pd.DataFrame, dead_window: int) -> Verdict | None:
+    """AuxK helps less than ASI; ASI with a sparse Adam is best (a figure).
+
+    Of `DeadFeatureRow`s. Holds if in every seed AuxK leaves more dead features than ASI, and sparse Adam
+    fewer than Adam, both in training and on held-out text. It does not hold if one of these fails in every
+    seed.
+    """
+    methods = ["random + AuxK", "ASI", "ASI + sparse Adam"]
+    ends = _ends(table, dead_window, methods)
+    if ends is None:
+        return None
+    aux, asi, sparse = (end[["dead_in_training", "silent_held_out"]] for end in ends)
+    parts = pd.concat({"AuxK": aux.gt(asi), "sparse Adam": asi.gt(sparse)}, axis=1)
+    gap = aux.dead_in_training - asi.dead_in_training
+    return Verdict(
+        claim="C9",
+        statement="AuxK helps less than ASI; ASI with a sparse Adam is best",
+        paper_value="its figure: TopK, AuxK, ASI, ASI with SparseAdam in this order",
+        numbers=(
+            *(
+                number
+                for name, end in zip(methods, ends, strict=True)
+                for number in spread(f"{name}, silent held out", end.silent_held_out, percent=True)
+            ),
+            *spread("random + AuxK minus ASI, dead in training", gap, percent=True),
+        ),
+        over=counted(len(parts), "seed"),
+        holds=_every_seed(parts, aux, asi, sparse),
+    )
+
+
+def c10(table: pd.DataFrame, dead_window: int) -> Verdict | None:
+    """ASI carries over to Lorsa: hardly any dead units (a figure of the paper).
+
+    Of `DeadFeatureRow`s. Holds if in every seed ASI leaves fewer dead units than the random start, in
+    training and on held-out text, at an FVU that is not higher. It does not hold if one of these fails in
+    every seed.
+    """
+    ends = _ends(table, dead_window, ["random", "ASI"])
+    if ends is None:
+        return None
+    random, asi = (end[["dead_in_training", "silent_held_out", "fvu"]] for end in ends)
+    parts = asi.lt(random).assign(fvu=asi.fvu <= random.fvu)
+    return Verdict(
+        claim="C10",
+        statement="ASI carries over to Lorsa: hardly any dead units",
+        paper_value="dead units 52 % to 3 %",
+        numbers=_silent_and_fvu(random, asi),
+        over=counted(len(parts), "seed"),
+        holds=_every_seed(parts, random, asi),
+    )
+
+
+def c11(table: pd.DataFrame) -> Verdict | None:
+    """ASI is vital on attention outputs, marginal on MLP outputs and residual streams (a figure).
+
+    Of `DeadFeatureRow`s. Holds if ASI takes away more silent features (in points of percent, mean over
+    layers) on attention outputs than on every other site, and at least half of those that there are on
+    attention outputs.
+    """
+    held = _held_out(table, [*PLACE, "method"], ["dead_fraction"])
+    held = held[held.method.isin(["random", "ASI"])]
+    silent = held.groupby([*PLACE, "method"]).dead_fraction.mean().unstack("method")
+    if not {"random", "ASI"} <= set(silent) or not set(SITES) <= set(silent.index.unique("site")):
+        return None
+    gain = silent.random - silent.ASI
+    mean = gain.groupby("site").mean()
+    random, asi = silent.groupby("site").mean().loc["attn_out", ["random", "ASI"]]
+    most = mean.attn_out > mean.drop("attn_out").max()
+    return Verdict(
+        claim="C11",
+        statement="ASI is vital on attention outputs, marginal on MLP outputs and residual streams",
+        paper_value="large gain on attention, small on the others",
+        numbers=(
+            *(
+                number
+                for site in SITES
+                for number in spread(f"{site}, silent taken away", gain[site], percent=True)
+            ),
+            *single(
+                "attn_out, silent left of the random start's",
+                asi / random if random else float("nan"),
+                percent=True,
+            ),
+        ),
+        over=counted(silent.index.unique("layer").size, "layer"),
+        holds=None if silent.isna().any(axis=None) else bool(most and asi <= random / 2),
+    )
+
+
+def c12(table: pd.DataFrame) -> Verdict | None:
+    """ASI loses its benefit for JumpReLU annealed down from a high l0: features drift out (a figure).
+
+    Of `DriftRow`s. Holds if in every seed ASI takes away less than half as many silent features from a high
+    l0 as from a low one, and its decoder rows end with a smaller share of their norm in the active subspace.
+    It does not hold if one of the two fails in every seed.
+    """
+    held = _held_out(table, ["method", "seed"], ["dead_fraction", "decoder_inside"])
+    methods = [f"{start}, {when}" for start in ("random", "ASI") for when in ("low l0", "high l0")]
+    if not set(methods) <= set(held.method):
+        return None
+    held = held[held.method.isin(methods)].set_index(["method", "seed"])
+    silent = held.dead_fraction.unstack("method")
+    inside = held.decoder_inside.unstack("method")[["ASI, low l0", "ASI, high l0"]]
+    low, high = (silent[f"random, {when}"] - silent[f"ASI, {when}"] for when in ("low l0", "high l0"))
+    drifted = inside["ASI, high l0"] < inside["ASI, low l0"]
+    return Verdict(
+        claim="C12",
+        statement="ASI loses its benefit for JumpReLU annealed down from a high l0: features drift out",
+        paper_value="no benefit left; its figure",
+        numbers=(
+            *spread("low l0, silent taken away by ASI", low, percent=True),
+            *spread("high l0, silent taken away by ASI", high, percent=True),
+            *spread("low l0, decoder inside the subspace", inside["ASI, low l0"], percent=True),
+            *spread("high l0, decoder inside the subspace", inside["ASI, high l0"], percent=True),
+        ),
+        over=counted(len(silent), "seed"),
+        holds=_every_seed(pd.DataFrame({"gain lost": high < low / 2, "drifted": drifted}), silent, inside),
+    )
+
+
+def _held_out(table: pd.DataFrame, keys: list[str], measures: list[str]) -> pd.DataFrame:
+    table = taken(table, [*keys, "split"], measures)
+    return table[table.split == "held_out"]
+
+
+def _ends(table: pd.DataFrame, dead_window: int, methods: list[str]) -> list[pd.DataFrame] | None:
+    """Return `final_numbers` by seed, a table per method; None unless all methods are there.
+
+    A seed that one of them lacks is a row of NaN.
+    """
+    final = final_numbers(table, dead_window)
+    if not set(methods) <= set(final.index.unique("method")):
+        return None
+    final = final.loc[methods]
+    seeds = final.index.unique("seed").sort_values()
+    return [final.xs(name, level="method").reindex(seeds) for name in methods]
+
+
+def _every_seed(parts: pd.DataFrame, *measured: pd.DataFrame) -> bool | None:
+    """Return `in_every_seed`; None where a number behind the parts was not measured."""
+    return None if any(one.isna().any(axis=None) for one in measured) else in_every_seed(parts)
+
+
+def _silent_and_fvu(random: pd.DataFrame, asi: pd.DataFrame) -> tuple[Number, ...]:
+    return (
+        *spread("random, silent held out", random.silent_held_out, percent=True),
+        *spread("ASI, silent held out", asi.silent_held_out, percent=True),
+        *spread("random, FVU", random.fvu),
+        *spread("ASI, FVU", asi.fvu),
+    )
+
+
+def _is_good(swept: pd.DataFrame, base: pd.DataFrame | pd.Series) -> pd.Series:
+    return (swept.dead_fraction <= base.dead_fraction / 2) & (swept.fvu <= base.fvu)

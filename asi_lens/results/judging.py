@@ -1,0 +1,231 @@
+"""How claims are judged: verdicts with their numbers, and the statistics that several claims share.
+
+The rule of each claim is in `verdicts`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from asi_lens.base.errors import DataError, OptionError, require, require_known
+from asi_lens.results.rows import LOSSES
+
+Values: TypeAlias = pd.Series | np.ndarray | Sequence[float | int]
+Outcome = Literal["supported", "partly supported", "not supported", "not testable here"]
+
+OUTCOMES: tuple[str, ...] = typing.get_args(Outcome)
+"""What can be said of a claim."""
+MOST_NUMBERS = 4
+"""A verdict tells no more numbers than these."""
+
+
+@dataclass(frozen=True)
+class Number:
+    """One measured number of a verdict, with its spread.
+
+    Raises OptionError for a number that is not finite, for half a spread, and for `low` above `high`.
+    """
+
+    name: str
+    """What was measured, as `attn_out` or `random, silent held out`."""
+    value: float
+    low: float | None = None
+    """Lower end of the spread; none where there is one value only."""
+    high: float | None = None
+    """Upper end of the spread."""
+    percent: bool = False
+    """Whether `value`, a share of 1, is shown in percent."""
+
+    def __post_init__(self) -> None:
+        for key in ("value", "low", "high"):
+            given = getattr(self, key)
+            require(given is None or math.isfinite(given), f"{self.name}: {key}", given, "finite")
+        ends = (self.low, self.high)
+        half = (self.low is None) != (self.high is None)
+        if half or (self.low is not None and self.high is not None and self.low > self.high):
+            raise OptionError(f"{self.name}: low, high={ends!r} is not allowed; give both, low first")
+
+    @property
+    def text(self) -> str:
+        """The number and its spread: `34.6 % (33.9 to 35.2 %)`, or 3 significant digits, `0.51`."""
+        values = [value for value in (self.value, self.low, self.high) if value is not None]
+        told = [_fixed(100 * value, 1) for value in values] if self.percent else _significant(values)
+        unit = " %" if self.percent else ""
+        spread = f" ({told[1]} to {told[2]}{unit})" if len(told) == 3 else ""
+        return f"{told[0]}{unit}{spread}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one table says about one claim of the paper.
+
+    Raises OptionError for a claim that is not `C1`, `C2`, ..., and for more than four numbers.
+    """
+
+    claim: str
+    """`C1`, `C2`, ..."""
+    statement: str
+    paper_value: str
+    numbers: tuple[Number, ...]
+    """At most four: those that decide."""
+    over: str
+    """What the spread is over, as `3 seeds`."""
+    holds: bool | Literal["partly"] | None
+    """Whether the claim holds; none where seeds disagree or it cannot be judged."""
+    budget: str = ""
+    """Model, text, tokens ... behind the numbers."""
+
+    def __post_init__(self) -> None:
+        require(re.fullmatch(r"C[1-9]\d*", self.claim) is not None, "claim", self.claim, "C1, C2, ...")
+        n = len(self.numbers)
+        require(n <= MOST_NUMBERS, f"{self.claim}: numbers", n, f"at most {MOST_NUMBERS}")
+
+    def verdict(self, profile: str) -> Outcome:
+        """Return the verdict in words. A `smoke` run is too small to give one."""
+        if profile == "smoke" or self.holds is None:
+            return "not testable here"
+        if self.holds == "partly":
+            return "partly supported"
+        return "supported" if self.holds else "not supported"
+
+
+def combined(verdicts: Sequence[str]) -> str:
+    """Return one verdict for a claim that several notebooks tested.
+
+    Notebooks that could not test it do not count. The verdict of the others, if they agree; else `partly
+    supported`. Raises UnknownNameError for a word that is not in `OUTCOMES`.
+    """
+    require_known(verdicts, OUTCOMES, "verdict")
+    found = set(verdicts) - {"not testable here"}
+    if not found:
+        return "not testable here"
+    return found.pop() if len(found) == 1 else "partly supported"
+
+
+def taken(table: pd.DataFrame, keys: Sequence[str], measures: Sequence[str]) -> pd.DataFrame:
+    """Return the named columns of a table, `measures` as floats (NaN where nothing was measured).
+
+    Raises DataError naming the columns that the table lacks.
+    """
+    missing = [name for name in (*keys, *measures) if name not in table.columns]
+    if missing:
+        raise DataError(f"the table lacks the column {', '.join(missing)}; it has {', '.join(table.columns)}")
+    return table[[*keys, *measures]].astype(dict.fromkeys(measures, float))
+
+
+def spread(
+    name: str, values: pd.Series, *, value: float | None = None, percent: bool = False
+) -> tuple[Number, ...]:
+    """Return the mean of `values` (or the given `value`) with their range, as one Number in a tuple.
+
+    One value has no range. The tuple is empty where nothing was measured.
+    """
+    values = values.dropna()
+    shown = float(values.mean()) if value is None else value
+    if values.empty or math.isnan(shown):
+        return ()
+    if len(values) == 1:
+        return (Number(name, shown, percent=percent),)
+    return (Number(name, shown, float(values.min()), float(values.max()), percent),)
+
+
+def single(name: str, value: float, *, percent: bool = False) -> tuple[Number, ...]:
+    """Return `value` as one Number without a spread in a tuple, which is empty for NaN."""
+    return spread(name, pd.Series([value], dtype=float), percent=percent)
+
+
+def counted(n: int, noun: str) -> str:
+    """Return `1 seed`, `3 seeds`."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def in_every_seed(better: pd.DataFrame) -> bool | None:
+    """Return whether a claim of several parts holds: a row per seed, a column per part.
+
+    True if every part holds in every seed, False if one fails in every seed; None if it depends on the seed.
+    """
+    if bool(better.all(axis=None)):
+        return True
+    return False if bool((~better).all(axis=0).any()) else None
+
+
+def final_numbers(table: pd.DataFrame, dead_window: int) -> pd.DataFrame:
+    """Return the end of every run of a table of `DeadFeatureRow`s, by method and seed.
+
+    Columns: `dead_in_training` (over the last `dead_window` tokens), and on held-out text `silent_held_out`,
+    `fvu`, `l0`, `cross_entropy_delta`, `cross_entropy_delta_error`, `kl`. NaN where nothing was measured.
+    """
+    who = ["method", "seed"]
+    keys = [*who, "split", "tokens", "dead_window_tokens"]
+    table = taken(table, keys, ["dead_fraction", "fvu", "l0", *LOSSES])
+    train = table[(table.split == "train") & (table.dead_window_tokens == dead_window)]
+    last = train[train.tokens == train.groupby(who).tokens.transform("max")].set_index(who)
+    held = table[table.split == "held_out"].set_index(who)
+    numbers = held[["dead_fraction", "fvu", "l0", *LOSSES]]
+    numbers = numbers.rename(columns={"dead_fraction": "silent_held_out"})
+    numbers.insert(0, "dead_in_training", last.dead_fraction)
+    return numbers
+
+
+def loss_is_higher(numbers: pd.DataFrame, others: pd.DataFrame) -> pd.Series:
+    """Return whether the language model loses more, by more than two standard errors of the difference.
+
+    Both are rows of `final_numbers` of the same runs' index. Dictionaries of all seeds are judged on the same
+    text, so that seeds may agree about a difference which other text would not show: the error is over
+    sequences of text. It is that of independent samples, an upper bound where losses rise and fall together.
+    """
+    delta, error = (
+        [table[column] for table in (numbers, others)]
+        for column in ("cross_entropy_delta", "cross_entropy_delta_error")
+    )
+    return delta[0] - delta[1] > 2 * (error[0] ** 2 + error[1] ** 2) ** 0.5
+
+
+def rank_correlation(x: Values, y: Values, seed: int = 0) -> tuple[float, float, float]:
+    """Return Spearman's rank correlation, and a 95 % percentile interval from 2,000 resamplings of points.
+
+    NaN for fewer than 3 points, and where `x` or `y` does not vary; draws in which one of them does not are
+    left out. Raises OptionError for unequal numbers.
+    """
+    require(len(x) == len(y), "x and y", f"{len(x)} and {len(y)} values", "equally many")
+    points = np.stack([np.asarray(x, dtype=float), np.asarray(y, dtype=float)])
+    n = points.shape[1]
+    if n < 3:
+        return math.nan, math.nan, math.nan
+    chosen = np.random.default_rng(seed).integers(0, n, (2_000, n))
+    draws = _spearman(points[0][chosen], points[1][chosen])
+    found = float(_spearman(points[:1], points[1:])[0])
+    if math.isnan(found):
+        return found, found, found
+    low, high = np.nanquantile(draws, [0.025, 0.975])
+    return found, float(low), float(high)
+
+
+def _spearman(x: Float[np.ndarray, "rows n"], y: Float[np.ndarray, "rows n"]) -> Float[np.ndarray, " rows"]:
+    """Return the correlation of the ranks, row by row; NaN for a row that does not vary."""
+    ranks = [pd.DataFrame(part).rank(axis=1).to_numpy() for part in (x, y)]
+    a, b = (part - part.mean(1, keepdims=True) for part in ranks)
+    norms = np.sqrt((a**2).sum(1) * (b**2).sum(1))
+    return np.divide((a * b).sum(1), norms, out=np.full(len(norms), np.nan), where=norms > 0)
+
+
+def _significant(values: Sequence[float]) -> list[str]:
+    """Return all with the decimals that give the largest 3 significant digits, fewer where all end in 0."""
+    largest = max(abs(value) for value in values)
+    decimals = max(0, 2 - math.floor(math.log10(largest))) if largest else 0
+    while decimals and all(_fixed(value, decimals).endswith("0") for value in values):
+        decimals -= 1
+    return [_fixed(value, decimals) for value in values]
+
+
+def _fixed(value: float, decimals: int) -> str:
+    return f"{round(value, decimals) + 0.0:,.{decimals}f}"  # + 0.0: no minus before a zero

@@ -1,0 +1,226 @@
+"""Claims C1 to C5: how few directions attention writes into, what they cost, where that comes from.
+
+See `verdicts` for what all claims' functions share.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+
+from asi_lens.base.errors import require, unknown_name
+from asi_lens.results.judging import Verdict, counted, single, spread, taken
+from asi_lens.results.rows import VARIANTS
+
+OTHERS = ["mlp_out", "resid_post"]
+SITES = ["attn_out", *OTHERS]
+
+
+def c1(table: pd.DataFrame, model: str, corpus: str) -> Verdict | None:
+    """Attention outputs have a lower effective rank than MLP outputs and residual streams.
+
+    Of `RankRow`s. Holds if attention outputs have the lowest mean over layers of the three sites, and lie
+    below both others in at least three quarters of the layers. The levels, 60 % and 90 %, are in the paper's
+    abstract; they are not part of the rule. Raises UnknownNameError for a model or text not in the table.
+    """
+    for key, value in (("model", model), ("corpus", corpus)):
+        known = taken(table, [key], [])[key]
+        if value not in set(known):
+            raise unknown_name(key, value, known.unique())
+    ranks = _ranks(table[(table.model == model) & (table.corpus == corpus)])
+    if ranks is None:
+        return None
+    mean = ranks.mean()
+    below = _attention_is_below(ranks).mean()
+    lowest = mean.attn_out <= mean[OTHERS].min()
+    return Verdict(
+        claim="C1",
+        statement="Attention outputs have a lower effective rank than MLP outputs and residual streams",
+        paper_value="attn_out 0.60, mlp_out and resid_post 0.90 of d_model",
+        numbers=(
+            *(number for site in SITES for number in spread(site, ranks[site])),
+            *single("layers where attention is lowest", below, percent=True),
+        ),
+        over=counted(len(ranks), "layer"),
+        holds=None if mean.isna().any() else bool(lowest and below >= 0.75),
+    )
+
+
+def c2(table: pd.DataFrame) -> Verdict | None:
+    """The collapse holds across model families and kinds of text (the paper's abstract).
+
+    Of `RankRow`s. Holds if attention outputs have the lowest mean over layers on every model and text. One
+    model alone cannot tell.
+    """
+    ranks = _ranks(table)
+    if ranks is None:
+        return None
+    pairs = ranks.groupby(["model", "corpus"])
+    means = pairs.mean()
+    below = _attention_is_below(ranks).groupby(["model", "corpus"]).mean()
+    gap = means[OTHERS].min(axis=1) - means.attn_out
+    lowest = gap >= 0
+    alone = means.index.get_level_values("model").nunique() < 2
+    return Verdict(
+        claim="C2",
+        statement="The collapse holds across model families and kinds of text",
+        paper_value="all families and texts tried",
+        numbers=(
+            *single("(model, text) pairs where attention is lowest", lowest.mean(), percent=True),
+            *spread("layers where attention is lowest", below, percent=True),
+            *spread("attn_out", means.attn_out),
+            *spread("gap to the next site", gap),
+        ),
+        over=counted(len(means), "(model, text) pair"),
+        holds=None if alone or means.isna().any(axis=None) else bool(lowest.all()),
+    )
+
+
+def directions_needed(table: pd.DataFrame, target: float) -> pd.DataFrame:
+    """Return the share of the width that recovers `target` of the loss, layer x site, of `LossRow`s.
+
+    The smallest share at which the curve of principal directions reaches the target, interpolated in log r
+    between measured points. A curve above the target at its first point counts as that point. NaN where the
+    loss recovered was not measured.
+    """
+    require(0 < target <= 1, "target", target, "above 0 and at most 1")
+    table = taken(table, ["site", "layer", "subspace"], ["rank_fraction", "loss_recovered"])
+    curves = table[table.subspace == "principal"].groupby(["site", "layer"])
+    needed = [(*where, _share_needed(curve, target)) for where, curve in curves]
+    shares = pd.DataFrame(needed, columns=["site", "layer", "share"])
+    return shares.pivot(index="layer", columns="site", values="share")
+
+
+def c3(table: pd.DataFrame, target: float) -> Verdict | None:
+    """The loss recovers with fewer directions for attention (a figure of the paper).
+
+    Of `LossRow`s. Holds if attention needs fewer directions for `target` of the loss than every other site on
+    the mean over layers, and at two thirds of the layers or more; see `directions_needed`.
+    """
+    needed = directions_needed(table, target)
+    others = needed.columns.drop("attn_out", errors="ignore")
+    if "attn_out" not in needed or others.empty:
+        return None
+    needed = needed.dropna(how="all")
+    mean = needed.mean()
+    fewest = (needed.attn_out < needed[others].min(axis=1)).mean()
+    holds = bool((mean.attn_out < mean[others]).all() and fewest >= 2 / 3)
+    shown = ["attn_out", *mean[others].nsmallest(2).index.sort_values()]
+    return Verdict(
+        claim="C3",
+        statement="The loss recovers with fewer directions for attention than for MLP or residual",
+        paper_value="far fewer (read off its figure)",
+        numbers=(
+            *(number for site in shown for number in spread(site, needed[site], percent=True)),
+            *single("layers where attention needs fewest", fewest, percent=True),
+        ),
+        over=counted(len(needed), "layer"),
+        holds=None if mean.isna().any() else holds,
+    )
+
+
+def projection_ranks(table: pd.DataFrame) -> pd.DataFrame:
+    """Return effective rank over width, layer x variant (mean over draws), of `OutputProjectionRow`s."""
+    table = taken(table, ["layer", "variant"], ["effective_rank_fraction"])
+    ranks = table.groupby(["layer", "variant"]).effective_rank_fraction.mean().unstack("variant")
+    return ranks[[variant for variant in VARIANTS if variant in ranks]]
+
+
+def drop_taken_back(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the share of the drop from `z` to the attention output that each variant takes back.
+
+    Layer x variant, without `z` and `attn_out`, of `OutputProjectionRow`s. NaN where there is no drop.
+    """
+    ranks = projection_ranks(table)
+    drop = ranks.z - ranks.attn_out
+    back = ranks.sub(ranks.attn_out, axis=0).div(drop.where(drop != 0), axis=0)
+    return back.drop(columns=["z", "attn_out"])
+
+
+def c4(table: pd.DataFrame, ranks: pd.DataFrame) -> Verdict | None:
+    """The output projection makes the collapse (first versions of the paper; the last one names C5).
+
+    Of `OutputProjectionRow`s, and the `RankRow`s of `mlp_out` of the same model and text. Holds if `z` lies
+    above the attention output in every layer and the mean drop is more than half of the distance between the
+    means of attention and MLP outputs.
+    """
+    about = ["model", "corpus"]
+    same = taken(table, about, []).drop_duplicates()
+    mlp = taken(ranks, [*about, "site"], ["effective_rank_fraction"]).merge(same, on=about)
+    mlp = mlp[mlp.site == "mlp_out"].effective_rank_fraction
+    wide = projection_ranks(table)
+    if not {"z", "attn_out"} <= set(wide) or mlp.empty:
+        return None
+    mean = wide.mean()
+    drop = wide.z - wide.attn_out
+    share = _ratio(mean.z - mean.attn_out, mlp.mean() - mean.attn_out)
+    unknown = drop.isna().any() or math.isnan(share)
+    return Verdict(
+        claim="C4",
+        statement="The output projection makes the collapse: z has a high rank, W_O squeezes it",
+        paper_value="rank of z high, restored by a flat W_O",
+        numbers=(
+            *spread("z", wide.z),
+            *spread("attention output", wide.attn_out),
+            *spread("mlp_out", mlp),
+            *single("drop from z over the distance to mlp_out", share, percent=True),
+        ),
+        over=counted(len(wide), "layer"),
+        holds=None if unknown else bool((drop > 0).all() and share > 0.5),
+    )
+
+
+def c5(table: pd.DataFrame, overlaps: pd.DataFrame) -> Verdict | None:
+    """The squeeze comes from overlap among the heads' output subspaces (abstract of the last version).
+
+    Of `OutputProjectionRow`s; `HeadOverlapRow`s are told beside them. Holds if orthogonal heads, with their
+    own singular values kept, take back more than half of the mean drop from `z` to the attention output.
+    """
+    angles = taken(overlaps, [], ["mean_cosine", "random_mean_cosine"])
+    wide = projection_ranks(table)
+    if not {"z", "attn_out", "orthogonal_heads"} <= set(wide):
+        return None
+    mean = wide.mean()
+    share = _ratio(mean.orthogonal_heads - mean.attn_out, mean.z - mean.attn_out)
+    back = drop_taken_back(table).orthogonal_heads
+    return Verdict(
+        claim="C5",
+        statement="The squeeze comes from overlap among the heads' output subspaces",
+        paper_value="orthogonal heads restore the rank",
+        numbers=(
+            *spread("drop taken back by orthogonal heads", back, value=share, percent=True),
+            *spread("rank with orthogonal heads", wide.orthogonal_heads),
+            *single("mean cosine between heads", angles.mean_cosine.mean()),
+            *single("mean cosine between random subspaces", angles.random_mean_cosine.mean()),
+        ),
+        over=counted(len(wide), "layer"),
+        holds=None if math.isnan(share) else bool(share > 0.5),
+    )
+
+
+def _ranks(table: pd.DataFrame) -> pd.DataFrame | None:
+    """Return effective rank over width, (model, corpus, layer) x site; None if the table lacks a site."""
+    keys = ["model", "corpus", "layer", "site"]
+    table = taken(table, keys, ["effective_rank_fraction"])
+    ranks = table[table.site.isin(SITES)].groupby(keys).effective_rank_fraction.mean().unstack("site")
+    return ranks.dropna(how="all") if set(SITES) <= set(ranks) else None
+
+
+def _attention_is_below(ranks: pd.DataFrame) -> pd.Series:
+    return ranks.attn_out < ranks[OTHERS].min(axis=1)
+
+
+def _share_needed(curve: pd.DataFrame, target: float) -> float:
+    curve = curve.dropna(subset="loss_recovered").sort_values("rank_fraction")
+    if curve.empty:
+        return math.nan
+    # Loss recovered may dip by noise: the running maximum is the curve's upper envelope.
+    reached = np.maximum.accumulate(curve.loss_recovered.to_numpy())
+    steps = np.log([*curve.rank_fraction, 1.0])
+    return math.exp(np.interp(target, [*reached, max(1.0, reached[-1])], steps))
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else math.nan

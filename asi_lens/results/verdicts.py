@@ -1,0 +1,69 @@
+"""The paper's claims, a function each: the table of a notebook in, a verdict out.
+
+A table is a DataFrame of the rows that the notebook's CSV holds. A claim's function returns None where the
+table lacks what the claim compares, such as a method that was not trained. It raises DataError, naming the
+column, for a table without a column that the rule needs. Where a number that the rule compares was not
+measured (NaN), the verdict's `holds` is None. The paper is arXiv 2508.16929.
+"""
+
+from __future__ import annotations
+
+from asi_lens.results.dictionary_verdicts import (
+    c6,
+    c7,
+    c7_by_size,
+    c8,
+    c9,
+    c10,
+    c11,
+    c12,
+    good_d_init,
+    rank_points,
+)
+from asi_lens.results.judging import (
+    Number,
+    Verdict,
+    combined,
+    final_numbers,
+    in_every_seed,
+    loss_is_higher,
+    rank_correlation,
+)
+from asi_lens.results.rank_verdicts import (
+    c1,
+    c2,
+    c3,
+    c4,
+    c5,
+    directions_needed,
+    drop_taken_back,
+    projection_ranks,
+)
+
+__all__ = [
+    "Number",
+    "Verdict",
+    "c1",
+    "c2",
+    "c3",
+    "c4",
+    "c5",
+    "c6",
+    "c7",
+    "c7_by_size",
+    "c8",
+    "c9",
+    "c10",
+    "c11",
+    "c12",
+    "combined",
+    "directions_needed",
+    "drop_taken_back",
+    "final_numbers",
+    "good_d_init",
+    "in_every_seed",
+    "loss_is_higher",
+    "projection_ranks",
+    "rank_correlation",
+    "rank_points",
+]
