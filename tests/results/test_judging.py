@@ -44,7 +44,13 @@ def test_a_number_is_told_with_its_spread(number: Number, text: str) -> None:
 
 @pytest.mark.parametrize(
     "given_",
-    [{"value": math.nan}, {"low": 0.1}, {"high": 0.1}, {"low": 0.3, "high": 0.2}, {"low": 0.0, "high": math.inf}],
+    [
+        {"value": math.nan},
+        {"low": 0.1},
+        {"high": 0.1},
+        {"low": 0.3, "high": 0.2},
+        {"low": 0.0, "high": math.inf},
+    ],
 )
 def test_a_number_that_cannot_be_told_is_refused(given_: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match="random, FVU"):

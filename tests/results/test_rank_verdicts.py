@@ -134,12 +134,12 @@ def test_c2_judges_means_not_layers() -> None:
 
 
 def test_directions_needed_are_interpolated_in_log_r() -> None:
-    curves = [[0.6, 0.8, 1.0], [0.9, 0.2, 1.0], [0.1, 0.7, 0.7], [None, 0.5, None]]
+    curves = [[0.6, 0.8, 1.0], [0.8, 0.2, 1.0], [0.1, 0.7, 0.7], [None, 0.5, None]]
     needed = rank_verdicts.directions_needed(losses({"attn_out": curves, "mlp_out": [EARLY] * 4}), 0.9)
     half_way = math.sqrt(0.25 * 0.5)
     from_half = 0.5 * 2 ** (0.2 / 0.3)
     alone = 0.25 * 4 ** (0.4 / 0.5)
-    assert needed.attn_out.tolist() == pytest.approx([half_way, 0.125, from_half, alone])
+    assert needed.attn_out.tolist() == pytest.approx([half_way, half_way, from_half, alone])
     assert needed.mlp_out.tolist() == pytest.approx([0.125] * 4), "above the target at its first point"
     with pytest.raises(OptionError, match=r"target=1\.5"):
         rank_verdicts.directions_needed(losses(LOSSES), 1.5)
@@ -163,7 +163,7 @@ def test_c3_needs_the_mean_and_two_thirds_of_the_layers(attention: list[Any], ex
 def test_c3_needs_attention_below_every_other_site() -> None:
     verdict = c3(losses(LOSSES), 0.9)
     assert holds(verdict) is True
-    assert [name for name in told(verdict)][:3] == ["attn_out", "mlp_out", "resid_post"]
+    assert list(told(verdict))[:3] == ["attn_out", "mlp_out", "resid_post"]
     assert told(verdict)["attn_out"] == "12.5 % (12.5 to 12.5 %)"
     for other in ("mlp_out", "resid_post"):
         assert holds(c3(losses({**LOSSES, other: [[0.99, 1.0, 1.0]] * 3}), 0.9)) is False
