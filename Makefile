@@ -7,6 +7,7 @@ VENV_PEERS ?= .venv-peers
 MODEL     ?= smollm2-135m
 PROFILE   ?= quick
 NOTEBOOKS ?=
+GROUP     ?= paper
 # Small dictionaries train 1.4 times as fast on two halves of the machine as on all of it at once; large ones do not.
 JOBS      ?= $(if $(filter full paper,$(PROFILE)),1,2)
 ARGS      ?=
@@ -22,7 +23,7 @@ PIP_QUIET  := $(if $(CI),--quiet)
 NBSTRIPOUT := $(BIN)/nbstripout --keep-id
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-tl4 setup-peers figures test test-tl4 test-peers lint format lab bench lock clean clean-all
+.PHONY: help setup setup-tl4 setup-peers figures publish test test-tl4 test-peers lint format lab bench lock clean clean-all
 .DELETE_ON_ERROR:
 
 help: ## show this
@@ -32,7 +33,8 @@ help: ## show this
 	@echo
 	@echo "  MODEL      a packaged name, a hub name, a folder or a .gguf file"
 	@echo "  PROFILE    smoke (minutes, no claims), quick, full (hours), paper (GPUs)"
-	@echo "  NOTEBOOKS  comma-separated names; all of them if empty"
+	@echo "  NOTEBOOKS  comma-separated names or numbers; those of GROUP if empty"
+	@echo "  GROUP      paper (00 to 13), beyond (14 and later) or all"
 	@echo "  JOBS       notebooks at a time (now $(JOBS))"
 	@echo "  ARGS       more arguments for the program behind figures, test, test-tl4, lab and bench"
 
@@ -41,7 +43,10 @@ setup: $(SETUP) ## make .venv, register the kernel, find or fetch a Chrome (agai
 	@touch $(CHROME)
 
 figures: $(SETUP) $(CHROME) ## run the notebooks that are out of date, build the gallery figures/index.html
-	$(BIN)/python -m asi_lens.reproduce --model "$(MODEL)" --profile "$(PROFILE)" $(if $(NOTEBOOKS),--notebooks "$(NOTEBOOKS)") --jobs $(JOBS) $(ARGS)
+	$(BIN)/python -m asi_lens.reproduce --model "$(MODEL)" --profile "$(PROFILE)" --notebooks "$(or $(NOTEBOOKS),$(GROUP))" --jobs $(JOBS) $(ARGS)
+
+publish: $(SETUP) ## copy what a run left to figures/published, which is committed, and write the README's table
+	$(BIN)/python -m asi_lens.reproduce.publish --model "$(MODEL)" --profile "$(PROFILE)" $(if $(NOTEBOOKS),--notebooks "$(NOTEBOOKS)") $(ARGS)
 
 test: $(SETUP) $(CHROME) ## install and run the tests
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
@@ -79,11 +84,10 @@ lock: $(SETUP) ## write requirements.lock anew from what .venv holds
 	   grep -viE '^(pip==|wheel==|triton==|cuda-|nvidia-)|@'; } > .requirements.lock
 	@mv .requirements.lock requirements.lock
 
-clean: ## remove what runs leave (not committed figures, environments or downloads)
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis figures/*/smoke
+clean: ## remove what runs leave (not the published figures, environments or downloads)
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find asi_lens tests benchmarks notebooks -name __pycache__ -prune -exec rm -rf {} +
-	test ! -d figures || find figures -depth \( -name .executed -o -name .ipynb_checkpoints -o -name '.state.json' -o -name '*.lock' \
-		-o -name '*.html' -o -name 'plotly*.js' \) -exec rm -rf {} +
+	find figures -mindepth 1 -maxdepth 1 ! -name published -exec rm -rf {} +
 
 clean-all: clean ## the same and both environments
 	rm -rf $(VENV) $(VENV_TL4) $(VENV_PEERS)
@@ -108,17 +112,19 @@ $(CHROME): $(SETUP) asi_lens/results/chrome.py
 	@$(BIN)/python -m asi_lens.results.chrome
 	@touch $@
 
-# The peers alone are installed here; the rest is seen through the main environment.
-$(SETUP_PEERS): $(SETUP) requirements-peers.txt
-	$(call new-environment,$(VENV_PEERS))
+# $(call laid-over,folder,requirements): what the file names is installed there; the rest is that of $(VENV).
+define laid-over
+	$(call new-environment,$(1))
 	main=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
 	echo "import site; site.addsitedir('$$main')" > \
-	  "$$($(VENV_PEERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth"
-	$(VENV_PEERS)/bin/python -m pip install $(PIP_QUIET) --no-deps -r requirements-peers.txt
+	  "$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth"
+	$(1)/bin/python -m pip install $(PIP_QUIET) --no-deps -r $(2)
+endef
+
+$(SETUP_PEERS): $(SETUP) requirements-peers.txt
+	$(call laid-over,$(VENV_PEERS),requirements-peers.txt)
 	@touch $@
 
-$(SETUP_TL4): pyproject.toml requirements-tl4.txt
-	$(call new-environment,$(VENV_TL4))
-	$(VENV_TL4)/bin/python -m pip install $(PIP_QUIET) -r requirements-tl4.txt
-	$(VENV_TL4)/bin/python -m pip install $(PIP_QUIET) --no-deps -e .
+$(SETUP_TL4): $(SETUP) requirements-tl4.txt
+	$(call laid-over,$(VENV_TL4),requirements-tl4.txt)
 	@touch $@

@@ -18,6 +18,7 @@ _PUBLIC: dict[str, str] = {
         "inputs.sources": ("fetch",),
         "inputs.models": ("SITES", "ModelInfo", "load_model", "model_info"),
         "inputs.corpora": ("Tokens", "corpus_names", "load_tokens"),
+        "activations.harvest": ("layer_at", "layers_at", "places"),
         "activations.moments": ("Moments",),
         "activations.spectrum": ("Spectrum", "effective_rank_limit"),
         "activations.harvest_store": ("ActivationStore", "harvest_store", "harvest_stores"),
@@ -40,6 +41,7 @@ _PUBLIC: dict[str, str] = {
         "lorsa.initialize": ("from_attention", "initialize_lorsa"),
         "lorsa.train": ("LorsaTrainer",),
         "lorsa.evaluate": ("evaluate_lorsa",),
+        "experiments.page": ("Page",),
     }.items()
     for name in names
 }
@@ -84,6 +86,7 @@ _MODULES = {
     "sae_figures": "asi_lens.figures.dead_features",
     "sources": "asi_lens.inputs.sources",
     "spectra": "asi_lens.activations.spectrum",
+    "verdicts": "asi_lens.results.verdicts",
 }
 
 __all__ = ["__version__", *_PUBLIC]

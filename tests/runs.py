@@ -8,13 +8,25 @@ import nbformat
 import yaml
 
 PARAMETERS = 'model = "tiny"\nprofile = "quick"\noutput_folder = ""\nseed = 0\n'
-# Writes its table; a page of its own kind stands for a figure.
+# Writes its table; a page of its own kind stands for a figure. Cells after it may add to what is recorded.
 WRITE = (
     "from pathlib import Path\n"
     "folder = Path(output_folder)\n"
     "(folder / '{stem}.csv').write_text(f'x\\n{{x}}\\n')\n"
     "(folder / '{stem}.html').write_text('page')\n"
+    "tables, verdicts = ['{stem}'], []\n"
+    "figures = {{'{stem}': dict(title='t', subtitle='s', caption='c', png=True, reason='')}}\n"
 )
+DONE = (
+    "from asi_lens.results.sidecar import write_sidecar\n"
+    "write_sidecar(folder, dict(notebook='{stem}', parameters=dict(seed=seed, x=x), seeds=[seed],\n"
+    "    sources={{}}, tables=tables, figures=figures, verdicts=verdicts))\n"
+)
+CLAIM = (
+    "verdicts.append(dict(claim='{claim}', statement='s', paper_value='p', over='seeds', budget='b',\n"
+    "    verdict='supported', numbers=[dict(name='n', value=float(x))]))\n"
+)
+FIGURE = "figures['{stem}'] = dict(title='t', subtitle='s', caption='c', png=False, reason='no Chrome')\n"
 
 
 def notebook(path: Path, *cells: str, tag: bool = True, parameters: str = PARAMETERS) -> Path:
@@ -35,11 +47,13 @@ def project(root: Path) -> Path:
     notebook(
         root / "notebooks" / "01_alpha.ipynb",
         WRITE.format(stem="01_alpha"),
+        DONE.format(stem="01_alpha"),
         parameters=PARAMETERS + "x = 1\n",
     )
     notebook(
         root / "notebooks" / "02_beta.ipynb",
         WRITE.format(stem="02_beta"),
+        DONE.format(stem="02_beta"),
         parameters=PARAMETERS + "x = 2\nranks = [1, 2]\n",
     )
     profiles = {"quick": {"common": {"seed": 1}, "02_beta": {"ranks": [3]}}, "smoke": {"common": None}}

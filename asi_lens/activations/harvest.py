@@ -66,6 +66,21 @@ def places(model: nn.Module, sites: Iterable[str], layers: Sequence[int] | None)
     return list(dict.fromkeys(out))
 
 
+def layer_at(model: nn.Module, fraction: float) -> int:
+    """The layer at a fraction of the depth: floor(fraction * n_layers), the last layer for 1.
+
+    One rule for all notebooks: 0.5 of 30 layers is layer 15. Raises OptionError outside 0 to 1.
+    """
+    require(0 <= fraction <= 1, "fraction", fraction, "from 0 to 1")
+    n_layers = models.model_info(model).n_layers
+    return min(n_layers - 1, int(fraction * n_layers))
+
+
+def layers_at(model: nn.Module, fractions: Iterable[float]) -> list[int]:
+    """The layers at several fractions of the depth (see `layer_at`), ascending, each once."""
+    return sorted({layer_at(model, fraction) for fraction in fractions})
+
+
 def harvest(
     model: nn.Module,
     tokens: Tokens,

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 CACHE_VARIABLE = "ASI_LENS_CACHE"
+PUBLISHED = "published"
+"""Folder of the committed figures below `figures/`; nothing but `make publish` writes it."""
 
 
 def cache_root() -> Path:
@@ -63,3 +65,9 @@ def figures_dir(model: str, profile: str) -> Path:
     """
     name = Path(model).expanduser().resolve().name if Path(model).expanduser().exists() else model
     return figures_root() / name.replace("/", "--") / profile
+
+
+def published_dir(model: str, profile: str) -> Path:
+    """The committed evidence of one model under one profile: `figures/published/<model>/<profile>`."""
+    made = figures_dir(model, profile)
+    return figures_root() / PUBLISHED / made.parent.name / made.name

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from asi_lens.base.errors import AsiLensError
+from asi_lens.base.threads import share_cores
+from asi_lens.reproduce.board import Bars, Board, Tell
+
+Execute = Callable[[Path, Mapping[str, Any], Path, Tell], None]
+"""Runs a notebook with parameters, leaves its executed copy, tells how far it is."""
 
 _KERNEL = "asi_lens_run"
 _START_TIMEOUT = 300  # seconds; papermill's 60 can trip on a loaded machine
@@ -26,9 +33,12 @@ class NotebookError(AsiLensError, RuntimeError):
     """A cell of a notebook failed."""
 
 
-def execute(notebook: Path, parameters: Mapping[str, Any], executed: Path) -> None:
+def execute(
+    notebook: Path, parameters: Mapping[str, Any], executed: Path, tell: Tell = lambda text: None
+) -> None:
     """Run `notebook` headless with this interpreter and leave the executed copy at `executed`.
 
+    `tell` is given a line of text whenever a cell is done or the notebook's own progress bar moves.
     Until the end the copy has a temporary name, so that the one of a run that was stopped is never taken
     for a whole one. Raises NotebookError (cell, error and the copy's path) when a cell fails or the kernel
     dies, KeyboardInterrupt when either process is interrupted.
@@ -36,7 +46,12 @@ def execute(notebook: Path, parameters: Mapping[str, Any], executed: Path) -> No
     name = notebook.stem
     partial = executed.with_name(f"{name}.part.ipynb")
     executed.parent.mkdir(parents=True, exist_ok=True)
-    with _own_kernel(), _kernel_bars() as bars, warnings.catch_warnings():
+    cells, own = Bars(lambda _: show()), Bars(lambda _: show())
+
+    def show() -> None:
+        tell(f"{cells.text} · {own.text}" if own.text else cells.text)
+
+    with _own_kernel(), warnings.catch_warnings():
         # papermill and its libraries warn about their own use of each other.
         warnings.simplefilter("ignore")
         import papermill
@@ -51,8 +66,8 @@ def execute(notebook: Path, parameters: Mapping[str, Any], executed: Path) -> No
                 language="python",
                 start_timeout=_START_TIMEOUT,
                 cwd=str(notebook.parent),
-                progress_bar={"desc": f"  {name}", "leave": False, "disable": None},
-                stderr_file=bars,
+                progress_bar={"file": cells, "bar_format": "cell {n_fmt} of {total_fmt}", "mininterval": 0},
+                stderr_file=own,
             )
             partial.replace(executed)
         except PapermillExecutionError as error:
@@ -73,6 +88,48 @@ def execute(notebook: Path, parameters: Mapping[str, Any], executed: Path) -> No
             ) from error
         finally:
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def executing_in(jobs: int, board: Board) -> Iterator[Execute]:
+    """`execute`, in this process or in one of `jobs` others: papermill is not made for threads.
+
+    What notebooks in other processes tell goes to `board`.
+    """
+    if jobs == 1:
+        yield execute
+        return
+    spawn = get_context("spawn")
+    told = spawn.SimpleQueue()
+
+    def listen() -> None:
+        while (found := told.get()) is not None:
+            board.tell(*found)
+
+    listener = Thread(target=listen, daemon=True)
+    listener.start()
+    try:
+        with ProcessPoolExecutor(jobs, spawn, initializer=_begin, initargs=(jobs, told)) as pool:
+            yield lambda notebook, parameters, executed, _: pool.submit(
+                _execute_there, notebook, dict(parameters), executed
+            ).result()
+    finally:
+        told.put(None)
+        listener.join()
+
+
+_told: Any = None
+
+
+def _begin(jobs: int, told: Any) -> None:
+    """First act of a process that runs notebooks."""
+    global _told
+    _told = told
+    share_cores(jobs)
+
+
+def _execute_there(notebook: Path, parameters: Mapping[str, Any], executed: Path) -> None:
+    execute(notebook, parameters, executed, lambda text: _told.put((notebook.stem, text)))
 
 
 @contextmanager
@@ -100,38 +157,6 @@ def _own_kernel() -> Iterator[None]:
                 del os.environ["JUPYTER_PATH"]
             else:
                 os.environ["JUPYTER_PATH"] = before
-
-
-class _KernelBars(io.TextIOBase):
-    """Shows the notebook's own progress bars (its stderr) on one line below papermill's."""
-
-    def __init__(self) -> None:
-        from tqdm import tqdm
-
-        self._line = tqdm(total=0, position=1, bar_format="{desc}", leave=False)
-
-    def write(self, text: str) -> int:
-        last = [part for part in text.replace("\r", "\n").split("\n") if part.strip()][-1:]
-        if last:
-            self._line.set_description_str(last[0][: self._line.ncols or 100])
-        return len(text)
-
-    def close(self) -> None:
-        self._line.close()
-        super().close()
-
-
-@contextmanager
-def _kernel_bars() -> Iterator[_KernelBars | None]:
-    """The bars where somebody watches; nothing in a log."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    bars = _KernelBars()
-    try:
-        yield bars
-    finally:
-        bars.close()
 
 
 def _plain_path(path: Path) -> str:

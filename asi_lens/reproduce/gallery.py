@@ -1,29 +1,25 @@
 """The gallery, one page that works from disk: claims first, then every figure, interactive.
 
-The page and the README's section are made from what runs left (`claims.csv`, `run.json`, the figures'
-pages and images) and hold nothing of their own.
+The page is made from what runs left (sidecars, the figures' pages and images) and holds nothing of its own.
 """
 
 from __future__ import annotations
 
 import argparse
-import html
 import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from asi_lens.base.errors import DataError
 from asi_lens.base.files import locked, write_whole
-from asi_lens.base.paths import figures_root, project_root
-from asi_lens.results.claims import ClaimRow, claim_order, read_claims
+from asi_lens.base.paths import PUBLISHED, figures_root
 from asi_lens.results.figure_files import rich, shared_plotly_js
-from asi_lens.results.provenance import RUN_FILE, read_run
+from asi_lens.results.sidecar import files_of, read_sidecars, sidecar_path
+from asi_lens.results.verdicts import Number, combined
 
-BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
-# What the README shows: the default model, the best profile that was run.
-README_MODEL, README_PROFILES = "smollm2-135m", ("full", "quick")
+DEFAULT_MODEL = "smollm2-135m"
+_PROFILES = ("full", "gpu", "quick", "paper", "smoke")
 _DATA = re.compile(r'<script type="application/json" id="figure-data">(.*?)</script>', re.DOTALL)
 
 
@@ -45,48 +41,114 @@ class Figure:
 
 
 @dataclass
+class Evidence:
+    """What one notebook says about one claim."""
+
+    notebook: str
+    verdict: str
+    statement: str
+    paper_value: str
+    numbers: list[Number]
+    over: str
+    budget: str
+    figure: Figure | None
+
+
+@dataclass
+class Claim:
+    """One claim of the paper: one verdict from all notebooks that tested it."""
+
+    name: str
+    evidence: list[Evidence]
+
+    @property
+    def verdict(self) -> str:
+        """See `verdicts.combined`."""
+        return combined([one.verdict for one in self.evidence])
+
+
+@dataclass
 class Run:
     """Everything that one model under one profile has left."""
 
     model: str
     profile: str
     folder: Path
-    claims: list[ClaimRow]
-    notebooks: dict[str, Any]
+    url: str
+    """The folder, relative to the gallery."""
+    published: bool
+    notebooks: dict[str, dict[str, Any]]
+    """Sidecars by notebook."""
     figures: list[Figure] = field(default_factory=list)
+
+    @property
+    def claims(self) -> list[Claim]:
+        """Claims that were put to the test, C2 before C10."""
+        found: dict[str, list[Evidence]] = {}
+        for notebook, sidecar in self.notebooks.items():
+            for one in sidecar["verdicts"]:
+                found.setdefault(one["claim"], []).append(self._evidence(notebook, one))
+        order = sorted(found, key=lambda name: int(name[1:]))
+        return [Claim(name, found[name]) for name in order]
 
     @property
     def tables(self) -> list[str]:
         """Names of all tables and records in the folder."""
-        return sorted(path.name for path in [*self.folder.glob("*.csv"), *self.folder.glob(RUN_FILE)])
-
-    @property
-    def url(self) -> str:
-        """The folder, relative to the gallery."""
-        return f"{self.model}/{self.profile}"
+        names = [file for one in self.notebooks.values() for file in files_of(one) if file.endswith(".csv")]
+        names += [sidecar_path("", notebook).name for notebook in self.notebooks]
+        return [name for name in sorted(names) if (self.folder / name).is_file()]
 
     @property
     def id(self) -> str:
         """Usable as an HTML id."""
-        return re.sub(r"[^\w-]+", "-", f"{self.model}-{self.profile}")
+        return re.sub(r"[^\w-]+", "-", self.url)
+
+    def _evidence(self, notebook: str, one: dict[str, Any]) -> Evidence:
+        own = [figure for figure in self.figures if figure.stem in self.notebooks[notebook]["figures"]]
+        named = [figure for figure in own if re.search(rf"\b{one['claim']}\b", figure.caption)]
+        return Evidence(
+            notebook,
+            one["verdict"],
+            one["statement"],
+            one["paper_value"],
+            [Number(**number) for number in one["numbers"]],
+            one["over"],
+            one["budget"],
+            next(iter([*named, *own]), None),
+        )
 
 
-def find_runs(root: Path) -> list[Run]:
-    """Runs below a figures folder, the default model and the larger profiles first."""
+def find_runs(root: Path, newest: Path | None = None) -> list[Run]:
+    """Runs below a figures folder: the newest first, then the default model and the larger profiles; what is
+    published stands after what was run here."""
     runs = []
-    for path in root.glob(f"*/*/{RUN_FILE}"):
-        folder = path.parent
-        told = read_run(folder)
-        run = Run(folder.parent.name, folder.name, folder, read_claims(folder), told["notebooks"])
-        for stem, entry in sorted(told["figures"].items()):
-            run.figures.append(_figure(root, folder, stem, entry))
-        runs.append(run)
-    order = {name: i for i, name in enumerate(("full", "quick", "paper", "smoke"))}
-    return sorted(runs, key=lambda r: (r.model != README_MODEL, r.model, order.get(r.profile, 9), r.profile))
+    for base in (root, root / PUBLISHED):
+        for folder in sorted(base.glob("*/*/")):
+            if base == root and folder.parent.name == PUBLISHED:
+                continue
+            sidecars = read_sidecars(folder)
+            if not sidecars:
+                continue
+            url = folder.relative_to(root).as_posix()
+            run = Run(folder.parent.name, folder.name, folder, url, base != root, sidecars)
+            told = {stem: one for found in sidecars.values() for stem, one in found["figures"].items()}
+            run.figures = [_figure(root, folder, stem, entry) for stem, entry in sorted(told.items())]
+            runs.append(run)
+    order = {name: i for i, name in enumerate(_PROFILES)}
+
+    def place(run: Run) -> tuple[Any, ...]:
+        same = newest is not None and (run.model, run.profile) == (newest.parent.name, newest.name)
+        mine = (run.model != DEFAULT_MODEL, run.model, order.get(run.profile, 9), run.profile)
+        return (newest is None or run.folder != newest, not same, run.published, *mine)
+
+    return sorted(runs, key=place)
 
 
-def build_gallery(root: Path) -> Path:
-    """Write `<root>/index.html` from every run below `root`; returns its path."""
+def build_gallery(root: Path, newest: Path | None = None) -> Path:
+    """Write `<root>/index.html` from every run below `root`, that of `newest` first; returns its path.
+
+    Raises CacheError for a sidecar that is damaged.
+    """
     import jinja2
 
     environment = jinja2.Environment(
@@ -102,68 +164,11 @@ def build_gallery(root: Path) -> Path:
     script = shared_plotly_js(root)
     page = root / "index.html"
     with locked(root / ".gallery"):
-        text = environment.get_template("gallery.html.j2").render(runs=find_runs(root), plotly_js=script.name)
+        runs = find_runs(root, newest)
+        text = environment.get_template("gallery.html.j2").render(runs=runs, plotly_js=script.name)
         with write_whole(page) as temporary:
             temporary.write_text(text, encoding="utf-8")
     return page
-
-
-def readme_section(root: Path) -> str:
-    """Claims table and figures of the default model in Markdown, each from the largest profile that has it.
-
-    Raises DataError where the default model has no run.
-    """
-    runs = {run.profile: run for run in find_runs(root) if run.model == README_MODEL}
-    best = [runs[name] for name in README_PROFILES if name in runs]
-    if not best:
-        raise DataError(f"{root} has no run of {README_MODEL} under {' or '.join(README_PROFILES)}")
-    claims: dict[tuple[str, str], tuple[ClaimRow, str]] = {}
-    figures: dict[str, tuple[Figure, str]] = {}
-    for run in best:
-        for claim in run.claims:
-            claims.setdefault((claim.claim, claim.notebook), (claim, run.profile))
-        for figure in run.figures:
-            if figure.png and not figure.stem.startswith("00_"):
-                figures.setdefault(figure.stem, (figure, run.profile))
-    lines = [f"Model `{README_MODEL}`; budgets are in the figures' captions and in `claims.csv`.", ""]
-    lines += ["| claim | paper | here | spread | verdict | profile |", "|---|---|---|---|---|---|"]
-    for claim, profile in sorted(claims.values(), key=lambda pair: claim_order(pair[0])):
-        source = f"[{claim.notebook}](notebooks/{claim.notebook}.ipynb)"
-        cells = (
-            f"**{claim.claim}** {_cell(claim.statement)}",
-            _cell(claim.paper_value),
-            _cell(claim.our_value),
-            _cell(claim.spread),
-            f"**{claim.verdict}** ({source})",
-            profile,
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    for stem, (figure, _) in sorted(figures.items()):
-        title, caption = _plain(figure.title), " ".join(_plain(figure.caption).split())
-        lines += ["", f"![{title}](figures/{figure.png})", "", f"*{stem}. {caption}*"]
-    return "\n".join(lines)
-
-
-def update_readme(readme: Path | None = None) -> bool:
-    """Put `readme_section` between the README's markers; returns whether there was anything to put.
-
-    Raises DataError for a README without its markers.
-    """
-    readme = project_root() / "README.md" if readme is None else readme
-    root = figures_root()
-    if root != project_root() / "figures" or not readme.is_file():
-        return False  # a run into another folder is not what the README shows
-    if not any((root / README_MODEL / profile / RUN_FILE).is_file() for profile in README_PROFILES):
-        return False
-    text = readme.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
-        raise DataError(f"{readme} needs one {BEGIN} and one {END} after it")
-    before, rest = text.split(BEGIN)
-    new = f"{before}{BEGIN}\n\n{readme_section(root)}\n\n{END}{rest.split(END)[1]}"
-    if new != text:
-        with write_whole(readme) as temporary:
-            temporary.write_text(new, encoding="utf-8")
-    return True
 
 
 def _figure(root: Path, folder: Path, stem: str, entry: dict[str, Any]) -> Figure:
@@ -177,23 +182,12 @@ def _figure(root: Path, folder: Path, stem: str, entry: dict[str, Any]) -> Figur
     return Figure(stem=stem, data=found.group(1) if found else "", png=url(".png"), csv=url(".csv"), **texts)
 
 
-def _cell(text: str) -> str:
-    """Text for a cell of a Markdown table."""
-    return " ".join(html.escape(text, quote=False).replace("|", "\\|").split())
-
-
-def _plain(text: str) -> str:
-    return re.sub(r"<[^>]*>", "", text)
-
-
 def main() -> int:
-    """Build the gallery and the README's section anew from what runs have left."""
+    """Build the gallery anew from what runs have left."""
     argparse.ArgumentParser(
         prog="python -m asi_lens.reproduce.gallery", description=main.__doc__
     ).parse_args()
     print(f"gallery: {build_gallery(figures_root())}")
-    if update_readme():
-        print("README.md shows what the runs left")
     return 0
 
 

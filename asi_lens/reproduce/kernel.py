@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import logging
 import sys
 
 from asi_lens.results import drawing
@@ -20,6 +21,8 @@ def main() -> None:
     gc.set_threshold(10_000, 10, 10)
     # What is still there at the end goes with the process: to look for cycles in it takes two seconds.
     atexit.register(gc.freeze)
+    # A manager interrupts the kernel before it shuts it down: no error, and nothing that a reader can act on.
+    logging.getLogger("IPKernelApp").addFilter(lambda record: "KeyboardInterrupt" not in record.getMessage())
     drawing.prepare()
     sys.path.insert(0, "")  # for cells, as in Jupyter: -P kept it from what is imported here
     kernelapp.launch_new_instance()

@@ -12,30 +12,29 @@ from pathlib import Path
 from typing import Any
 
 from asi_lens.base.errors import DataError, OptionError, unknown_name
-from asi_lens.base.paths import notebooks_dir, parameters_dir
+from asi_lens.base.paths import parameters_dir
+from asi_lens.results.parameters_cell import notebook_defaults, notebook_names
 
 # What the runner itself sets in every notebook.
 ALWAYS = ("model", "profile", "output_folder", "seed")
-
-
-def notebook_names() -> list[str]:
-    """Names of all notebooks, in the order of their numbers."""
-    return sorted(path.stem for path in notebooks_dir().glob("[0-9]*.ipynb"))
+PAPER = "paper"
+GROUPS: dict[str, range] = {PAPER: range(14), "beyond": range(14, 100), "all": range(100)}
+"""Groups of notebooks by their numbers: the paper's figures, what goes beyond the paper, both."""
 
 
 def choose(names: Sequence[str] | None) -> list[str]:
-    """The named notebooks in their order, or all. A number such as `01` is enough.
+    """The named notebooks in their order. A number such as `01` is enough; a name of `GROUPS` is all of them.
 
-    Raises UnknownNameError.
+    None is the group `paper`. Raises UnknownNameError.
     """
     known = notebook_names()
-    if not names:
-        return known
     chosen = set()
-    for name in names:
+    for name in names or [PAPER]:
         found = [k for k in known if k == name or k.split("_")[0] == name]
-        if not found:
-            raise unknown_name("notebook", name, known)
+        if name in GROUPS:
+            found = [k for k in known if (n := k.split("_")[0]).isdigit() and int(n) in GROUPS[name]]
+        elif not found:
+            raise unknown_name("notebook", name, [*known, *GROUPS])
         chosen.update(found)
     return [k for k in known if k in chosen]
 
@@ -84,29 +83,6 @@ def merged_parameters(
     out |= {"profile": profile, "output_folder": str(output_folder)}
     if "model" not in of_model and "model" not in (given or {}):
         out["model"] = model
-    return out
-
-
-def notebook_defaults(notebook: str) -> dict[str, Any]:
-    """Parameters of a notebook and their defaults, from its cell tagged `parameters`.
-
-    Raises UnknownNameError for the notebook, OptionError where a default is no literal.
-    """
-    import ast
-
-    import papermill
-
-    path = notebooks_dir() / f"{notebook}.ipynb"
-    if not path.is_file():
-        raise unknown_name("notebook", notebook, notebook_names())
-    out = {}
-    for key, found in papermill.inspect_notebook(str(path)).items():
-        try:
-            out[key] = ast.literal_eval(found["default"])
-        except (ValueError, SyntaxError) as error:
-            raise OptionError(
-                f"{notebook}: the default of {key} is no literal: {found['default']}"
-            ) from error
     return out
 
 

@@ -20,7 +20,6 @@ import plotly.graph_objects as go
 from asi_lens.base.errors import require
 from asi_lens.base.files import locked, write_whole
 from asi_lens.base.paths import figures_root
-from asi_lens.results.provenance import record_figure
 
 PLOTLY_JS = "plotly.min.js"
 CONFIG = {
@@ -97,15 +96,15 @@ class SavedFigure(NamedTuple):
 
 
 def save(figure: go.Figure, stem: Path | str, *, caption: str) -> SavedFigure:
-    """Write `<stem>.html` and `<stem>.png` and record the figure in the folder's `run.json`.
+    """Write `<stem>.html` and `<stem>.png`.
 
     The caption tells model, text, tokens and seed, as far as the subtitle does not. Without a Chrome
     that draws, the PNG is left out (an older one is removed, since it would show other numbers) and
-    the reason is returned and recorded. `layout.meta["min_width"]` is the width in pixels below which
+    the reason is returned. `layout.meta["min_width"]` is the width in pixels below which
     the page scrolls the plot sideways.
     """
     stem = Path(stem)
-    title, subtitle = _titles(figure)
+    title, _ = _titles(figure)
     require(
         bool(title),
         "figure.layout.title.text",
@@ -123,9 +122,6 @@ def save(figure: go.Figure, stem: Path | str, *, caption: str) -> SavedFigure:
     else:
         with write_whole(png) as temporary:
             temporary.write_bytes(image)
-    record_figure(
-        stem.parent, stem.name, title=title, subtitle=subtitle, caption=caption, png=not reason, reason=reason
-    )
     return SavedFigure(None if reason else png, page, reason)
 
 

@@ -57,11 +57,26 @@ class Number:
     @property
     def text(self) -> str:
         """The number and its spread: `34.6 % (33.9 to 35.2 %)`, or 3 significant digits, `0.51`."""
+        return f"{self.middle} ({self.range})" if self.range else self.middle
+
+    @property
+    def middle(self) -> str:
+        """The number alone: `34.6 %`."""
+        return self._told()[0] + self._unit
+
+    @property
+    def range(self) -> str:
+        """The spread alone: `33.9 to 35.2 %`; empty where there is none."""
+        told = self._told()
+        return f"{told[1]} to {told[2]}{self._unit}" if len(told) == 3 else ""
+
+    @property
+    def _unit(self) -> str:
+        return " %" if self.percent else ""
+
+    def _told(self) -> list[str]:
         values = [value for value in (self.value, self.low, self.high) if value is not None]
-        told = [_fixed(100 * value, 1) for value in values] if self.percent else _significant(values)
-        unit = " %" if self.percent else ""
-        spread = f" ({told[1]} to {told[2]}{unit})" if len(told) == 3 else ""
-        return f"{told[0]}{unit}{spread}"
+        return [_fixed(100 * value, 1) for value in values] if self.percent else _significant(values)
 
 
 @dataclass(frozen=True)

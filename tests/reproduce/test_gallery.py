@@ -1,4 +1,4 @@
-"""The gallery holds everything that runs left, and works from disk; the README shows what it should."""
+"""The gallery holds everything that runs left, and works from disk."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import browser
 import made_up_ranks as tables
 import pytest
 
-from asi_lens.base.errors import DataError
-from asi_lens.base.paths import project_root
 from asi_lens.figures import collapse
 from asi_lens.reproduce import gallery
-from asi_lens.results import chrome, provenance
-from asi_lens.results.claims import ClaimRow, write_claim
+from asi_lens.results import chrome
+from asi_lens.results.figure_files import save
 from asi_lens.results.rows import RankRow as Rank
 from asi_lens.results.rows import write_rows
+from asi_lens.results.sidecar import write_sidecar
 
-VERDICTS = ("supported", "not supported", "not testable here")
+VERDICTS = ("supported", "not supported", "not testable here", "partly supported")
 BUILT = {
     "01_rank_curves": lambda: collapse.rank_curves(tables.ranks(models=("m", "n"))),
     "01_spectra": lambda: collapse.spectra(tables.spectra()),
@@ -33,18 +33,39 @@ BUILT = {
 }
 
 
-def claim(number: int, notebook: str = "01_rank_curves", **changes: str) -> ClaimRow:
-    values = {
+def verdict(number: int, **changes: Any) -> dict[str, Any]:
+    numbers = [{"name": "attn <b>out</b>", "value": 0.5, "low": 0.4, "high": 0.6}]
+    numbers.append({"name": "silent", "value": number / 100, "percent": True})
+    told = {
         "claim": f"C{number}",
         "statement": "attention | MLP & <b>residual</b>",
         "paper_value": "0.6",
-        "our_value": f"value {number}",
-        "spread": "0.4 to 0.6",
+        "numbers": numbers,
+        "over": "3 seeds",
         "budget": "65,536 tokens",
-        "verdict": VERDICTS[number % 3],
-        "notebook": notebook,
+        "verdict": VERDICTS[number % 4],
     }
-    return ClaimRow(**{**values, **changes})  # type: ignore[arg-type]
+    return {**told, **changes}
+
+
+def sidecar(notebook: str, stems: list[str], folder: Path, *verdicts: dict[str, Any]) -> None:
+    """Save the figures and write the record of one notebook."""
+    figures = {}
+    for stem in stems:
+        figure, caption = BUILT[stem](), f"Caption of {stem}, C2, seed 0."
+        saved = save(figure, folder / stem, caption=caption)
+        title = figure.layout.title
+        told = {"title": title.text, "subtitle": title.subtitle.text, "caption": caption}
+        figures[stem] = {**told, "png": saved.png is not None, "reason": saved.reason}
+    about = {
+        "parameters": {"seed": 0},
+        "seeds": [0],
+        "sources": {"news": "f1n6e4"},
+        "longest_wall_time_s": 3.0,
+    }
+    tables = [path.stem for path in folder.glob(f"{notebook[:2]}_*.csv")]
+    told = {"notebook": notebook, **about, "tables": tables, "figures": figures, "verdicts": list(verdicts)}
+    write_sidecar(folder, told)
 
 
 @pytest.fixture(scope="module")
@@ -54,15 +75,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ASI_LENS_FIGURES", str(root))
         patch.setattr(chrome, "chrome_or_reason", lambda: (None, "no Chrome here"))
-        folder = root / gallery.README_MODEL / "quick"
-        for stem, build in BUILT.items():
-            collapse.save(build(), folder / stem, caption=f"Caption of {stem}, seed 0.")
-        for number in (10, 2, 3):
-            write_claim(folder, claim(number))
+        folder = root / gallery.DEFAULT_MODEL / "quick"
         rows = [Rank(*row) for row in tables.ranks().itertuples(index=False)]
         write_rows(folder / "01_rank_curves.csv", rows[:3])
-        provenance.record_run(folder, "01_rank_curves", parameters={"seed": 0}, sources={"news": "f1n6e4"})
-        provenance.record_wall_time(folder, "02_downstream_loss", 3.0)
+        stems = {number: [stem for stem in BUILT if stem.startswith(number)] for number in ("01", "02", "03")}
+        sidecar("01_rank_curves", stems["01"], folder, verdict(10), verdict(2), verdict(3))
+        sidecar("02_downstream_loss", stems["02"], folder, verdict(2, verdict="supported"))
+        sidecar("03_wo_ablation", stems["03"], folder)
         shutil.copytree(folder, root / "org--other" / "smoke")
         gallery.build_gallery(root)
     return root
@@ -78,21 +97,54 @@ def root(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return copy
 
 
+def section(page: Path, run: str) -> str:
+    """One run's part of the gallery."""
+    return page.read_text().split(f'<section id="{run}"')[1].split("</section>")[0]
+
+
 def test_claims_come_first_in_order_and_every_figure_is_there(made: Path) -> None:
-    text = (made / "index.html").read_text()
-    first = text[text.index('id="smollm2-135m-quick"') : text.index('id="org--other-smoke"')]
-    assert re.findall(r"<b>(C\d+)</b>", first) == ["C2", "C3", "C10"]
-    assert first.index("<b>C10</b>") < first.index("data-figure")
-    for verdict in VERDICTS:
-        assert f">{verdict}</span>" in first, "a verdict is told in words, not by its color alone"
+    first = section(made / "index.html", "smollm2-135m-quick")
+    assert re.findall(r"<h3><span>(C\d+)</span>", first) == ["C2", "C3", "C10"]
+    assert first.index("<span>C10</span>") < first.index("data-figure")
     for stem in BUILT:
-        assert f'id="smollm2-135m-quick-{stem}" data-figure' in first
-        assert f"Caption of {stem}, seed 0." in first
+        assert f'id="plot-smollm2-135m-quick-{stem}" data-figure' in first
+        assert f"Caption of {stem}, C2, seed 0." in first
     assert "attention | MLP &amp; &lt;b&gt;residual" in first
+    assert "attn &lt;b&gt;out" in first
     for told in ("seed = 0", "news: f1n6e4", "65,536 tokens", "3 s", "no image: no Chrome here"):
         assert told in first
     assert 'href="smollm2-135m/quick/01_rank_curves.csv"' in first
-    assert 'href="smollm2-135m/quick/run.json"' in first
+    assert 'href="smollm2-135m/quick/01_rank_curves.json"' in first
+
+
+def test_a_claim_has_one_verdict_from_all_notebooks_that_test_it(made: Path) -> None:
+    run = next(run for run in gallery.find_runs(made) if run.profile == "quick")
+    claims = {claim.name: claim for claim in run.claims}
+    assert [one.notebook for one in claims["C2"].evidence] == ["01_rank_curves", "02_downstream_loss"]
+    assert [one.verdict for one in claims["C2"].evidence] == ["not testable here", "supported"]
+    assert claims["C2"].verdict == "supported"
+    assert claims["C10"].verdict == "not testable here"
+    assert claims["C2"].evidence[0].figure is not None
+    card = section(made / "index.html", run.id).split("<article")[1]
+    assert 'class="verdict supported">supported</span>' in card, "told in words, not by its color alone"
+    for told in ("0.4 to 0.6", "2.0 %", "Paper: 0.6.", "spread over 3 seeds"):
+        assert told in card
+    assert f'href="#{run.id}-01_rank_curves"' in card
+
+
+def test_the_run_just_made_comes_first_and_the_published_one_beside_it(root: Path) -> None:
+    shutil.copytree(
+        root / gallery.DEFAULT_MODEL / "quick", root / "published" / gallery.DEFAULT_MODEL / "full"
+    )
+    shutil.copytree(root / "org--other" / "smoke", root / "published" / "org--other" / "smoke")
+    runs = gallery.find_runs(root, newest=root / "org--other" / "smoke")
+    assert [(run.url, run.published) for run in runs] == [
+        ("org--other/smoke", False),
+        ("published/org--other/smoke", True),
+        ("smollm2-135m/quick", False),
+        ("published/smollm2-135m/full", True),
+    ]
+    assert "as published" in section(gallery.build_gallery(root), "published-org--other-smoke")
 
 
 def test_every_link_leads_somewhere_local(made: Path) -> None:
@@ -102,12 +154,13 @@ def test_every_link_leads_somewhere_local(made: Path) -> None:
     links = [link for link in re.findall(r'(?:src|href)="([^"]*)"', text) if link != "data:,"]
     assert links
     for link in links:
-        assert (made / link).is_file(), link
+        known = f'id="{link[1:]}"' in text if link.startswith("#") else (made / link).is_file()
+        assert known, link
     assert "http" not in text
 
 
 def test_a_fresh_clone_shows_images_and_without_either_the_reason(root: Path) -> None:
-    folder = root / gallery.README_MODEL / "quick"
+    folder = root / gallery.DEFAULT_MODEL / "quick"
     for page in folder.glob("*.html"):
         page.unlink()
     (folder / "01_spectra.png").write_bytes(b"png")
@@ -119,86 +172,6 @@ def test_a_fresh_clone_shows_images_and_without_either_the_reason(root: Path) ->
 def test_an_empty_folder_gives_a_page_that_says_what_to_do(tmp_path: Path) -> None:
     page = gallery.build_gallery(tmp_path / "figures")
     assert "make figures" in page.read_text()
-
-
-def markers(root: Path, between: str = "old") -> Path:
-    readme = root.parent / "README.md"
-    readme.write_text(f"# Title\n\n{gallery.BEGIN}\n{between}\n{gallery.END}\n\nThe end\n")
-    return readme
-
-
-def test_the_readme_gets_claims_and_images_between_its_markers(root: Path) -> None:
-    folder = root / gallery.README_MODEL / "quick"
-    (folder / "01_rank_curves.png").write_bytes(b"png")
-    (folder / "00_explore.png").write_bytes(b"png")
-    readme = markers(root)
-    assert gallery.update_readme()
-    text = readme.read_text()
-    assert text.startswith("# Title\n")
-    assert text.endswith("The end\n")
-    assert "old" not in text
-    assert "![Effective rank by layer](figures/smollm2-135m/quick/01_rank_curves.png)" in text
-    assert "01_spectra" not in text, "it has no image"
-    assert "00_explore" not in text
-    rows = [line for line in text.splitlines() if line.startswith("| **C")]
-    assert [row.split("**")[1] for row in rows] == ["C2", "C3", "C10"]
-    assert all(len(re.findall(r"(?<!\\)\|", row)) == 7 for row in rows), "a bar inside a cell is escaped"
-    assert "**not testable here** ([01_rank_curves](notebooks/01_rank_curves.ipynb))" in rows[0]
-    before = readme.stat().st_mtime_ns
-    assert gallery.update_readme()
-    assert readme.stat().st_mtime_ns == before, "nothing new, nothing written"
-
-
-def test_the_readme_prefers_the_full_profile_figure_by_figure(root: Path) -> None:
-    quick, full = root / gallery.README_MODEL / "quick", root / gallery.README_MODEL / "full"
-    for stem in ("01_rank_curves", "03_wo_ablation"):
-        (quick / f"{stem}.png").write_bytes(b"png")
-    shutil.copytree(quick, full)
-    (full / "03_wo_ablation.png").unlink()
-    (full / "claims.csv").unlink()
-    write_claim(full, claim(2, our_value="from full"))
-    text = gallery.readme_section(root)
-    assert "figures/smollm2-135m/full/01_rank_curves.png" in text
-    assert "figures/smollm2-135m/quick/03_wo_ablation.png" in text
-    rows = {line.split("**")[1]: line for line in text.splitlines() if line.startswith("| **C")}
-    assert "from full" in rows["C2"]
-    assert rows["C2"].endswith("| full |")
-    assert rows["C3"].endswith("| quick |")
-
-
-def test_a_readme_without_its_markers_is_refused_and_left_alone(root: Path) -> None:
-    readme = root.parent / "README.md"
-    for text in ("# Title\n", f"{gallery.END} {gallery.BEGIN}", gallery.BEGIN * 2 + gallery.END):
-        readme.write_text(text)
-        with pytest.raises(DataError, match="needs one"):
-            gallery.update_readme()
-        assert readme.read_text() == text
-
-
-def test_runs_into_other_folders_or_of_other_models_leave_the_readme_alone(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    readme = markers(root)
-    before = readme.read_text()
-    monkeypatch.setenv("ASI_LENS_FIGURES", str(tmp_path / "elsewhere"))
-    assert not gallery.update_readme()
-    monkeypatch.delenv("ASI_LENS_FIGURES")
-    shutil.rmtree(root / gallery.README_MODEL)
-    assert not gallery.update_readme()
-    assert readme.read_text() == before
-    with pytest.raises(DataError, match="no run of smollm2-135m"):
-        gallery.readme_section(root)
-
-
-def test_the_committed_readme_is_what_the_committed_figures_give() -> None:
-    text = (project_root() / "README.md").read_text(encoding="utf-8")
-    assert text.count(gallery.BEGIN) == text.count(gallery.END) == 1
-    between = text.split(gallery.BEGIN)[1].split(gallery.END)[0].strip()
-    root = project_root() / "figures"
-    if any((root / gallery.README_MODEL / name / "run.json").is_file() for name in gallery.README_PROFILES):
-        assert between == gallery.readme_section(root), "python -m asi_lens.reproduce.gallery writes it anew"
-    else:
-        assert between == ""
 
 
 DRAW_ALL = """(async () => {
@@ -238,7 +211,9 @@ def test_every_figure_draws_from_disk_without_a_request_or_a_complaint(
 ) -> None:
     page = (made / "index.html").as_uri()
     seen = browser.visit(installed, page, DRAW_ALL, width=width, phone=phone)
-    ids = [f"{run}-{stem}" for run in ("smollm2-135m-quick", "org--other-smoke") for stem in sorted(BUILT)]
+    ids = [
+        f"plot-{run}-{stem}" for run in ("smollm2-135m-quick", "org--other-smoke") for stem in sorted(BUILT)
+    ]
     assert seen.found["runs"] == 2
     assert sorted(seen.found["drawn"]) == sorted(ids)
     assert seen.complaints == []
@@ -249,7 +224,7 @@ def test_every_figure_draws_from_disk_without_a_request_or_a_complaint(
 
 @pytest.mark.gallery
 def test_a_single_page_draws_too(made: Path, installed: str) -> None:
-    page = (made / gallery.README_MODEL / "quick" / "03_wo_ablation.html").as_uri()
+    page = (made / gallery.DEFAULT_MODEL / "quick" / "03_wo_ablation.html").as_uri()
     script = "document.querySelectorAll('#figure svg.main-svg').length"
     seen = browser.visit(installed, page, script)
     assert seen.found > 0

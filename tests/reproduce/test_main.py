@@ -13,21 +13,14 @@ import pytest
 import runs
 import yaml
 
-from asi_lens.base.errors import AsiLensError, UnknownNameError
-from asi_lens.base.files import locked
+from asi_lens.base.errors import UnknownNameError
 from asi_lens.reproduce import __main__ as reproduce
+from asi_lens.reproduce import execute, staleness
+from asi_lens.reproduce.board import Board, Tell
 from asi_lens.reproduce.execute import NotebookError
 from asi_lens.results import provenance
-from asi_lens.results.claims import ClaimRow, read_claims, write_claim
-
-CLAIM = (
-    "from asi_lens.results.claims import ClaimRow, write_claim\n"
-    "write_claim(folder, ClaimRow('{claim}', 's', '', str(x), '', '', 'supported', '{notebook}'))\n"
-)
-FIGURE = (
-    "from asi_lens.results.provenance import record_figure\n"
-    "record_figure(folder, '{stem}', title='t', subtitle='s', caption='c', png=False, reason='no Chrome')\n"
-)
+from asi_lens.results.claims import read_claims
+from asi_lens.results.sidecar import figures_of, read_sidecar, write_sidecar
 
 
 class Runner:
@@ -37,7 +30,7 @@ class Runner:
         self.root = root
         self.ran: list[str] = []
 
-    def execute(self, notebook: Path, parameters: Mapping[str, Any], executed: Path) -> None:
+    def execute(self, notebook: Path, parameters: Mapping[str, Any], executed: Path, tell: Tell) -> None:
         self.ran.append(notebook.stem)
         cells = [c.source for c in nbformat.read(notebook, 4).cells if c.cell_type == "code"]
         names: dict[str, Any] = {}
@@ -62,8 +55,8 @@ class Runner:
 
     def notebook(self, name: str, *cells: str, x: int = 1) -> None:
         path = self.root / "notebooks" / f"{name}.ipynb"
-        write = runs.WRITE.format(stem=name)
-        runs.notebook(path, write, *cells, parameters=runs.PARAMETERS + f"x = {x}\nranks = [1]\n")
+        write, done = runs.WRITE.format(stem=name), runs.DONE.format(stem=name)
+        runs.notebook(path, write, *cells, done, parameters=runs.PARAMETERS + f"x = {x}\nranks = [1]\n")
 
 
 @pytest.fixture
@@ -72,7 +65,7 @@ def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
     monkeypatch.delenv("ASI_LENS_FIGURES", raising=False)
     runs.project(tmp_path)
     runner = Runner(tmp_path)
-    monkeypatch.setattr(reproduce, "execute", runner.execute)
+    monkeypatch.setattr(execute, "execute", runner.execute)
     return runner
 
 
@@ -80,13 +73,20 @@ def test_a_second_run_does_nothing(runner: Runner, capsys: pytest.CaptureFixture
     assert runner() == ["01_alpha", "02_beta"]
     assert runner.code == 0
     told = capsys.readouterr().out
-    assert "[1/2] 01_alpha: running (not run yet)" in told
+    assert "01_alpha: running (not run yet)" in told
+    assert "[2/2] 02_beta: done in" in told
     assert f"gallery: {runner.root / 'figures' / 'index.html'}" in told
     assert (runner.root / "figures" / "index.html").is_file()
-    before = {p: p.stat().st_mtime_ns for p in runner.folder.rglob("*") if "lock" not in p.name}
+
+    def stamps() -> dict[Path, int]:
+        joined = ("lock", "run.json")  # the record of all notebooks is written in every run
+        files = [p for p in runner.folder.rglob("*") if not any(part in p.name for part in joined)]
+        return {p: p.stat().st_mtime_ns for p in files}
+
+    before = stamps()
     assert runner() == []
     assert capsys.readouterr().out.count("up to date") == 2
-    assert {p: p.stat().st_mtime_ns for p in runner.folder.rglob("*") if "lock" not in p.name} == before
+    assert stamps() == before
 
 
 def test_only_what_changed_runs_again_and_the_reason_is_told(
@@ -141,13 +141,13 @@ def test_a_change_of_the_package_or_of_a_library_runs_all(
     monkeypatch.setattr(provenance, "versions", lambda: {"plotly": "99"})
     assert runner() == ["01_alpha", "02_beta"]
     assert "changed: installed versions" in capsys.readouterr().out
-    real = reproduce.sha256_of
-    monkeypatch.setattr(reproduce, "sha256_of", lambda p: "new" if p.name == "collapse.py" else real(p))
+    real = staleness.sha256_of
+    monkeypatch.setattr(staleness, "sha256_of", lambda p: "new" if p.name == "collapse.py" else real(p))
     assert runner() == ["01_alpha", "02_beta"]
     assert "changed: the package" in capsys.readouterr().out
     # The runner and the gallery make no numbers and no figures.
     monkeypatch.setattr(
-        reproduce, "sha256_of", lambda p: "new" if p.name in ("collapse.py", "gallery.py") else real(p)
+        staleness, "sha256_of", lambda p: "new" if p.name in ("collapse.py", "gallery.py") else real(p)
     )
     assert runner() == []
 
@@ -176,12 +176,12 @@ def test_it_stops_at_the_first_failure_and_goes_on_from_there(
 def test_ctrl_c_leaves_a_state_to_go_on_from(
     runner: Runner, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runner.notebook("02_beta", CLAIM.format(claim="C2", notebook="02_beta"), "raise KeyboardInterrupt")
+    runner.notebook("02_beta", runs.CLAIM.format(claim="C2"), "raise KeyboardInterrupt")
     assert runner() == ["01_alpha", "02_beta"]
     assert runner.code == 130
     assert "goes on from here" in capsys.readouterr().err
     json.loads((runner.folder / ".state.json").read_text())
-    runner.notebook("02_beta", CLAIM.format(claim="C2", notebook="02_beta"))
+    runner.notebook("02_beta", runs.CLAIM.format(claim="C2"))
     assert runner() == ["02_beta"]
     assert not [p for p in runner.folder.iterdir() if p.name.startswith(".0")], "no temporary file is left"
 
@@ -204,20 +204,23 @@ def test_bad_parameters_are_told_before_anything_runs(
 
 def test_what_a_notebook_no_longer_makes_goes(runner: Runner) -> None:
     extra = "(folder / '01_old.csv').write_text('x')\n(folder / '01_old.html').write_text('page')\n"
-    claims = CLAIM.format(claim="C1", notebook="01_alpha") + CLAIM.format(claim="C4", notebook="01_alpha")
-    runner.notebook("01_alpha", extra, FIGURE.format(stem="01_old"), FIGURE.format(stem="01_alpha"), claims)
+    extra += "tables.append('01_old')\n"
+    claims = runs.CLAIM.format(claim="C1") + runs.CLAIM.format(claim="C4")
+    runner.notebook(
+        "01_alpha", extra, runs.FIGURE.format(stem="01_old"), runs.FIGURE.format(stem="01_alpha"), claims
+    )
     runner()
     assert (runner.folder / "01_old.csv").exists()
-    runner.notebook("01_alpha", FIGURE.format(stem="01_alpha"), CLAIM.format(claim="C1", notebook="01_alpha"))
+    runner.notebook("01_alpha", runs.FIGURE.format(stem="01_alpha"), runs.CLAIM.format(claim="C1"))
     runner()
     assert not list(runner.folder.glob("01_old.*"))
-    assert list(provenance.read_run(runner.folder)["figures"]) == ["01_alpha"]
+    assert list(figures_of(runner.folder)) == ["01_alpha", "02_beta"]
     assert [row.claim for row in read_claims(runner.folder)] == ["C1"]
     assert (runner.folder / "02_beta.csv").exists(), "another notebook's files stay"
 
 
 def test_a_failure_keeps_what_an_earlier_run_left(runner: Runner) -> None:
-    claims = CLAIM.format(claim="C1", notebook="01_alpha") + CLAIM.format(claim="C4", notebook="01_alpha")
+    claims = runs.CLAIM.format(claim="C1") + runs.CLAIM.format(claim="C4")
     runner.notebook("01_alpha", claims, x=5)
     runner()
     table = (runner.folder / "01_alpha.csv").read_text()
@@ -226,31 +229,55 @@ def test_a_failure_keeps_what_an_earlier_run_left(runner: Runner) -> None:
     runner()
     assert runner.code == 1
     assert (runner.folder / "01_alpha.csv").read_text() == table
-    assert [(row.claim, row.our_value) for row in read_claims(runner.folder)] == [("C1", "5"), ("C4", "5")]
+    assert [(row.claim, row.our_value) for row in read_claims(runner.folder)] == [
+        ("C1", "n 5"),
+        ("C4", "n 5"),
+    ]
 
 
-def test_edited_claims_are_made_again(runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
-    runner.notebook("01_alpha", CLAIM.format(claim="C1", notebook="01_alpha"))
+def test_an_edited_record_is_made_again(runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+    runner.notebook("01_alpha", runs.CLAIM.format(claim="C1"))
     runner()
-    write_claim(runner.folder, ClaimRow("C1", "s", "", "better", "", "", "supported", "01_alpha"))
+    found = read_sidecar(runner.folder, "01_alpha")
+    assert found is not None
+    found["verdicts"][0]["verdict"] = "not supported"
+    write_sidecar(runner.folder, found)
     assert runner() == ["01_alpha"]
-    assert "its claims were changed" in capsys.readouterr().out
-    (runner.folder / "claims.csv").unlink()
+    assert "01_alpha.json was changed" in capsys.readouterr().out
+    (runner.folder / "claims.csv").write_text("edited by hand")
+    assert runner() == []
+    assert [row.verdict for row in read_claims(runner.folder)] == ["supported"]
+
+
+def test_a_notebook_without_a_record_is_an_error(runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+    path = runner.root / "notebooks" / "01_alpha.ipynb"
+    runs.notebook(path, "y = 1", parameters=runs.PARAMETERS + "x = 6\n")
     assert runner() == ["01_alpha"]
+    assert "its last cell must be `page.done()`" in capsys.readouterr().err
+
+
+def test_the_gallery_is_there_after_every_notebook(
+    runner: Runner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runner.notebook("02_beta", "raise ValueError('broken')")
+    runner()
+    assert runner.code == 1
+    text = (runner.root / "figures" / "index.html").read_text()
+    assert "01_alpha.json" in text
 
 
 def test_missing_images_are_told_loudly_and_drawn_once_there_is_a_chrome(
     runner: Runner, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reproduce, "chrome_or_reason", lambda: (None, "no Chrome"))
-    runner.notebook("01_alpha", FIGURE.format(stem="01_alpha"))
+    monkeypatch.setattr(staleness, "chrome_or_reason", lambda: (None, "no Chrome"))
+    runner.notebook("01_alpha", runs.FIGURE.format(stem="01_alpha"))
     runner()
     told = capsys.readouterr().err
     assert "1 PNG(s) ARE MISSING: 01_alpha" in told
     assert "no Chrome" in told
     assert runner() == []
     assert "MISSING" in capsys.readouterr().err
-    monkeypatch.setattr(reproduce, "chrome_or_reason", lambda: ("/usr/bin/chrome", ""))
+    monkeypatch.setattr(staleness, "chrome_or_reason", lambda: ("/usr/bin/chrome", ""))
     assert runner() == ["01_alpha"]
     assert "images can be drawn now" in capsys.readouterr().out
 
@@ -263,10 +290,18 @@ def test_a_damaged_state_runs_again(runner: Runner, text: str) -> None:
     assert runner() == []
 
 
-def test_wall_times_are_recorded(runner: Runner) -> None:
-    runner()
-    entry = json.loads((runner.folder / "run.json").read_text())["notebooks"]["01_alpha"]
-    assert entry["wall_time_s"] >= 0
+def test_the_longest_time_under_the_same_parameters_is_kept(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def timed(seconds: float, *arguments: str) -> dict[str, Any]:
+        monkeypatch.setattr(Board, "finished", lambda self, name: seconds)
+        runner("--force", "--notebooks", "01", *arguments)
+        return json.loads((runner.folder / "run.json").read_text())["notebooks"]["01_alpha"]
+
+    assert timed(600.0)["longest_wall_time_s"] == 600
+    entry = timed(5.0)
+    assert (entry["wall_time_s"], entry["longest_wall_time_s"]) == (5, 600)
+    assert timed(7.0, "-p", "x=9")["longest_wall_time_s"] == 7
 
 
 def _hold(folder: Path, held: Any, done: Any) -> None:
@@ -292,15 +327,6 @@ def test_two_runs_in_one_folder_are_refused(runner: Runner, capsys: pytest.Captu
         done.set()
         other.join()
     assert runner("--force") == ["01_alpha", "02_beta"]
-
-
-def test_the_runner_holds_no_lock_that_a_notebook_needs(runner: Runner) -> None:
-    with reproduce._alone(runner.folder):
-        for name in (".run", ".claims"):
-            with locked(runner.folder / name):
-                pass
-        with pytest.raises(AsiLensError), reproduce._alone(runner.folder):
-            pass
 
 
 @pytest.mark.notebooks
@@ -334,6 +360,7 @@ def test_notebooks_side_by_side(
         ("03_gamma", "", "raise AssertionError"),
     ):
         cells = [runs.WRITE.format(stem=name), *([meet.format(own=name, other=other)] if other else []), more]
+        cells.append(runs.DONE.format(stem=name))
         runs.notebook(tmp_path / "notebooks" / f"{name}.ipynb", *cells, parameters=parameters)
     assert reproduce.main(["--model", "tiny", "--jobs", "2"]) == 1
     told = capsys.readouterr()
@@ -344,7 +371,10 @@ def test_notebooks_side_by_side(
     folder = tmp_path / "figures" / "tiny" / "quick"
     assert (folder / "02_beta.csv").is_file()
     runs.notebook(
-        tmp_path / "notebooks" / "01_alpha.ipynb", runs.WRITE.format(stem="01_alpha"), parameters=parameters
+        tmp_path / "notebooks" / "01_alpha.ipynb",
+        runs.WRITE.format(stem="01_alpha"),
+        runs.DONE.format(stem="01_alpha"),
+        parameters=parameters,
     )
     (tmp_path / "notebooks" / "03_gamma.ipynb").unlink()
     assert reproduce.main(["--model", "tiny", "--jobs", "2"]) == 0

@@ -109,6 +109,17 @@ def test_notebooks_are_chosen_by_name_or_number_in_their_order(project: Path) ->
     assert choose(["02", "01_alpha", "02_beta"]) == ["01_alpha", "02_beta"]
 
 
+def test_groups_are_told_apart_by_number(project: Path) -> None:
+    for name in ("13_last", "14_first", "20_other"):
+        runs.notebook(project / "notebooks" / f"{name}.ipynb", "y = 1")
+    assert choose(None) == choose(["paper"]) == ["01_alpha", "02_beta", "13_last"]
+    assert choose(["beyond"]) == ["14_first", "20_other"]
+    assert choose(["beyond", "01"]) == ["01_alpha", "14_first", "20_other"]
+    assert choose(["all"]) == notebook_names()
+    with pytest.raises(UnknownNameError, match="did you mean 'beyond'"):
+        choose(["beyon"])
+
+
 def test_given_values_are_read_as_yaml() -> None:
     assert parse_given(["a=1", "b=[x, 2]", "c=1=2", "d=text", "e=1_000", "f=true"]) == {
         "a": 1,

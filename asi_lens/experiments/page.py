@@ -1,0 +1,264 @@
+"""What a notebook opens: its parameters as they ran, its folder, and everything that it leaves there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+from torch import nn
+
+from asi_lens.activations.harvest import SiteLayer
+from asi_lens.activations.pairs import PairedStores
+from asi_lens.activations.split import Split, harvest_split
+from asi_lens.activations.store import ActivationStore
+from asi_lens.base.errors import OptionError, require, require_whole
+from asi_lens.base.paths import figures_dir
+from asi_lens.experiments import rows as run_rows
+from asi_lens.experiments.recipes import Recipe
+from asi_lens.experiments.runs import Run, train_recipes
+from asi_lens.inputs.corpora import Tokens, load_tokens
+from asi_lens.inputs.models import load_model, model_info
+from asi_lens.results import provenance
+from asi_lens.results.figure_files import save
+from asi_lens.results.parameters_cell import notebook_defaults
+from asi_lens.results.rows import DeadFeatureRow
+from asi_lens.results.sidecar import write_sidecar
+from asi_lens.results.tables import Row, frame, write_rows
+from asi_lens.results.verdicts import Verdict
+from asi_lens.training.config import TrainConfig
+
+
+class Page:
+    """One run of a notebook.
+
+    `Page("04_dead_feature_curves", globals())` takes the names of the parameters from the notebook's own cell
+    and their values from the namespace, so that what is recorded is what ran. Whatever is loaded through it
+    notes its own fingerprint; tables and figures are written as they come, the sidecar by `done`.
+
+    Attributes:
+        notebook: its name. parameters: names and values. folder: where its files go. profile: as given.
+        seeds: `seed` and, where there is an `n_seeds`, the next ones.
+    """
+
+    def __init__(self, notebook: str, namespace: Mapping[str, Any]):
+        """Raises UnknownNameError for a notebook that is not there, OptionError for a parameter that the
+        namespace lacks or a number of seeds below one."""
+        names = notebook_defaults(notebook)
+        missing = [name for name in names if name not in namespace]
+        if missing:
+            raise OptionError(
+                f"{notebook}: {', '.join(missing)} is not set; run the cell of parameters first"
+            )
+        self.notebook = notebook
+        self.parameters = {name: namespace[name] for name in names}
+        self.profile = str(self["profile"])
+        folder = self.parameters.get("output_folder")
+        self.folder = Path(folder) if folder else figures_dir(self["model"], self.profile)
+        count = self.parameters.get("n_seeds", 1)
+        require_whole("n_seeds", count, 1)
+        self.seeds = list(range(self["seed"], self["seed"] + count))
+        self._model: nn.Module | None = None
+        self._data: Split | None = None
+        self._budget = ""
+        self._sources: dict[str, str] = {}
+        self._tables: list[str] = []
+        self._figures: dict[str, dict[str, Any]] = {}
+        self._verdicts: list[dict[str, Any]] = []
+
+    def __getitem__(self, name: str) -> Any:
+        """A parameter. Raises OptionError for one that the notebook does not have."""
+        if name not in self.parameters:
+            raise OptionError(f"{self.notebook} has no parameter {name!r} in its cell of parameters")
+        return self.parameters[name]
+
+    def load_model(self, name: str | None = None) -> nn.Module:
+        """The model of the parameters, or another one, in the `dtype` of the parameters."""
+        self._model = load_model(self["model"] if name is None else name, dtype=self["dtype"])
+        info = model_info(self._model)
+        self._sources[f"{info.name} ({info.weights}, {info.dtype})"] = info.fingerprint
+        return self._model
+
+    def load_tokens(
+        self,
+        model: nn.Module,
+        n_tokens: int,
+        corpus: Any = None,
+        *,
+        after: Tokens | None = None,
+        what: str = "",
+    ) -> Tokens:
+        """`n_tokens` of a corpus (`main_corpus` by default) in sequences of `context`.
+
+        They are those that follow `after`; `what` says in the record what they are for.
+        """
+        tokens = load_tokens(
+            self["main_corpus"] if corpus is None else corpus,
+            model,
+            n_tokens=n_tokens,
+            context=self["context"],
+            offset=0 if after is None else len(after),
+        )
+        self._sources[f"{tokens.corpus} {what}".strip()] = tokens.fingerprint
+        return tokens
+
+    def harvest(self, model: nn.Module, wheres: Sequence[SiteLayer]) -> Split:
+        """Stores of every (site, layer) to train on and held out, in the sizes of the parameters."""
+        self._data = data = harvest_split(
+            model,
+            self["main_corpus"],
+            list(dict.fromkeys(wheres)),
+            n_tokens=self["n_tokens"],
+            n_tokens_held_out=self["n_tokens_held_out"],
+            n_tokens_loss=self.parameters.get("n_tokens_loss", self["context"]),
+            context=self["context"],
+            budget_gb=self["store_budget_gb"],
+        )
+        self._sources[f"{data.train_tokens.corpus}, training"] = data.train_tokens.fingerprint
+        self._sources[f"{data.held_out_tokens.corpus}, held out"] = data.held_out_tokens.fingerprint
+        return data
+
+    def train_config(self, **changes: Any) -> TrainConfig:
+        """How the parameters say to train: `lr`, `batch_size`, `n_tokens_train`, `dead_window`."""
+        options = {name: self[name] for name in ("batch_size", "dead_window")}
+        options["n_tokens"] = self["n_tokens_train"]
+        if "lr" not in changes:
+            options["lr"] = self["lr"]
+        return TrainConfig(**{**options, **changes})
+
+    def train(
+        self,
+        store: ActivationStore | PairedStores,
+        methods: Sequence[Recipe | str],
+        *,
+        d_sae: int | None = None,
+        lr: float | None = None,
+        **options: Any,
+    ) -> list[Run]:
+        """Train each method with each seed (see `train_recipes`); finished ones come from the cache."""
+        changes = {} if lr is None else {"lr": lr}
+        return train_recipes(
+            store,
+            methods,
+            d_sae=self["d_sae"] if d_sae is None else d_sae,
+            k=self["k"],
+            seeds=self.seeds,
+            train=self.train_config(**changes),
+            log_every=self["log_every"],
+            **options,
+        )
+
+    def rows(
+        self,
+        runs: Sequence[Run],
+        held_out: ActivationStore | PairedStores,
+        *,
+        losses: bool = True,
+        curves: bool = True,
+        drift: bool = False,
+    ) -> list[DeadFeatureRow]:
+        """Rows of trained dictionaries: see `dead_feature_rows`, and with `drift` `drift_rows`.
+
+        They hold what the language model loses unless `losses` is False. Raises OptionError before
+        `load_model` and `harvest`.
+        """
+        model, data = self._loaded()
+        judged: dict[str, Any] = {"model": model, "tokens": data.loss_tokens} if losses else {}
+        if drift:
+            return list(run_rows.drift_rows(runs, held_out, **judged))
+        return run_rows.dead_feature_rows(runs, held_out, curves=curves, **judged)
+
+    def setting(self, model: nn.Module, tokens: Tokens, *more: str) -> str:
+        """Model, text, tokens (or what is said instead) and context in words: the budget of a notebook that
+        trains nothing."""
+        info = model_info(model)
+        parts = [f"{info.name} ({info.weights}, {info.dtype})", tokens.corpus]
+        parts += [*(more or [f"{tokens.n_tokens:,} tokens"]), f"context {self['context']}"]
+        self._budget = ", ".join(parts)
+        return self._budget
+
+    def budget(self, runs: Sequence[Run], *, losses: bool = True, before: str = "", after: str = "") -> str:
+        """What stands behind the numbers of runs, in words; `judge` states it too."""
+        model, data = self._loaded()
+        self._budget = f"{before}{run_rows.budget(model, runs, data, losses=losses)}{after}"
+        return self._budget
+
+    def table(
+        self, rows: Sequence[Row] | Sequence[Mapping[str, Any]], row: type[Row] | None = None, stem: str = ""
+    ) -> pd.DataFrame:
+        """Write `<stem>.csv` (the notebook's name by default) and return it as a frame.
+
+        `row`: what the rows are, where they come as mappings.
+        """
+        checked = [one if isinstance(one, Row) else _row(row, one) for one in rows]
+        stem = self._stem(stem)
+        write_rows(self.folder / f"{stem}.csv", checked)
+        self._tables = sorted({*self._tables, stem})
+        return frame(checked)
+
+    def figure(self, figure: go.Figure, caption: str, stem: str = "") -> go.Figure:
+        """Write the figure's page and image under `<stem>` (the notebook's name by default); returns it."""
+        stem = self._stem(stem)
+        saved = save(figure, self.folder / stem, caption=caption)
+        title = figure.layout.title
+        self._figures[stem] = {
+            "title": title.text or "",
+            "subtitle": (title.subtitle.text if title.subtitle else "") or "",
+            "caption": caption,
+            "png": saved.png is not None,
+            "reason": saved.reason,
+        }
+        return figure
+
+    def judge(self, *verdicts: Verdict | None, budget: str | None = None) -> pd.DataFrame:
+        """Record verdicts (None is a claim that was not put to the test) and show them, a row a number."""
+        shown = []
+        for one in verdicts:
+            if one is None:
+                continue
+            told = one.verdict(self.profile)
+            entry = {**asdict(one), "verdict": told, "budget": self._budget if budget is None else budget}
+            del entry["holds"]
+            self._verdicts = [old for old in self._verdicts if old["claim"] != one.claim] + [entry]
+            shown += [(one.claim, told, number.name, number.text, one.over) for number in one.numbers]
+        columns = ["claim", "verdict", "number", "value", "spread over"]
+        return pd.DataFrame(shown, columns=columns).set_index(["claim", "verdict", "number"])
+
+    def done(self) -> None:
+        """Write the sidecar: what ran, from what, on which machine, and what it left."""
+        write_sidecar(
+            self.folder,
+            {
+                "notebook": self.notebook,
+                "parameters": provenance.told_parameters(self.parameters),
+                "seeds": self.seeds,
+                "sources": self._sources,
+                "tables": self._tables,
+                "figures": self._figures,
+                "verdicts": self._verdicts,
+                "versions": provenance.versions(),
+                "git": provenance.git_state(),
+                "machine": provenance.machine(),
+                "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            },
+        )
+
+    def _stem(self, stem: str) -> str:
+        number, stem = self.notebook.split("_")[0], stem or self.notebook
+        require(stem.startswith(f"{number}_"), "stem", stem, f"a name that begins with {number}_")
+        return stem
+
+    def _loaded(self) -> tuple[nn.Module, Split]:
+        if self._model is None or self._data is None:
+            raise OptionError(f"{self.notebook}: load_model and harvest come before what is made of runs")
+        return self._model, self._data
+
+
+def _row(row: type[Row] | None, values: Mapping[str, Any]) -> Row:
+    if row is None:
+        raise OptionError("rows that are mappings need `row`, the class that they are of")
+    return row(**values)

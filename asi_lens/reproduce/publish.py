@@ -1,0 +1,187 @@
+"""Publish what a run has left: `python -m asi_lens.reproduce.publish --profile quick`.
+
+Copies tables, images and sidecars to `figures/published/<model>/<profile>`, which is committed, and writes
+the README's section from everything that is published. Nothing else writes there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from asi_lens.base.errors import AsiLensError, DataError
+from asi_lens.base.files import write_whole
+from asi_lens.base.paths import PUBLISHED, figures_dir, figures_root, project_root, published_dir
+from asi_lens.reproduce.gallery import DEFAULT_MODEL, Claim, Run, build_gallery, find_runs
+from asi_lens.results.sidecar import files_of, join, read_sidecars, sidecar_path
+
+BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
+# Profiles that the README's table is made of, the best evidence first.
+BEST = ("gpu", "full", "quick")
+# Profiles that are too small, or too private, to stand for anything.
+_NOT_PUBLISHED = ("smoke",)
+_KEPT = (".csv", ".png")
+
+
+def publish(model: str, profile: str, notebooks: Sequence[str] | None = None) -> Path:
+    """Replace the published files of the notebooks that have run (all by default); returns their folder.
+
+    Raises DataError where nothing was run, an image is missing, or the profile makes no claims.
+    """
+    if profile in _NOT_PUBLISHED:
+        raise DataError(f"profile {profile} makes no claims; there is nothing in it to publish")
+    source, target = figures_dir(model, profile), published_dir(model, profile)
+    found = read_sidecars(source)
+    chosen = {name: one for name, one in found.items() if not notebooks or name in notebooks}
+    if not chosen:
+        raise DataError(f"{source} holds no run of {', '.join(notebooks or ['a notebook'])}; run it first")
+    for name, one in chosen.items():
+        undrawn = [stem for stem, figure in one["figures"].items() if not figure["png"]]
+        if undrawn:
+            raise DataError(f"{name} has no image of {', '.join(undrawn)}; run it where a Chrome is")
+    target.mkdir(parents=True, exist_ok=True)
+    before = read_sidecars(target)
+    for name, one in chosen.items():
+        kept = [file for file in files_of(one) if Path(file).suffix in _KEPT]
+        for file in set(files_of(before[name])) - set(kept) if name in before else ():
+            (target / file).unlink(missing_ok=True)
+        for path in [*(source / file for file in kept), sidecar_path(source, name)]:
+            with write_whole(target / path.name) as temporary:
+                shutil.copyfile(path, temporary)
+    join(target)
+    return target
+
+
+def readme_section(root: Path) -> str:
+    """One row per claim in Markdown, of the default model, each from the best published profile.
+
+    Raises DataError where nothing of the default model is published.
+    """
+    claims = best_claims(_best(root))
+    lines = ["| claim | paper | here | verdict |", "|---|---|---|---|"]
+    for claim, profiles in claims:
+        first = claim.evidence[0]
+        numbers = "; ".join(f"{number.name} {number.middle}" for number in first.numbers)
+        sources = "; ".join(
+            f"[{one.notebook[:2]}](notebooks/{one.notebook}.ipynb) {profile}"
+            + (f": {one.verdict}" if one.verdict != claim.verdict else "")
+            for one, profile in zip(claim.evidence, profiles, strict=True)
+        )
+        cells = (
+            f"**{claim.name}** {_cell(first.statement)}",
+            _cell(first.paper_value),
+            _cell(numbers),
+            f"**{claim.verdict}** ({sources})",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def evidence_page(root: Path) -> str:
+    """All claims of the default model in Markdown: numbers with their spread, budget and figure.
+
+    It stands in the folder of what is published. Raises as `readme_section`.
+    """
+    lines = [
+        f"# What came out on {DEFAULT_MODEL}",
+        "",
+        "Each claim of the paper, from the best run of every notebook that tests it.",
+        "`make publish` writes this page.",
+    ]
+    for claim, profiles in best_claims(_best(root)):
+        lines += ["", f"## {claim.name}: {claim.verdict}"]
+        for one, profile in zip(claim.evidence, profiles, strict=True):
+            source = (
+                f"[{one.notebook}](../../notebooks/{one.notebook}.ipynb), profile {profile}: {one.verdict}"
+            )
+            lines += ["", f"{_cell(one.statement)}. Paper: {_cell(one.paper_value)}. {source}.", ""]
+            lines += [f"| | here | spread over {_cell(one.over)} |", "|---|---|---|"]
+            for number in one.numbers:
+                lines.append(f"| {_cell(number.name)} | {number.middle} | {number.range} |")
+            lines += ["", f"*{_cell(one.budget)}.*"]
+            if one.figure is not None and one.figure.png:
+                lines += ["", f"![{_cell(one.figure.title)}]({one.figure.png.removeprefix(f'{PUBLISHED}/')})"]
+    return "\n".join(lines) + "\n"
+
+
+def _best(root: Path) -> list[Run]:
+    runs = {run.profile: run for run in find_runs(root) if run.model == DEFAULT_MODEL and run.published}
+    best = [runs[name] for name in BEST if name in runs]
+    if not best:
+        raise DataError(f"{root / PUBLISHED} has no run of {DEFAULT_MODEL} under {', '.join(BEST)}")
+    return best
+
+
+def best_claims(best: Sequence[Run]) -> list[tuple[Claim, list[str]]]:
+    """Claims with evidence, each notebook's from the first run that has it, and those runs' profiles."""
+    found: dict[str, dict[str, tuple[int, Run, Claim]]] = {}
+    out = []
+    for rank, run in enumerate(best):
+        for claim in run.claims:
+            for one in claim.evidence:
+                found.setdefault(claim.name, {}).setdefault(
+                    one.notebook, (rank, run, Claim(claim.name, [one]))
+                )
+    for name in sorted(found, key=lambda name: int(name[1:])):
+        parts = sorted(found[name].items(), key=lambda part: (part[1][0], part[0]))
+        evidence = [claim.evidence[0] for _, (_, _, claim) in parts]
+        out.append((Claim(name, evidence), [run.profile for _, (_, run, _) in parts]))
+    return out
+
+
+def update_readme(readme: Path | None = None) -> bool:
+    """Put `readme_section` between the README's markers, and write the page of evidence.
+
+    Returns whether the README has changed.
+
+    Raises DataError for a README without its markers.
+    """
+    readme = project_root() / "README.md" if readme is None else readme
+    text = readme.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
+        raise DataError(f"{readme} needs one {BEGIN} and one {END} after it")
+    before, rest = text.split(BEGIN)
+    _write(figures_root() / PUBLISHED / "README.md", evidence_page(figures_root()))
+    new = f"{before}{BEGIN}\n\n{readme_section(figures_root())}\n\n{END}{rest.split(END)[1]}"
+    if new == text:
+        return False
+    _write(readme, new)
+    return True
+
+
+def _write(path: Path, text: str) -> None:
+    with write_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _cell(text: str) -> str:
+    """Text for a cell of a Markdown table."""
+    return " ".join(html.escape(text, quote=False).replace("|", "\\|").split())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m asi_lens.reproduce.publish", description=__doc__)
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--profile", default="quick")
+    parser.add_argument(
+        "--notebooks", default="", help="comma-separated names; all that have run if left out"
+    )
+    chosen = parser.parse_args(arguments)
+    try:
+        folder = publish(chosen.model, chosen.profile, [name for name in chosen.notebooks.split(",") if name])
+        changed = update_readme()
+        build_gallery(figures_root())
+    except (AsiLensError, OSError) as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 1
+    print(f"published: {folder}" + ("; README.md has the new table" if changed else ""))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

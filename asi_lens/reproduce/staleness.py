@@ -1,0 +1,91 @@
+"""Which notebooks are out of date: a digest of all that a notebook depends on, and of what it left."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from asi_lens.base.errors import CacheError
+from asi_lens.base.files import cache_key, locked, sha256_of, write_whole
+from asi_lens.results import provenance
+from asi_lens.results.chrome import chrome_or_reason
+from asi_lens.results.parameters_cell import notebook_path
+from asi_lens.results.sidecar import files_of, read_sidecar, sidecar_path
+
+STATE_FILE = ".state.json"
+
+
+def key_of(name: str, parameters: Mapping[str, Any]) -> dict[str, str]:
+    """Changes with whatever could change what the notebook leaves, by cause."""
+    # No notebook uses this room: a change to it runs nothing again.
+    room = Path(__file__).resolve().parent
+    sources = {
+        path.relative_to(room.parent).as_posix(): sha256_of(path)
+        for path in sorted(room.parent.rglob("*.py"))
+        if room not in path.parents
+    }
+    told = {key: value for key, value in parameters.items() if key != "output_folder"}
+    return {
+        "the notebook": cache_key(code=_code(notebook_path(name))),
+        "its parameters": cache_key(**told),
+        "the package": cache_key(**sources),
+        "installed versions": cache_key(**provenance.versions()),
+    }
+
+
+def out_of_date(folder: Path, name: str, key: Mapping[str, str]) -> str:
+    """Why the notebook has to run; empty if it does not."""
+    entry = _state(folder).get(name)
+    if not isinstance(entry, dict) or not isinstance(entry.get("key"), dict):
+        return "not run yet"
+    changed = [cause for cause, digest in key.items() if entry["key"].get(cause) != digest]
+    if changed:
+        return f"changed: {', '.join(changed)}"
+    for file, digest in entry["files"].items():
+        if not (folder / file).is_file():
+            return f"{file} is gone"
+        if sha256_of(folder / file) != digest:
+            return f"{file} was changed"
+    found = read_sidecar(folder, name)
+    undrawn = found is not None and any(not one["png"] for one in found["figures"].values())
+    # A Chrome that has come since can draw what was left out.
+    return "images can be drawn now" if undrawn and chrome_or_reason()[0] else ""
+
+
+def left_by(folder: Path, name: str) -> list[Path]:
+    """Everything that the notebook's last whole run left in the folder, its sidecar included."""
+    try:
+        found = read_sidecar(folder, name)
+    except CacheError:
+        return [sidecar_path(folder, name)]
+    if found is None:
+        return []
+    return [path for file in files_of(found) if (path := folder / file).is_file()] + [
+        sidecar_path(folder, name)
+    ]
+
+
+def record(folder: Path, name: str, key: Mapping[str, str]) -> None:
+    """Note that the notebook has just run under `key`, and what it left."""
+    with locked(folder / STATE_FILE):
+        state = _state(folder)
+        state[name] = {"key": key, "files": {path.name: sha256_of(path) for path in left_by(folder, name)}}
+        with write_whole(folder / STATE_FILE) as temporary:
+            temporary.write_text(json.dumps(state, indent=1), encoding="utf-8")
+
+
+def _code(notebook: Path) -> list[str]:
+    """Code cells only: prose, outputs and what an editor notes down change no result."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    try:
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        # Nothing is lost with it: the notebooks run again, from their caches.
+        return {}
+    return state if isinstance(state, dict) else {}

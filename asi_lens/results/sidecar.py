@@ -1,0 +1,93 @@
+"""What a notebook leaves beside its tables and figures: one JSON file, its sidecar.
+
+It holds how the numbers were made (parameters, seeds, sources, versions, commit, machine), which files came
+out, the figures' captions and the verdicts. Only the notebook writes it, so a run replaces its own files and
+nothing else. `join` makes the folder's `claims.csv` and `run.json` of all sidecars.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from asi_lens.base.errors import CacheError, DataError
+from asi_lens.base.files import write_whole
+from asi_lens.results.claims import CLAIMS_FILE, claim_order, rows_of
+from asi_lens.results.tables import write_rows
+
+FORMAT = 1
+RUN_FILE = "run.json"
+_KEYS = {"notebook", "parameters", "seeds", "sources", "figures", "tables", "verdicts"}
+
+
+def sidecar_path(folder: Path | str, notebook: str) -> Path:
+    """`<folder>/<notebook>.json`."""
+    return Path(folder) / f"{notebook}.json"
+
+
+def write_sidecar(folder: Path | str, content: Mapping[str, Any]) -> Path:
+    """Write the sidecar of `content["notebook"]`. Raises DataError for what JSON does not have."""
+    path = sidecar_path(folder, content["notebook"])
+    _write(path, {"format": FORMAT, **content})
+    return path
+
+
+def read_sidecar(folder: Path | str, notebook: str) -> dict[str, Any] | None:
+    """The sidecar of a notebook; None if there is none.
+
+    Raises CacheError for a file that is damaged or of another format: delete it and run the notebook again.
+    """
+    path = sidecar_path(folder, notebook)
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["format"] == FORMAT and found.keys() >= _KEYS and found["notebook"] == notebook:
+            return found
+    except (ValueError, TypeError, KeyError, AttributeError):
+        pass
+    raise CacheError(f"{path} is damaged or from another version; delete it and run {notebook} again")
+
+
+def read_sidecars(folder: Path | str) -> dict[str, dict[str, Any]]:
+    """All sidecars of a folder by notebook, in the notebooks' order. Raises as `read_sidecar`."""
+    names = sorted(path.stem for path in Path(folder).glob("[0-9]*_*.json"))
+    return {name: found for name in names if (found := read_sidecar(folder, name)) is not None}
+
+
+def files_of(sidecar: Mapping[str, Any]) -> list[str]:
+    """Names of the tables, pages and images that a notebook has left, sorted, without the sidecar."""
+    names = [f"{stem}.csv" for stem in sidecar["tables"]]
+    for stem, figure in sidecar["figures"].items():
+        names += [f"{stem}.html", *([f"{stem}.png"] if figure["png"] else [])]
+    return sorted(names)
+
+
+def figures_of(folder: Path | str) -> dict[str, dict[str, Any]]:
+    """All figures of a folder by stem: title, subtitle, caption, whether there is a PNG, and why not."""
+    return {stem: one for found in read_sidecars(folder).values() for stem, one in found["figures"].items()}
+
+
+def join(folder: Path | str) -> None:
+    """Write `claims.csv` and `run.json` of all sidecars; without a verdict no `claims.csv` is left."""
+    folder = Path(folder)
+    found = read_sidecars(folder)
+    rows = [row for name, one in found.items() for row in rows_of(one["verdicts"], name)]
+    if rows:
+        rows.sort(key=claim_order)
+        write_rows(folder / CLAIMS_FILE, rows)
+    else:
+        (folder / CLAIMS_FILE).unlink(missing_ok=True)
+    about = {name: {k: v for k, v in one.items() if k != "verdicts"} for name, one in found.items()}
+    _write(folder / RUN_FILE, {"format": FORMAT, "notebooks": about})
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    try:
+        text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{path}: only JSON values can be recorded ({error})") from error
+    with write_whole(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
