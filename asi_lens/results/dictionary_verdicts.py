@@ -5,6 +5,8 @@ See `verdicts` for what all claims' functions share.
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 
 from asi_lens.results.judging import (
@@ -45,7 +47,7 @@ def c6(table: pd.DataFrame) -> Verdict | None:
     if points.empty:
         return None
     rho, low, high = rank_correlation(points.effective_rank_fraction, points.dead_fraction)
-    known = rho == rho
+    known = not math.isnan(rho)
     within = [
         number
         for site, part in points.groupby("site")
@@ -154,7 +156,7 @@ def c8(table: pd.DataFrame) -> Verdict | None:
     first, last = curve.index.min(), curve.index.max()
     good = curve.index[_is_good(curve, base)]
     wide = len(good) > 0 and good.max() >= 2 * good.min()
-    best = curve.fvu.fillna(float("inf")).idxmin()
+    best = curve.fvu.fillna(math.inf).idxmin()
     fvu = {d_init: part.fvu for d_init, part in swept}
     unknown = base.isna().any() or curve.isna().any(axis=None)
     return Verdict(
@@ -241,6 +243,7 @@ def c11(table: pd.DataFrame) -> Verdict | None:
     mean = gain.groupby("site").mean()
     random, asi = silent.groupby("site").mean().loc["attn_out", ["random", "ASI"]]
     most = mean.attn_out > mean.drop("attn_out").max()
+    left = asi / random if random else math.nan
     return Verdict(
         claim="C11",
         statement="ASI is vital on attention outputs, marginal on MLP outputs and residual streams",
@@ -251,11 +254,7 @@ def c11(table: pd.DataFrame) -> Verdict | None:
                 for site in SITES
                 for number in spread(f"{site}, silent taken away", gain[site], percent=True)
             ),
-            *single(
-                "attn_out, silent left of the random start's",
-                asi / random if random else float("nan"),
-                percent=True,
-            ),
+            *single("attn_out, silent left of the random start's", left, percent=True),
         ),
         over=counted(silent.index.unique("layer").size, "layer"),
         holds=None if silent.isna().any(axis=None) else bool(most and asi <= random / 2),

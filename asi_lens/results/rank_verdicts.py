@@ -82,8 +82,8 @@ def directions_needed(table: pd.DataFrame, target: float) -> pd.DataFrame:
     """Return the share of the width that recovers `target` of the loss, layer x site, of `LossRow`s.
 
     The smallest share at which the curve of principal directions reaches the target, interpolated in log r
-    between measured points. A curve above the target at its first point counts as that point. NaN where the
-    loss recovered was not measured.
+    between measured points. A curve above the target at its first point counts as that point; one that stays
+    at exactly the target counts as the last point there. NaN where the loss recovered was not measured.
     """
     require(0 < target <= 1, "target", target, "above 0 and at most 1")
     table = taken(table, ["site", "layer", "subspace"], ["rank_fraction", "loss_recovered"])

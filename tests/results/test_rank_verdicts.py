@@ -85,6 +85,7 @@ def holds(verdict: Verdict | None) -> Any:
         ([0.79, 0.79, 0.79, 0.99], False),  # three quarters of the layers alone
         ([0.85] * 4, False),
         ([0.95] * 4, False),
+        ([0.75, 0.75, 0.75, 0.95], True),  # a tie of the means is not above
     ],
 )
 def test_c1_needs_the_mean_and_three_quarters_of_the_layers(attention: list[float], expected: bool) -> None:
@@ -118,8 +119,13 @@ def test_c2_needs_every_pair_and_two_models() -> None:
     both = pairs(("m", "news", 0.5), ("m", "code", 0.6), ("n", "news", 0.7))
     verdict = c2(both)
     assert holds(verdict) is True
-    assert told(verdict)["gap to the next site"] == "0.2 (0.1 to 0.3)"
-    assert told(verdict)["attn_out"] == "0.6 (0.5 to 0.7)"
+    assert told(verdict) == {
+        "(model, text) pairs where attention is lowest": "100.0 %",
+        "layers where attention is lowest": "100.0 % (100.0 to 100.0 %)",
+        "gap to the next site": "0.2 (0.1 to 0.3)",
+        "attn_out": "0.6 (0.5 to 0.7)",
+    }
+    assert holds(c2(pairs(("m", "news", 0.5), ("n", "news", 0.8)))) is True, "a tie is not above"
     assert holds(c2(pairs(("m", "news", 0.5), ("n", "news", 0.85)))) is False
     assert holds(c2(pairs(("m", "news", 0.95), ("n", "news", 0.95)))) is False
     assert holds(c2(pairs(("m", "news", 0.5), ("m", "code", 0.5)))) is None
@@ -127,7 +133,9 @@ def test_c2_needs_every_pair_and_two_models() -> None:
 
 def test_c2_judges_means_not_layers() -> None:
     some = ranks({**RANKS, "attn_out": [0.1, 0.1, 0.85, 0.85]}, "n")
-    assert holds(c2(pd.concat([ranks(RANKS), some]))) is True
+    verdict = c2(pd.concat([ranks(RANKS), some]))
+    assert holds(verdict) is True
+    assert told(verdict)["layers where attention is lowest"] == "75.0 % (50.0 to 100.0 %)"
 
 
 # --- C3 ---------------------------------------------------------------------------------------------
@@ -141,8 +149,11 @@ def test_directions_needed_are_interpolated_in_log_r() -> None:
     alone = 0.25 * 4 ** (0.4 / 0.5)
     assert needed.attn_out.tolist() == pytest.approx([half_way, half_way, from_half, alone])
     assert needed.mlp_out.tolist() == pytest.approx([0.125] * 4), "above the target at its first point"
-    with pytest.raises(OptionError, match=r"target=1\.5"):
-        rank_verdicts.directions_needed(losses(LOSSES), 1.5)
+    whole = rank_verdicts.directions_needed(losses(LOSSES), 1.0)
+    assert (whole == 1).all(axis=None), "the end of a plateau at the target"
+    for target in (0.0, 1.5):
+        with pytest.raises(OptionError, match=f"target={target}"):
+            rank_verdicts.directions_needed(losses(LOSSES), target)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +177,7 @@ def test_c3_needs_attention_below_every_other_site() -> None:
     assert list(told(verdict))[:3] == ["attn_out", "mlp_out", "resid_post"]
     assert told(verdict)["attn_out"] == "12.5 % (12.5 to 12.5 %)"
     for other in ("mlp_out", "resid_post"):
-        assert holds(c3(losses({**LOSSES, other: [[0.99, 1.0, 1.0]] * 3}), 0.9)) is False
+        assert holds(c3(losses({**LOSSES, other: [EARLY] * 3}), 0.9)) is False
     assert c3(losses({"attn_out": [EARLY]}), 0.9) is None
 
 
@@ -179,20 +190,22 @@ def test_c3_needs_attention_below_every_other_site() -> None:
         ([0.8, 0.8, 0.8], True),
         ([0.8, 0.8, 0.51], True),  # above in every layer, and by the mean
         ([0.9, 0.9, 0.45], False),  # below in one layer
-        ([0.69, 0.69, 0.69], False),  # less than half of the distance
+        ([0.9, 0.9, 0.5], False),  # level in one layer
+        ([0.8, 0.8], None),  # not measured in one layer
+        ([0.72, 0.72, 0.6], False),  # less than half of the distance
         ([0.4, 0.4, 0.4], False),
     ],
 )
-def test_c4_needs_every_layer_and_half_of_the_distance(z: list[float], expected: bool) -> None:
+def test_c4_needs_every_layer_and_half_of_the_distance(z: list[float], expected: bool | None) -> None:
     assert holds(c4(projections({**PROJECTIONS, "z": z}), MLP)) is expected
 
 
 def test_c4_takes_mlp_outputs_of_the_same_model_and_text() -> None:
     others = [ranks({"mlp_out": [9.0]}, *pair) for pair in (("n", "news"), ("m", "code"))]
-    measured = pd.concat([*others, ranks({**RANKS, "mlp_out": [0.9] * 4})])
+    measured = pd.concat([*others, ranks({**RANKS, "mlp_out": [1.0, 0.8, 1.0, 0.8]})])
     verdict = c4(projections(PROJECTIONS), measured)
     assert holds(verdict) is True
-    assert told(verdict)["mlp_out"] == "0.9 (0.9 to 0.9)"
+    assert told(verdict)["mlp_out"] == "0.9 (0.8 to 1.0)"
     assert told(verdict)["drop from z over the distance to mlp_out"] == "75.0 %"
     assert c4(projections(PROJECTIONS), pd.concat(others)) is None
     assert holds(c4(projections(PROJECTIONS), ranks({"mlp_out": [0.5] * 3}))) is None, "nothing to explain"
@@ -210,6 +223,12 @@ def test_c4_takes_mlp_outputs_of_the_same_model_and_text() -> None:
 def test_c5_needs_half_of_the_drop(heads: list[float], expected: bool) -> None:
     table = projections({**PROJECTIONS, "orthogonal_heads": heads})
     assert holds(c5(table, OVERLAPS)) is expected
+
+
+def test_exactly_half_is_not_more_than_half() -> None:
+    table = projections({"z": [0.75], "attn_out": [0.5], "orthogonal_heads": [0.625]})
+    assert holds(c4(table, ranks({"mlp_out": [1.0]}))) is False
+    assert holds(c5(table, OVERLAPS)) is False
 
 
 def test_the_share_taken_back_is_told_by_layer() -> None:
