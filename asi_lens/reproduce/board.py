@@ -46,7 +46,8 @@ class Board:
     def tell(self, name: str, text: str) -> None:
         """The newest of what the notebook says of its progress."""
         with self._lock:
-            if line := self._lines.get(name):
+            line = self._lines.get(name)
+            if line is not None:  # a bar of nothing counts as false
                 line.set_description_str(f"  {name}: {text}"[: line.ncols or 100])
 
     def finished(self, name: str) -> float:
@@ -64,7 +65,8 @@ class Board:
     def stopped(self, name: str) -> None:
         """The notebook runs no more; its line goes."""
         with self._lock:
-            if line := self._lines.pop(name, None):
+            line = self._lines.pop(name, None)
+            if line is not None:
                 line.close()
 
     def seconds_left(self) -> float | None:
