@@ -8,6 +8,7 @@ itself, so that running a notebook again, to restyle a figure say, does not run 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -24,10 +25,10 @@ from asi_lens.reproduce.board import Board
 from asi_lens.reproduce.execute import Execute, executing_in
 from asi_lens.reproduce.gallery import build_gallery
 from asi_lens.reproduce.parameters import choose, merged_parameters, parse_given
-from asi_lens.reproduce.staleness import key_of, left_by, out_of_date, record
+from asi_lens.reproduce.staleness import TIMES, key_of, left_by, out_of_date, record
 from asi_lens.results import drawing
 from asi_lens.results.parameters_cell import notebook_path
-from asi_lens.results.sidecar import figures_of, join, read_sidecar, write_sidecar
+from asi_lens.results.sidecar import figures_of, join, read_sidecar, read_sidecars, write_sidecar
 
 EXECUTED = ".executed"
 
@@ -63,7 +64,7 @@ def reproduce(
             join(folder)
             build_gallery(figures_root(), newest=folder)
 
-    with _alone(folder), drawing.shared(), executing_in(jobs, board) as executing:
+    with _alone(folder), _drawing_later(folder), executing_in(jobs, board) as executing:
         todo = [
             partial(_run, folder, name, parameters, board, force, executing, show)
             for name, parameters in plans.items()
@@ -73,8 +74,37 @@ def reproduce(
                 run()
         else:
             _side_by_side(todo, jobs)
-        show()
+    show()
     return figures_root() / "index.html"
+
+
+@contextmanager
+def _drawing_later(folder: Path) -> Iterator[None]:
+    """Images of all notebooks are drawn together at the end, also when one of them has failed."""
+    os.environ[drawing.LATER] = "1"
+    try:
+        yield
+    except Exception:
+        draw_images(folder)
+        raise
+    else:
+        draw_images(folder)
+    finally:  # whoever presses Ctrl-C does not wait for images: the next run draws them
+        del os.environ[drawing.LATER]
+
+
+def draw_images(folder: Path) -> None:
+    """Draw the images of a folder that are missing, and note in the sidecars which are there now."""
+    found = read_sidecars(folder)
+    figures = {
+        folder / f"{stem}.png": one for each in found.values() for stem, one in each["figures"].items()
+    }
+    reasons = drawing.draw_later([png for png, one in figures.items() if not one["png"]])
+    for png, reason in reasons.items():
+        figures[png] |= {"png": not reason, "reason": reason}
+    for sidecar in found.values():
+        if any(folder / f"{stem}.png" in reasons for stem in sidecar["figures"]):
+            write_sidecar(folder, sidecar)
 
 
 def _run(
@@ -114,7 +144,7 @@ def _times(folder: Path, name: str) -> dict[str, Any]:
         found = read_sidecar(folder, name) or {}
     except CacheError:
         return {}
-    return {key: found[key] for key in ("longest_wall_time_s", "timed_key") if key in found}
+    return {key: found[key] for key in TIMES if key in found}
 
 
 def _time(folder: Path, name: str, seconds: float, before: Mapping[str, Any]) -> None:
@@ -190,6 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="comma-separated names, numbers or groups (paper, beyond, all); paper if left out",
     )
     parser.add_argument("--force", action="store_true", help="run notebooks that are up to date, too")
+    parser.add_argument("--draw", action="store_true", help="draw images that are missing; run nothing")
     parser.add_argument("--jobs", type=int, default=1, help="notebooks at a time")
     parser.add_argument(
         "-p",
@@ -202,14 +233,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     names = [name for name in chosen.notebooks.split(",") if name]
     try:
-        page = reproduce(
-            chosen.model,
-            chosen.profile,
-            names,
-            given=parse_given(chosen.given),
-            force=chosen.force,
-            jobs=chosen.jobs,
-        )
+        if chosen.draw:
+            folder = figures_dir(chosen.model, chosen.profile)
+            draw_images(folder)
+            join(folder)
+            page = build_gallery(figures_root(), newest=folder)
+        else:
+            page = reproduce(
+                chosen.model,
+                chosen.profile,
+                names,
+                given=parse_given(chosen.given),
+                force=chosen.force,
+                jobs=chosen.jobs,
+            )
     except (AsiLensError, OSError) as error:
         print(f"\nstopped: {error}", file=sys.stderr)
         return 1

@@ -10,8 +10,6 @@ import gc
 import logging
 import sys
 
-from asi_lens.results import drawing
-
 
 def main() -> None:
     """Run the kernel until it is shut down."""
@@ -23,7 +21,6 @@ def main() -> None:
     atexit.register(gc.freeze)
     # A manager interrupts the kernel before it shuts it down: no error, and nothing that a reader can act on.
     logging.getLogger("IPKernelApp").addFilter(lambda record: "KeyboardInterrupt" not in record.getMessage())
-    drawing.prepare()
     sys.path.insert(0, "")  # for cells, as in Jupyter: -P kept it from what is imported here
     kernelapp.launch_new_instance()
 

@@ -10,11 +10,12 @@ from typing import Any
 from asi_lens.base.errors import CacheError
 from asi_lens.base.files import cache_key, locked, sha256_of, write_whole
 from asi_lens.results import provenance
-from asi_lens.results.chrome import chrome_or_reason
 from asi_lens.results.parameters_cell import notebook_path
 from asi_lens.results.sidecar import files_of, read_sidecar, sidecar_path
 
 STATE_FILE = ".state.json"
+TIMES = ("wall_time_s", "longest_wall_time_s", "timed_key")
+"""What the runner adds to a sidecar."""
 
 
 def key_of(name: str, parameters: Mapping[str, Any]) -> dict[str, str]:
@@ -46,12 +47,9 @@ def out_of_date(folder: Path, name: str, key: Mapping[str, str]) -> str:
     for file, digest in entry["files"].items():
         if not (folder / file).is_file():
             return f"{file} is gone"
-        if sha256_of(folder / file) != digest:
+        if _digest(folder / file) != digest:
             return f"{file} was changed"
-    found = read_sidecar(folder, name)
-    undrawn = found is not None and any(not one["png"] for one in found["figures"].values())
-    # A Chrome that has come since can draw what was left out.
-    return "images can be drawn now" if undrawn and chrome_or_reason()[0] else ""
+    return ""
 
 
 def left_by(folder: Path, name: str) -> list[Path]:
@@ -71,9 +69,26 @@ def record(folder: Path, name: str, key: Mapping[str, str]) -> None:
     """Note that the notebook has just run under `key`, and what it left."""
     with locked(folder / STATE_FILE):
         state = _state(folder)
-        state[name] = {"key": key, "files": {path.name: sha256_of(path) for path in left_by(folder, name)}}
+        state[name] = {
+            "key": key,
+            "files": {path.name: _digest(path) for path in left_by(folder, name) if path.suffix != ".png"},
+        }
         with write_whole(folder / STATE_FILE) as temporary:
             temporary.write_text(json.dumps(state, indent=1), encoding="utf-8")
+
+
+def _digest(path: Path) -> str:
+    """Of a file; of a sidecar without what the runner adds to it: times, and whether images are drawn."""
+    if path.suffix != ".json":
+        return sha256_of(path)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        figures = {stem: one | {"png": None, "reason": None} for stem, one in found["figures"].items()}
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return "damaged"
+    return cache_key(
+        **{key: value for key, value in found.items() if key not in TIMES} | {"figures": figures}
+    )
 
 
 def _code(notebook: Path) -> list[str]:

@@ -1,8 +1,8 @@
-"""Still images of figures, drawn by a browser that stays for the next one.
+"""Still images of figures, drawn by a Chrome through kaleido.
 
-Starting Chrome and reading plotly.js into it takes seconds, a drawing tenths of one. So the first image of
-a process starts a Chrome, and one that nobody has asked for anything for a while is closed. A process may
-share its browser with those that it starts (`shared`).
+Starting Chrome and reading plotly.js into it takes seconds, a drawing tenths of one. A notebook alone keeps one
+browser for all its images. A run of many notebooks sets `LATER`: figures are then put down as JSON, and
+`draw_later` draws those of a folder together when the run is done, or on another machine.
 """
 
 from __future__ import annotations
@@ -11,228 +11,110 @@ import asyncio
 import atexit
 import json
 import os
-import secrets
-import threading
-from collections.abc import Coroutine, Iterator, Mapping
-from concurrent.futures import Future
-from contextlib import closing, contextmanager, suppress
-from http import HTTPStatus
-from http.client import HTTPConnection, HTTPException
-from http.server import BaseHTTPRequestHandler
-from socketserver import ThreadingTCPServer
-from threading import Thread
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from asi_lens.base.errors import DataError
+from asi_lens.base.files import write_whole
 from asi_lens.results.chrome import chrome_or_reason, kaleido_options
 
-IDLE_SECONDS = 60.0
-"""A browser that has drawn nothing for so long is closed; the next image starts another."""
-_CLOSE_SECONDS, _ANSWER_SECONDS = 10.0, 300.0
-_SHARED = "ASI_LENS_DRAWING"
+LATER = "ASI_LENS_DRAW_LATER"
+"""Environment variable: not empty where images are drawn at the end of a run."""
+WAITING = "not drawn yet"
+SCALE = 2
+"""Pixels of the PNG for each pixel of the layout."""
+_FOLDER = ".drawings"
+_serving = False
 
 
-def draw(figure: Mapping[str, Any], chrome: str, options: Mapping[str, Any]) -> bytes:
-    """A figure as an image, drawn by `chrome`.
+def draw(figure: Mapping[str, Any], png: Path) -> str:
+    """Write `png` of a figure as plotly's JSON has it; returns why there is none, else "".
 
-    Args:
-        figure: as plotly's JSON has it. options: kaleido's (format, width, height, scale).
-
-    Raises what kaleido raises, RuntimeError from a shared browser. After a failure, an interrupt too, the
-    next image has a new browser; one that died since the last image is replaced at once.
+    An older image is removed where none could be drawn: it would show other numbers. With `LATER` set the figure
+    waits for `draw_later` instead.
     """
-    if _SHARED in os.environ:
-        with suppress(OSError, HTTPException):  # the process that shared it is gone: so is its browser
-            return _ask({"figure": figure, "chrome": chrome, "options": options})
-    return _own().draw(figure, chrome, options)
-
-
-def prepare() -> None:
-    """Start a browser in the background, if there is one, for an image that will be asked for soon."""
-    if _SHARED in os.environ:
-        with suppress(OSError, HTTPException):
-            _ask({})
-    else:
-        Thread(target=_prepare, name="asi_lens drawing, start", daemon=True).start()
-
-
-def _prepare() -> None:
-    chrome, _ = chrome_or_reason()
+    if os.environ.get(LATER):
+        png.unlink(missing_ok=True)
+        waiting = _waiting(png)
+        waiting.parent.mkdir(parents=True, exist_ok=True)
+        with write_whole(waiting) as temporary:
+            temporary.write_text(json.dumps(figure), encoding="utf-8")
+        return WAITING
+    chrome, reason = chrome_or_reason()
     if chrome is not None:
-        with suppress(Exception):  # `draw` tries again, and tells
-            _own().open(chrome)
-
-
-@contextmanager
-def shared() -> Iterator[None]:
-    """Processes that are started inside have their images drawn by this one's browser."""
-    with _Server(("127.0.0.1", 0), _Answer) as server:
-        Thread(target=server.serve_forever, name="asi_lens drawing, shared", daemon=True).start()
-        os.environ[_SHARED] = f"{server.server_address[1]} {server.key}"
         try:
-            yield
-        finally:
-            del os.environ[_SHARED]
-            server.shutdown()
-
-
-class _Server(ThreadingTCPServer):
-    """Not HTTPServer, which asks the name service for its own name."""
-
-    daemon_threads = True
-    key = secrets.token_hex(16)
-
-
-class _Answer(BaseHTTPRequestHandler):
-    """The image of a figure, or why there is none; an empty question asks to get ready."""
-
-    timeout = 60  # seconds, for somebody who connects and says nothing
-
-    def do_POST(self) -> None:
-        """Answer one question."""
-        if not secrets.compare_digest(self.headers.get("Authorization", ""), _Server.key):
-            self.send_error(HTTPStatus.FORBIDDEN)
-            return
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if not asked:
-            self._send(HTTPStatus.OK, b"")
-            _prepare()
-            return
-        try:
-            image = _own().draw(**asked)
-        except Exception as error:
-            self._send(HTTPStatus.INTERNAL_SERVER_ERROR, f"{type(error).__name__}: {error}".encode())
-        else:
-            self._send(HTTPStatus.OK, image)
-
-    def _send(self, status: HTTPStatus, body: bytes) -> None:
-        with suppress(OSError):  # whoever asked is gone
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Nothing to tell."""
-
-
-def _ask(question: Mapping[str, Any]) -> bytes:
-    port, key = os.environ[_SHARED].split()
-    # Not urllib, which would ask a proxy for it.
-    with closing(HTTPConnection("127.0.0.1", int(port), timeout=_ANSWER_SECONDS)) as connection:
-        connection.request("POST", "/", json.dumps(question), {"Authorization": key})
-        answer = connection.getresponse()
-        body = answer.read()
-    if answer.status != HTTPStatus.OK:
-        raise RuntimeError(body.decode(errors="replace"))
-    return body
-
-
-class _Browser:
-    """One kaleido on an event loop in a thread of its own: a notebook's loop is always busy."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        Thread(target=self._loop.run_forever, name="asi_lens drawing", daemon=True).start()
-        self._kaleido: Any = None
-        self._chrome = ""
-        self._one = threading.Lock()
-        self._idle: asyncio.TimerHandle | None = None
-
-    def draw(self, figure: Mapping[str, Any], chrome: str, options: Mapping[str, Any]) -> bytes:
-        unwanted = threading.Event()
-        with self._one:
-            future = self._begin(self._draw(figure, chrome, dict(options), unwanted))
-            try:
-                return future.result()
-            except KeyboardInterrupt:
-                unwanted.set()
-                future.cancel()
-                raise
-
-    def open(self, chrome: str) -> None:
-        with self._one:
-            self._begin(self._prepare(chrome)).result()
-
-    def close(self) -> None:
-        with self._one:
-            self._begin(self._close()).result(_CLOSE_SECONDS)
-
-    def _begin(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
-
-    async def _draw(
-        self, figure: Mapping[str, Any], chrome: str, options: dict[str, Any], unwanted: threading.Event
-    ) -> bytes:
-        stayed = self._kaleido is not None and chrome == self._chrome
-        try:
-            await self._open(chrome)
-            image: bytes = await self._kaleido.calc_fig(figure, opts=options)
-        except BaseException as error:
-            await self._close()
-            if unwanted.is_set():  # nobody is there to be told in kaleido's words
-                raise asyncio.CancelledError from None
-            if stayed:  # it may have died while nobody looked
-                return await self._draw(figure, chrome, options, unwanted)
-            if isinstance(error, asyncio.CancelledError):  # by kaleido: the browser is gone
-                raise RuntimeError("the browser closed") from error
-            raise
-        self._close_later()
-        return image
-
-    async def _prepare(self, chrome: str) -> None:
-        try:
-            await self._open(chrome)
-        except BaseException:
-            await self._close()
-            raise
-        self._close_later()
-
-    async def _open(self, chrome: str) -> None:
-        if self._idle is not None:
-            self._idle.cancel()
-        if chrome != self._chrome:
-            await self._close()
-        if self._kaleido is None:
+            _serve(chrome)
             import kaleido
 
-            self._kaleido, self._chrome = kaleido.Kaleido(**kaleido_options(chrome)), chrome
-            await self._kaleido.open()
-
-    def _close_later(self) -> None:
-        self._idle = self._loop.call_later(IDLE_SECONDS, lambda: self._loop.create_task(self._close()))
-
-    async def _close(self) -> None:
-        kaleido, self._kaleido, self._chrome = self._kaleido, None, ""
-        if kaleido is not None:
-            # It may be dead, and nothing of it is needed.
-            with suppress(Exception, asyncio.CancelledError):
-                await kaleido.close()
+            return _write(png, kaleido.calc_fig_sync(figure, opts=_options(figure)))
+        except Exception as error:  # a browser fails in many ways; the figure's page still stands
+            reason = _told(chrome, error)
+    png.unlink(missing_ok=True)
+    return reason
 
 
-_browser: _Browser | None = None
-_starting = threading.Lock()
+def draw_later(pngs: list[Path]) -> dict[Path, str]:
+    """Draw the figures that wait for their images, with one browser; returns why for each that has none.
+
+    Those that are not waiting are left out. Raises DataError for a waiting figure that cannot be read.
+    """
+    figures = {png: _read(_waiting(png)) for png in pngs if _waiting(png).is_file()}
+    chrome, reason = chrome_or_reason()
+    if not figures or chrome is None:
+        return dict.fromkeys(figures, reason)
+    return asyncio.run(_draw_all(figures, chrome))
 
 
-def _own() -> _Browser:
-    global _browser
-    with _starting:
-        if _browser is None:
-            _browser = _Browser()
-        return _browser
+async def _draw_all(figures: Mapping[Path, Mapping[str, Any]], chrome: str) -> dict[Path, str]:
+    import kaleido
+
+    reasons = {}
+    try:
+        async with kaleido.Kaleido(**kaleido_options(chrome)) as browser:
+            for png, figure in figures.items():
+                try:
+                    reasons[png] = _write(png, await browser.calc_fig(figure, opts=_options(figure)))
+                    _waiting(png).unlink()
+                except Exception as error:
+                    reasons[png] = _told(chrome, error)
+    except Exception as error:  # it did not start, or did not end well: what is drawn stays
+        reasons = {png: reasons.get(png, _told(chrome, error)) for png in figures}
+    return reasons
 
 
-@atexit.register
-def close() -> None:
-    """Close the browser of this process, if there is one."""
-    if _browser is not None:
-        _browser.close()
+def _serve(chrome: str) -> None:
+    """Start the browser that stays, once a process."""
+    global _serving
+    if not _serving:
+        import kaleido
+
+        kaleido.start_sync_server(silence_warnings=True, **kaleido_options(chrome))
+        atexit.register(kaleido.stop_sync_server, silence_warnings=True)
+        _serving = True
 
 
-def _forget() -> None:
-    """A forked process has its parent's browser in memory, but not the thread that serves it."""
-    global _browser, _starting
-    _browser, _starting = None, threading.Lock()
+def _options(figure: Mapping[str, Any]) -> dict[str, Any]:
+    size = {side: figure["layout"][side] for side in ("width", "height")}
+    return {"format": "png", "scale": SCALE, **size}
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+def _write(png: Path, image: bytes) -> str:
+    with write_whole(png) as temporary:
+        temporary.write_bytes(image)
+    return ""
+
+
+def _told(chrome: str, error: Exception) -> str:
+    return f"{Path(chrome).name} could not draw it: {type(error).__name__}: {error}"
+
+
+def _waiting(png: Path) -> Path:
+    return png.parent / _FOLDER / f"{png.stem}.json"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); delete it and run its notebook again") from error

@@ -20,6 +20,7 @@ import plotly.graph_objects as go
 from asi_lens.base.errors import require
 from asi_lens.base.files import locked, write_whole
 from asi_lens.base.paths import figures_root
+from asi_lens.results.drawing import draw
 
 PLOTLY_JS = "plotly.min.js"
 CONFIG = {
@@ -30,8 +31,6 @@ CONFIG = {
     "showSendToCloud": False,
     "plotlyServerURL": "",
 }
-SCALE = 2
-"""Pixels of the PNG for each pixel of the layout."""
 WIDTH = 1000
 """Width of the PNG's layout, in pixels, unless the figure sets its own."""
 
@@ -100,7 +99,7 @@ def save(figure: go.Figure, stem: Path | str, *, caption: str) -> SavedFigure:
 
     The caption tells model, text, tokens and seed, as far as the subtitle does not. Without a Chrome
     that draws, the PNG is left out (an older one is removed, since it would show other numbers) and
-    the reason is returned. `layout.meta["min_width"]` is the width in pixels below which
+    the reason is returned; see `drawing.draw`. `layout.meta["min_width"]` is the width in pixels below which
     the page scrolls the plot sideways.
     """
     stem = Path(stem)
@@ -116,12 +115,7 @@ def save(figure: go.Figure, stem: Path | str, *, caption: str) -> SavedFigure:
     script = shared_plotly_js(stem.parent)
     _write_text(page, page_text(figure, caption=caption, plotly_js=_relative_url(script, stem.parent)))
     png = _with_suffix(stem, ".png")
-    image, reason = _draw(for_paper(figure, caption))
-    if reason:
-        png.unlink(missing_ok=True)
-    else:
-        with write_whole(png) as temporary:
-            temporary.write_bytes(image)
+    reason = draw(json.loads(for_paper(figure, caption).to_json()), png)
     return SavedFigure(None if reason else png, page, reason)
 
 
@@ -212,22 +206,6 @@ def shared_plotly_js(folder: Path) -> Path:
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             _write_text(path, text)
     return path
-
-
-def _draw(figure: go.Figure) -> tuple[bytes, str]:
-    """The PNG's bytes and "", or nothing and why there is no image."""
-    from asi_lens.results.chrome import chrome_or_reason
-    from asi_lens.results.drawing import draw
-
-    chrome, reason = chrome_or_reason()
-    if chrome is None:
-        return b"", reason
-    layout = figure.layout
-    options = {"format": "png", "width": layout.width, "height": layout.height, "scale": SCALE}
-    try:
-        return draw(json.loads(figure.to_json()), chrome, options), ""
-    except Exception as error:  # a browser fails in many ways; the figure's page still stands
-        return b"", f"{Path(chrome).name} could not draw it: {type(error).__name__}: {error}"
 
 
 def _titles(figure: go.Figure) -> tuple[str, str]:

@@ -14,7 +14,7 @@ import runs
 from asi_lens import figures
 from asi_lens.base.errors import OptionError, UnknownNameError
 from asi_lens.experiments.page import Page
-from asi_lens.results import chrome
+from asi_lens.results import drawing
 from asi_lens.results.rows import RankRow, read_rows
 from asi_lens.results.sidecar import read_sidecar
 from asi_lens.results.verdicts import Number, Verdict
@@ -38,7 +38,7 @@ def namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]
     """What the cell of parameters leaves in a notebook, papermill's changes included."""
     monkeypatch.setenv("ASI_LENS_PROJECT", str(tmp_path))
     monkeypatch.delenv("ASI_LENS_FIGURES", raising=False)
-    monkeypatch.setattr(chrome, "chrome_or_reason", lambda: (None, "no Chrome here"))
+    monkeypatch.setattr(drawing, "chrome_or_reason", lambda: (None, "no Chrome here"))
     runs.project(tmp_path)
     path = tmp_path / "notebooks" / "03_page.ipynb"
     runs.notebook(path, parameters=runs.PARAMETERS + MORE)

@@ -15,7 +15,7 @@ import pytest
 
 from asi_lens.figures import collapse
 from asi_lens.reproduce import gallery
-from asi_lens.results import chrome
+from asi_lens.results import chrome, drawing
 from asi_lens.results.figure_files import save
 from asi_lens.results.rows import RankRow as Rank
 from asi_lens.results.rows import write_rows
@@ -74,7 +74,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("gallery") / "a folder" / "figures"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ASI_LENS_FIGURES", str(root))
-        patch.setattr(chrome, "chrome_or_reason", lambda: (None, "no Chrome here"))
+        patch.setattr(drawing, "chrome_or_reason", lambda: (None, "no Chrome here"))
         folder = root / gallery.DEFAULT_MODEL / "quick"
         rows = [Rank(*row) for row in tables.ranks().itertuples(index=False)]
         write_rows(folder / "01_rank_curves.csv", rows[:3])

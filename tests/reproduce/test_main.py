@@ -18,7 +18,7 @@ from asi_lens.reproduce import __main__ as reproduce
 from asi_lens.reproduce import execute, staleness
 from asi_lens.reproduce.board import Board, Tell
 from asi_lens.reproduce.execute import NotebookError
-from asi_lens.results import provenance
+from asi_lens.results import drawing, provenance
 from asi_lens.results.claims import read_claims
 from asi_lens.results.sidecar import figures_of, read_sidecar, write_sidecar
 
@@ -269,17 +269,30 @@ def test_the_gallery_is_there_after_every_notebook(
 def test_missing_images_are_told_loudly_and_drawn_once_there_is_a_chrome(
     runner: Runner, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(staleness, "chrome_or_reason", lambda: (None, "no Chrome"))
-    runner.notebook("01_alpha", runs.FIGURE.format(stem="01_alpha"))
+    monkeypatch.setattr(drawing, "chrome_or_reason", lambda: (None, "no Chrome"))
+    draw = (
+        "from asi_lens.results.drawing import draw\n"
+        "reason = draw({'data': [], 'layout': {'width': 9, 'height': 9}}, folder / '01_alpha.png')\n"
+        "figures['01_alpha'] |= {'png': False, 'reason': reason}\n"
+    )
+    runner.notebook("01_alpha", draw)
     runner()
     told = capsys.readouterr().err
     assert "1 PNG(s) ARE MISSING: 01_alpha" in told
     assert "no Chrome" in told
     assert runner() == []
     assert "MISSING" in capsys.readouterr().err
-    monkeypatch.setattr(staleness, "chrome_or_reason", lambda: ("/usr/bin/chrome", ""))
-    assert runner() == ["01_alpha"]
-    assert "images can be drawn now" in capsys.readouterr().out
+
+    async def fake(figures: Mapping[Path, Any], chrome: str) -> dict[Path, str]:
+        return {png: drawing._write(png, b"png") for png in figures}
+
+    monkeypatch.setattr(drawing, "chrome_or_reason", lambda: ("/usr/bin/chrome", ""))
+    monkeypatch.setattr(drawing, "_draw_all", fake)
+    assert reproduce.main(["--model", "tiny", "--draw"]) == 0
+    assert "MISSING" not in capsys.readouterr().err
+    assert (runner.folder / "01_alpha.png").read_bytes() == b"png"
+    assert figures_of(runner.folder)["01_alpha"]["png"] is True
+    assert runner() == [], "drawing an image makes nothing out of date"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"01_alpha": 1}', '{"01_alpha": {"key": "old"}}'])

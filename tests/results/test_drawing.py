@@ -1,207 +1,152 @@
-"""The browser that draws images: it stays, is replaced when it dies, and is closed when nobody needs it."""
+"""Images: drawn at once by a notebook alone, together at the end of a run, and told where they are not."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
-import signal
-import socket
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import kaleido
+import plotly.graph_objects as go
 import pytest
 
+from asi_lens.base.errors import DataError
 from asi_lens.results import chrome, drawing
+from asi_lens.results.drawing import LATER, WAITING, draw, draw_later
 
-OPTIONS = {"format": "png", "width": 300, "height": 200}
-FIGURE: dict[str, Any] = {"data": [{"type": "scatter", "y": [0, 1]}], "layout": {}}
-
-
-class Fake:
-    """A kaleido that counts; `fails` has what the next calls raise (None: nothing)."""
-
-    opened: list[str]
-    closed: int
-    fails: list[BaseException | None]
-    slow: bool
-
-    def __init__(self, *, path: str, **_: object) -> None:
-        self.path = path
-
-    async def open(self) -> None:
-        Fake.opened.append(self.path)
-
-    async def calc_fig(self, figure: object, opts: dict[str, Any]) -> bytes:
-        if Fake.slow:
-            await asyncio.sleep(60)
-        error = Fake.fails.pop(0) if Fake.fails else None
-        if error is not None:
-            raise error
-        return f"{self.path} {opts['format']}".encode()
-
-    async def close(self) -> None:
-        Fake.closed += 1
-        raise RuntimeError("already dead")
+FIGURE: dict[str, Any] = {"data": [{"y": [0, 1]}], "layout": {"width": 300, "height": 200}}
 
 
-@pytest.fixture(autouse=True)
-def own_browser(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(drawing, "_browser", None)
-    yield
-    drawing.close()
+class Browser:
+    """Stands for kaleido's: what it was asked for, and what it fails at."""
+
+    opened = 0
+    fails: tuple[int, ...] = ()
+    begins = True
+
+    def __init__(self, **options: Any) -> None:
+        assert options["path"] == "/usr/bin/chrome"
+
+    async def __aenter__(self) -> Browser:
+        if not Browser.begins:
+            raise RuntimeError("no display")
+        Browser.opened += 1
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await asyncio.sleep(0)
+
+    async def calc_fig(self, figure: Any, opts: Any) -> bytes:
+        if figure["layout"]["width"] in Browser.fails:
+            raise ValueError("too wide")
+        return f"{opts['format']} {opts['width']}x{opts['height']} at {opts['scale']}".encode()
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> type[Fake]:
-    Fake.opened, Fake.closed, Fake.fails, Fake.slow = [], 0, [], False
-    monkeypatch.setattr(kaleido, "Kaleido", Fake)
-    return Fake
+def browser(monkeypatch: pytest.MonkeyPatch) -> type[Browser]:
+    monkeypatch.setattr(drawing, "chrome_or_reason", lambda: ("/usr/bin/chrome", ""))
+    monkeypatch.setattr(kaleido, "Kaleido", Browser)
+    monkeypatch.setattr(Browser, "opened", 0)
+    monkeypatch.setattr(Browser, "fails", ())
+    monkeypatch.setattr(Browser, "begins", True)
+    return Browser
 
 
-def wait_for(condition: Any) -> None:
-    until = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.01)
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(LATER, "1")
 
 
-def test_one_browser_draws_all_images(fake: type[Fake]) -> None:
-    images = [drawing.draw(FIGURE, "a", OPTIONS) for _ in range(3)]
-    assert images == [b"a png"] * 3
-    assert fake.opened == ["a"]
-    drawing.close()
-    assert fake.closed == 1, "an error while closing is none of the figure's"
+def sized(width: int) -> dict[str, Any]:
+    return {**FIGURE, "layout": {"width": width, "height": 200}}
 
 
-def test_another_chrome_takes_the_place_of_the_first(fake: type[Fake]) -> None:
-    assert [drawing.draw(FIGURE, path, OPTIONS) for path in ("a", "b")] == [b"a png", b"b png"]
-    assert fake.opened == ["a", "b"]
-    assert fake.closed == 1
+def test_figures_wait_and_one_browser_draws_them_all(
+    later: None, browser: type[Browser], tmp_path: Path
+) -> None:
+    pngs = [tmp_path / f"01_{width}.1.png" for width in (300, 400)]
+    pngs[0].write_bytes(b"an image of other numbers")
+    for png, width in zip(pngs, (300, 400), strict=True):
+        assert draw(sized(width), png) == WAITING
+        assert not png.exists()
+    other = tmp_path / "02_other.png"
+    assert draw_later([*pngs, other]) == dict.fromkeys(pngs, "")
+    assert [png.read_bytes() for png in pngs] == [b"png 300x200 at 2", b"png 400x200 at 2"]
+    assert browser.opened == 1
+    assert draw_later(pngs) == {}, "nothing waits any more"
+    assert browser.opened == 1
 
 
-def test_threads_take_turns(fake: type[Fake]) -> None:
-    images: list[bytes] = []
-    threads = [
-        threading.Thread(target=lambda: images.append(drawing.draw(FIGURE, "a", OPTIONS))) for _ in range(8)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert images == [b"a png"] * 8
-    assert fake.opened == ["a"]
+def test_one_that_fails_costs_its_own_image_and_may_be_tried_again(
+    later: None, browser: type[Browser], tmp_path: Path
+) -> None:
+    pngs = [tmp_path / f"01_{width}.png" for width in (300, 400)]
+    for png, width in zip(pngs, (300, 400), strict=True):
+        draw(sized(width), png)
+    browser.fails = (300,)
+    assert draw_later(pngs) == {pngs[0]: "chrome could not draw it: ValueError: too wide", pngs[1]: ""}
+    assert [png.exists() for png in pngs] == [False, True]
+    browser.fails = ()
+    assert draw_later(pngs) == {pngs[0]: ""}
 
 
-def test_a_failure_of_a_new_browser_is_told_and_of_one_that_stayed_is_mended(fake: type[Fake]) -> None:
-    fake.fails = [RuntimeError("cannot start")]
-    with pytest.raises(RuntimeError, match="cannot start"):
-        drawing.draw(FIGURE, "a", OPTIONS)
-    fake.fails = [None, RuntimeError("died")]
-    assert drawing.draw(FIGURE, "a", OPTIONS) == b"a png"
-    assert drawing.draw(FIGURE, "a", OPTIONS) == b"a png"
-    assert fake.opened == ["a", "a", "a"]
-    assert fake.closed == 2
-    fake.fails = [RuntimeError("died"), RuntimeError("again")]
-    with pytest.raises(RuntimeError, match="again"):
-        drawing.draw(FIGURE, "a", OPTIONS)
+def test_without_a_browser_they_go_on_waiting(
+    later: None, browser: type[Browser], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    png = tmp_path / "01_a.png"
+    draw(FIGURE, png)
+    browser.begins = False
+    assert draw_later([png]) == {png: "chrome could not draw it: RuntimeError: no display"}
+    monkeypatch.setattr(drawing, "chrome_or_reason", lambda: (None, "no Chrome"))
+    assert draw_later([png]) == {png: "no Chrome"}
+    monkeypatch.setattr(drawing, "chrome_or_reason", lambda: ("/usr/bin/chrome", ""))
+    browser.begins = True
+    assert draw_later([png]) == {png: ""}
 
 
-def test_an_idle_browser_is_closed(fake: type[Fake], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drawing, "IDLE_SECONDS", 0.05)
-    drawing.draw(FIGURE, "a", OPTIONS)
-    wait_for(lambda: fake.closed == 1)
-    assert drawing.draw(FIGURE, "a", OPTIONS) == b"a png"
-    assert fake.opened == ["a", "a"]
+def test_a_waiting_figure_that_is_damaged_is_named(
+    later: None, browser: type[Browser], tmp_path: Path
+) -> None:
+    png = tmp_path / "01_a.png"
+    draw(FIGURE, png)
+    (tmp_path / ".drawings" / "01_a.json").write_text("{")
+    with pytest.raises(DataError, match=r"01_a\.json cannot be read"):
+        draw_later([png])
 
 
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="timers that interrupt")
-def test_an_interrupt_stops_the_drawing_and_the_next_one_works(fake: type[Fake]) -> None:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+def test_alone_a_failure_is_told_and_an_older_image_goes(
+    browser: type[Browser], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> bytes:
+        raise RuntimeError("crashed")
 
-    before = signal.signal(signal.SIGALRM, interrupt)
-    fake.slow = True
-    signal.setitimer(signal.ITIMER_REAL, 0.3)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            drawing.draw(FIGURE, "a", OPTIONS)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    wait_for(lambda: fake.closed == 1)
-    fake.slow = False
-    assert drawing.draw(FIGURE, "a", OPTIONS) == b"a png"
+    monkeypatch.setattr(drawing, "_serve", lambda chrome: None)
+    monkeypatch.setattr(kaleido, "calc_fig_sync", fail)
+    png = tmp_path / "01_a.png"
+    png.write_bytes(b"an image of other numbers")
+    assert draw(FIGURE, png) == "chrome could not draw it: RuntimeError: crashed"
+    assert not png.exists()
+    monkeypatch.setattr(drawing, "chrome_or_reason", lambda: (None, "no Chrome"))
+    assert draw(FIGURE, png) == "no Chrome"
 
 
 @pytest.mark.gallery
-def test_a_browser_killed_between_two_images_is_replaced() -> None:
-    import psutil
-
+def test_a_real_browser_draws_now_and_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, reason = chrome.chrome_or_reason()
     if path is None:
+        assert not os.environ.get("CI"), reason
         pytest.skip(reason)
-    first = drawing.draw(FIGURE, path, OPTIONS)
-    for process in psutil.Process().children(recursive=True):
-        if Path(path).stem in process.name():
-            process.kill()
-    assert drawing.draw(FIGURE, path, OPTIONS) == first
-    assert first.startswith(b"\x89PNG\r\n")
-
-
-# --- one browser for several processes --------------------------------------------------------------
-
-DRAW = """
-import sys
-from asi_lens.results import drawing
-drawing._own = lambda: sys.exit("a browser of its own")
-drawing.prepare()
-sys.stdout.buffer.write(drawing.draw({"data": []}, "a", {"format": "png"}))
-"""
-
-
-def started() -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run([sys.executable, "-c", DRAW], capture_output=True, check=False)
-
-
-def test_processes_that_are_started_inside_use_the_shared_browser(
-    fake: type[Fake], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(drawing, "chrome_or_reason", lambda: ("a", ""))
-    with drawing.shared():
-        done = [started() for _ in range(2)]
-        assert [one.stdout for one in done] == [b"a png"] * 2, done[0].stderr
-        assert fake.opened == ["a"]
-        fake.fails = [RuntimeError("died"), RuntimeError("cannot draw this")]
-        with pytest.raises(RuntimeError, match="RuntimeError: cannot draw this"):
-            drawing.draw(FIGURE, "a", OPTIONS)
-        assert drawing.draw(FIGURE, "a", OPTIONS) == b"a png"
-    assert b"a browser of its own" in started().stderr
-
-
-def test_strangers_are_refused_and_hold_nobody_up(fake: type[Fake]) -> None:
-    with drawing.shared():
-        ours = os.environ[drawing._SHARED]
-        port = ours.split()[0]
-        with socket.create_connection(("127.0.0.1", int(port))):  # and says nothing
-            os.environ[drawing._SHARED] = f"{port} {'00' * 16}"
-            with pytest.raises(RuntimeError, match="Forbidden"):
-                drawing._ask({})
-            os.environ[drawing._SHARED] = ours
-            assert drawing.draw(FIGURE, "a", OPTIONS) == b"a png"
-    assert drawing._SHARED not in os.environ
-
-
-def test_without_the_process_that_shared_it_images_are_drawn_here(
-    fake: type[Fake], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with drawing.shared():
-        gone = os.environ[drawing._SHARED]
-    monkeypatch.setenv(drawing._SHARED, gone)
-    assert drawing.draw(FIGURE, "a", OPTIONS) == b"a png"
-    drawing.prepare()
+    figure = json.loads(go.Figure(go.Scatter(y=[1, 2]), layout={"width": 300, "height": 200}).to_json())
+    now, later = tmp_path / "01_now.png", tmp_path / "01_later.png"
+    try:
+        assert draw(figure, now) == ""
+        assert draw(figure, now) == ""
+    finally:
+        kaleido.stop_sync_server(silence_warnings=True)
+        monkeypatch.setattr(drawing, "_serving", False)
+    monkeypatch.setenv(LATER, "1")
+    draw(figure, later)
+    assert draw_later([later]) == {later: ""}
+    assert now.read_bytes()[:8] == later.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

@@ -39,7 +39,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def no_chrome(monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(chrome, "chrome_or_reason", lambda: (None, "no Chrome is installed"))
+    monkeypatch.setattr(drawing, "chrome_or_reason", lambda: (None, "no Chrome is installed"))
     return "no Chrome is installed"
 
 
@@ -149,20 +149,6 @@ def test_a_wider_figure_has_longer_lines(figure: go.Figure) -> None:
     )
 
 
-def test_a_browser_that_fails_costs_the_image_only(
-    figure: go.Figure, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object, **__: object) -> bytes:
-        raise RuntimeError("crashed")
-
-    monkeypatch.setattr(chrome, "chrome_or_reason", lambda: ("/usr/bin/some-chrome", ""))
-    monkeypatch.setattr(drawing, "draw", fail)
-    saved = save(figure, root / "m" / "quick" / "01_a", caption=CAPTION)
-    assert saved.png is None
-    assert "some-chrome could not draw it: RuntimeError: crashed" in saved.reason
-    assert saved.html.is_file()
-
-
 def test_rich_text_keeps_few_tags() -> None:
     assert rich("W<sub>O</sub> & <i>z</i> < 1 <a href=x>") == (
         "W<sub>O</sub> &amp; <i>z</i> &lt; 1 &lt;a href=x&gt;"
@@ -181,5 +167,5 @@ def test_the_image_is_drawn_at_twice_the_size(figure: go.Figure, root: Path) -> 
     content = saved.png.read_bytes()
     assert content[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = struct.unpack(">II", content[16:24])
-    assert width == figure_files.SCALE * figure_files.WIDTH
-    assert height == figure_files.SCALE * for_paper(figure, CAPTION).layout.height
+    assert width == drawing.SCALE * figure_files.WIDTH
+    assert height == drawing.SCALE * for_paper(figure, CAPTION).layout.height
