@@ -128,6 +128,23 @@ def test_the_second_time_nothing_is_converted(file: Path, monkeypatch: pytest.Mo
     assert gguf.read_header(moved) == gguf.Header("llama", 4, "smollm")
 
 
+def test_a_file_is_parsed_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gguf as library
+
+    parsed: list[str] = []
+
+    class Counting(library.GGUFReader):
+        def __init__(self, path: str):
+            parsed.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr(library, "GGUFReader", Counting)
+    monkeypatch.chdir(file.parent.parent)
+    gguf.dequantized(Path(file.parent.name, file.name))
+    assert parsed == [str(file)]
+    assert library.GGUFReader is Counting
+
+
 def test_a_failed_conversion_leaves_nothing(
     file: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,7 +188,8 @@ def test_missing_weights_are_not_made_up(tmp_path: Path, own_cache: Path) -> Non
 @pytest.mark.parametrize("kept", [0, 3, 200, 2_000, 20_000, -1])
 def test_a_file_that_is_cut_off(file: Path, kept: int) -> None:
     file.write_bytes(file.read_bytes()[:kept])
-    with pytest.raises(DataError, match="not a whole GGUF file"):
+    size = file.stat().st_size
+    with pytest.raises(DataError, match=rf"not a whole GGUF file \({size:,} bytes; "):
         models.load_model(file)
 
 
