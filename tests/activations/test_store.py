@@ -81,7 +81,7 @@ def test_damage_is_found(small: ActivationStore) -> None:
     with pytest.raises(CacheError, match=rf"00001.safetensors has {len(good) - 2} bytes, but {len(good)}"):
         ActivationStore.open(folder)
     shard.write_bytes(b"\xff" * len(good))
-    with pytest.raises(CacheError, match=r"shard-00001.safetensors is damaged"):
+    with pytest.raises(CacheError, match=r"shard-00001.safetensors cannot be read"):
         ActivationStore.open(folder)
     shard.unlink()
     with pytest.raises(CacheError, match=r"shard-00001.safetensors is missing"):
