@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterator
@@ -12,14 +11,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from asi_lens.base.errors import CacheError, DataError, UnsupportedModelError
-from asi_lens.base.files import locked, sha256_of, write_whole_folder
+from asi_lens.base.cache import cached_folder
+from asi_lens.base.errors import DataError, UnsupportedModelError
+from asi_lens.base.files import cache_key, sha256_of
 from asi_lens.base.paths import cache_dir
 
 _log = logging.getLogger(__name__)
 
-MANIFEST = "asi_lens.json"
-_FORMAT = 1
+_FORMAT = 2
 _HEADER = ("general.architecture", "general.file_type", "tokenizer.ggml.pre")
 
 # llama.cpp splits these families' text at every digit before byte-level BPE; transformers leaves that out.
@@ -35,17 +34,19 @@ def dequantized(path: Path) -> tuple[Path, str]:
     that is no GGUF or is cut off, CacheError for a cached folder that was changed.
     """
     path = path.absolute()  # the name under which transformers asks for it
-    source = sha256_of(path)
-    folder = cache_dir("models") / f"{path.stem}-{source[:16]}"
-    if not folder.exists():
-        with locked(folder):
-            if not folder.exists():
-                _log.info("dequantizing %s into %s (once)", path, folder)
-                with _parsed_once(), write_whole_folder(folder) as temporary:
-                    header = read_header(path)
-                    _convert(path, header, temporary)
-                    _write_manifest(temporary, source, header)
-    return folder, _checked_weights(folder, source)
+    about = {"format": _FORMAT, "gguf_sha256": sha256_of(path)}
+    folder = cache_dir("models") / f"{path.stem}-{cache_key(**about)}"
+
+    def fill(temporary: Path) -> dict[str, str]:
+        _log.info("dequantizing %s into %s (once)", path, folder)
+        with _parsed_once():
+            header = read_header(path)
+            _convert(path, header, temporary)
+        weights = "as released" if header.bits is None else f"{header.bits}-bit weights, dequantised"
+        return {"weights": weights}
+
+    repair = f"Delete the folder to have it written anew: {folder}"
+    return folder, str(cached_folder(folder, about, fill, repair)["weights"])
 
 
 @dataclass(frozen=True)
@@ -122,29 +123,3 @@ def _parsed_once() -> Iterator[None]:
         yield
     finally:
         vars(gguf)["GGUFReader"] = reader_class
-
-
-def _write_manifest(folder: Path, source: str, header: Header) -> None:
-    sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
-    weights = "as released" if header.bits is None else f"{header.bits}-bit weights, dequantised"
-    content = {"format": _FORMAT, "gguf_sha256": source, "weights": weights, "bytes": sizes}
-    (folder / MANIFEST).write_text(json.dumps(content, indent=1), encoding="utf-8")
-
-
-def _checked_weights(folder: Path, source: str) -> str:
-    """The weights in words, if the folder is as it was written."""
-    repair = f"Delete the folder to have it written anew: {folder}"
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        sizes, weights = dict(manifest["bytes"]), str(manifest["weights"])
-        same = manifest["format"] == _FORMAT and manifest["gguf_sha256"] == source
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CacheError(f"{folder / MANIFEST} cannot be read ({error}). {repair}") from error
-    if not same:
-        raise CacheError(f"{folder} was written by another version of asi_lens. {repair}")
-    for name, size in sizes.items():
-        file = folder / name
-        now = file.stat().st_size if file.is_file() else 0
-        if now != size:
-            raise CacheError(f"{file} has {now:,} bytes, was written with {size:,}. {repair}")
-    return weights

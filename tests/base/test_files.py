@@ -182,6 +182,17 @@ def test_lock_is_released_on_an_error(tmp_path: Path) -> None:
         pass
 
 
+def test_a_lock_that_another_holds_is_told_at_once_where_that_is_asked_for(tmp_path: Path) -> None:
+    with (
+        files.locked(tmp_path / "x"),
+        pytest.raises(RuntimeError, match="in use"),
+        files.locked(tmp_path / "x", RuntimeError("in use")),
+    ):
+        pytest.fail("held twice")
+    with files.locked(tmp_path / "x", RuntimeError("in use")):
+        pass
+
+
 _json = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from asi_lens.base import cache
 from asi_lens.base.errors import CacheError, FetchError, UnknownNameError
 from asi_lens.inputs import sources
 from asi_lens.inputs.download import PackageFile
@@ -101,7 +102,7 @@ def test_a_full_cache_is_read_without_writing(tiny: PackagedSource, monkeypatch:
     def refuse(path: Path) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(sources, "locked", refuse)
+    monkeypatch.setattr(cache, "locked", refuse)
     assert sources.fetch("tiny") == folder
 
 
