@@ -53,7 +53,6 @@ DOORS = ("__init__", "harvest_run")
 LATE = {("sae.dictionary", "sae.formats")}
 # Modules without a test of their name, and the file that tests them.
 TESTED_ELSEWHERE = {
-    "activations.origin": "activations/test_store.py",
     "activations.pairs": "sae/test_transcoder.py",
     "activations.shard_writer": "activations/test_harvest_store.py",
     "activations.shards": "activations/test_store.py",

@@ -22,7 +22,6 @@ from tqdm.auto import tqdm
 
 from asi_lens.activations import shards
 from asi_lens.activations.harvest import BATCH_TOKENS, SiteLayer, harvest, places
-from asi_lens.activations.origin import describe
 from asi_lens.activations.shard_writer import ShardWriter, join_parts
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import CacheError, DataError, OptionError, require
@@ -320,6 +319,6 @@ def _require_same(folder: Path, origin: Mapping[str, Any], dtype: str) -> None:
     differ = shards.differences({**manifest.origin, "dtype": manifest.dtype}, asked)
     if differ:
         raise OptionError(
-            f"{folder} holds {describe(manifest.origin)}, not {describe(origin)} ({differ}); choose another "
-            "folder or delete it"
+            f"{folder} holds {shards.describe(manifest.origin)}, not {shards.describe(origin)} ({differ}); "
+            "choose another folder or delete it"
         )

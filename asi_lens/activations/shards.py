@@ -157,6 +157,12 @@ def part_folder(folder: Path, rank: int) -> Path:
     return folder / f"part-{rank:03d}"
 
 
+def describe(origin: Mapping[str, Any]) -> str:
+    """What rows are, in words."""
+    words = {key: origin.get(key, "?") for key in ("site", "layer", "model", "corpus")}
+    return "{site} of layer {layer} of {model} on {corpus}".format(**words)
+
+
 def differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     """What `there` has other than `asked`, in words; empty where all that is asked agrees."""
     differ = [key for key in asked if there.get(key) != asked[key]]

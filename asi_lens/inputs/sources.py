@@ -9,15 +9,14 @@ somebody or something changed the files, and that is not repaired behind anyone'
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from asi_lens.base.cache import MANIFEST, cached_folder
-from asi_lens.base.errors import CacheError, FetchError, unknown_name
+from asi_lens.base.cache import cached_folder
+from asi_lens.base.errors import FetchError, unknown_name
 from asi_lens.base.files import cache_key, locked, sha256_of
 from asi_lens.base.paths import cache_dir
 from asi_lens.inputs.download import PackageFile, download, unpack
@@ -246,15 +245,6 @@ def _download_one(package: PackageFile) -> Path:
     archives = cache_dir("downloads") / "archives"
     with locked(archives / package.filename):
         return download(package, archives)
-
-
-def verify(name: str) -> None:
-    """Hash every cached file of a fetched source against its manifest; CacheError if one differs."""
-    folder = fetch(name)
-    files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    wrong = [n for n, f in files.items() if sha256_of(folder / n) != f["sha256"]]
-    if wrong:
-        raise CacheError(f"changed in the cache: {', '.join(wrong)}. Delete the folder, run again: {folder}")
 
 
 def _say(text: str) -> None:

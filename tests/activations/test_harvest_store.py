@@ -57,7 +57,6 @@ def test_rows_are_rounded_to_the_dtype_asked_for(
     exact = hooked(tiny_llama, tiny_tokens, "mlp_out", 2)
     assert torch.equal(everything(found), exact.to(getattr(torch, dtype)))
     torch.testing.assert_close(everything(found).float(), exact, rtol=2.0**-bits, atol=1e-6)
-    assert found.nbytes == exact.numel() * found.dtype.itemsize
 
 
 def test_the_first_position_is_kept_on_request(tiny_llama: Any, tiny_tokens: Tokens, tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from asi_lens.activations.harvest_store import harvest_store
 from asi_lens.activations.shard_writer import ShardWriter
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import CacheError, DataError, OptionError
-from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.training.mesh import Mesh, MeshConfig
 
@@ -31,25 +30,6 @@ def small(tiny_llama: Any, tiny_tokens: Tokens, tmp_path: Path) -> ActivationSto
 
 
 # --- opening ----------------------------------------------------------------------------------------
-
-
-def test_a_store_of_something_else_than_asked(
-    small: ActivationStore, tiny_folder: Any, tiny_llama: Any
-) -> None:
-    folder = small.folder
-    assert folder is not None
-    name = models.model_info(tiny_llama).name
-    ActivationStore.open(folder, tiny_llama, "attn_out", 1)
-    ActivationStore.open(folder, model=name, site="blocks.1.hook_attn_out")
-    with pytest.raises(OptionError, match=rf"attn_out of layer 1 of {name} .*not mlp_out of layer 1 of"):
-        ActivationStore.open(folder, site="mlp_out")
-    with pytest.raises(OptionError, match=r"layer 1 of .*, not attn_out of layer 2"):
-        ActivationStore.open(folder, layer=2)
-    with pytest.raises(OptionError, match=rf"of {name} on random, not .* of smollm2-135m"):
-        ActivationStore.open(folder, model="smollm2-135m")
-    other = models.load_model(tiny_folder("qwen3"), dtype="float32", device="cpu")
-    with pytest.raises(OptionError, match=r"not .* of tiny-qwen3 .*weights"):
-        ActivationStore.open(folder, other)
 
 
 def test_a_folder_that_holds_another_store(
