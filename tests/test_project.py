@@ -53,15 +53,6 @@ DOORS = ("__init__", "harvest_run")
 LATE = {("sae.dictionary", "sae.formats")}
 # Modules without a test of their name, and the file that tests them.
 TESTED_ELSEWHERE = {
-    "activations.pairs": "sae/test_transcoder.py",
-    "activations.shard_writer": "activations/test_harvest_store.py",
-    "activations.shards": "activations/test_store.py",
-    "activations.split": "experiments/test_runs.py",
-    "base.errors": "base/test_files.py",
-    "base.metadata": "sae/test_dictionary.py",
-    "base.paths": "base/test_files.py",
-    "base.ranks": "sae/test_main.py",
-    "base.run_files": "sae/test_main.py",
     "experiments.folders": "experiments/test_runs.py",
     "experiments.held_out": "experiments/test_runs.py",
     "experiments.rows": "experiments/test_runs.py",
