@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import tiny_models
 import torch
 
+from asi_lens.activations.split import Split, harvest_split
 from asi_lens.activations.store import ActivationStore
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
@@ -38,3 +40,14 @@ def everything(of: ActivationStore) -> torch.Tensor:
 
 def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def split_of(model: Any, folder: Path, **changes: Any) -> Split:
+    """A split of one site of a tiny model on plain text."""
+    path = folder / "plain.txt"
+    characters = tiny_models.CHARACTERS
+    path.write_text(
+        "".join(characters[(i * i * 7 + i) % len(characters)] for i in range(2_000)), encoding="utf-8"
+    )
+    counts = {"n_tokens": 384, "n_tokens_held_out": 128, "n_tokens_loss": 32, "context": 32}
+    return harvest_split(model, str(path), [("attn_out", 1)], **{**counts, **changes})

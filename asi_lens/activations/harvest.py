@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -125,7 +126,7 @@ def harvest(
 
     def feed(places: list[SiteLayer], batch: int) -> Callable[[Tensor], None]:
         def hook(activation: Tensor) -> None:
-            rows = activation[:, first:].flatten(0, 1)
+            rows = rearrange(activation[:, first:], "batch position d -> (batch position) d")
             # One sum finds any NaN or infinity without a second array of flags.
             if not torch.isfinite(rows.sum(dtype=torch.float32)):
                 raise DataError(f"{places[0][0]} of layer {places[0][1]}, batch {batch}: NaN or infinity")

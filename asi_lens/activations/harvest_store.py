@@ -10,8 +10,8 @@ from __future__ import annotations
 import errno
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,10 @@ from tqdm.auto import tqdm
 
 from asi_lens.activations import shards
 from asi_lens.activations.harvest import BATCH_TOKENS, SiteLayer, harvest, places
-from asi_lens.activations.origin import describe
 from asi_lens.activations.shard_writer import ShardWriter, join_parts
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import CacheError, DataError, OptionError, require
-from asi_lens.base.files import cache_key
+from asi_lens.base.files import cache_key, locked
 from asi_lens.base.paths import cache_dir
 from asi_lens.base.ranks import Ranks
 from asi_lens.inputs import models
@@ -162,8 +161,9 @@ def _harvest(
             # In one order, so that two harvests never wait for each other.
             for where in sorted(folders, key=folders.__getitem__):
                 if ranks.rank == 0:
+                    busy = CacheError(f"another process is writing the store in {folders[where]}")
                     # What is in the cache is for whoever asks: the second one waits for it.
-                    stack.enter_context(_alone(folders[where], wait=chosen[where] is None))
+                    stack.enter_context(locked(folders[where], None if chosen[where] is None else busy))
             for where, folder in folders.items():
                 if (folder / shards.MANIFEST).exists():
                     _require_same(folder, origins[where], dtype)
@@ -287,25 +287,6 @@ def _cached(origin: Mapping[str, Any], dtype: str) -> Path:
     return cache_dir("stores") / parent / f"{origin['site']}.{origin['layer']}"
 
 
-@contextmanager
-def _alone(folder: Path, *, wait: bool) -> Iterator[None]:
-    """Hold the store's lock; if another process has it, wait for it or say so at once."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(folder.with_name(folder.name + ".lock"), timeout=-1 if wait else 0)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout as error:
-        raise CacheError(f"another process is writing the store in {folder}") from error
-    except OSError as error:
-        raise type(error)(error.errno, f"cannot write {folder}: {error.strerror or error}") from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _state_size(
     writers: Mapping[SiteLayer, ShardWriter], n: int, size: int, budget_gb: int | float, ranks: Ranks
 ) -> None:
@@ -338,6 +319,6 @@ def _require_same(folder: Path, origin: Mapping[str, Any], dtype: str) -> None:
     differ = shards.differences({**manifest.origin, "dtype": manifest.dtype}, asked)
     if differ:
         raise OptionError(
-            f"{folder} holds {describe(manifest.origin)}, not {describe(origin)} ({differ}); choose another "
-            "folder or delete it"
+            f"{folder} holds {shards.describe(manifest.origin)}, not {shards.describe(origin)} ({differ}); "
+            "choose another folder or delete it"
         )

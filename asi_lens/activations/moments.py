@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -135,7 +136,7 @@ class Moments:
 def _few_rows(rows: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "sums few d"], Float[Tensor, "rest d"]]:
     """All rows, in groups of `_FEW` and what is left over."""
     whole = len(rows) // _FEW * _FEW
-    return rows[:whole].unflatten(0, (whole // _FEW, _FEW)), rows[whole:]
+    return rearrange(rows[:whole], "(sums few) d -> sums few d", few=_FEW), rows[whole:]
 
 
 def _gram(rows: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:

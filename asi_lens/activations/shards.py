@@ -19,13 +19,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from asi_lens.activations.moments import Moments
 from asi_lens.base.errors import CacheError, DataError
 from asi_lens.base.files import sha256_of, write_whole
+from asi_lens.base.safetensors_io import read_tensors, save_tensors
 
 FORMAT = 1
 MANIFEST, PARTIAL, MOMENTS = "manifest.json", "partial.safetensors", "moments.safetensors"
@@ -116,11 +115,7 @@ def open_shards(folder: Path, manifest: Manifest) -> list[Float[Tensor, "n_i d"]
     for shard in manifest.shards:
         path = folder / shard.file
         check_size(path, shard)
-        try:
-            with safe_open(path, "pt") as file:
-                tensor = file.get_tensor("rows")
-        except SafetensorError as error:
-            raise CacheError(f"{path} is damaged ({error}); delete {folder} and harvest anew") from error
+        tensor = read_tensors(path, CacheError, f"delete {folder} and harvest anew", ["rows"])[0]["rows"]
         if tuple(tensor.shape) != (shard.n, manifest.d) or tensor.dtype != getattr(torch, manifest.dtype):
             raise CacheError(
                 f"{path} holds {tensor.dtype} of shape {tuple(tensor.shape)}, but {MANIFEST} says "
@@ -162,6 +157,12 @@ def part_folder(folder: Path, rank: int) -> Path:
     return folder / f"part-{rank:03d}"
 
 
+def describe(origin: Mapping[str, Any]) -> str:
+    """What rows are, in words."""
+    words = {key: origin.get(key, "?") for key in ("site", "layer", "model", "corpus")}
+    return "{site} of layer {layer} of {model} on {corpus}".format(**words)
+
+
 def differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     """What `there` has other than `asked`, in words; empty where all that is asked agrees."""
     differ = [key for key in asked if there.get(key) != asked[key]]
@@ -181,14 +182,9 @@ def check_size(path: Path, shard: Shard) -> None:
 
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a file of the store other than a shard, whole."""
-    with write_whole(path) as temporary:
-        save_file(dict(tensors), temporary, metadata={"asi_lens_store": str(FORMAT), **metadata})
+    save_tensors(path, tensors, {"asi_lens_store": str(FORMAT), **metadata})
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of such a file. Raises CacheError if it is missing or damaged."""
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise CacheError(f"{path} cannot be read ({error}); delete {path.parent} and harvest anew") from error
+    return read_tensors(path, CacheError, f"delete {path.parent} and harvest anew")

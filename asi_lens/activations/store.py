@@ -20,11 +20,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from asi_lens.activations import shards
 from asi_lens.activations.moments import Moments
-from asi_lens.activations.origin import describe, require_origin
 from asi_lens.activations.spectrum import Spectrum
 from asi_lens.base.errors import DataError, OptionError, require
 from asi_lens.base.permutation import Permutation
@@ -77,22 +76,15 @@ class ActivationStore:
         self._checksums = tuple(checksums)
 
     @classmethod
-    def open(
-        cls,
-        folder: Path | str,
-        model: nn.Module | str | None = None,
-        site: str | None = None,
-        layer: int | None = None,
-    ) -> ActivationStore:
-        """The store in `folder`; given `model` (or its name), `site` or `layer`, it must hold just that.
+    def open(cls, folder: Path | str) -> ActivationStore:
+        """The store in `folder`.
 
-        Sizes are checked here, contents by `verify`. Raises OptionError for a store of something else,
-        DataError for one that is not finished, CacheError for a shard that is missing or cut off or for an
-        unknown format, FileNotFoundError where there is none.
+        Sizes are checked here, contents by `verify`. Raises DataError for a store that is not finished,
+        CacheError for a shard that is missing or cut off or for an unknown format, FileNotFoundError where
+        there is none.
         """
         folder = Path(folder)
         manifest = shards.Manifest.read(folder)
-        require_origin(folder, manifest.origin, model, site, layer)
         return cls(
             shards.open_shards(folder, manifest),
             lambda: shards.read_moments(folder),
@@ -175,16 +167,11 @@ class ActivationStore:
                 digest.update(part.cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all rows."""
-        return self.n * self.d * self.dtype.itemsize
-
     def __len__(self) -> int:
         return self.n
 
     def __repr__(self) -> str:
-        what = describe(self.metadata) if "site" in self.metadata else "rows"
+        what = shards.describe(self.metadata) if "site" in self.metadata else "rows"
         where = self.folder or "memory"
         return f"ActivationStore({what}: {self.n:,} x {self.d} {str(self.dtype)[6:]}, in {where})"
 

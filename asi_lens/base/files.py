@@ -70,15 +70,22 @@ def write_whole_folder(folder: Path | str) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(path: Path | str) -> Iterator[None]:
-    """Hold a lock between processes on `path` (a `.lock` file beside it)."""
-    from filelock import FileLock
+def locked(path: Path | str, busy: Exception | None = None) -> Iterator[None]:
+    """Hold a lock between processes on `path` (a `.lock` file beside it).
+
+    Where another process holds it, wait for that process, or raise `busy` if it is given. The lock goes with
+    the process: a killed one leaves none behind.
+    """
+    from filelock import FileLock, Timeout
 
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path.with_name(path.name + ".lock"))
-        lock.acquire()
+        lock.acquire(timeout=-1 if busy is None else 0)
+    except Timeout:
+        assert busy is not None
+        raise busy from None
     except OSError as error:
         raise _cannot_write(path, error) from error
     try:

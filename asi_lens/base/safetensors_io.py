@@ -1,4 +1,4 @@
-"""Safetensors files written piece by piece, without a copy of what is written.
+"""Safetensors files: read with errors of ours that name the file, written whole, or piece by piece.
 
 The format: the header's length (8 bytes, little-endian), a JSON header with dtype, shape and place of each
 tensor, then their bytes (https://github.com/huggingface/safetensors).
@@ -8,11 +8,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+
+from asi_lens.base.errors import AsiLensError
+from asi_lens.base.files import write_whole
 
 DTYPES = {
     torch.bfloat16: "BF16",
@@ -23,6 +30,60 @@ DTYPES = {
 }
 """Dtypes that can be written, with the format's names for them."""
 _PIECE_BYTES = 16 * 2**20
+
+
+@contextmanager
+def opened(path: Path, error: type[AsiLensError], repair: str = "") -> Iterator[Any]:
+    """Yield the open file (`safe_open`). Its tensors are mapped from disk: they are read where they are used.
+
+    Raises `error`, with the file's name, the reason and `repair` (what the user does about it), for a file
+    that is missing, damaged or cut off, that lacks a tensor asked for, or whose header is not the JSON that
+    the caller expects.
+    """
+
+    def told(reason: Exception) -> AsiLensError:
+        return error(f"{path} cannot be read ({reason})" + (f"; {repair}" if repair else ""))
+
+    try:
+        file = safe_open(path, "pt")
+    except (SafetensorError, OSError) as reason:
+        raise told(reason) from reason
+    try:
+        with file:
+            yield file
+    except (SafetensorError, json.JSONDecodeError) as reason:
+        raise told(reason) from reason
+
+
+def read_tensors(
+    path: Path,
+    error: type[AsiLensError],
+    repair: str = "",
+    names: Sequence[str] = (),
+    about: Mapping[str, str] | None = None,
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a file (those named, or all), mapped from disk, and its metadata.
+
+    Raises `error` as `opened` does, and where an entry of `about` is not in the metadata.
+    """
+    with opened(path, error, repair) as file:
+        found = dict(file.metadata() or {})
+        for key, expected in (about or {}).items():
+            if found.get(key) != expected:
+                there = f"{key} {found.get(key)!r}, not {expected!r}"
+                raise error(f"{path} is of another version or of something else ({there}); {repair}")
+        return {name: file.get_tensor(name) for name in names or file.keys()}, found
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a file, whole or not at all. Raises OSError naming the file if it cannot be written."""
+    # On a GPU the tensors are copied; on a CPU they are written from where they lie.
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with write_whole(path) as temporary:
+        try:
+            save_file(stored, temporary, metadata=dict(metadata))
+        except SafetensorError as error:  # its way to say that the disk is full
+            raise OSError(f"cannot write {path}: {error}") from error
 
 
 def header(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> bytes:

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -57,9 +58,11 @@ def next_token_loss(
     logits: Float[Tensor, "batch position vocabulary"], ids: Int[Tensor, "batch position"]
 ) -> Float[Tensor, "batch position-1"]:
     """Cross-entropy of each next token, in nats, in float32 whatever the model computes in."""
-    return torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten().long(), reduction="none"
-    ).view(ids.shape[0], -1)
+    predicted = rearrange(logits[:, :-1], "batch position vocabulary -> (batch position) vocabulary")
+    losses = torch.nn.functional.cross_entropy(
+        predicted.float(), ids[:, 1:].flatten().long(), reduction="none"
+    )
+    return rearrange(losses, "(batch position) -> batch position", batch=len(ids))
 
 
 def cross_entropy(

@@ -14,6 +14,7 @@ import itertools
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -75,7 +76,7 @@ def counterfactual_ranks(
     if z_covariance.shape != (d_z, d_z):
         raise OptionError(f"z_covariance is {tuple(z_covariance.shape)}, W_O asks for ({d_z}, {d_z})")
     heads = W_O.double()
-    flat = heads.flatten(0, 1)
+    flat = rearrange(heads, "head d_head d_model -> (head d_head) d_model")
     C = z_covariance.double()
     generator = torch.Generator(device="cpu").manual_seed(seed)
 
@@ -143,7 +144,8 @@ def head_overlap(
         bases = torch.linalg.svd(heads, full_matrices=False).Vh  # [n_heads min(d_head, d_model) d_model]
         cosines = torch.linalg.svdvals(bases[:, None] @ bases[None].mT).clamp(0.0, 1.0)
         blocks = _blocks(z_covariance.double(), heads)
-        written = torch.stack([w.T @ C_h @ w for C_h, w in blocks]).flatten(1)
+        covariances = torch.stack([w.T @ C_h @ w for C_h, w in blocks])
+        written = rearrange(covariances, "head row column -> head (row column)")
         written = written / written.norm(dim=1, keepdim=True)
         generator = torch.Generator(device="cpu").manual_seed(seed)
         a, b = (_random_orthogonal(d_model, bases.shape[1], generator) for _ in range(2))
@@ -230,9 +232,9 @@ def _blocks(
     C: Float[Tensor, "d_z d_z"], heads: Float[Tensor, "n_heads d_head d_model"]
 ) -> list[tuple[Float[Tensor, "d_head d_head"], Float[Tensor, "d_head d_model"]]]:
     """(covariance of z_h, W_O[h]) for every head."""
-    d_head = heads.shape[1]
-    starts = range(0, C.shape[0], d_head)
-    return [(C[i : i + d_head, i : i + d_head], w) for i, w in zip(starts, heads, strict=True)]
+    n = len(heads)
+    by_heads = rearrange(C, "(head row) (other column) -> head other row column", head=n, other=n)
+    return [(by_heads[h, h], w) for h, w in enumerate(heads)]
 
 
 def _random_orthogonal(rows: int, columns: int, generator: torch.Generator) -> Float[Tensor, "rows columns"]:

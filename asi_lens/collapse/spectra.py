@@ -15,8 +15,6 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from asi_lens.activations.harvest import BATCH_TOKENS, SiteLayer, harvest, places
@@ -24,12 +22,14 @@ from asi_lens.activations.moments import Moments
 from asi_lens.activations.spectrum import Spectrum, warn_if_few
 from asi_lens.base.cache import cached_json
 from asi_lens.base.errors import CacheError, require
-from asi_lens.base.files import cache_key, locked, write_whole
+from asi_lens.base.files import cache_key, locked
 from asi_lens.base.paths import cache_dir
+from asi_lens.base.safetensors_io import read_tensors, save_tensors
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
 
 _FORMAT = "1"
+_ABOUT = {"asi_lens_moments": _FORMAT}
 # Seconds between two saved states of a pass under way.
 _SAVE_EVERY = 300.0
 
@@ -211,7 +211,7 @@ def _run(
         state = {"done": torch.tensor(done)}
         for k, where in enumerate(missing):
             state |= {f"{k}.{name}": t for name, t in consumer.moments[where].state().items()}
-        _save(partial, state)
+        save_tensors(partial, state, _ABOUT)
 
     def after_batch(sequences: int) -> None:
         nonlocal done, saved_at
@@ -268,26 +268,12 @@ def _partial(folder: Path, missing: Sequence[SiteLayer]) -> Path:
 
 def _write(path: Path, moments: Moments) -> None:
     eigenvalues = Spectrum.from_moments(moments).eigenvalues
-    _save(path, {**moments.state(), "eigenvalues": eigenvalues.cpu().contiguous()})
-
-
-def _save(path: Path, state: dict[str, Tensor]) -> None:
-    with write_whole(path) as temporary:
-        save_file(state, temporary, metadata={"asi_lens_moments": _FORMAT})
+    save_tensors(path, {**moments.state(), "eigenvalues": eigenvalues}, _ABOUT)
 
 
 def _load(path: Path, *names: str) -> dict[str, Tensor]:
     """The tensors of a cached file (those named, or all)."""
-    try:
-        with safe_open(path, "pt") as file:
-            found = (file.metadata() or {}).get("asi_lens_moments")
-            if found != _FORMAT:
-                raise CacheError(
-                    f"{path} has format {found!r}, this version reads {_FORMAT!r}; delete the file"
-                )
-            return {name: file.get_tensor(name) for name in names or file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise CacheError(f"{path} cannot be read ({error}); delete the file and run again") from error
+    return read_tensors(path, CacheError, "delete the file and run again", names, _ABOUT)[0]
 
 
 def _read(path: Path, name: str) -> Spectrum:

@@ -15,8 +15,9 @@ import hashlib
 import json
 import re
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,8 +28,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from asi_lens.base.errors import CacheError, DataError, OptionError, require
-from asi_lens.base.files import cache_key, locked, write_whole
+from asi_lens.base.files import cache_key, locked
 from asi_lens.base.paths import cache_dir
+from asi_lens.base.safetensors_io import read_tensors, save_tensors
 from asi_lens.inputs.documents import Corpus, corpus_names, open_corpus
 
 if TYPE_CHECKING:
@@ -145,9 +147,10 @@ def load_tokens(
     corpus = open_corpus(source, column=column, split=split, name=name)
     packing = _Packing(tokenizer, context, prepend_bos)
     rows = n_tokens // context
+    pack = partial(_pack, corpus, packing, rows, offset, seed)
 
     if corpus.fingerprint is None:
-        ids = _pack(corpus, packing, rows, offset, seed)
+        ids = pack()
     else:
         key = cache_key(
             format=_FORMAT,
@@ -163,7 +166,7 @@ def load_tokens(
         )
         slug = re.sub(r"[^\w.-]+", "-", corpus.name)[:60]
         path = cache_dir("corpora") / f"{slug}-{key}.safetensors"
-        ids = _cached(path, key, corpus, packing, rows, offset, seed)
+        ids = _cached(path, key, pack)
     if d_vocab is not None and int(ids.max()) >= d_vocab:
         raise DataError(f"the tokenizer gives token {int(ids.max())}, but the model knows {d_vocab} tokens")
     return Tokens(
@@ -311,41 +314,21 @@ def _batches(documents: Iterator[str]) -> Iterator[tuple[list[str], list[bool]]]
         yield texts, ends
 
 
-def _cached(
-    path: Path, key: str, corpus: Corpus, packing: _Packing, rows: int, offset: int, seed: int | None
-) -> np.ndarray:
-    shape = (rows, packing.context)
-    if path.exists():  # before the lock: the cache may lie in a read-only folder
-        return _read(path, key, shape)
-    with locked(path):
-        if path.exists():
-            return _read(path, key, shape)
-        ids = _pack(corpus, packing, rows, offset, seed)
-        _write(path, key, ids)
-        return ids
-
-
-def _write(path: Path, key: str, ids: np.ndarray) -> None:
-    from safetensors.numpy import save
-
-    told = {"format": _FORMAT, "key": key, "sha256": hashlib.sha256(ids.tobytes()).hexdigest()}
-    with write_whole(path) as temporary:
-        # Through Python's own file: a full disk is then an OSError, which says so.
-        temporary.write_bytes(save({"ids": ids}, metadata=told))
-
-
-def _read(path: Path, key: str, shape: tuple[int, int]) -> np.ndarray:
-    from safetensors import SafetensorError, safe_open
-
-    repair = f"Delete the file and run again to tokenise anew: {path}"
-    try:
-        with safe_open(path, framework="numpy") as file:
-            told = file.metadata() or {}
-            ids = file.get_tensor("ids")
-    except SafetensorError as error:
-        raise CacheError(f"cached tokens are truncated or not tokens ({error}). {repair}") from error
-    if told.get("format") != _FORMAT or told.get("key") != key or ids.shape != shape:
-        raise CacheError(f"cached tokens are from another version or another corpus. {repair}")
-    if hashlib.sha256(ids.tobytes()).hexdigest() != told.get("sha256"):
-        raise CacheError(f"cached tokens were changed. {repair}")
+def _cached(path: Path, key: str, pack: Callable[[], np.ndarray]) -> np.ndarray:
+    """The ids in the cache, or those of `pack`, kept there."""
+    about = {"format": _FORMAT, "key": key}
+    if not path.exists():  # before the lock: the cache may lie in a read-only folder
+        with locked(path):
+            if not path.exists():
+                ids = pack()
+                save_tensors(path, {"ids": torch.from_numpy(ids)}, {**about, "sha256": _sha256(ids)})
+    repair = "delete the file and run again to tokenise anew"
+    tensors, found = read_tensors(path, CacheError, repair, ["ids"], about)
+    ids = tensors["ids"].numpy()
+    if _sha256(ids) != found.get("sha256"):
+        raise CacheError(f"{path} was changed since it was written; {repair}")
     return ids
+
+
+def _sha256(ids: np.ndarray) -> str:
+    return hashlib.sha256(ids.tobytes()).hexdigest()

@@ -3,6 +3,9 @@
 What a document is: one row of a table (`.csv`, `.jsonl`, `.parquet`, `datasets`), one string of a
 list, one whole file otherwise (`.txt`, `.md`, `.py`): nothing is cut at blank lines, so a text keeps
 its length. A folder is its readable files, sorted by path. Documents without text are passed over.
+
+Tables are read by pandas, pyarrow and json, not by `datasets.load_dataset`: its errors name no line of the
+file, and rows before a damaged line are not reached.
 """
 
 from __future__ import annotations

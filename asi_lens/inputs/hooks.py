@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -186,7 +187,7 @@ def output_projection(model: nn.Module, layer: int) -> Float[Tensor, "n_heads d_
     # GPT-2's Conv1D keeps its weight as [in out], nn.Linear as [out in]
     by_input = weight if type(projection).__name__ == "Conv1D" else weight.T
     n_heads = int(_config(model).n_heads)
-    return by_input.reshape(n_heads, -1, by_input.shape[-1])
+    return rearrange(by_input, "(head d_head) d_model -> head d_head d_model", head=n_heads)
 
 
 def output_bias(model: nn.Module, layer: int) -> Float[Tensor, " d_model"] | None:
@@ -225,7 +226,9 @@ def _checked(model: nn.Module, ids: Int[Tensor, "batch position"]) -> Int[Tensor
 def _attach(module: nn.Module, side: twin.Side, hook: Hook, name: str, fired: set[str]) -> Any:
     def run(activation: Tensor) -> Tensor | None:
         fired.add(name)
-        flat = activation.flatten(2) if name.endswith(".hook_z") else activation
+        flat = activation
+        if name.endswith(".hook_z"):  # heads are one axis or two, as TransformerLens' version has it
+            flat = rearrange(activation, "batch position ... -> batch position (...)")
         new = hook(flat)
         if new is None:
             return None

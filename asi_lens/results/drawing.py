@@ -1,7 +1,7 @@
 """Still images of figures, drawn by a Chrome through kaleido.
 
-Starting Chrome and reading plotly.js into it takes seconds, a drawing tenths of one. A notebook alone keeps one
-browser for all its images. A run of many notebooks sets `LATER`: figures are then put down as JSON, and
+Starting Chrome and reading plotly.js into it takes seconds, a drawing tenths of one. A notebook alone keeps
+one browser for all its images. A run of many notebooks sets `LATER`: figures are then put down as JSON, and
 `draw_later` draws those of a folder together when the run is done, or on another machine.
 """
 
@@ -31,8 +31,8 @@ _serving = False
 def draw(figure: Mapping[str, Any], png: Path) -> str:
     """Write `png` of a figure as plotly's JSON has it; returns why there is none, else "".
 
-    An older image is removed where none could be drawn: it would show other numbers. With `LATER` set the figure
-    waits for `draw_later` instead.
+    An older image is removed where none could be drawn: it would show other numbers. With `LATER` set the
+    figure waits for `draw_later` instead.
     """
     if os.environ.get(LATER):
         png.unlink(missing_ok=True)

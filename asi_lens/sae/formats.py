@@ -26,12 +26,11 @@ from typing import Any
 
 import torch
 from packaging.version import InvalidVersion, Version
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from asi_lens.base.errors import DataError, OptionError, require_known
 from asi_lens.base.files import sha256_of, write_whole_folder
-from asi_lens.base.safetensors_io import pieces, write_tensors
+from asi_lens.base.safetensors_io import pieces, read_tensors, write_tensors
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.transcoder import Transcoder
 
@@ -363,8 +362,4 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     """Memory-mapped tensors of a safetensors file."""
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+    return read_tensors(path, DataError)[0]

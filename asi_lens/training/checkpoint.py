@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from asi_lens.base.errors import AsiLensError, CacheError
-from asi_lens.base.files import write_whole
+from asi_lens.base.safetensors_io import opened, save_tensors
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 FORMAT = 1
@@ -59,13 +57,7 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], about: Mapping
     """
     path = folder / CHECKPOINT_FILE
     text = json.dumps({"format": FORMAT, **about}, allow_nan=False)
-    # On a GPU the tensors are copied; on a CPU they are written from where they lie.
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with write_whole(path) as temporary:
-        try:
-            save_file(stored, temporary, metadata={"asi_lens_checkpoint": text})
-        except SafetensorError as error:
-            raise OSError(f"cannot write {path}: {error}") from error
+    save_tensors(path, tensors, {"asi_lens_checkpoint": text})
     return path
 
 
@@ -79,14 +71,11 @@ def read_checkpoint(folder: Path) -> Iterator[tuple[dict[str, Any], Callable[[st
     if not path.exists():
         yield None
         return
-    try:
-        with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get("asi_lens_checkpoint")
-            about = json.loads(text) if text else {}
-            require_format(path, about)
-            yield about, file.get_tensor
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise CacheError(f"{path} cannot be read ({error}); delete it and train again") from error
+    with opened(path, CacheError, "delete it and train again") as file:
+        text = (file.metadata() or {}).get("asi_lens_checkpoint")
+        about = json.loads(text) if text else {}
+        require_format(path, about)
+        yield about, file.get_tensor
 
 
 def require_format(path: Path, about: Mapping[str, Any]) -> None:

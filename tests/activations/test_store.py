@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from small_stores import OPTIONS, everything, files
 
 from asi_lens.activations.harvest_store import harvest_store
 from asi_lens.activations.shard_writer import ShardWriter
 from asi_lens.activations.store import ActivationStore
-from asi_lens.base.errors import CacheError, DataError, OptionError
-from asi_lens.inputs import models
+from asi_lens.base.errors import DataError, OptionError
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.training.mesh import Mesh, MeshConfig
 
@@ -33,25 +30,6 @@ def small(tiny_llama: Any, tiny_tokens: Tokens, tmp_path: Path) -> ActivationSto
 # --- opening ----------------------------------------------------------------------------------------
 
 
-def test_a_store_of_something_else_than_asked(
-    small: ActivationStore, tiny_folder: Any, tiny_llama: Any
-) -> None:
-    folder = small.folder
-    assert folder is not None
-    name = models.model_info(tiny_llama).name
-    ActivationStore.open(folder, tiny_llama, "attn_out", 1)
-    ActivationStore.open(folder, model=name, site="blocks.1.hook_attn_out")
-    with pytest.raises(OptionError, match=rf"attn_out of layer 1 of {name} .*not mlp_out of layer 1 of"):
-        ActivationStore.open(folder, site="mlp_out")
-    with pytest.raises(OptionError, match=r"layer 1 of .*, not attn_out of layer 2"):
-        ActivationStore.open(folder, layer=2)
-    with pytest.raises(OptionError, match=rf"of {name} on random, not .* of smollm2-135m"):
-        ActivationStore.open(folder, model="smollm2-135m")
-    other = models.load_model(tiny_folder("qwen3"), dtype="float32", device="cpu")
-    with pytest.raises(OptionError, match=r"not .* of tiny-qwen3 .*weights"):
-        ActivationStore.open(folder, other)
-
-
 def test_a_folder_that_holds_another_store(
     small: ActivationStore, tiny_llama: Any, tiny_tokens: Tokens
 ) -> None:
@@ -64,73 +42,6 @@ def test_a_folder_that_holds_another_store(
         harvest_store(tiny_llama, tiny_tokens, "attn_out", 1, folder=small.folder, dtype="float32", **OPTIONS)
     assert small.folder is not None
     assert files(small.folder) == before
-
-
-def test_damage_is_found(small: ActivationStore) -> None:
-    folder = small.folder
-    assert folder is not None
-    small.verify()
-    shard = folder / "shard-00001.safetensors"
-    good = shard.read_bytes()
-    edited = bytearray(good)
-    edited[-1] ^= 1
-    shard.write_bytes(edited)
-    with pytest.raises(CacheError, match=r"shard-00001.safetensors was changed"):
-        ActivationStore.open(folder).verify()
-    shard.write_bytes(good[:-2])
-    with pytest.raises(CacheError, match=rf"00001.safetensors has {len(good) - 2} bytes, but {len(good)}"):
-        ActivationStore.open(folder)
-    shard.write_bytes(b"\xff" * len(good))
-    with pytest.raises(CacheError, match=r"shard-00001.safetensors is damaged"):
-        ActivationStore.open(folder)
-    shard.unlink()
-    with pytest.raises(CacheError, match=r"shard-00001.safetensors is missing"):
-        ActivationStore.open(folder)
-    shard.write_bytes(good)
-    (folder / "moments.safetensors").write_bytes(b"")
-    with pytest.raises(CacheError, match=r"moments.safetensors cannot be read"):
-        _ = ActivationStore.open(folder).moments
-    with pytest.raises(CacheError, match=r"moments.safetensors was changed"):
-        ActivationStore.open(folder).verify()
-
-
-def test_shards_swapped_for_others_of_the_same_size(small: ActivationStore) -> None:
-    folder = small.folder
-    assert folder is not None
-    shard = folder / "shard-00002.safetensors"
-    rows = load_file(shard)["rows"]
-    save_file({"rows": rows.view(torch.float16)}, shard)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["shards"][2]["bytes"] = shard.stat().st_size
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CacheError, match=r"holds torch.float16 .* but manifest.json says bfloat16"):
-        ActivationStore.open(folder)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"format": 2}, "has format 2, this version reads 1"),
-        ({"n": 371}, "counts do not belong together"),
-        ({"dtype": "int8"}, "int8"),
-        ({"colour": "red"}, "unexpected or missing keys: colour"),
-        (None, "cannot be read"),
-    ],
-)
-def test_a_manifest_that_cannot_be_used(
-    small: ActivationStore, change: dict[str, Any] | None, message: str
-) -> None:
-    assert small.folder is not None
-    path = small.folder / "manifest.json"
-    text = path.read_text()
-    path.write_text(text[:100] if change is None else json.dumps({**json.loads(text), **change}))
-    with pytest.raises(CacheError, match=message):
-        ActivationStore.open(small.folder)
-
-
-def test_no_store_at_all(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="not an activation store"):
-        ActivationStore.open(tmp_path)
 
 
 # --- reading ----------------------------------------------------------------------------------------

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import time
 from pathlib import Path
 
 import pytest
 
-from asi_lens.base.cache import cached_json, cached_jsons
+from asi_lens.base.cache import MANIFEST, cached_folder, cached_json, cached_jsons
 from asi_lens.base.errors import CacheError
 
 
@@ -85,3 +86,55 @@ def test_too_few_results_are_no_results() -> None:
     with pytest.raises(ValueError, match="zip"):
         cached_jsons("x", [{"n": 1}, {"n": 2}], lambda missing: [1])
     assert cached_jsons("x", [{"n": 1}], lambda missing: [2]) == [2]
+
+
+def _fill(folder: Path) -> dict[str, str]:
+    (folder / "sub").mkdir()
+    (folder / "a.txt").write_text("abc")
+    (folder / "sub" / "b.txt").write_text("de")
+    return {"told": "yes"}
+
+
+def test_a_folder_is_filled_once_and_described(tmp_path: Path) -> None:
+    folder = tmp_path / "kept"
+    first = cached_folder(folder, {"format": 1}, _fill, "delete it")
+    assert first == json.loads((folder / MANIFEST).read_text())
+    assert (first["format"], first["told"]) == (1, "yes")
+    assert {name: file["size"] for name, file in first["files"].items()} == {"a.txt": 3, "sub/b.txt": 2}
+    assert first["files"]["a.txt"]["sha256"].startswith("ba7816bf")
+    again = cached_folder(folder, {"format": 1}, lambda _: pytest.fail("filled again"), "delete it")
+    assert again == first
+
+
+def test_a_folder_that_could_not_be_filled_is_not_there(tmp_path: Path) -> None:
+    def fail(folder: Path) -> dict[str, str]:
+        _fill(folder)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cached_folder(tmp_path / "kept", {"format": 1}, fail, "delete it")
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.lock"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (
+            lambda f: (f / "sub" / "b.txt").write_text("d"),
+            r"sub/b\.txt: 1 bytes, sha256 18ac.*expected 2 bytes",
+        ),
+        (lambda f: (f / "a.txt").unlink(), r"a\.txt: missing; expected 3 bytes, sha256 ba78"),
+        (lambda f: (f / MANIFEST).unlink(), "missing or cannot be read"),
+        (lambda f: (f / MANIFEST).write_text('{"format": 1, "files": {"a.txt": 3}}'), "cannot be read"),
+        (lambda f: (f / MANIFEST).write_text('{"format": 2, "files": {}}'), "another version"),
+        (lambda f: (f / MANIFEST).write_text('{"files": {}}'), "another version"),
+    ],
+)
+def test_a_folder_that_was_changed_is_told_with_its_repair(tmp_path: Path, damage, told: str) -> None:
+    folder = tmp_path / "kept"
+    cached_folder(folder, {"format": 1}, _fill, "delete it")
+    damage(folder)
+    with pytest.raises(CacheError, match=told) as caught:
+        cached_folder(folder, {"format": 1}, _fill, "delete it")
+    assert str(folder) in str(caught.value) or folder.name in str(caught.value)
+    assert str(caught.value).endswith("delete it")

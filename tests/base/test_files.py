@@ -1,4 +1,4 @@
-"""files.py, errors.py, paths.py: whole files, locks, keys, messages, folders."""
+"""Files are written whole or not at all, locks exclude, keys change with any part."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asi_lens.base import errors, files, paths
+from asi_lens.base import files
 
 
 def _leftovers(folder: Path) -> list[str]:
@@ -182,6 +182,17 @@ def test_lock_is_released_on_an_error(tmp_path: Path) -> None:
         pass
 
 
+def test_a_lock_that_another_holds_is_told_at_once_where_that_is_asked_for(tmp_path: Path) -> None:
+    with (
+        files.locked(tmp_path / "x"),
+        pytest.raises(RuntimeError, match="in use"),
+        files.locked(tmp_path / "x", RuntimeError("in use")),
+    ):
+        pytest.fail("held twice")
+    with files.locked(tmp_path / "x", RuntimeError("in use")):
+        pass
+
+
 _json = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
@@ -215,47 +226,6 @@ def test_cache_key_refuses_what_json_cannot_hold() -> None:
 def test_sha256_of(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"abc")
     assert files.sha256_of(tmp_path / "x").startswith("ba7816bf8f01cfea414140de5dae2223b00361a3")
-
-
-def test_unknown_name_offers_the_nearest() -> None:
-    error = errors.unknown_name("site", "atn_out", ["mlp_out", "attn_out"])
-    assert str(error).startswith("unknown site 'atn_out'; did you mean 'attn_out'")
-    assert str(error).endswith("Known: attn_out, mlp_out")
-    assert isinstance(error, ValueError)
-    assert "Known: none" in str(errors.unknown_name("site", "x", []))
-    assert "(50 in all)" in str(errors.unknown_name("site", "zzz", [f"{i:02}" for i in range(50)]))
-
-
-def test_require_names_key_value_and_what_is_allowed() -> None:
-    errors.require(True, "k", 3, "anything")
-    with pytest.raises(errors.OptionError, match="k=0 is not allowed; k must be at least 1"):
-        errors.require(False, "k", 0, "at least 1")
-
-
-def test_cache_root_follows_the_variable_and_is_not_created(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ASI_LENS_CACHE", str(tmp_path / "cache"))
-    assert paths.cache_dir("models") == tmp_path / "cache" / "models"
-    assert not (tmp_path / "cache").exists()
-    monkeypatch.delenv("ASI_LENS_CACHE")
-    assert paths.cache_root().name == "asi_lens"
-
-
-def test_figures_folder_has_no_slash_of_a_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ASI_LENS_FIGURES", str(tmp_path))
-    assert (
-        paths.figures_dir("meta-llama/Llama-3.1-8B", "quick")
-        == tmp_path / "meta-llama--Llama-3.1-8B" / "quick"
-    )
-
-
-def test_project_root_is_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("ASI_LENS_PROJECT", raising=False)
-    assert paths.project_root() == Path(__file__).resolve().parents[2]
-    monkeypatch.setenv("ASI_LENS_PROJECT", str(tmp_path))
-    assert paths.notebooks_dir() == tmp_path / "notebooks"
-    assert paths.parameters_dir() == tmp_path / "parameters"
 
 
 def test_importing_the_light_modules_loads_nothing_heavy() -> None:

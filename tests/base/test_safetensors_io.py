@@ -1,15 +1,19 @@
-"""Safetensors files written piece by piece are what the safetensors library reads."""
+"""Safetensors files: written piece by piece or whole, read with errors that name the file."""
 
 from __future__ import annotations
 
+import errno
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from asi_lens.base import safetensors_io
-from asi_lens.base.safetensors_io import DTYPES, write_tensors
+from asi_lens.base.errors import CacheError, DataError
+from asi_lens.base.safetensors_io import DTYPES, opened, read_tensors, save_tensors, write_tensors
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 100, 2**20])
@@ -39,3 +43,69 @@ def test_tensors_of_any_dtype_and_layout(
 def test_the_bytes_are_those_of_the_tensor() -> None:
     tensor = torch.tensor([[1, 2], [3, 4]])
     assert bytes(safetensors_io.raw_bytes(tensor.T)) == torch.tensor([1, 3, 2, 4]).numpy().tobytes()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "t.safetensors"
+    save_tensors(path, {"a": torch.arange(6).view(2, 3).T, "b": torch.zeros(2)}, {"format": "1"})
+    return path
+
+
+def test_what_was_saved_is_read(file: Path) -> None:
+    tensors, metadata = read_tensors(file, DataError)
+    assert sorted(tensors) == ["a", "b"]
+    assert torch.equal(tensors["a"], torch.arange(6).view(2, 3).T)
+    assert metadata == {"format": "1"}
+    tensors, _ = read_tensors(file, DataError, names=["b"], about={"format": "1"})
+    assert list(tensors) == ["b"]
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut off", "no tensors", "folder"])
+def test_a_file_that_cannot_be_read_is_named_with_its_repair(file: Path, damage: str) -> None:
+    data = file.read_bytes()
+    file.unlink()
+    if damage == "folder":
+        file.mkdir()
+    elif damage != "missing":
+        file.write_bytes({"empty": b"", "cut off": data[:-1], "no tensors": b"x" * 100}[damage])
+    with pytest.raises(CacheError, match=r"t\.safetensors cannot be read \(.+\); delete it$"):
+        read_tensors(file, CacheError, "delete it")
+    with pytest.raises(DataError, match=r"t\.safetensors cannot be read \(.+\)$"):
+        read_tensors(file, DataError)
+
+
+def test_a_tensor_that_is_not_there_and_a_header_that_is_no_json_are_told(file: Path) -> None:
+    with pytest.raises(CacheError, match=r"t\.safetensors cannot be read \(.*\bc\b.*\)"):
+        read_tensors(file, CacheError, names=["a", "c"])
+    with pytest.raises(DataError, match=r"t\.safetensors cannot be read"), opened(file, DataError):
+        json.loads("{")
+
+
+def test_another_version_is_told(file: Path) -> None:
+    with pytest.raises(
+        CacheError, match=r"t\.safetensors is of another version .*format '1', not '2'.*; delete"
+    ):
+        read_tensors(file, CacheError, "delete it", about={"format": "2"})
+
+
+def test_errors_of_whoever_uses_the_open_file_are_left_alone(file: Path) -> None:
+    with pytest.raises(OSError, match=r"^another file$"), opened(file, CacheError):
+        raise OSError("another file")
+
+
+@pytest.mark.parametrize(
+    "error", [SafetensorError("I/O error: No space left"), OSError(errno.ENOSPC, "No space left")]
+)
+def test_a_full_disk_keeps_what_was_there(
+    file: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def full(*args: object, **options: object) -> None:
+        raise error
+
+    before = file.read_bytes()
+    monkeypatch.setattr(safetensors_io, "save_file", full)
+    with pytest.raises(OSError, match=r"cannot write .*t\.safetensors: .*No space left"):
+        save_tensors(file, {"a": torch.ones(1)}, {})
+    assert file.read_bytes() == before
+    assert [path.name for path in file.parent.iterdir()] == [file.name]

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from small_stores import split_of
 from small_trainings import D_IN, quick
 from small_trainings import rows as draw
 
 from asi_lens.activations.pairs import PairedStores
-from asi_lens.activations.split import harvest_split
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import CacheError, OptionError, UnknownNameError
 from asi_lens.experiments import rows, runs
@@ -332,32 +332,6 @@ def test_from_a_model_to_rows_with_losses(tiny_llama: Any, tmp_path: Path) -> No
     assert "dead window 256 tokens" in told
     assert "losses on 32 of them, seed 0" in told
     assert "losses" not in budget(tiny_llama, runs, data, losses=False)
-
-
-def test_a_split_shares_no_position(tiny_llama: Any, tmp_path: Path) -> None:
-    data = split_of(tiny_llama, tmp_path)
-    whole = split_of(tiny_llama, tmp_path, n_tokens=512, n_tokens_held_out=128).train_tokens
-    assert torch.equal(torch.cat([data.train_tokens.ids, data.held_out_tokens.ids])[:16], whole.ids)
-    assert torch.equal(data.loss_tokens.ids, data.held_out_tokens.ids[:1])
-    assert data.train["attn_out", 1].n == 12 * 31
-
-
-@pytest.mark.parametrize("n", [31, 129])
-def test_a_split_checks_the_tokens_for_losses(tiny_llama: Any, tmp_path: Path, n: int) -> None:
-    with pytest.raises(OptionError, match=f"n_tokens_loss={n} is not allowed"):
-        split_of(tiny_llama, tmp_path, n_tokens_loss=n)
-
-
-def split_of(model: Any, folder: Path, **changes: Any) -> Any:
-    import tiny_models
-
-    path = folder / "plain.txt"
-    characters = tiny_models.CHARACTERS
-    path.write_text(
-        "".join(characters[(i * i * 7 + i) % len(characters)] for i in range(2_000)), encoding="utf-8"
-    )
-    counts = {"n_tokens": 384, "n_tokens_held_out": 128, "n_tokens_loss": 32, "context": 32}
-    return harvest_split(model, str(path), [("attn_out", 1)], **{**counts, **changes})
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from asi_lens.base.cache import MANIFEST
 from asi_lens.base.errors import CacheError, DataError, UnsupportedModelError
 from asi_lens.inputs import gguf, models
 
@@ -128,6 +129,23 @@ def test_the_second_time_nothing_is_converted(file: Path, monkeypatch: pytest.Mo
     assert gguf.read_header(moved) == gguf.Header("llama", 4, "smollm")
 
 
+def test_a_file_is_parsed_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gguf as library
+
+    parsed: list[str] = []
+
+    class Counting(library.GGUFReader):
+        def __init__(self, path: str):
+            parsed.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr(library, "GGUFReader", Counting)
+    monkeypatch.chdir(file.parent.parent)
+    gguf.dequantized(Path(file.parent.name, file.name))
+    assert parsed == [str(file)]
+    assert library.GGUFReader is Counting
+
+
 def test_a_failed_conversion_leaves_nothing(
     file: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,7 +189,8 @@ def test_missing_weights_are_not_made_up(tmp_path: Path, own_cache: Path) -> Non
 @pytest.mark.parametrize("kept", [0, 3, 200, 2_000, 20_000, -1])
 def test_a_file_that_is_cut_off(file: Path, kept: int) -> None:
     file.write_bytes(file.read_bytes()[:kept])
-    with pytest.raises(DataError, match="not a whole GGUF file"):
+    size = file.stat().st_size
+    with pytest.raises(DataError, match=rf"not a whole GGUF file \({size:,} bytes; "):
         models.load_model(file)
 
 
@@ -180,14 +199,14 @@ def test_a_changed_cache_is_refused(file: Path) -> None:
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1])
-    with pytest.raises(CacheError, match=r"model\.safetensors has .* bytes.*Delete the folder"):
+    with pytest.raises(CacheError, match=r"model\.safetensors: .* bytes(.|\n)*Delete the folder"):
         gguf.dequantized(file)
     weights.write_bytes(whole)
-    manifest = json.loads((folder / gguf.MANIFEST).read_text())
-    (folder / gguf.MANIFEST).write_text(json.dumps({**manifest, "format": 99}))
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({**manifest, "format": 99}))
     with pytest.raises(CacheError, match="another version"):
         gguf.dequantized(file)
-    (folder / gguf.MANIFEST).unlink()
+    (folder / MANIFEST).unlink()
     with pytest.raises(CacheError, match="cannot be read"):
         gguf.dequantized(file)
 
@@ -206,4 +225,4 @@ def test_two_processes_at_once(file: Path) -> None:
     for process in processes:
         process.join()
     assert len(folders) == 1
-    assert (Path(folders.pop()) / gguf.MANIFEST).is_file()
+    assert (Path(folders.pop()) / MANIFEST).is_file()

@@ -45,7 +45,7 @@ def test_without_any_browser_the_reason_says_what_to_do() -> None:
     assert "no Chrome or Chromium is installed" in reason
     assert "python -m asi_lens.results.chrome" in reason
     assert "BROWSER_PATH" in reason
-    assert chrome.find_chrome() is None
+    assert "apt-get install chromium" in reason
 
 
 def test_the_first_candidate_that_starts_is_taken(browser: Browser, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +69,7 @@ def test_a_browser_named_by_hand_wins(
     other, mine = browser("other"), browser("mine")
     monkeypatch.setattr(chrome, "_candidates", lambda: [other])
     monkeypatch.setenv(variable, mine)
-    assert chrome.find_chrome() == mine
+    assert chrome.chrome_or_reason() == (mine, "")
 
 
 @pytest.mark.parametrize("variable", chrome.VARIABLES)
@@ -88,22 +88,22 @@ def test_a_name_on_the_path_will_do(browser: Browser, monkeypatch: pytest.Monkey
     path = browser("my-chrome")
     monkeypatch.setenv("PATH", str(Path(path).parent))
     monkeypatch.setenv("CHROME", "my-chrome")
-    assert chrome.find_chrome() == path
+    assert chrome.chrome_or_reason() == (path, "")
 
 
-def test_setup_goes_on_and_tells_every_reason_when_nothing_can_be_had(
+def test_without_a_download_setup_goes_on_installs_nothing_and_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(chrome, "_download", lambda: "download failed: no route to host")
-    monkeypatch.setattr(chrome, "_install_debian", lambda: "not root and no passwordless sudo")
+    monkeypatch.setattr(chrome.subprocess, "run", lambda *command, **_: pytest.fail(f"ran {command}"))
     assert chrome.main() == 0
     told = capsys.readouterr().err
     assert "PNG images will be MISSING" in told
     assert "no route to host" in told
-    assert "no passwordless sudo" in told
+    assert "Debian: `apt-get install chromium`" in told
 
 
-def test_setup_fetches_only_until_a_browser_starts(
+def test_setup_takes_the_browser_that_was_downloaded(
     browser: Browser, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = browser()
@@ -113,7 +113,6 @@ def test_setup_fetches_only_until_a_browser_starts(
         return ""
 
     monkeypatch.setattr(chrome, "_download", download)
-    monkeypatch.setattr(chrome, "_install_debian", lambda: pytest.fail("installed without need"))
     monkeypatch.setattr(chrome, "can_draw", lambda _: "")
     assert chrome.main() == 0
     assert capsys.readouterr().out.endswith(f"Static images: {path}\n")
@@ -139,43 +138,6 @@ def test_a_failed_download_is_told_and_leaves_the_timeout_as_it_was(monkeypatch:
     assert socket.getdefaulttimeout() == before
 
 
-@pytest.mark.parametrize("release", [{"ID": "ubuntu", "ID_LIKE": "debian"}, {"ID": "fedora"}, {}])
-def test_only_debian_installs_a_package(release: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chrome.platform, "system", lambda: "Linux")
-    monkeypatch.setattr(chrome.platform, "freedesktop_os_release", lambda: release)
-    monkeypatch.setattr(chrome, "_run", lambda command: pytest.fail(f"ran {command}"))
-    assert "not tried" in chrome._install_debian()
-
-
-@pytest.mark.parametrize(
-    ("user", "sudo", "prefix"), [(0, 1, ["env"]), (1000, 0, ["sudo", "-n", "env"]), (1000, 1, None)]
-)
-def test_debian_installs_as_root_or_by_passwordless_sudo(
-    user: int, sudo: int, prefix: list[str] | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    commands: list[list[str]] = []
-
-    def run(command: list[str]) -> tuple[int, str]:
-        commands.append(command)
-        return (sudo if command == ["sudo", "-n", "true"] else 0), ""
-
-    monkeypatch.setattr(chrome.platform, "system", lambda: "Linux")
-    monkeypatch.setattr(chrome.platform, "freedesktop_os_release", lambda: {"ID": "debian"})
-    monkeypatch.setattr(chrome.shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(chrome.os, "geteuid", lambda: user, raising=False)
-    monkeypatch.setattr(chrome, "_run", run)
-    failed = chrome._install_debian()
-    apt = [command for command in commands if "apt-get" in command]
-    if prefix is None:
-        assert "no passwordless sudo" in failed
-        assert not apt
-    else:
-        assert failed == ""
-        assert [command[: len(prefix)] for command in apt] == [prefix, prefix]
-        assert "update" in apt[0]
-        assert "chromium" in apt[1]
-
-
 def test_a_browser_that_cannot_draw_is_told_not_raised(browser: Browser) -> None:
     path = browser()
     assert path in chrome.can_draw(path)
@@ -183,7 +145,7 @@ def test_a_browser_that_cannot_draw_is_told_not_raised(browser: Browser) -> None
 
 def test_an_installed_browser_draws_a_png(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    found = chrome.find_chrome()
+    found, reason = chrome.chrome_or_reason()
     if found is None:
-        pytest.skip("no Chrome on this machine")
+        pytest.skip(reason)
     assert chrome.can_draw(found) == ""

@@ -1,0 +1,35 @@
+"""Folders that the project reads and writes follow the variables that name them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from asi_lens.base import paths
+
+
+def test_cache_root_follows_the_variable_and_is_not_created(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ASI_LENS_CACHE", str(tmp_path / "cache"))
+    assert paths.cache_dir("models") == tmp_path / "cache" / "models"
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.delenv("ASI_LENS_CACHE")
+    assert paths.cache_root().name == "asi_lens"
+
+
+def test_figures_folder_has_no_slash_of_a_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ASI_LENS_FIGURES", str(tmp_path))
+    assert (
+        paths.figures_dir("meta-llama/Llama-3.1-8B", "quick")
+        == tmp_path / "meta-llama--Llama-3.1-8B" / "quick"
+    )
+
+
+def test_project_root_is_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ASI_LENS_PROJECT", raising=False)
+    assert paths.project_root() == Path(__file__).resolve().parents[2]
+    monkeypatch.setenv("ASI_LENS_PROJECT", str(tmp_path))
+    assert paths.notebooks_dir() == tmp_path / "notebooks"
+    assert paths.parameters_dir() == tmp_path / "parameters"
