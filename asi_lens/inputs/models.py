@@ -108,6 +108,7 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> nn.Module:
     """A TransformerBridge by name, without weight processing.
 
@@ -123,7 +124,13 @@ def load_model(
     target = resolve_device(device)
     if isinstance(model, nn.Module):
         return _as_given(model, dtype, device)
-    boot = partial(_boot, dtype=resolve_dtype(dtype, target), device=str(target), revision=revision)
+    boot = partial(
+        _boot,
+        dtype=resolve_dtype(dtype, target),
+        device=str(target),
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
     name = str(model)
     if name in SOURCES and SOURCES[name].kind == "model":
         folder, weights = gguf.dequantized(fetch(name) / str(SOURCES[name].main))
@@ -213,6 +220,7 @@ def _boot(
     dtype: torch.dtype,
     device: str,
     revision: str | None,
+    trust_remote_code: bool,
 ) -> nn.Module:
     from safetensors import SafetensorError
     from transformer_lens.model_bridge import TransformerBridge
@@ -229,6 +237,7 @@ def _boot(
                 device=device,
                 dtype=dtype,
                 revision=revision,
+                trust_remote_code=trust_remote_code,
             )
     except SafetensorError as error:
         kind = CacheError if Path(source).is_relative_to(cache_root()) else DataError
