@@ -1,4 +1,4 @@
-"""Made-up tables of claims C6 to C12: what a test is about in arguments, the rest as it should not matter."""
+"""Made-up tables of claims C6 to C12: what a test is about in arguments, the rest as if it did not matter."""
 
 from __future__ import annotations
 
@@ -8,10 +8,21 @@ from typing import Any
 import pandas as pd
 from made_up_tables import END, row
 
+from asi_lens.results.judging import Verdict
 from asi_lens.results.rows import DeadFeatureRow, DriftRow, RankedDeadFeatureRow, frame
 
 WINDOW = 400
 SEEDS = (0, 1, 2)
+
+
+def holds(verdict: Verdict | None) -> Any:
+    assert verdict is not None
+    return verdict.holds
+
+
+def told(verdict: Verdict | None) -> dict[str, str]:
+    assert verdict is not None
+    return {number.name: number.text for number in verdict.numbers}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +83,7 @@ def sweep(curve: dict[int, tuple[float, float]], auto: int = 24, site: str = "at
     rows = []
     for layer, shift in ((1, -0.01), (3, 0.01)):
         about: dict[str, Any] = {"site": site, "layer": layer}
-        rows.append(row("random", dead_fraction=0.4, fvu=0.5, **about))
+        rows.append(row("random", dead_fraction=0.4 + 5 * shift, fvu=0.5, **about))
         rows.append(row("ASI, automatic d_init", d_init=auto, dead_fraction=0.2, fvu=0.45, **about))
         for d_init, (silent, fvu) in curve.items():
             rows.append(row("ASI", d_init=d_init, dead_fraction=silent + shift, fvu=fvu, **about))

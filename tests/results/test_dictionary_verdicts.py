@@ -12,22 +12,25 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from made_up_claims import ASI, RANDOM, WINDOW, End, changed, drift, gains, points, runs, sizes, sweep
+from made_up_claims import (
+    ASI,
+    RANDOM,
+    WINDOW,
+    End,
+    changed,
+    drift,
+    gains,
+    holds,
+    points,
+    runs,
+    sizes,
+    sweep,
+    told,
+)
 
 from asi_lens.base.errors import DataError
 from asi_lens.results import dictionary_verdicts as verdicts
 from asi_lens.results.judging import Verdict
-
-
-def holds(verdict: Verdict | None) -> Any:
-    assert verdict is not None
-    return verdict.holds
-
-
-def told(verdict: Verdict | None) -> dict[str, str]:
-    assert verdict is not None
-    return {number.name: number.text for number in verdict.numbers}
-
 
 IN_SEEDS = pytest.mark.parametrize(("seeds", "expected"), [(0, True), (1, None), (2, None), (3, False)])
 
@@ -136,6 +139,9 @@ CURED = {512: [0.01, 0.02], 4096: [0.03, 0.04], 32_768: [0.1, 0.1]}
         ({}, {4096: [0.03, 0.21]}, False),  # one size, one seed
         ({}, {4096: [0.1, 0.2]}, False),
         ({32_768: [0.05, 0.055]}, {32_768: [0.01, 0.01]}, False),  # falls with size
+        ({32_768: [0.06, 0.05]}, {32_768: [0.01, 0.01]}, False),  # does not grow
+        ({32_768: [0.02, 0.08]}, {32_768: [0.01, 0.01]}, False),  # falls by the mean over seeds
+        ({512: [0.05, 0.5]}, {}, True),  # grows by the mean
         ({4096: [0.9, 0.9]}, {}, True),  # only the ends count
     ],
 )
@@ -153,6 +159,7 @@ def test_c7_by_size_tells_the_ends() -> None:
         "ASI, 32,768 features": "10.0 % (10.0 to 10.0 %)",
         "random minus ASI, smallest": "4.0 %",
     }
+    assert holds(verdicts.c7_by_size(sizes({8: [0.1], 9: [0.2]}, {8: [0.01], 9: [0.01]}))) is True
     assert verdicts.c7_by_size(sizes({512: [0.1]}, {512: [0.01]})) is None, "one size"
 
 
@@ -166,7 +173,8 @@ CURVE = {8: (0.3, 0.48), 16: (0.1, 0.4), 32: (0.1, 0.41), 64: (0.39, 0.5)}
     ("curve", "expected"),
     [
         ({}, True),
-        ({32: (0.3, 0.41)}, False),  # good at 16 alone: no factor of two
+        ({32: (0.195, 0.41)}, True),  # half of the random start's, means over layers
+        ({32: (0.21, 0.41)}, False),  # good at 16 alone: no factor of two
         ({16: (0.3, 0.4), 32: (0.3, 0.4)}, False),  # none is good
         ({16: (0.1, 0.51), 32: (0.1, 0.51)}, False),  # fewer silent, at a higher FVU
         ({64: (0.1, 0.5)}, False),  # the largest is good
@@ -209,6 +217,10 @@ def test_the_automatic_choice_is_held_against_the_good_range(auto: int, inside: 
         auto,
     ]
     assert found.loc[("attn_out", 1), ["fvu", "fvu random"]].tolist() == [0.45, 0.5]
+    more = sweep({**CURVE, 32: (0.25, 0.41)}, auto).assign(seed=1)  # good by the mean over seeds
+    assert (
+        verdicts.good_d_init(pd.concat([sweep(CURVE, auto), more]))["inside the good range"].all() == inside
+    )
     assert not found.loc["mlp_out", "inside the good range"].any()
     assert found.loc["mlp_out", "good d_init, min"].isna().all()
 

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from made_up_claims import holds, told
 
 from asi_lens.base.errors import DataError, OptionError, UnknownNameError
 from asi_lens.results import rank_verdicts
@@ -63,16 +64,6 @@ MLP = ranks({"mlp_out": [0.9] * 3})
 OVERLAPS = frame([HeadOverlapRow("m", "news", 4096, 0, 0, 1, 0.4, 0.9, 0.2, 0.3)])
 
 
-def told(verdict: Verdict | None) -> dict[str, str]:
-    assert verdict is not None
-    return {number.name: number.text for number in verdict.numbers}
-
-
-def holds(verdict: Verdict | None) -> Any:
-    assert verdict is not None
-    return verdict.holds
-
-
 # --- C1, C2 -----------------------------------------------------------------------------------------
 
 
@@ -81,7 +72,7 @@ def holds(verdict: Verdict | None) -> Any:
     [
         ([0.5, 0.5, 0.5, 0.5], True),
         ([0.5, 0.5, 0.5, 0.85], True),  # three quarters of the layers
-        ([0.1, 0.1, 0.85, 0.85], False),  # the lowest mean alone
+        ([0.1, 0.1, 0.8, 0.8], False),  # the lowest mean alone; a tie in a layer is not below
         ([0.79, 0.79, 0.79, 0.99], False),  # three quarters of the layers alone
         ([0.85] * 4, False),
         ([0.95] * 4, False),
