@@ -135,10 +135,7 @@ def _harvest(
     progress: bool,
     ranks: Ranks,
 ) -> dict[SiteLayer, ActivationStore]:
-    require(dtype in shards.DTYPES, "dtype", dtype, " or ".join(map(repr, shards.DTYPES)))
-    require(budget_gb > 0, "budget_gb", budget_gb, "above 0")
-    require(shard_tokens is None or shard_tokens >= 1, "shard_tokens", shard_tokens, "at least 1")
-    require(batch_tokens >= 1, "batch_tokens", batch_tokens, "at least 1")
+    _check(dtype, budget_gb, shard_tokens, batch_tokens)
     if not chosen:
         raise OptionError("no (site, layer) was asked for")
     per_sequence = tokens.context - drop_first
@@ -200,15 +197,25 @@ def _harvest(
             )
             ranks.exchange("the harvest", "", patient=True)
 
-            def finish() -> None:
-                for where, writer in writers.items():
-                    if ranks.size == 1:
-                        writer.finish()
-                    elif ranks.rank == 0:
-                        join_parts(folders[where], writer.origin, ranks.size)
-
-            ranks.together("finishing the store", finish)
+            ranks.together("finishing the store", lambda: _finish(writers, folders, ranks))
     return {where: ActivationStore.open(folder) for where, folder in folders.items()}
+
+
+def _finish(
+    writers: Mapping[SiteLayer, ShardWriter], folders: Mapping[SiteLayer, Path], ranks: Ranks
+) -> None:
+    for where, writer in writers.items():
+        if ranks.size == 1:
+            writer.finish()
+        elif ranks.rank == 0:
+            join_parts(folders[where], writer.origin, ranks.size)
+
+
+def _check(dtype: str, budget_gb: int | float, shard_tokens: int | None, batch_tokens: int) -> None:
+    require(dtype in shards.DTYPES, "dtype", dtype, " or ".join(map(repr, shards.DTYPES)))
+    require(budget_gb > 0, "budget_gb", budget_gb, "above 0")
+    require(shard_tokens is None or shard_tokens >= 1, "shard_tokens", shard_tokens, "at least 1")
+    require(batch_tokens >= 1, "batch_tokens", batch_tokens, "at least 1")
 
 
 def _stretch(n: int, per_batch: int, ranks: Ranks) -> tuple[int, int]:

@@ -133,9 +133,7 @@ def truncation_sweep(
     Raises OptionError for a rank or seed out of range.
     """
     random_ranks = ranks if random_ranks is None else random_ranks
-    for key, values in (("ranks", ranks), ("random_ranks", random_ranks)):
-        for rank in values:
-            require(0 < rank <= 1, key, rank, "fractions of the width above 0 and at most 1")
+    _require_fractions(ranks=ranks, random_ranks=random_ranks)
     require(all(seed >= 0 for seed in random_seeds), "random_seeds", list(random_seeds), "of at least 0")
     info = models.model_info(model)
     base = {
@@ -189,6 +187,12 @@ def truncation_sweep(
                 }
             )
     return out
+
+
+def _require_fractions(**given: Sequence[float]) -> None:
+    for key, values in given.items():
+        for rank in values:
+            require(0 < rank <= 1, key, rank, "fractions of the width above 0 and at most 1")
 
 
 def _sizes(ranks: Sequence[float], d: int) -> list[int]:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from asi_lens.figures.collapse import (
     downstream_loss,
-    head_overlap,
     rank_curves,
     rank_heatmap,
     rank_vs_tokens,
     spectra,
-    wo_ablation,
 )
 from asi_lens.figures.dead_features import (
     d_init_sweep,
@@ -19,6 +17,7 @@ from asi_lens.figures.dead_features import (
     learning_rates,
 )
 from asi_lens.figures.kinds import dictionaries, jumprelu_schedule
+from asi_lens.figures.output_projection import head_overlap, wo_ablation
 from asi_lens.results.figure_files import SavedFigure, save
 
 __all__ = [

@@ -260,3 +260,15 @@ def level(figure: go.Figure, y: float, text: str, cols: int) -> None:
     more = _LEVEL_MARGIN - figure.layout.margin.r
     figure.layout.margin.r = _LEVEL_MARGIN
     figure.layout.meta = {**figure.layout.meta, "min_width": figure.layout.meta["min_width"] + more}
+
+
+def color_scale(title: str, low: float | int, high: float | int, *, step: float | int = 0.1) -> dict:
+    """A color axis from `low` to `high`, both moved out to a multiple of `step`."""
+    bar = {
+        "title": {"text": f"{title}<br> ", "font": {"size": 13}},
+        "thickness": 14,
+        "outlinewidth": 0,
+        "len": 1,
+    }
+    low, high = math.floor(low / step) * step, math.ceil(high / step) * step
+    return {"colorscale": "Cividis", "cmin": low, "cmax": high, "colorbar": bar}

@@ -11,11 +11,8 @@ import pytest
 from made_up_ranks import losses, overlaps, projections, ranks, spectra
 
 from asi_lens.base.errors import DataError, UnknownNameError
-from asi_lens.figures import collapse
+from asi_lens.figures import collapse, output_projection
 from asi_lens.figures.style import COLORS, color, pick
-from asi_lens.results.rows import (
-    VARIANTS,
-)
 
 BUILDERS: list[tuple[Callable[..., go.Figure], Callable[..., pd.DataFrame]]] = [
     (collapse.rank_curves, ranks),
@@ -23,8 +20,8 @@ BUILDERS: list[tuple[Callable[..., go.Figure], Callable[..., pd.DataFrame]]] = [
     (collapse.rank_heatmap, ranks),
     (collapse.rank_vs_tokens, lambda: ranks(n_tokens=(512, 1024, 4096))),
     (collapse.downstream_loss, losses),
-    (collapse.wo_ablation, projections),
-    (collapse.head_overlap, overlaps),
+    (output_projection.wo_ablation, projections),
+    (output_projection.head_overlap, overlaps),
 ]
 
 
@@ -170,35 +167,3 @@ def test_rows_without_a_recovered_loss_are_left_out() -> None:
     assert "MLP output" not in named(collapse.downstream_loss(table))
     with pytest.raises(DataError, match="empty in every row"):
         collapse.downstream_loss(table.assign(loss_recovered=np.nan))
-
-
-def test_variants_come_in_the_order_of_the_story() -> None:
-    figure = collapse.wo_ablation(projections())
-    places = list(figure.layout.yaxis.tickvals)
-    assert places == sorted(places, reverse=True)
-    assert len(set(places)) == len(VARIANTS)
-    assert list(figure.layout.yaxis.ticktext) == [collapse.VARIANT_LABELS[v] for v in VARIANTS]
-    dots = [trace for trace in figure.data if trace.mode == "markers"]
-    np.testing.assert_allclose(dots[0].x, [0.45, 0.46, 0.47], err_msg="the mean over draws, a dot per layer")
-    lines = [shape.line.color for shape in figure.layout.shapes]
-    assert lines == [COLORS["z"], COLORS["attn_out"]]
-
-
-def test_some_variants_are_enough_and_unknown_ones_are_refused() -> None:
-    figure = collapse.wo_ablation(projections(("z", "attn_out", "gaussian")))
-    assert len(figure.layout.yaxis.ticktext) == 3
-    with pytest.raises(UnknownNameError, match="gaussian"):
-        collapse.wo_ablation(projections(("z",)).assign(variant="gausian"))
-
-
-def test_head_overlap_is_symmetric_without_its_diagonal_and_tells_chance() -> None:
-    figure = collapse.head_overlap(overlaps())
-    grid = np.array(figure.data[0].z, dtype=float)
-    assert np.isnan(np.diag(grid)).all()
-    np.testing.assert_allclose(grid[0, 1:], [0.1, 0.2])
-    np.testing.assert_allclose(grid, grid.T)
-    assert "random subspaces: 0.33" in figure.layout.title.subtitle.text
-    with pytest.raises(DataError, match="one head"):
-        collapse.head_overlap(overlaps(n_heads=1))
-    with pytest.raises(DataError, match="draws one model"):
-        collapse.head_overlap(pd.concat([overlaps(), overlaps().assign(model="n")]))

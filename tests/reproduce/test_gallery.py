@@ -13,7 +13,7 @@ import browser
 import made_up_ranks as tables
 import pytest
 
-from asi_lens.figures import collapse
+from asi_lens.figures import collapse, output_projection
 from asi_lens.reproduce import gallery
 from asi_lens.results import chrome, drawing
 from asi_lens.results.figure_files import save
@@ -28,8 +28,8 @@ BUILT = {
     "01_rank_heatmap": lambda: collapse.rank_heatmap(tables.ranks(models=("m", "n"))),
     "01_rank_vs_tokens": lambda: collapse.rank_vs_tokens(tables.ranks(n_tokens=(512, 4096))),
     "02_downstream_loss": lambda: collapse.downstream_loss(tables.losses()),
-    "03_wo_ablation": lambda: collapse.wo_ablation(tables.projections()),
-    "03_head_overlap": lambda: collapse.head_overlap(tables.overlaps()),
+    "03_wo_ablation": lambda: output_projection.wo_ablation(tables.projections()),
+    "03_head_overlap": lambda: output_projection.head_overlap(tables.overlaps()),
 }
 
 

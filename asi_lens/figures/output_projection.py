@@ -1,0 +1,158 @@
+"""Figures of the output projection: what each change to it does to the rank, and how heads overlap."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from asi_lens.base.errors import DataError, unknown_name
+from asi_lens.figures.parts import color_scale, panels
+from asi_lens.figures.style import COLORS, left_margin, need, order, pick, setting, single
+from asi_lens.results.rows import VARIANTS, HeadOverlapRow, OutputProjectionRow
+
+VARIANT_LABELS = {
+    "z": "z, before W<sub>O</sub>",
+    "attn_out": "attention output, z W<sub>O</sub>",
+    "flat_spectrum": "W<sub>O</sub>, spectrum made flat",
+    "random_orthogonal": "W<sub>O</sub> random orthogonal",
+    "gaussian": "W<sub>O</sub> random Gaussian",
+    "rotated_input": "z rotated at random",
+    "isotropic_z": "z made white noise",
+    "orthogonal_heads": "heads made orthogonal",
+    "sum_of_heads": "sum of the heads' ranks",
+}
+# What each group of rows changes; a gap parts them.
+_GROUPS = (
+    ("z", "attn_out"),
+    ("flat_spectrum", "random_orthogonal", "gaussian"),
+    ("rotated_input", "isotropic_z"),
+    ("orthogonal_heads", "sum_of_heads"),
+)
+
+
+def wo_ablation(table: pd.DataFrame) -> go.Figure:
+    """Effective rank of what attention writes under each change to W_O, its input or its heads (C4, C5).
+
+    Takes `OutputProjectionRow`s. A row per variant in the order that tells the story, a dot per layer
+    (mean over draws; its color is the depth), a bar and a number at the mean; dashed lines mark the
+    means before and after W_O. A panel per model.
+    """
+    need(table, OutputProjectionRow)
+    for variant in table.variant.unique():
+        if variant not in VARIANTS:
+            raise unknown_name("variant", variant, VARIANTS)
+    models = order(table, "model")
+    groups = [[v for v in group if (table.variant == v).any()] for group in _GROUPS]
+    variants = [(v, -gap) for gap, group in enumerate(filter(None, groups)) for v in group]
+    place = {variant: 0.5 * gap - row for row, (variant, gap) in enumerate(variants)}
+    figure = panels(
+        "What makes the collapse: the output projection and the overlap of heads",
+        setting(table, what="a dot per layer, a bar at the mean"),
+        [models],
+        legend=False,
+        left=left_margin(VARIANT_LABELS[variant] for variant in place),
+        plot=round(30 - 38 * min(place.values())),
+    )
+    for col, model in enumerate(models, start=1):
+        dots = table[table.model == model].groupby(["variant", "layer"]).effective_rank_fraction.mean()
+        for variant in place:
+            if variant in dots.index.get_level_values("variant"):
+                _strip(figure, dots[variant], place[variant], col, color=COLORS.get(variant))
+    figure.update_yaxes(
+        tickvals=list(place.values()),
+        ticktext=[VARIANT_LABELS[variant] for variant in place],
+        range=[min(place.values()) - 0.6, 0.6],
+        showgrid=False,
+        ticks="",
+    )
+    ticks = [0, 0.2, 0.4, 0.6, 0.8, 1]
+    figure.update_xaxes(title_text="effective rank / width", range=[0, 1.12], tickvals=ticks)
+    scale = color_scale("layer", 0, max(1, int(table.layer.max())), step=1)
+    figure.update_layout(coloraxis=scale, margin_r=90)
+    return figure
+
+
+def head_overlap(table: pd.DataFrame, layers: Sequence[int] | None = None) -> go.Figure:
+    """Mean cosine of the principal angles between heads' output subspaces, a panel per layer (C5).
+
+    Takes `HeadOverlapRow`s of one model; `layers` are those to show, else up to four spread over its
+    depth. The diagonal (a head with itself) is left out; the subtitle gives the level of chance.
+    """
+    need(table, HeadOverlapRow)
+    single(table, "model", "head_overlap")
+    shown = pick(table.layer, layers)
+    off = table[table.head_a != table.head_b]
+    if off.empty:
+        raise DataError("head_overlap: a model with one head has no overlap to draw")
+    chance = float(off.random_mean_cosine.mean())
+    figure = panels(
+        "Overlap of the heads' output subspaces",
+        setting(table, what=f"random subspaces: {chance:.2f}"),
+        [[f"layer {layer}" for layer in shown]],
+        y="head",
+        legend=False,
+        left=60,
+        plot=max(180, round(860 / len(shown))) if len(shown) > 2 else 340,
+    )
+    heads = sorted({*off.head_a, *off.head_b})
+    names = [str(head) for head in heads]
+    mirrored = pd.concat([off, off.rename(columns={"head_a": "head_b", "head_b": "head_a"})])
+    means = mirrored.groupby(["layer", "head_a", "head_b"]).mean_cosine.mean()
+    for col, layer in enumerate(shown, start=1):
+        figure.add_heatmap(
+            z=means[layer].unstack().reindex(index=heads, columns=heads).to_numpy(),
+            x=names,
+            y=names,
+            coloraxis="coloraxis",
+            xgap=1,
+            ygap=1,
+            hoverongaps=False,
+            hovertemplate="heads %{x} and %{y}: %{z:.3f}<extra></extra>",
+            texttemplate="%{z:.2f}" if len(heads) <= 4 else None,
+            row=1,
+            col=col,
+        )
+    plain = {"showgrid": False, "type": "category", "ticks": "", "showline": False}
+    figure.update_xaxes(title_text="head", **plain)
+    figure.update_yaxes(autorange="reversed", **plain)
+    scale = color_scale("mean<br>cosine", min(chance, means.min()), means.max(), step=0.05)
+    figure.update_layout(coloraxis=scale, margin_r=100)
+    return figure
+
+
+def _strip(figure: go.Figure, dots: pd.Series, y: float, col: int, *, color: str | None) -> None:
+    """Dots by layer in a row at height `y`, a bar at their mean; a line down the panel in `color`."""
+    where = {"row": 1, "col": col}
+    mean = float(dots.mean())
+    # A fixed spread by depth keeps the dots of 30 layers apart: random jitter would differ per run.
+    depth = dots.index.to_numpy()
+    figure.add_scatter(
+        x=dots.to_numpy(),
+        y=y + 0.34 * (0.5 - depth / max(1, depth.max())),
+        mode="markers",
+        marker={
+            "size": 7,
+            "color": depth,
+            "coloraxis": "coloraxis",
+            "line": {"width": 0.5, "color": "white"},
+        },
+        customdata=depth,
+        hovertemplate="layer %{customdata}: %{x:.3f}<extra></extra>",
+        showlegend=False,
+        **where,
+    )
+    figure.add_scatter(
+        x=[mean, mean],
+        y=[y - 0.36, y + 0.36],
+        mode="lines",
+        line={"color": "black", "width": 3},
+        hovertemplate=f"mean over layers: {mean:.3f}<extra></extra>",
+        showlegend=False,
+        **where,
+    )
+    figure.add_annotation(x=1.11, xanchor="right", y=y, text=f"{mean:.2f}", showarrow=False, **where)
+    if color is not None:
+        line = {"color": color, "width": 1.5, "dash": "dash"}
+        figure.add_vline(x=mean, line=line, layer="below", **where)
