@@ -9,6 +9,7 @@ from made_up_ranks import overlaps, projections
 
 from asi_lens.base.errors import DataError, UnknownNameError
 from asi_lens.figures import output_projection
+from asi_lens.figures.style import COLORS
 from asi_lens.results.rows import VARIANTS
 
 
