@@ -202,6 +202,10 @@ def test_c8_tells_the_range() -> None:
     }
     none = verdicts.c8(sweep({**CURVE, 16: (0.3, 0.4), 32: (0.3, 0.4)}))
     assert len(told(none)) == 2, "no good value to tell"
+    table = sweep(CURVE)
+    assert holds(verdicts.c8(table[table.method != "ASI, automatic d_init"])) is True
+    assert holds(verdicts.c8(table.assign(fvu=table.fvu.where(table.d_init != 32)))) is None, "one unknown"
+    assert holds(verdicts.c8(sweep({16: (0.1, 0.4), 64: (0.3, 0.5)}))) is False
     assert verdicts.c8(sweep({16: (0.1, 0.4)})) is None, "one value"
     assert verdicts.c8(sweep(CURVE, site="mlp_out")) is None
 
@@ -265,7 +269,9 @@ SMALL: dict[str, Any] = {"mlp_out": ([0.1, 0.1], [0.0, 0.1]), "resid_post": ([0.
     [
         ({"attn_out": ([0.4, 0.2], [0.1, 0.1])}, True),
         ({"attn_out": ([0.4, 0.2], [0.0, 0.3])}, True),  # the mean over layers
+        ({"attn_out": ([0.5, 0.25], [0.25, 0.125])}, True),  # half of them
         ({"attn_out": ([0.4, 0.2], [0.3, 0.1])}, False),  # less than half of them
+        ({"attn_out": ([0.1, 0.0], [0.0, 0.0]), "mlp_out": ([0.07, 0.07], [0.0, 0.0])}, False),
         ({"attn_out": ([0.1, 0.1], [0.05, 0.05])}, False),  # as much as elsewhere
         ({"attn_out": ([0.4, 0.2], [0.1, 0.1]), "mlp_out": ([0.9, 0.9], [0.1, 0.1])}, False),
         ({"attn_out": ([0.4, 0.2], [0.1, 0.1]), "resid_post": ([0.9, 0.9], [0.1, 0.1])}, False),
