@@ -20,9 +20,8 @@ from asi_lens.activations.spectrum import Spectrum
 from asi_lens.base.errors import OptionError, require, unknown_name
 from asi_lens.kernels.draws import DRAW_ROWS, draw_gaussian
 from asi_lens.kernels.gradients import decode_sum
-from asi_lens.sae.activations import Thresholded
 from asi_lens.sae.dictionary import SparseAutoencoder
-from asi_lens.sae.sparsity import has_threshold, set_threshold
+from asi_lens.sae.threshold import set_threshold
 from asi_lens.training.mesh import Mesh
 
 METHODS = ("random", "orthogonal", "asi", "asi_authors")
@@ -119,7 +118,7 @@ def initialize(
         center_encoder_bias: b_enc = - mean pre-activation on `sample`, so that every feature starts with
             mean pre-activation zero; else zeros.
         initial_l0: features that fire on a token of the sample, for activation functions with a threshold
-            (`sparsity.set_threshold`); by default the dictionary's k.
+            (`threshold.set_threshold`); by default the dictionary's k.
         seed: of the directions; by default that of the configuration.
         mesh: where `sae` has the features of one rank of several (`mesh.shard`): they get the weights that
             they would have in the whole dictionary. Every rank gives the same spectrum and sample.
@@ -137,7 +136,7 @@ def initialize(
     require(sample is not None or not needy, "sample", sample, f"given for {' and '.join(needy)}=True")
     if spectrum is not None:
         require(spectrum.d == sae.d_in, "spectrum", f"of width {spectrum.d}", f"of width d_in={sae.d_in}")
-    if not has_threshold(sae):
+    if not sae.activation.has_threshold:
         require(initial_l0 is None, "initial_l0", initial_l0, "left out for an activation without thresholds")
     elif method == "asi_authors":
         raise OptionError(f"method={method!r} is not for activation={sae.config.activation!r}; take 'asi'")
@@ -169,15 +168,14 @@ def initialize(
     else:
         if center_encoder_bias and sample is not None:
             sae.b_enc.copy_(-_mean_pre(sae, sample))
-        if has_threshold(sae) and sample is not None:
+        if sae.activation.has_threshold and sample is not None:
             set_threshold(sae, sample, sae.k if initial_l0 is None else initial_l0)
         if norm_search and sample is not None:
             _, cross, power = _first_fit(sae, sample, mesh)
             scale = cross / power if cross > 0 else 1.0
             sae.encoder_rows.mul_(scale)
             sae.b_enc.mul_(scale)
-            if isinstance(sae.activation, Thresholded):
-                sae.activation.threshold.data.mul_(scale)
+            sae.activation.rescale(scale)
     if sample is not None:
         square, cross, power = _first_fit(sae, sample, mesh)
         x = sae.normalize(sample).double()

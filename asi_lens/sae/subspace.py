@@ -99,7 +99,6 @@ def expand(
     out.b_dec.copy_(wide @ sae.b_dec.double())
     mean = center.double().to(wide.device) + wide @ sae.input_mean.double()
     out.set_normalization(mean, float(sae.input_scale))
-    if isinstance(out.activation, torch.nn.Module) and isinstance(sae.activation, torch.nn.Module):
-        out.activation.load_state_dict(sae.activation.state_dict())
+    out.activation.load_state_dict(sae.activation.state_dict())
     out.initialization = {**sae.initialization, "subspace": r}
     return out

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from asi_lens.base.errors import DataError, OptionError, require, require_known
@@ -19,10 +19,10 @@ from asi_lens.kernels.gradients import Gradients, Term, decode_sum, sum_gradient
 from asi_lens.kernels.topk import Workspace, encode_topk
 from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.drift import Drift
+from asi_lens.sae.kinds import kinds_with
 from asi_lens.sae.optim import RowAdam, gradient_norm
 from asi_lens.sae.search import SEARCHES, SubspaceSearch, is_due
 from asi_lens.sae.sparsity import SparsityConfig
-from asi_lens.sae.sparsity_kinds import KINDS
 from asi_lens.training.config import TrainConfig
 from asi_lens.training.learner import DivergedError, StepOutput
 from asi_lens.training.ledger import DeadnessLedger
@@ -65,17 +65,19 @@ class Trainer(Fits):
         sparsity = sparsity or SparsityConfig()
         if self.mesh.config.size > 1 and drift is not None:
             raise OptionError("drift is not measured over several ranks; leave it out")
-        if self.mesh.config.size > 1 and (sae.config.activation != "topk" or sparsity.prefixes):
+        kind = sae.activation
+        if self.mesh.config.size > 1 and (not kind.over_ranks or sparsity.prefixes):
             raise OptionError(
                 f"activation={sae.config.activation!r} with prefixes={list(sparsity.prefixes)} is not "
-                "allowed over several ranks; there it is 'topk' without prefixes"
+                f"allowed over several ranks; there it is {kinds_with('over_ranks')} without prefixes"
             )
         require_known([search], SEARCHES, "search")
-        if search != "exact" and (sae.config.activation != "topk" or self.mesh.config.size > 1):
-            raise OptionError(f"search={search!r} is not allowed; it is for 'topk' on one process")
+        if search != "exact" and (not kind.picks_k or self.mesh.config.size > 1):
+            allowed = f"it is for {kinds_with('picks_k')} on one process"
+            raise OptionError(f"search={search!r} is not allowed; {allowed}")
         self.search = search
         self.subspace: SubspaceSearch | None = None
-        self.sparsity = KINDS[sae.config.activation](sae, sparsity, self.n_steps, self.mesh)
+        self.sparsity = kind.trained_by(sae, sparsity, self.n_steps, self.mesh)
         self.optimizer = RowAdam(sae, self.config.optimizer)
         self.ledger = DeadnessLedger(sae.d_sae, sae.W_dec.device)
         self.aux_k = sae.d_out // 2 if self.config.aux_k == "auto" else int(self.config.aux_k)
@@ -285,17 +287,13 @@ class Trainer(Fits):
         out |= {f"sae.{name}": tensor for name, tensor in self._normalization().items()}
         out |= {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()}
         out |= {f"sparsity.{name}": tensor for name, tensor in self.sparsity.state().items()}
-        out |= {f"activation.{name}": tensor for name, tensor in self._activation_state().items()}
+        out |= {f"activation.{name}": tensor for name, tensor in self.sae.activation.state_dict().items()}
         if self.subspace is not None:
             out |= {f"search.{name}": tensor for name, tensor in self.subspace.state().items()}
         return out | {f"ledger.{name}": tensor for name, tensor in self.ledger.state().items()}
 
     def _normalization(self) -> dict[str, Tensor]:
         return dict(self.sae.named_buffers(recurse=False))
-
-    def _activation_state(self) -> dict[str, Tensor]:
-        activation = self.sae.activation
-        return activation.state_dict() if isinstance(activation, nn.Module) else {}
 
     @torch.no_grad()
     def load_state(self, read: Callable[[str], Tensor]) -> None:
@@ -316,7 +314,7 @@ class Trainer(Fits):
             tensor.copy_(read(f"sae.{name}"))
         self.optimizer.load_state(lambda name: read(f"optimizer.{name}"))
         self.sparsity.load_state(lambda name: read(f"sparsity.{name}"))
-        for name, tensor in self._activation_state().items():
+        for name, tensor in self.sae.activation.state_dict().items():
             tensor.copy_(read(f"activation.{name}"))
         if self.subspace is not None:
             self.subspace.load_state(lambda name: read(f"search.{name}"))

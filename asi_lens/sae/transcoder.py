@@ -114,11 +114,8 @@ class Transcoder(SparseAutoencoder):
         """
         raw = 1 / self.output_scale
         shift = (self.input_mean * self.input_scale) @ self.W_enc
-        own = self._own_folded(self.output_scale)
-        if "b_mag" in own:  # of magnitudes, which b_enc has no part in
-            own["b_mag"] = own["b_mag"] - own["r_mag"].exp() * shift * raw
         return {
-            **own,
+            **self.activation.folded(self.output_scale, shift),
             "W_enc": self.W_enc.detach() * (self.input_scale * raw),
             "b_enc": (self.b_enc - shift) * raw,
             "W_dec": self.W_dec.detach().clone(),

@@ -24,9 +24,8 @@ from asi_lens.activations.pairs import Pair, PairedStores
 from asi_lens.base.errors import require, unknown_name
 from asi_lens.kernels.draws import unit_rows_
 from asi_lens.kernels.gradients import decode_sum
-from asi_lens.sae.activations import Thresholded
 from asi_lens.sae.initialize import active_subspace_of, auto_d_init, directions, largest_leak
-from asi_lens.sae.sparsity import has_threshold, set_threshold
+from asi_lens.sae.threshold import set_threshold
 from asi_lens.sae.transcoder import Transcoder
 
 TRANSCODER_METHODS = ("random", "asi")
@@ -91,7 +90,7 @@ def initialize_transcoder(
         raise unknown_name("reader", reader, READERS)
     require(store.d == sae.d_in, "store", f"with inputs {store.d} wide", f"{sae.d_in} wide")
     require(store.d_out == sae.d_out, "store", f"with outputs {store.d_out} wide", f"{sae.d_out} wide")
-    if not has_threshold(sae):
+    if not sae.activation.has_threshold:
         require(initial_l0 is None, "initial_l0", initial_l0, "left out for an activation without thresholds")
     written = store.outputs.spectrum if method == "asi" else None
     active = active_subspace_of(method, written, d_init, sae.d_out)
@@ -117,14 +116,13 @@ def initialize_transcoder(
         directions(sae.encoder_rows, "random" if reads is None else "asi", seed + 2**31, reads)
 
     sample = store.sample(min(_SAMPLE, store.n))
-    if has_threshold(sae):
+    if sae.activation.has_threshold:
         set_threshold(sae, sample.x, sae.k if initial_l0 is None else initial_l0)
     _, cross, power = _first_fit(sae, sample)
     scale = cross / power if cross > 0 else 1.0
     sae.encoder_rows.mul_(scale)
     sae.b_enc.mul_(scale)
-    if isinstance(sae.activation, Thresholded):
-        sae.activation.threshold.data.mul_(scale)
+    sae.activation.rescale(scale)
     total, cross, power = _first_fit(sae, sample)
     report = TranscoderInitReport(
         method=method,
