@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from asi_lens.base.errors import require, require_known, unknown_name
-from asi_lens.sae.initialize import METHODS
 from asi_lens.sae.kinds import KINDS
 from asi_lens.sae.search import SEARCHES
 from asi_lens.sae.sparsity import SparsityConfig
-from asi_lens.sae.transcoder_init import READERS, TRANSCODER_METHODS
+from asi_lens.sae.starts import find_start
+from asi_lens.sae.transcoder_init import READERS
 from asi_lens.training.config import TrainConfig
 
 
@@ -40,16 +40,14 @@ class Recipe:
     """How the top k are found, of `search.SEARCHES`; "subspace" for TopK autoencoders at full width."""
 
     def __post_init__(self) -> None:
-        if self.init not in METHODS:
-            raise unknown_name("initialization method", self.init, METHODS)
+        start = find_start(self.init)
         TrainConfig(optimizer=self.optimizer, aux_k=self.aux_k)
         require_known([self.activation], KINDS, "activation")
         fits = not self.inside or (self.init == "asi" and self.d_init is not None and self.center)
         require(fits, "inside", self.inside, "False but for a centered 'asi' with a d_init")
         if self.reader is not None:
-            if self.reader not in READERS:
-                raise unknown_name("reader", self.reader, READERS)
-            fits = self.init in TRANSCODER_METHODS and self.center and not self.inside
+            require_known([self.reader], READERS, "reader")
+            fits = start.transcoders and self.center and not self.inside
             require(
                 fits, "reader", self.reader, "left out where init, center or inside are not a transcoder's"
             )

@@ -22,7 +22,7 @@ from torch import Tensor
 from asi_lens.activations.pairs import Pair, PairedStores
 from asi_lens.base.errors import DataError, require
 from asi_lens.kernels.codes import SparseCode
-from asi_lens.kernels.draws import draw_gaussian, unit_rows_
+from asi_lens.kernels.draws import draw_gaussian, other_stream, unit_rows_
 from asi_lens.kernels.gradients import decode_sum
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 
@@ -44,8 +44,7 @@ class Transcoder(SparseAutoencoder):
         self.register_buffer("output_mean", torch.zeros(self.d_out, dtype=dtype))
         self.register_buffer("output_scale", torch.ones((), dtype=dtype))
         if draw:
-            # Any other stream of the same seed.
-            draw_gaussian(self.encoder_rows, config.seed + 2**31)
+            draw_gaussian(self.encoder_rows, other_stream(config.seed))
             unit_rows_(self.encoder_rows)
 
     @torch.no_grad()

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from asi_lens.kernels.codes import SparseCode, keep
 from asi_lens.kernels.topk import Workspace
-from asi_lens.sae.kinds.kind import Sizes, Thresholded, Training, largest
+from asi_lens.sae.kinds.free import Thresholded
+from asi_lens.sae.kinds.kind import Sizes, Training, largest
 
 # Share of the newest batch in the running threshold.
 _NEWEST = 0.01

@@ -18,7 +18,8 @@ from torch.nn.functional import relu
 from asi_lens.kernels.codes import SparseCode, pick, stack_codes
 from asi_lens.kernels.gradients import Term, decode_sum, picked_dots
 from asi_lens.kernels.topk import Workspace
-from asi_lens.sae.kinds.kind import FiresFreely, Kind, Penalized, Sizes
+from asi_lens.sae.kinds.free import FiresFreely
+from asi_lens.sae.kinds.kind import Kind, Penalized, Sizes
 from asi_lens.sae.sparsity import SparsityConfig
 
 

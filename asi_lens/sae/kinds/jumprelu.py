@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from asi_lens.kernels.codes import SparseCode, pick, stack_codes
 from asi_lens.kernels.gradients import Term, picked_dots
 from asi_lens.kernels.topk import Workspace
-from asi_lens.sae.kinds.kind import Penalized, Sizes, Thresholded
+from asi_lens.sae.kinds.free import Thresholded
+from asi_lens.sae.kinds.kind import Penalized, Sizes
 from asi_lens.sae.sparsity import SparsityConfig
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import relu
 
 from asi_lens.kernels.gradients import Term
-from asi_lens.sae.kinds.kind import FiresFreely, Penalized
+from asi_lens.sae.kinds.free import FiresFreely
+from asi_lens.sae.kinds.kind import Penalized
 from asi_lens.sae.sparsity import SparsityConfig
 
 

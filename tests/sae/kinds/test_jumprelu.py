@@ -1,26 +1,15 @@
-"""JumpReLU: codes of any width, and an l0 that is annealed."""
+"""JumpReLU: an l0 that is annealed."""
 
 from __future__ import annotations
 
 import pytest
-import torch
 from small_kinds import D_SAE, K
 from small_trainings import D_IN, quick, small_store
 
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.initialize import initialize
-from asi_lens.sae.kinds.jumprelu import JumpReLU
 from asi_lens.sae.sparsity import SparsityConfig
 from asi_lens.sae.train import Trainer
-
-
-def test_a_jump_relu_of_nothing_fires_nowhere() -> None:
-    part = JumpReLU(SAEConfig(d_in=2, d_sae=3, k=3))
-    with torch.no_grad():
-        part.threshold.fill_(float("inf"))
-    code = part.code(torch.ones(4, 2), torch.ones(3, 2), torch.zeros(3))
-    assert code.values.shape == (4, 1)
-    assert not code.values.any()
 
 
 def test_l0_is_annealed_down() -> None:
