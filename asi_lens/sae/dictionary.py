@@ -21,6 +21,8 @@ import torch
 from jaxtyping import Float, Num
 from torch import Tensor, nn
 
+from asi_lens.activations.pairs import Pair, PairedStores
+from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import DataError, OptionError, require, require_known, require_whole
 from asi_lens.base.metadata import plain_metadata
 from asi_lens.kernels.codes import SparseCode, stack_codes
@@ -152,21 +154,25 @@ class SparseAutoencoder(Weights):
         """What the encoder reads: x_n - b_dec as rows. Raises as `normalize`."""
         return self.normalize(x).sub_(self.b_dec)
 
-    def prepare(self, store: Any, *, first: bool) -> None:
+    def prepare(self, store: ActivationStore | PairedStores, *, first: bool) -> None:
         """Before training on `store`: take its mean and scale where there are none yet, if it is the `first`
         time. Raises OptionError for data that it cannot be trained on."""
-        require(not hasattr(store, "outputs"), "store", "pairs", "rows of one site, for an autoencoder")
+        if isinstance(store, PairedStores):
+            raise OptionError(
+                "store='pairs' is not allowed; store must be rows of one site, for an autoencoder"
+            )
         if first and not self.is_normalized:
             self.set_normalization(store.mean, store.scale)
 
-    def check_batch(self, batch: Any) -> None:
+    def check_batch(self, batch: Tensor | Pair) -> None:
         """Raise DataError unless `batch` is rows to train on."""
         if not isinstance(batch, Tensor) or batch.ndim != 2 or len(batch) == 0:
             found = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
             raise DataError(f"a batch is rows [n {self.d_in}] with n at least 1, not {found}")
 
-    def sides(self, batch: Any) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
+    def sides(self, batch: Tensor | Pair) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
         """What the encoder reads of a batch, and what acts W_dec is trained to be: here the same."""
+        assert isinstance(batch, Tensor)  # `check_batch` has seen to it
         x = self.centered(batch)
         return x, x
 

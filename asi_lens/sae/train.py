@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import runpy
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -13,6 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from asi_lens.activations.pairs import Pair, PairedStores
+from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import DataError, OptionError, require, require_known
 from asi_lens.kernels.codes import SparseCode
 from asi_lens.kernels.gradients import Gradients, Term, decode_sum, sum_gradients
@@ -37,7 +39,7 @@ __all__ = ["DivergedError", "SparsityConfig", "StepOutput", "TrainConfig", "Trai
 _PROBE_ROWS = 32
 
 
-class Trainer(Fits):
+class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
     """Trains one dictionary, which it holds and changes in place, on the device where it is by then.
 
     Attributes:
@@ -106,7 +108,7 @@ class Trainer(Fits):
         return math.ceil(self.config.n_tokens / self.config.batch_size)
 
     @torch.no_grad()
-    def step(self, batch: Any) -> StepOutput:
+    def step(self, batch: Tensor | Pair | Part) -> StepOutput:
         """One update on raw activations [batch d_in] (of a transcoder: on a `Pair` of those and outputs).
 
         Raises DataError for a batch of the wrong width, without rows, or with NaN or infinity, or for weights
@@ -116,13 +118,12 @@ class Trainer(Fits):
         sae, config, mesh = self.sae, self.config, self.mesh
         if self.steps == 0:
             _require_finite(sae)
-        part = batch if isinstance(batch, Part) else None
-        sae.check_batch(batch if part is None else part.rows)
+        sae.check_batch(batch.rows if isinstance(batch, Part) else batch)
         n = len(batch)
         self._first_weights()
         encoder, decoder = sae.encoder_rows, sae.W_dec.data
         first, last = mesh.tokens(n)
-        x, goal = sae.sides(batch[first:last] if part is None else part.rows)
+        x, goal = sae.sides(batch.rows if isinstance(batch, Part) else batch[first:last])
         code = self._code(x)
         # b_dec cancels: reconstruction - x_n = acts W_dec + b_dec - x_n = acts W_dec - x.
         residual, terms = self.sparsity.terms(mesh.pick(code, sae.k), goal, n)
@@ -217,7 +218,7 @@ class Trainer(Fits):
         term = Term(code, missed * (2 * weight), holds_b_dec=False, to_b_enc=not values_only)
         return term, missed.square().sum() * share
 
-    def prepare(self, store: Any) -> None:
+    def prepare(self, store: ActivationStore | PairedStores) -> None:
         """What `fit` does first: a dictionary without input normalization takes the store's."""
         self.sae.prepare(store, first=self.steps == 0)
         if self.search == "subspace" and self.subspace is None:
@@ -232,19 +233,17 @@ class Trainer(Fits):
             found |= {"search_r": search.r, "search_mass": search.mass, "search_picks": search.picks}
         return found
 
-    def stream(self, store: Any, start: int) -> Iterator[Sized]:
+    def stream(self, store: ActivationStore | PairedStores, start: int) -> Iterator[Tensor | Pair | Part]:
         """Batches from token `start` to `n_tokens`; on a rank of several, its parts of them."""
-        if self.mesh.config.data == 1:
+        if self.mesh.config.data == 1 or isinstance(store, PairedStores):
             yield from super().stream(store, start)
             return
-        for rows in self._batches(store, start, share=self.mesh.tokens):
-            n = min(self.config.batch_size, self.config.n_tokens - start)
+        config = self.config
+        options: dict[str, Any] = {"seed": config.seed, "start": start, "n_tokens": config.n_tokens}
+        for rows in store.batches(config.batch_size, **options, share=self.mesh.tokens):
+            n = min(config.batch_size, config.n_tokens - start)
             start += n
             yield Part(rows, n)
-
-    def step_on(self, batch: Any) -> StepOutput:
-        """`step`, by the name that `fit` calls it."""
-        return self.step(batch)
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint must agree with to be continued by this trainer (JSON values)."""
