@@ -46,9 +46,9 @@ class Reference:
         first = largest((x @ self.W_dec.T).relu(), k) @ self.W_dec
         best = (x * first).sum() / first.square().sum()
         self.W_enc = Parameter((best * self.W_dec.T).detach())
-        self.b_enc, self.b_dec = Parameter(0 * drawn[:, 0]), Parameter(0 * drawn[0])
+        self.b_enc, self.b_dec = (Parameter(torch.zeros_like(one)) for one in (drawn[:, 0], drawn[0]))
         self.optimizer = torch.optim.Adam([self.W_enc, self.b_enc, self.W_dec, self.b_dec], lr=lr)
-        self.tokens_since_fired = torch.zeros(d_sae)
+        self.tokens_since_fired = torch.zeros(d_sae, dtype=torch.int64)
 
     def normalize(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         """Activations as the dictionary sees them."""

@@ -75,8 +75,9 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
             )
         require_known([search], SEARCHES, "search")
         if search != "exact" and (not kind.picks_k or self.mesh.config.size > 1):
-            allowed = f"it is for {kinds_with('picks_k')} on one process"
-            raise OptionError(f"search={search!r} is not allowed; {allowed}")
+            raise OptionError(
+                f"search={search!r} is not allowed; it is for {kinds_with('picks_k')} on one process"
+            )
         self.search = search
         self.subspace: SubspaceSearch | None = None
         self.sparsity = kind.trained_by(sae, sparsity, self.n_steps, self.mesh)
@@ -164,8 +165,7 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
         self.sparsity.after(fired / n, self.steps - 1)
         self.ledger.update(code)
         if self.subspace is not None:
-            moved = None if config.optimizer == "adam" else grads.features
-            self.subspace.refresh(moved)
+            self.subspace.refresh(None if config.optimizer == "adam" else grads.features)
         return StepOutput(
             step=self.steps,
             tokens=self.tokens,
@@ -223,8 +223,7 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
         self.sae.prepare(store, first=self.steps == 0)
         if self.search == "subspace" and self.subspace is None:
             directions = store.spectrum.active_subspace(self.d_in).to(self.sae.W_dec)
-            batch, dtype = self.config.batch_size, self.compute_dtype
-            self.subspace = SubspaceSearch(self.sae, directions, batch, dtype)
+            self.subspace = SubspaceSearch(self.sae, directions, self.config.batch_size, self.compute_dtype)
 
     def measure(self) -> Metrics:
         """Columns of a logged row beside those of the step: of `drift` and of the search."""
@@ -301,8 +300,7 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
         Raises OptionError if the run that it is the state of began with other weights.
         """
         sae, first, here = self.sae, read("first_weights").to(self.sae.W_dec), self._first_weights()
-        close = first.shape == here.shape and torch.allclose(first, here, rtol=1e-3, atol=1e-5)
-        if not close:
+        if first.shape != here.shape or not torch.allclose(first, here, rtol=1e-3, atol=1e-5):
             raise OptionError("the checkpoint's run began with other weights or another input normalization")
         self._probe = first
         sae.encoder_rows.copy_(read("sae.encoder"))
@@ -317,8 +315,7 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
             tensor.copy_(read(f"activation.{name}"))
         if self.subspace is not None:
             self.subspace.load_state(lambda name: read(f"search.{name}"))
-        names = self.ledger.state()
-        self.ledger.load_state({name: read(f"ledger.{name}") for name in names})
+        self.ledger.load_state({name: read(f"ledger.{name}") for name in self.ledger.state()})
 
 
 def _require_finite(sae: SparseAutoencoder) -> None:
@@ -344,11 +341,9 @@ def _compute_dtype(choice: str, weights: Tensor) -> torch.dtype:
     if weights.dtype == torch.float64:
         require(choice != "bfloat16", "compute_dtype", choice, "auto or float32 for a float64 dictionary")
         return torch.float64
-    if choice == "auto":
-        from asi_lens.inputs.models import resolve_dtype
+    from asi_lens.inputs.models import resolve_dtype
 
-        return resolve_dtype("auto", weights.device)
-    return torch.bfloat16 if choice == "bfloat16" else torch.float32
+    return resolve_dtype(choice, weights.device)
 
 
 if __name__ == "__main__":

@@ -234,7 +234,11 @@ class Kind(nn.Module):
         raise NotImplementedError
 
     def rescale(self, factor: float) -> None:
-        """Follow encoder rows and b_enc that were multiplied by `factor`."""
+        """Follow encoder rows and b_enc that were multiplied by `factor`, so that values are, too.
+
+        The closed-form norm of `initialize` takes this for granted; a kind whose values are not proportional
+        to its pre-activations starts at another norm than the best.
+        """
 
     def folded(self, scale: Float[Tensor, ""], shift: Tensor | None = None) -> dict[str, Tensor]:
         """Its own parameters for values that are divided by `scale`, as `SparseAutoencoder.folded` has them.

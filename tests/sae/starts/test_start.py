@@ -18,29 +18,29 @@ from asi_lens.sae.starts.start import set_unit, start
 
 @pytest.fixture
 def from_the_sample() -> Iterator[None]:
-    @start("points")
-    def points(out: torch.Tensor, draw: Draw) -> torch.Tensor:
+    @start("made_up")
+    def made_up(out: torch.Tensor, draw: Draw) -> torch.Tensor:
         assert draw.sample is not None
         return set_unit(out, draw.sample[: len(out)].double())
 
     yield
-    del STARTS["points"]
+    del STARTS["made_up"]
 
 
 @pytest.mark.usefixtures("from_the_sample")
 def test_a_new_start_is_known_where_starts_are_named() -> None:
     sae, sample = make(), rows()
-    report = initialize(sae, "points", sample=sample)
+    report = initialize(sae, "made_up", sample=sample)
     unit = sample[:D_SAE].double()
     torch.testing.assert_close(sae.W_dec.data, (unit / unit.norm(dim=1, keepdim=True)).float())
-    assert (report.method, report.d_init) == ("points", None)
-    assert Recipe("mine", "points").init == "points"
-    with pytest.raises(UnknownNameError, match="did you mean 'points'"):
-        find_start("point")
-    with pytest.raises(OptionError, match=r"d_init=4 .*left out for method='points'"):
-        initialize(sae, "points", Spectrum.of(sample), 4, sample)
+    assert (report.method, report.d_init) == ("made_up", None)
+    assert Recipe("mine", "made_up").init == "made_up"
+    with pytest.raises(UnknownNameError, match="did you mean 'made_up'"):
+        find_start("made_u")
+    with pytest.raises(OptionError, match=r"d_init=4 .*left out for method='made_up'"):
+        initialize(sae, "made_up", Spectrum.of(sample), 4, sample)
     with pytest.raises(OptionError, match="reader='random'"):
-        Recipe("mine", "points", reader="random")
+        Recipe("mine", "made_up", reader="random")
 
 
 def test_rows_are_put_to_unit_norm() -> None:
