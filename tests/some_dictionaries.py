@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch.nn.functional import relu
 
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
-from asi_lens.sae.sparsity import set_threshold
+from asi_lens.sae.threshold import set_threshold
 from asi_lens.sae.transcoder import Transcoder
 
 D, D_SAE, K = 10, 33, 4

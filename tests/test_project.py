@@ -69,7 +69,6 @@ TESTED_ELSEWHERE = {
     "reproduce.kernel": "reproduce/test_execute.py",
     "reproduce.staleness": "reproduce/test_main.py",
     "sae.shard": "training/test_mesh.py",
-    "sae.sparsity_kinds": "sae/test_sparsity.py",
     "sae.splice": "sae/test_evaluate.py",
     "sae.transcoder_evaluate": "sae/test_transcoder.py",
     "sae.transcoder_init": "sae/test_transcoder.py",
@@ -296,10 +295,10 @@ def test_no_room_has_a_circle() -> None:
 def test_every_module_has_a_test_of_its_name() -> None:
     for path in MODULES:
         name = own_name(path)
-        room, _, module = name.partition(".")
-        if not module or path.name == "__init__.py":
+        room, _, module = name.rpartition(".")
+        if not room or path.name == "__init__.py":
             continue
-        own = ROOT / "tests" / room.replace(".", "/") / f"test_{module.replace('.', '/').strip('_')}.py"
+        own = ROOT / "tests" / room.replace(".", "/") / f"test_{module.strip('_')}.py"
         if name in TESTED_ELSEWHERE:
             assert not own.exists(), f"{name} has a test of its name; take it out of TESTED_ELSEWHERE"
             assert (ROOT / "tests" / TESTED_ELSEWHERE[name]).is_file(), name

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from asi_lens.base.errors import require, require_known, unknown_name
-from asi_lens.sae.dictionary import ACTIVATIONS
-from asi_lens.sae.initialize import METHODS
+from asi_lens.sae.kinds import KINDS
 from asi_lens.sae.search import SEARCHES
 from asi_lens.sae.sparsity import SparsityConfig
-from asi_lens.sae.transcoder_init import READERS, TRANSCODER_METHODS
+from asi_lens.sae.starts import find_start
+from asi_lens.sae.transcoder_init import READERS
 from asi_lens.training.config import TrainConfig
 
 
@@ -40,22 +40,19 @@ class Recipe:
     """How the top k are found, of `search.SEARCHES`; "subspace" for TopK autoencoders at full width."""
 
     def __post_init__(self) -> None:
-        if self.init not in METHODS:
-            raise unknown_name("initialization method", self.init, METHODS)
+        start = find_start(self.init)
         TrainConfig(optimizer=self.optimizer, aux_k=self.aux_k)
-        if self.activation not in ACTIVATIONS:
-            raise unknown_name("activation", self.activation, ACTIVATIONS)
+        require_known([self.activation], KINDS, "activation")
         fits = not self.inside or (self.init == "asi" and self.d_init is not None and self.center)
         require(fits, "inside", self.inside, "False but for a centered 'asi' with a d_init")
         if self.reader is not None:
-            if self.reader not in READERS:
-                raise unknown_name("reader", self.reader, READERS)
-            fits = self.init in TRANSCODER_METHODS and self.center and not self.inside
+            require_known([self.reader], READERS, "reader")
+            fits = start.transcoders and self.center and not self.inside
             require(
                 fits, "reader", self.reader, "left out where init, center or inside are not a transcoder's"
             )
         require_known([self.search], SEARCHES, "search")
-        plain = self.activation == "topk" and not self.inside and self.reader is None
+        plain = KINDS[self.activation].picks_k and not self.inside and self.reader is None
         fits = self.search == "exact" or plain
         require(fits, "search", self.search, "'exact' but for TopK autoencoders at full width")
 
@@ -74,7 +71,15 @@ RECIPES: dict[str, Recipe] = {
 """The paper's comparison (C7, C9), what centering alone does, and training in the subspace alone."""
 
 
-DICTIONARIES = ("TopK", "BatchTopK", "Matryoshka BatchTopK", "JumpReLU", "Gated", "ReLU with L1")
+# Matryoshka's prefixes are the dictionary over these.
+_PARTS = (16, 8, 4, 2)
+_KINDS = {
+    name: (kind, nested)
+    for kind, about in KINDS.items()
+    for name, nested in ((about.title, False), (f"Matryoshka {about.title}", True))
+    if about.also_nested or not nested
+}
+DICTIONARIES = tuple(_KINDS)
 """Kinds of dictionary that `dictionary_recipe` knows."""
 
 
@@ -84,17 +89,11 @@ def dictionary_recipe(kind: str, d_sae: int) -> Recipe:
     Matryoshka's prefixes are a sixteenth, an eighth, a quarter and half of the dictionary. Raises
     UnknownNameError for a name that is not in `DICTIONARIES`.
     """
-    if kind not in DICTIONARIES:
-        raise unknown_name("kind of dictionary", kind, DICTIONARIES)
-    prefixes = tuple(d_sae // part for part in (16, 8, 4, 2))
-    activation, sparsity = {
-        "TopK": ("topk", SparsityConfig()),
-        "BatchTopK": ("batchtopk", SparsityConfig()),
-        "Matryoshka BatchTopK": ("batchtopk", SparsityConfig(prefixes=prefixes)),
-        "JumpReLU": ("jumprelu", SparsityConfig(bandwidth=0.5)),
-        "Gated": ("gated", SparsityConfig(coefficient=0.05)),
-        "ReLU with L1": ("relu", SparsityConfig(coefficient=0.05)),
-    }[kind]
+    require_known([kind], DICTIONARIES, "kind of dictionary")
+    activation, nested = _KINDS[kind]
+    sparsity = KINDS[activation].default
+    if nested:
+        sparsity = replace(sparsity, prefixes=tuple(d_sae // part for part in _PARTS))
     return Recipe(kind, activation=activation, sparsity=sparsity)
 
 

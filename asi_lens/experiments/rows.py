@@ -20,6 +20,7 @@ from asi_lens.inputs.models import model_info
 from asi_lens.results.rows import DeadFeatureRow, DriftRow
 from asi_lens.sae.drift import COLUMNS
 from asi_lens.sae.evaluate import Evaluation, evaluate_together
+from asi_lens.sae.kinds import KINDS
 from asi_lens.sae.transcoder import Transcoder
 from asi_lens.sae.transcoder_evaluate import evaluate_transcoders
 
@@ -173,7 +174,7 @@ def _about(run: Run, held_out: ActivationStore | PairedStores) -> dict[str, Any]
         "optimizer": run.train.optimizer,
         "aux_k": (run.config.d_out or run.config.d_in) // 2 if run.train.aux_k == "auto" else run.train.aux_k,
         "d_sae": run.config.d_sae,
-        "k": run.config.k if run.config.activation == "topk" else None,
+        "k": run.config.k if KINDS[run.config.activation].picks_k else None,
         "lr": run.train.lr,
         "seed": run.seed,
     }

@@ -23,7 +23,7 @@ from asi_lens.inputs.models import resolve_device, resolve_dtype
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.drift import Drift
 from asi_lens.sae.initialize import InitReport, auto_d_init, initialize
-from asi_lens.sae.sparsity import has_threshold
+from asi_lens.sae.kinds import KINDS
 from asi_lens.sae.subspace import SubspaceStore, expand
 from asi_lens.sae.train import Trainer
 from asi_lens.sae.transcoder import Transcoder
@@ -142,7 +142,7 @@ def _run(
     d_init = automatic if recipe.d_init == "auto" else recipe.d_init
     # Recipes of the same options are one run, whatever they are called and however they came to d_init.
     options = {**asdict(recipe), "name": None, "d_init": d_init}
-    if recipe.activation != "jumprelu":  # nothing else has thresholds that learn
+    if not KINDS[recipe.activation].threshold_learns:
         del options["sparsity"]["threshold_lr"]
     if recipe.search == "exact":  # runs from before there was a choice are those of this key
         del options["search"]
@@ -208,7 +208,7 @@ def _start(
         rows.sample(min(_SAMPLE, rows.n)),
         center=center,
         b_dec="mean" if center else "zeros",
-        initial_l0=run.recipe.sparsity.initial_l0 if has_threshold(sae) else None,
+        initial_l0=run.recipe.sparsity.initial_l0 if sae.activation.has_threshold else None,
     )
     # Of all, also those that did not begin there; inside the subspace there is nowhere else to go.
     drift = Drift(rows.spectrum, min(run.d_active, rows.d))
@@ -226,7 +226,7 @@ def _start_transcoder(
         recipe.init,
         recipe.reader,
         run.d_init,
-        initial_l0=recipe.sparsity.initial_l0 if has_threshold(sae) else None,
+        initial_l0=recipe.sparsity.initial_l0 if sae.activation.has_threshold else None,
     )
     return Trainer(sae.to(device), run.train, recipe.sparsity), report
 

@@ -12,15 +12,11 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from asi_lens.base.errors import DataError, unknown_name
+from asi_lens.base.sites import SITES
 from asi_lens.results.rows import Row, columns
 
-COLORS = {"attn_out": "#D55E00", "mlp_out": "#0072B2", "resid_post": "#009E73", "z": "#CC79A7"}
-SITE_LABELS = {
-    "attn_out": "attention output",
-    "mlp_out": "MLP output",
-    "resid_post": "residual stream",
-    "z": "concatenated heads z",
-}
+COLORS = {name: site.color for name, site in SITES.items()}
+SITE_LABELS = {name: site.label for name, site in SITES.items()}
 METHOD_COLORS = {
     "random": "#000000",
     "random + AuxK": "#E69F00",
@@ -28,7 +24,6 @@ METHOD_COLORS = {
     "ASI + sparse Adam": "#CC79A7",
 }
 GREY = "#777777"
-_MARKERS = {"attn_out": "circle", "mlp_out": "square", "resid_post": "diamond", "z": "triangle-up"}
 _METHOD_MARKERS = dict(zip(METHOD_COLORS, ("circle", "square", "diamond", "triangle-up"), strict=True))
 # Other methods take these by order, so that no two of a figure look the same.
 _SPARE_METHODS = (
@@ -146,7 +141,7 @@ def methods(table: pd.DataFrame) -> dict[str, tuple[str, str]]:
 
 def marker(site: str) -> str:
     """A site's marker; any other hook has a cross."""
-    return _MARKERS.get(site, "cross")
+    return SITES[site].marker if site in SITES else "cross"
 
 
 def color(site: str) -> str:

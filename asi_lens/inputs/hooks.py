@@ -16,26 +16,17 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from asi_lens.base import sites
 from asi_lens.base.errors import DataError, OptionError, UnsupportedModelError, require, unknown_name
 from asi_lens.inputs import twin
 
-SITES = ("attn_out", "mlp_out", "resid_post", "z")
-"""Names for hooks: what attention and the MLP add to the residual stream, the stream after a layer, and the
-heads' outputs before W_O, side by side [n_heads * d_head]."""
+SITES = tuple(sites.SITES)
+"""Names for hooks (`base.sites`): what attention and the MLP add to the residual stream, the stream after a
+layer, and the heads' outputs before W_O, side by side [n_heads * d_head]."""
 
 Hook = Callable[[Tensor], Tensor | None]
 """Gets an activation [batch position width] (not to be changed in place); a tensor that it returns goes on
 in the activation's place."""
-
-_TEMPLATES = {
-    "attn_out": "blocks.{}.hook_attn_out",
-    "mlp_out": "blocks.{}.hook_mlp_out",
-    "resid_post": "blocks.{}.hook_resid_post",
-    "z": "blocks.{}.attn.hook_z",
-}
-# TransformerLens calls a BERT layer's stream after attention and its norm `hook_attn_out`; what attention
-# itself adds to the stream is the output of its projection.
-_BERT_TEMPLATES = {**_TEMPLATES, "attn_out": "blocks.{}.attn.o.hook_out"}
 
 
 @dataclass(frozen=True)
@@ -69,8 +60,8 @@ def hook_name(model: nn.Module, site: str, layer: int) -> str:
         raise unknown_name("site", site, [*SITES, *near])
     require(0 <= layer < n_layers, "layer", layer, f"between 0 and {n_layers - 1}")
     architecture = _architecture(model)
-    templates = _BERT_TEMPLATES if architecture.startswith("Bert") else _TEMPLATES
-    name = templates.get(site, site).format(layer)
+    template = sites.SITES[site].hook(architecture) if site in sites.SITES else site
+    name = template.format(layer)
     if name not in own.places or (fast is not None and name not in fast.places):
         raise UnsupportedModelError(f"{architecture} has no site {site!r} at layer {layer}: no hook {name!r}")
     return name
@@ -92,7 +83,7 @@ def normalizes_attn_out(model: nn.Module) -> bool:
 def site_width(model: nn.Module, site: str, layer: int = 0) -> int:
     """Width of a site's activations: d_model, n_heads * d_head for z; found by a run for other hooks."""
     name = hook_name(model, site, layer)
-    if site in ("attn_out", "mlp_out", "resid_post"):
+    if site in sites.SITES and sites.SITES[site].in_stream:
         return int(_config(model).d_model)
     widths: list[int] = []
     forward(model, torch.zeros(1, 1, dtype=torch.long), {name: lambda x: widths.append(x.shape[-1])})

@@ -10,6 +10,11 @@ from torch import Tensor
 DRAW_ROWS = 16_384
 
 
+def other_stream(seed: int) -> int:
+    """A seed for a second, independent draw that belongs to the same seed."""
+    return seed + 2**31
+
+
 @torch.no_grad()
 def draw_gaussian(out: Float[Tensor, "n d"], seed: int, first: int = 0, total: int | None = None) -> None:
     """Fill `out` with independent standard normal numbers, the same on every device and dtype.

@@ -35,7 +35,7 @@ class PairBatch:
     """Inputs x and outputs y of the same sequences, raw units; its length is the positions that count."""
 
     x: Float[Tensor, "batch position d"]
-    y: Float[Tensor, "batch position d"]
+    y: Float[Tensor, "sequences positions d_out"]
 
     def __len__(self) -> int:
         return self.x.shape[0] * (self.x.shape[1] - 1)

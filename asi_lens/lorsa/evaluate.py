@@ -58,8 +58,8 @@ def evaluate_lorsas(
     """Numbers of Lorsas of one layer on sequences that they were not trained on, all over the positions but
     the first.
 
-    In the results a feature is a unit and `n_tokens` the positions counted; `dead_windows` is empty and
-    `alignment` None. The clean and the ablated model run once for all.
+    In the results a feature is a unit and `n_tokens` the positions counted. The clean and the ablated model
+    run once for all.
 
     Args:
         model, tokens: both or none: for the losses of the language model with the reconstruction in place of

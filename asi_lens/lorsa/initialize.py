@@ -20,15 +20,16 @@ from torch import Tensor, nn
 
 from asi_lens.activations.moments import Moments
 from asi_lens.activations.spectrum import one_thread
-from asi_lens.base.errors import OptionError, require, unknown_name
+from asi_lens.base.errors import OptionError, require
 from asi_lens.kernels.codes import SparseCode
-from asi_lens.kernels.draws import draw_gaussian, unit_rows_
+from asi_lens.kernels.draws import draw_gaussian, other_stream, unit_rows_
 from asi_lens.lorsa.attention import AttentionLayer, read_attention
 from asi_lens.lorsa.data import SequencePairs
 from asi_lens.lorsa.lorsa import Lorsa, config_for, origin
+from asi_lens.sae.starts import STARTS, Start, find_start
 
-LORSA_METHODS = ("random", "asi")
-"""Gaussian units; units in the active subspace of the values of their head."""
+LORSA_METHODS = tuple(name for name, start in STARTS.items() if start.lorsas)
+"""Starts of units: Gaussian, or in the active subspace of the values of their head."""
 
 # Elements of z~ [batch position n_ov] computed at a time outside of training.
 _BLOCK = 2**25
@@ -115,8 +116,7 @@ def initialize_lorsa(
     Raises OptionError, UnknownNameError, DataError for a sample that is not finite or never varies, and what
     `read_attention` raises.
     """
-    if method not in LORSA_METHODS:
-        raise unknown_name("initialization method", method, LORSA_METHODS)
+    start = find_start(method, LORSA_METHODS)
     config = lorsa.config
     source = read_attention(model, layer, config.pattern.context)
     shape = (source.d_in, source.d_head, source.pattern)
@@ -127,7 +127,7 @@ def initialize_lorsa(
             f"n_qk_heads={config.n_qk_heads}, {config.pattern}). LorsaConfig.of takes them from a layer"
         )
     require(sample.d == config.d_in, "sample", f"of width {sample.d}", f"of width d_in={config.d_in}")
-    _check_d_init(method, d_init, source.d_head)
+    _check_d_init(start, d_init, source.d_head)
     seed = config.seed if seed is None else seed
     require(seed >= 0, "seed", seed, "at least 0")
 
@@ -186,12 +186,12 @@ def squared_error(lorsa: Lorsa, pairs: SequencePairs) -> float:
     return total / lorsa.output_scale.item() ** 2
 
 
-def _check_d_init(method: str, d_init: int | None, d_head: int) -> None:
-    if method == "random":
-        require(d_init is None, "d_init", d_init, "left out for method='random'")
+def _check_d_init(start: Start, d_init: int | None, d_head: int) -> None:
+    if not start.subspace:
+        require(d_init is None, "d_init", d_init, f"left out for method={start.name!r}")
         return
     whole = isinstance(d_init, int) and not isinstance(d_init, bool)
-    allowed = f"a whole number from 1 to d_qk={d_head} for method={method!r}"
+    allowed = f"a whole number from 1 to d_qk={d_head} for method={start.name!r}"
     require(whole and 1 <= (d_init or 0) <= d_head, "d_init", d_init, allowed)
 
 
@@ -217,8 +217,7 @@ def _draw_units(lorsa: Lorsa, source: AttentionLayer, active: Tensor | None, tie
     writes = reads
     if not tied:
         writes = torch.empty_like(reads)
-        # Any other stream of the same seed.
-        draw_gaussian(writes, seed + 2**31)
+        draw_gaussian(writes, other_stream(seed))
     for head, rows in _groups(lorsa, source):
         W_V, W_O = source.W_V[head], source.W_O[head]
         if active is not None:

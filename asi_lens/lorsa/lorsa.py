@@ -30,7 +30,7 @@ from asi_lens.base.metadata import plain_metadata
 from asi_lens.base.safetensors_io import opened, save_tensors
 from asi_lens.inputs import models
 from asi_lens.kernels.codes import SparseCode
-from asi_lens.kernels.draws import draw_gaussian, unit_rows_
+from asi_lens.kernels.draws import draw_gaussian, other_stream, unit_rows_
 from asi_lens.kernels.gradients import decode_sum
 from asi_lens.kernels.topk import topk_exact
 from asi_lens.lorsa.attention import AttentionLayer, read_attention, write_site
@@ -175,8 +175,7 @@ class Lorsa(nn.Module):
         self.initialization: dict[str, Any] = {}
         """How the weights began (JSON values); `initialize_lorsa` fills it."""
         draw_gaussian(self.W_V.data, config.seed)
-        # Any other stream of the same seed.
-        draw_gaussian(self.W_O.data, config.seed + 2**31)
+        draw_gaussian(self.W_O.data, other_stream(config.seed))
         unit_rows_(self.W_V.data)
         unit_rows_(self.W_O.data)
 

@@ -29,7 +29,7 @@ from asi_lens.training.metrics import Metrics
 from asi_lens.training.schedule import lr_factor
 
 
-class LorsaTrainer(Fits):
+class LorsaTrainer(Fits[SequencePairs, PairBatch]):
     """Trains one Lorsa, which it holds and changes in place, on the device where it is by then.
 
     Of `TrainConfig`, `batch_size` and `n_tokens` count positions that are in the loss (context - 1 of each
@@ -72,13 +72,14 @@ class LorsaTrainer(Fits):
         """Nothing beside what a step says."""
         return {}
 
-    def step(self, x: Tensor, y: Tensor) -> StepOutput:
+    def step(self, batch: PairBatch) -> StepOutput:
         """One update on raw inputs and outputs of the layer, both [batch position d_in].
 
         The learning rate follows `n_tokens`, in steps of the size of this one. Raises DataError for shapes
         that do not fit, NaN or infinity, and DivergedError (naming the step) if loss or gradients are not
         finite. Nothing has changed then.
         """
+        x, y = batch.x, batch.y
         if x.shape != y.shape or x.ndim != 3 or x.shape[1] < 2:
             raise DataError(
                 f"inputs of shape {tuple(x.shape)} and outputs of shape {tuple(y.shape)}; both are "
@@ -147,10 +148,6 @@ class LorsaTrainer(Fits):
         require(store.context <= longest, "store", f"of context {store.context}", f"of {longest} at most")
         size = self.config.batch_size
         require(size >= each, "batch_size", size, f"a sequence of {each} positions at least")
-
-    def step_on(self, batch: PairBatch) -> StepOutput:
-        """`step`, by the name that `fit` calls it."""
-        return self.step(batch.x, batch.y)
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint must agree with to be continued by this trainer (JSON values)."""

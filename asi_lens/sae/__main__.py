@@ -33,6 +33,7 @@ from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.initialize import initialize
 from asi_lens.sae.search import SEARCHES
 from asi_lens.sae.shard import part_of
+from asi_lens.sae.starts import find_start
 from asi_lens.sae.train import Trainer
 from asi_lens.training import sharded_checkpoint
 from asi_lens.training.config import TrainConfig
@@ -109,7 +110,7 @@ def run(config: RunConfig, ranks: Ranks, progress: bool = True) -> Trainer:
     whole = SAEConfig(**{"d_in": store.d, **config.sae}, metadata=dict(store.metadata))
     sae = SparseAutoencoder(part_of(whole, mesh), draw=False).to(device)
     options = {"method": "asi", "sample": SAMPLE_ROWS, **config.initialize}
-    if options["method"].startswith("asi"):
+    if find_start(options["method"]).subspace:
         options.setdefault("d_init", "auto")
     sample = store.sample(min(options.pop("sample"), store.n))
     initialize(sae, spectrum=_shared_spectrum(store, ranks, device), sample=sample, mesh=mesh, **options)

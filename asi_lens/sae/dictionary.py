@@ -12,22 +12,24 @@ Decoder rows have unit norm. `folded` gives the same function on raw activations
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Float, Num
 from torch import Tensor, nn
 
-from asi_lens.base.errors import DataError, OptionError, require, require_known, require_whole, unknown_name
+from asi_lens.activations.pairs import Pair, PairedStores
+from asi_lens.activations.store import ActivationStore
+from asi_lens.base.errors import DataError, OptionError, require, require_known, require_whole
 from asi_lens.base.metadata import plain_metadata
 from asi_lens.kernels.codes import SparseCode, stack_codes
 from asi_lens.kernels.draws import draw_gaussian, unit_rows_
 from asi_lens.kernels.gradients import decode_sum
-from asi_lens.kernels.topk import Workspace, encode_topk
-from asi_lens.sae.activations import BatchTopK, Gated, JumpReLU, ReLU, Thresholded
+from asi_lens.sae.kinds import KINDS
+from asi_lens.sae.kinds.kind import Weights
 
 # Rows encoded at a time outside of training.
 _BLOCK = 4096
@@ -42,7 +44,7 @@ class SAEConfig:
         d_sae: features.
         k: features that fire on one token, 1 to d_sae: at most (topk), on average (batchtopk), or as
             `sparsity` aims at (jumprelu, relu, gated).
-        activation: name in `ACTIVATIONS`.
+        activation: name in `kinds.KINDS`.
         seed: of the random directions.
         d_out: width of what a transcoder writes; None is an autoencoder.
         metadata: where the activations come from (model, site, hook_name, layer, corpus ...); JSON values.
@@ -60,8 +62,7 @@ class SAEConfig:
         for key in ("d_in", "d_sae", "k", "seed", *(["d_out"] if self.d_out is not None else [])):
             require_whole(key, getattr(self, key), 0 if key == "seed" else 1)
         require(self.k <= self.d_sae, "k", self.k, f"from 1 to d_sae={self.d_sae}")
-        if self.activation not in ACTIVATIONS:
-            raise unknown_name("activation", self.activation, ACTIVATIONS)
+        require_known([self.activation], KINDS, "activation")
         object.__setattr__(self, "metadata", plain_metadata(self.metadata))
 
     @classmethod
@@ -71,48 +72,7 @@ class SAEConfig:
         return cls(**values)
 
 
-class Activation(Protocol):
-    """From centered inputs to the features that fire: the part in which kinds of SAE differ."""
-
-    def code(
-        self,
-        x: Float[Tensor, "batch d_in"],
-        encoder: Float[Tensor, "d_sae d_in"],
-        bias: Float[Tensor, " d_sae"],
-        workspace: Workspace | None = None,
-    ) -> SparseCode:
-        """Features and values of each row; encoder and bias as rows, one per feature."""
-        ...
-
-
-class TopK:
-    """TopK(ReLU(.)): the k largest pre-activations, those below zero as zeros (Gao et al. 2024)."""
-
-    def __init__(self, config: SAEConfig):
-        self.k = config.k
-
-    def code(
-        self,
-        x: Float[Tensor, "batch d_in"],
-        encoder: Float[Tensor, "d_sae d_in"],
-        bias: Float[Tensor, " d_sae"],
-        workspace: Workspace | None = None,
-    ) -> SparseCode:
-        """See `Activation.code`."""
-        return encode_topk(x, encoder, bias, self.k, workspace=workspace)
-
-
-ACTIVATIONS: dict[str, Callable[[SAEConfig], Activation]] = {
-    "topk": TopK,
-    "batchtopk": BatchTopK,
-    "jumprelu": JumpReLU,
-    "relu": ReLU,
-    "gated": Gated,
-}
-"""Activation functions by name; `sparsity` has how each is trained."""
-
-
-class SparseAutoencoder(nn.Module):
+class SparseAutoencoder(Weights):
     """A dictionary of `d_sae` directions and the encoder that picks them.
 
     Parameters: `W_enc [d_in d_sae]`, `b_enc [d_sae]`, `W_dec [d_sae d_in]`, `b_dec [d_in]`. W_enc is a
@@ -123,9 +83,7 @@ class SparseAutoencoder(nn.Module):
     (`draw=False` leaves the weights undefined); `initialize` does it properly.
     """
 
-    W_enc: nn.Parameter
-    b_enc: nn.Parameter
-    W_dec: nn.Parameter
+    config: SAEConfig
     b_dec: nn.Parameter
     input_mean: Tensor
     input_scale: Tensor
@@ -149,9 +107,7 @@ class SparseAutoencoder(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(d_out, dtype=dtype))
         self.register_buffer("input_mean", torch.zeros(d_in, dtype=dtype))
         self.register_buffer("input_scale", torch.ones((), dtype=dtype))
-        self.activation = ACTIVATIONS[config.activation](config)
-        if isinstance(self.activation, nn.Module):
-            self.activation.to(dtype)
+        self.activation = KINDS[config.activation](config).to(dtype)
         self.initialization: dict[str, Any] = {"method": "random", "seed": config.seed}
         """How the weights began (JSON values); `initialize` fills it."""
         if draw:
@@ -164,26 +120,6 @@ class SparseAutoencoder(nn.Module):
     def d_in(self) -> int:
         """Width of the activations."""
         return self.config.d_in
-
-    @property
-    def d_out(self) -> int:
-        """Width of the reconstruction."""
-        return self.config.d_out or self.config.d_in
-
-    @property
-    def d_sae(self) -> int:
-        """Number of features."""
-        return self.config.d_sae
-
-    @property
-    def k(self) -> int:
-        """Features that may fire on one token."""
-        return self.config.k
-
-    @property
-    def encoder_rows(self) -> Float[Tensor, "d_sae d_in"]:
-        """W_enc^T without gradient: contiguous, one feature per row, the same memory."""
-        return self.W_enc.data.T
 
     @property
     def is_normalized(self) -> bool:
@@ -218,21 +154,25 @@ class SparseAutoencoder(nn.Module):
         """What the encoder reads: x_n - b_dec as rows. Raises as `normalize`."""
         return self.normalize(x).sub_(self.b_dec)
 
-    def prepare(self, store: Any, *, first: bool) -> None:
+    def prepare(self, store: ActivationStore | PairedStores, *, first: bool) -> None:
         """Before training on `store`: take its mean and scale where there are none yet, if it is the `first`
         time. Raises OptionError for data that it cannot be trained on."""
-        require(not hasattr(store, "outputs"), "store", "pairs", "rows of one site, for an autoencoder")
+        if isinstance(store, PairedStores):
+            raise OptionError(
+                "store='pairs' is not allowed; store must be rows of one site, for an autoencoder"
+            )
         if first and not self.is_normalized:
             self.set_normalization(store.mean, store.scale)
 
-    def check_batch(self, batch: Any) -> None:
+    def check_batch(self, batch: Tensor | Pair) -> None:
         """Raise DataError unless `batch` is rows to train on."""
         if not isinstance(batch, Tensor) or batch.ndim != 2 or len(batch) == 0:
             found = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
             raise DataError(f"a batch is rows [n {self.d_in}] with n at least 1, not {found}")
 
-    def sides(self, batch: Any) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
+    def sides(self, batch: Tensor | Pair) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
         """What the encoder reads of a batch, and what acts W_dec is trained to be: here the same."""
+        assert isinstance(batch, Tensor)  # `check_batch` has seen to it
         x = self.centered(batch)
         return x, x
 
@@ -276,16 +216,12 @@ class SparseAutoencoder(nn.Module):
         """
         scale = self.input_scale
         return {
-            **self._own_folded(scale),
+            **self.activation.folded(scale),
             "W_enc": self.W_enc.detach(),
             "b_enc": self.b_enc.detach() / scale,
             "W_dec": self.W_dec.detach(),
             "b_dec": self.b_dec.detach() / scale + self.input_mean,
         }
-
-    def _own_folded(self, scale: Tensor) -> dict[str, Tensor]:
-        """Parameters of the activation function, for values in raw units."""
-        return self.activation.folded(scale) if isinstance(self.activation, Thresholded | Gated) else {}
 
     def save(self, folder: Path | str) -> None:
         """Write a folder that SAELens and sparsify open too (see `formats.save_folder`)."""

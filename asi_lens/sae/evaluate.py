@@ -7,8 +7,8 @@ does not depend on how the tokens are batched. Sums run in float64.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,12 +18,10 @@ from torch import Tensor, nn
 from asi_lens.activations.harvest import SiteLayer
 from asi_lens.activations.harvest_store import ActivationStore
 from asi_lens.activations.moments import Moments
-from asi_lens.activations.spectrum import Spectrum
 from asi_lens.base.errors import DataError, OptionError, require, require_both
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.sae.dictionary import SparseAutoencoder
-from asi_lens.sae.drift import subspace_share
 from asi_lens.sae.splice import SpliceLosses, splice_losses
 from asi_lens.training.ledger import DeadnessLedger
 
@@ -31,22 +29,11 @@ _ROWS = 4096
 
 
 @dataclass(frozen=True)
-class Alignment:
-    """How much of the weights lies in an active subspace; a random direction has d_init / d_in."""
-
-    d_init: int
-    decoder: float
-    """Mean over features of the share of a decoder row's squared norm inside, 0 to 1."""
-    encoder: float
-    """The same of the encoder's columns."""
-
-
-@dataclass(frozen=True)
 class Evaluation:
     """Numbers of one dictionary on held-out activations."""
 
     n_tokens: int
-    """Rows that the next five are over."""
+    """Rows that the next four are over."""
     fvu: float
     """sum ||x - reconstruction||^2 / sum ||x - mean x||^2, with the mean of the evaluated rows."""
     explained_variance: float
@@ -55,12 +42,8 @@ class Evaluation:
     """Mean number of features with a value above zero."""
     dead_fraction: float
     """Share of features that fired on none of the `n_tokens`."""
-    dead_windows: dict[int, float] = field(default_factory=dict)
-    """Share of features that fired on none of the last so many of them, by window."""
     losses: SpliceLosses | None = None
     """None where no model was given."""
-    alignment: Alignment | None = None
-    """None where no subspace was given."""
 
 
 def evaluate(
@@ -69,9 +52,6 @@ def evaluate(
     *,
     model: nn.Module | None = None,
     tokens: Tokens | None = None,
-    windows: Sequence[int] = (),
-    spectrum: Spectrum | None = None,
-    d_init: int | None = None,
     where: SiteLayer | None = None,
     batch_tokens: int = 1024,
     progress: bool = True,
@@ -82,9 +62,6 @@ def evaluate(
         rows,
         model=model,
         tokens=tokens,
-        windows=windows,
-        spectrum=spectrum,
-        d_init=d_init,
         where=where,
         batch_tokens=batch_tokens,
         progress=progress,
@@ -97,9 +74,6 @@ def evaluate_together(
     *,
     model: nn.Module | None = None,
     tokens: Tokens | None = None,
-    windows: Sequence[int] = (),
-    spectrum: Spectrum | None = None,
-    d_init: int | None = None,
     where: SiteLayer | None = None,
     batch_tokens: int = 1024,
     progress: bool = True,
@@ -110,8 +84,6 @@ def evaluate_together(
 
     Args:
         model, tokens: both or none: for the losses of the language model, on text it was not trained on.
-        windows: numbers of tokens for `dead_windows`, each at most the number of rows.
-        spectrum, d_init: both or none: for the alignment with the top `d_init` directions.
         where: (site, layer) of the dictionaries; by default what their metadata or the store's say.
         batch_tokens: tokens of a forward pass; logits of all of them are held.
 
@@ -121,14 +93,13 @@ def evaluate_together(
     """
     require(len(saes) > 0, "saes", [], "one or more")
     require_both(model=model, tokens=tokens)
-    require_both(spectrum=spectrum, d_init=d_init)
     d_in = rows.d if isinstance(rows, ActivationStore) else rows.shape[1]
     for sae in saes:
         require(not sae.is_transcoder, "saes", "a transcoder", "autoencoders; there is evaluate_transcoder")
         require(sae.d_in == d_in, "rows", f"of width {d_in}", f"{sae.d_in} wide, as the dictionary")
         if isinstance(rows, ActivationStore):
             _require_same_site(sae.config.metadata, rows.metadata)
-    mean, found = _reconstruct(saes, rows, windows)
+    mean, found = _reconstruct(saes, rows)
     losses: Sequence[SpliceLosses | None] = [None] * len(saes)
     if model is not None and tokens is not None:
         known = rows.metadata if isinstance(rows, ActivationStore) else {}
@@ -136,11 +107,7 @@ def evaluate_together(
         losses = splice_losses(
             saes, model, tokens, site, layer, mean, batch_tokens=batch_tokens, progress=progress
         )
-    out = []
-    for sae, numbers, loss in zip(saes, found, losses, strict=True):
-        aligned = None if spectrum is None or d_init is None else alignment(sae, spectrum, d_init)
-        out.append(Evaluation(**numbers, losses=loss, alignment=aligned))
-    return out
+    return [Evaluation(**numbers, losses=loss) for numbers, loss in zip(found, losses, strict=True)]
 
 
 def scatter_of(outputs: Moments) -> float:
@@ -151,34 +118,18 @@ def scatter_of(outputs: Moments) -> float:
     return scatter
 
 
-def alignment(sae: SparseAutoencoder, spectrum: Spectrum, d_init: int) -> Alignment:
-    """Mean share of the decoder's rows and the encoder's columns inside the top `d_init` directions.
-
-    Raises OptionError for a spectrum of another width or a d_init out of range.
-    """
-    require(
-        spectrum.d == sae.d_in, "spectrum", f"of width {spectrum.d}", f"{sae.d_in} wide, as the dictionary"
-    )
-    basis = spectrum.active_subspace(d_init)
-    decoder = subspace_share(sae.W_dec.detach(), basis).mean().item()
-    encoder = subspace_share(sae.W_enc.detach().T, basis).mean().item()
-    return Alignment(d_init, decoder, encoder)
-
-
 @torch.inference_mode()
 def _reconstruct(
-    saes: Sequence[SparseAutoencoder], rows: ActivationStore | Tensor, windows: Sequence[int]
+    saes: Sequence[SparseAutoencoder], rows: ActivationStore | Tensor
 ) -> tuple[Float[Tensor, " d_in"], list[dict[str, Any]]]:
     """The rows' mean, and for each dictionary the fields of `Evaluation` that come from the rows."""
     n = len(rows)
     require(n >= 1, "rows", n, "at least one")
-    for window in windows:
-        require(1 <= window <= n, "windows", window, f"from 1 to the {n} rows evaluated")
     shift: Tensor | None = None
     first = square = torch.zeros((), dtype=torch.float64)
     errors, fired = [0.0] * len(saes), [0] * len(saes)
     ledgers = [DeadnessLedger(sae.d_sae, sae.W_dec.device) for sae in saes]
-    for block in _blocks(rows, {n - window for window in windows}):
+    for block in rows.in_order(_ROWS) if isinstance(rows, ActivationStore) else rows.split(_ROWS):
         x = block.double()
         if shift is None:
             # Sums around a point near the mean: nothing is lost where the mean is far from zero.
@@ -203,19 +154,9 @@ def _reconstruct(
                 "explained_variance": 1 - error / variance,
                 "l0": count / n,
                 "dead_fraction": ledger.silent_fraction,
-                "dead_windows": {window: ledger.dead_fraction(window) for window in sorted(set(windows))},
             }
         )
     return shift + first / n, found
-
-
-def _blocks(rows: ActivationStore | Tensor, cuts: set[int]) -> Iterator[Float[Tensor, "batch d_in"]]:
-    """All rows in order, cut at `cuts` too: there the ledger, which counts by batches, is exact."""
-    at = 0
-    for block in rows.in_order(_ROWS) if isinstance(rows, ActivationStore) else rows.split(_ROWS):
-        inside = sorted(cut - at for cut in cuts if at < cut < at + len(block))
-        yield from block.tensor_split(inside)
-        at += len(block)
 
 
 def _where(model: nn.Module, about: Sequence[Mapping[str, Any]]) -> SiteLayer:

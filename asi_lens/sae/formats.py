@@ -32,6 +32,7 @@ from asi_lens.base.errors import DataError, OptionError, require_known
 from asi_lens.base.files import sha256_of, write_whole_folder
 from asi_lens.base.safetensors_io import pieces, read_tensors, write_tensors
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
+from asi_lens.sae.kinds import KINDS
 from asi_lens.sae.transcoder import Transcoder
 
 FORMAT = 1
@@ -40,25 +41,10 @@ OURS, OUR_WEIGHTS = "asi_lens.json", "asi_lens.safetensors"
 SAELENS_VERSION = "6.54.12"
 """The SAELens whose format this is; any 6 reads it."""
 
-# Names of SAELens and ours, by activation function, where they differ.
-_THRESHOLD = "activation.threshold"
-_OUR_NAMES = {
-    "batchtopk": {"threshold": _THRESHOLD},
-    "jumprelu": {"threshold": _THRESHOLD},
-    "gated": {"b_gate": "b_enc", "r_mag": "activation.r_mag", "b_mag": "activation.b_mag"},
-}
 # Ours -> SAELens' name of what `SAEConfig.metadata` may hold.
 _RENAMED = {"model": "model_name", "context": "context_size", "bos": "prepend_bos", "corpus": "dataset_path"}
-# SAELens' architectures and the activation functions they are here.
-_ARCHITECTURES = {"topk": "topk", "jumprelu": "jumprelu", "standard": "relu", "gated": "gated"}
-# The same for transcoders; SAELens has none of the others.
-_WRITTEN_TRANSCODERS = {
-    "jumprelu": "jumprelu_transcoder",
-    "batchtopk": "jumprelu_transcoder",
-    "relu": "transcoder",
-}
-# Ours -> what SAELens reads it as; BatchTopK infers by a threshold, as JumpReLU does.
-_WRITTEN_AS = {here: there for there, here in _ARCHITECTURES.items()} | {"batchtopk": "jumprelu"}
+# SAELens' architectures and the kinds that they are here.
+_ARCHITECTURES = {kind.saelens: name for name, kind in KINDS.items() if kind.saelens and kind.saelens_reads}
 _SAELENS_KEYS = {
     *("architecture", "d_in", "d_sae", "k", "dtype", "device", "metadata"),
     *("apply_b_dec_to_input", "normalize_activations", "reshape_activations"),
@@ -80,23 +66,17 @@ _SPARSIFY_KEYS = {
 def save_folder(sae: SparseAutoencoder, folder: Path | str) -> None:
     """Write a dictionary, whole or not at all; a folder that already holds one is replaced.
 
-    Raises OptionError for a folder that holds anything else, an activation function that cannot be written or
-    thresholds below zero, OSError for a full disk and the like.
+    Raises OptionError for a folder that holds anything else or thresholds below zero, OSError for a full disk
+    and the like.
     """
     folder = Path(folder)
     if folder.exists():
         _require_replaceable(folder)
-    config = sae.config
-    if config.activation not in _WRITTEN_AS:
-        known = ", ".join(_WRITTEN_AS)
-        raise OptionError(f"activation={config.activation!r} cannot be written; those that can: {known}")
+    config, kind = sae.config, sae.activation
     state = {name: tensor.detach() for name, tensor in sae.state_dict().items()}
     folded = {name: tensor.float() for name, tensor in sae.folded().items()}
-    if "threshold" in folded:
-        if bool((folded["threshold"] < 0).any()):
-            raise OptionError(f"{folder}: thresholds below zero cannot be written; zero is the same function")
-        folded["threshold"] = folded["threshold"].expand(config.d_sae).contiguous()
-    names = _OUR_NAMES.get(config.activation, {})
+    folded = kind.to_saelens(folded, folder)
+    names = kind.saelens_names
     # Those of the activation function have left its prefix behind already.
     theirs_of = {here.removeprefix("activation."): there for there, here in names.items()}
     folded = {theirs_of.get(name, name): tensor for name, tensor in folded.items()}
@@ -105,13 +85,13 @@ def save_folder(sae: SparseAutoencoder, folder: Path | str) -> None:
     norms = torch.linalg.vector_norm(folded["W_dec"], dim=1)
     with write_whole_folder(folder) as temporary:
         write_tensors(temporary / SAELENS, folded)
-        if config.activation == "topk" and config.d_out in (None, config.d_in):  # all that sparsify has
+        if kind.sparsify and sae.d_out == sae.d_in:  # all that sparsify has
             theirs = {"encoder.weight": folded["W_enc"].T, "encoder.bias": folded["b_enc"]}
             write_tensors(
                 temporary / SPARSIFY, {**theirs, "W_dec": folded["W_dec"], "b_dec": folded["b_dec"]}
             )
         write_tensors(temporary / OUR_WEIGHTS, own)
-        shared = _shared_config(config, bool(((norms - 1).abs() < 1e-3).all()))
+        shared = _shared_config(sae, bool(((norms - 1).abs() < 1e-3).all()))
         if shared is not None:
             _write_json(temporary / CONFIG, shared)
         ours = {
@@ -149,17 +129,17 @@ def load_folder(folder: Path | str) -> SparseAutoencoder:
     )
 
 
-def _shared_config(config: SAEConfig, unit_norm: bool) -> dict[str, Any] | None:
+def _shared_config(sae: SparseAutoencoder, unit_norm: bool) -> dict[str, Any] | None:
     """`cfg.json`: the keys of SAELens and those of sparsify; none for what neither has."""
-    transcodes = config.d_out is not None
-    wide = config.activation == "topk" and config.d_out not in (None, config.d_in)
-    if wide or (transcodes and config.activation == "gated"):
+    config, kind, transcodes = sae.config, sae.activation, sae.is_transcoder
+    for_sparsify = kind.sparsify and sae.d_out == sae.d_in
+    architecture = kind.saelens_transcoder if transcodes else kind.saelens
+    if architecture is None and not for_sparsify:
         return None
     metadata = {_RENAMED.get(key, key): value for key, value in config.metadata.items()}
     hook = str(metadata.get("hook_name", ""))
-    written = _WRITTEN_TRANSCODERS if transcodes else _WRITTEN_AS
     shared: dict[str, Any] = {
-        "architecture": written.get(config.activation, "topk"),
+        "architecture": architecture or config.activation,
         "d_in": config.d_in,
         "d_sae": config.d_sae,
         "dtype": "float32",
@@ -172,7 +152,7 @@ def _shared_config(config: SAEConfig, unit_norm: bool) -> dict[str, Any] | None:
     }
     if transcodes:
         shared["d_out"] = config.d_out
-    if config.activation != "topk":
+    if not for_sparsify:
         return shared
     sparsify = {
         "activation": "topk",
@@ -203,10 +183,10 @@ def _load_ours(folder: Path) -> SparseAutoencoder:
                 f"wrote there, delete {OURS} and {OUR_WEIGHTS}"
             )
     config = SAEConfig.from_dict(ours["config"])
-    kind = SparseAutoencoder if config.d_out is None else Transcoder
-    sae = kind(config, draw=False, dtype=getattr(torch, ours["dtype"]))
+    family = SparseAutoencoder if config.d_out is None else Transcoder
+    sae = family(config, draw=False, dtype=getattr(torch, ours["dtype"]))
     tensors = _read_tensors(folder / OUR_WEIGHTS)
-    names = _OUR_NAMES.get(config.activation, {})
+    names = sae.activation.saelens_names
     shared = {names.get(name, name): t for name, t in _read_tensors(folder / SAELENS).items()}
     tensors |= {name: shared[name] for name in ours["in_sae_weights"]}
     if set(tensors) != set(sae.state_dict()):
@@ -228,6 +208,7 @@ def _load_saelens(folder: Path) -> SparseAutoencoder:
         known = ", ".join(_ARCHITECTURES)
         raise OptionError(f"architecture={architecture!r} in {folder} is not supported; supported: {known}")
     activation = _ARCHITECTURES[architecture]
+    kind = KINDS[activation]
     require_known(values, _SAELENS_KEYS | _TRAINING_KEYS | _SPARSIFY_KEYS, "SAELens configuration key")
     normalize = values.get("normalize_activations", "none")
     if normalize != "none":
@@ -242,31 +223,28 @@ def _load_saelens(folder: Path) -> SparseAutoencoder:
         raise OptionError(f"finetuning_scaling_factor in {folder} is not supported")
     d_in, d_sae = _size(values, "d_in", folder), _size(values, "d_sae", folder)
     # 100 is SAELens' default; without TopK every feature may fire.
-    k = values.get("k", 100) if activation == "topk" else d_sae
+    k = values.get("k", 100) if kind.picks_k else d_sae
     renamed = {there: here for here, there in _RENAMED.items()}
     about = {str(renamed.get(key, key)): value for key, value in metadata.items()}
     config = SAEConfig(d_in=d_in, d_sae=d_sae, k=k, activation=activation, metadata=about)
-    names = _OUR_NAMES.get(activation, {})
+    names = kind.saelens_names
     shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
-    shapes |= dict.fromkeys([*names] if "b_gate" in names else ["b_enc", *names], (d_sae,))
+    shapes |= dict.fromkeys([*names] if "b_enc" in names.values() else ["b_enc", *names], (d_sae,))
     tensors = _read_tensors(folder / SAELENS)
     _require_shapes(tensors, shapes, folder / SAELENS)
     if values.get("rescale_acts_by_decoder_norm", False):
+        if "b_enc" not in tensors:
+            raise OptionError(
+                f"rescale_acts_by_decoder_norm in {folder} is not supported for {architecture!r}"
+            )
         norms = tensors["W_dec"].double().norm(dim=1)
         tensors["W_enc"] = tensors["W_enc"] * norms
         tensors["b_enc"] = tensors["b_enc"] * norms
         tensors["W_dec"] = tensors["W_dec"] / norms[:, None]
+    shift = None
     if not values.get("apply_b_dec_to_input", True):
         shift = tensors["b_dec"].double() @ tensors["W_enc"].double()
-        if activation == "gated":
-            tensors["b_gate"] = tensors["b_gate"] + shift
-            tensors["b_mag"] = tensors["b_mag"] + shift * tensors["r_mag"].double().exp()
-        else:
-            tensors["b_enc"] = tensors["b_enc"] + shift
-    if "threshold" in tensors:
-        # Below zero it is the same function as at zero.
-        tensors["threshold"] = tensors["threshold"].clamp_min(0)
-    state = {names.get(name, name): tensor for name, tensor in tensors.items()}
+    state = kind.from_saelens({names.get(name, name): tensor for name, tensor in tensors.items()}, shift)
     return _filled(SparseAutoencoder(config, draw=False), state, folder)
 
 
@@ -296,8 +274,8 @@ def _filled(sae: SparseAutoencoder, tensors: Mapping[str, Tensor], folder: Path)
             continue  # input_mean and input_scale, which only we have: 0 and 1
         _require_shapes({name: tensors[name]}, {name: tuple(into.shape)}, folder)
         into.copy_(tensors[name])
-        # Thresholds may be infinite: such a feature never fires.
-        if name != _THRESHOLD and not torch.isfinite(into.sum()):
+        may_be_infinite = name.removeprefix("activation.") in sae.activation.may_be_infinite
+        if not may_be_infinite and not torch.isfinite(into.sum()):
             raise DataError(f"{name} in {folder} holds NaN or infinity")
     return sae
 

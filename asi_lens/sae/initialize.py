@@ -10,30 +10,42 @@ that of rounding the weights to their dtype.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from asi_lens.activations.spectrum import Spectrum
-from asi_lens.base.errors import OptionError, require, unknown_name
-from asi_lens.kernels.draws import DRAW_ROWS, draw_gaussian
+from asi_lens.base.errors import OptionError, require
+from asi_lens.kernels.draws import DRAW_ROWS, other_stream
 from asi_lens.kernels.gradients import decode_sum
-from asi_lens.sae.activations import Thresholded
 from asi_lens.sae.dictionary import SparseAutoencoder
-from asi_lens.sae.sparsity import has_threshold, set_threshold
+from asi_lens.sae.starts import STARTS, Draw, Start, find_start
+from asi_lens.sae.starts.start import starts_with
+from asi_lens.sae.threshold import set_threshold
 from asi_lens.training.mesh import Mesh
-
-METHODS = ("random", "orthogonal", "asi", "asi_authors")
-"""Gaussian directions; orthonormal sets of d_in; ASI; ASI in the order of the authors' code."""
 
 AUTO_SHARE = 0.8
 """Share of the singular values' sum that `auto_d_init` keeps."""
 
 
 @dataclass(frozen=True)
-class InitReport:
+class InitOptions:
+    """How a dictionary began: the options of `initialize`, with d_init and seed as they came out."""
+
+    method: str
+    d_init: int | None
+    seed: int
+    tied: bool
+    norm_search: bool
+    b_dec: str
+    center: bool
+    center_encoder_bias: bool
+
+
+@dataclass(frozen=True)
+class InitReport(InitOptions):
     """What `initialize` did, and how exact it came out.
 
     Attributes:
@@ -45,14 +57,6 @@ class InitReport:
             without a sample.
     """
 
-    method: str
-    d_init: int | None
-    seed: int
-    tied: bool
-    norm_search: bool
-    b_dec: str
-    center: bool
-    center_encoder_bias: bool
     leak_decoder: float | None
     leak_encoder: float | None
     encoder_norm: float
@@ -101,7 +105,7 @@ def initialize(
     """Set every weight of `sae` and its input normalization, in place.
 
     Args:
-        method: one of `METHODS`. `asi` draws what `random` draws from the same seed, then projects.
+        method: one of `starts.STARTS`. `asi` draws what `random` draws from the same seed, then projects.
             `asi_authors` takes the first d_init columns of a uniform draw as coordinates in the subspace
             and searches the norm on the authors' grid, before the encoder bias is centered.
         spectrum: of the activations; for ASI, and for the input's mean and scale (from `sample` if there
@@ -119,7 +123,7 @@ def initialize(
         center_encoder_bias: b_enc = - mean pre-activation on `sample`, so that every feature starts with
             mean pre-activation zero; else zeros.
         initial_l0: features that fire on a token of the sample, for activation functions with a threshold
-            (`sparsity.set_threshold`); by default the dictionary's k.
+            (`threshold.set_threshold`); by default the dictionary's k.
         seed: of the directions; by default that of the configuration.
         mesh: where `sae` has the features of one rank of several (`mesh.shard`): they get the weights that
             they would have in the whole dictionary. Every rank gives the same spectrum and sample.
@@ -127,90 +131,122 @@ def initialize(
     Raises OptionError, UnknownNameError, or DataError for a sample that is not finite.
     """
     mesh = mesh or Mesh()
-    total = sae.d_sae * mesh.config.model
-    first, _ = mesh.features(total)
-    if method not in METHODS:
-        raise unknown_name("initialization method", method, METHODS)
-    require(b_dec in ("mean", "zeros"), "b_dec", b_dec, "'mean' or 'zeros'")
-    switches = {"norm_search": norm_search, "center_encoder_bias": center_encoder_bias}
-    needy = [name for name, on in switches.items() if on]
-    require(sample is not None or not needy, "sample", sample, f"given for {' and '.join(needy)}=True")
-    if spectrum is not None:
-        require(spectrum.d == sae.d_in, "spectrum", f"of width {spectrum.d}", f"of width d_in={sae.d_in}")
-    if not has_threshold(sae):
-        require(initial_l0 is None, "initial_l0", initial_l0, "left out for an activation without thresholds")
-    elif method == "asi_authors":
-        raise OptionError(f"method={method!r} is not for activation={sae.config.activation!r}; take 'asi'")
-    active = active_subspace_of(method, spectrum, d_init, sae.d_in)
     seed = sae.config.seed if seed is None else seed
-    require(seed >= 0, "seed", seed, "at least 0")
-
+    options = InitOptions(method, None, seed, tied, norm_search, b_dec, center, center_encoder_bias)
+    _check(sae, options, spectrum, sample, initial_l0, mesh)
+    active = active_subspace_of(method, spectrum, d_init, sae.d_in)
+    options = replace(options, d_init=None if active is None else active.shape[1])
     mean = _set_input(sae, spectrum, sample, center)
     offset = (mean - sae.input_mean.double().cpu()) * sae.input_scale.double().cpu()
     sae.b_dec.copy_(offset if b_dec == "mean" else torch.zeros_like(offset))
     sae.b_enc.zero_()
-    norms = directions(sae.W_dec.data, method, seed, active, first, total)
+    total = sae.d_sae * mesh.config.model
+    draw = Draw(seed, active, spectrum, sample, mesh.features(total)[0], total)
+    norms = _draw_rows(sae, STARTS[method], draw, tied)
+    _scale(sae, options, norms, sample, sae.k if initial_l0 is None else initial_l0, mesh)
+    sae.initialization = asdict(options)
+    return _report(sae, options, active, sample, mesh)
+
+
+def _check(
+    sae: SparseAutoencoder,
+    options: InitOptions,
+    spectrum: Spectrum | None,
+    sample: Tensor | None,
+    initial_l0: float | int | None,
+    mesh: Mesh,
+) -> None:
+    """Raise OptionError (UnknownNameError) for options that do not go together, or with this dictionary."""
+    method, start, kind = options.method, find_start(options.method), sae.activation
+    require(options.b_dec in ("mean", "zeros"), "b_dec", options.b_dec, "'mean' or 'zeros'")
+    needy = [name for name in ("norm_search", "center_encoder_bias") if getattr(options, name)]
+    require(sample is not None or not needy, "sample", sample, f"given for {' and '.join(needy)}=True")
+    if spectrum is not None:
+        require(spectrum.d == sae.d_in, "spectrum", f"of width {spectrum.d}", f"of width d_in={sae.d_in}")
+    if not kind.has_threshold:
+        require(initial_l0 is None, "initial_l0", initial_l0, "left out for an activation without thresholds")
+    elif start.norm is not None:
+        instead = starts_with(lambda other: other.norm is None and other.subspace == start.subspace)
+        raise OptionError(
+            f"method={method!r} is not for activation={sae.config.activation!r}; take {instead}"
+        )
+    whole = start.sharded or mesh.config.model == 1
+    require(whole, "method", method, f"{starts_with(lambda other: other.sharded)} over several ranks")
+    require(options.seed >= 0, "seed", options.seed, "at least 0")
+
+
+def _draw_rows(sae: SparseAutoencoder, start: Start, draw: Draw, tied: bool) -> Float[Tensor, " d_sae"]:
+    """Fill decoder and encoder with unit rows; returns the products of the norms before."""
+    norms = start.fill(sae.W_dec.data, draw)
     if tied:
         sae.encoder_rows.copy_(sae.W_dec.data)
-        norms = norms.square()
-    else:
-        # Any other stream of the same seed.
-        norms = norms * directions(sae.encoder_rows, method, seed + 2**31, active, first, total)
+        return norms.square()
+    return norms * start.fill(sae.encoder_rows, replace(draw, seed=other_stream(draw.seed)))
 
-    fvu = None
-    if method == "asi_authors":
+
+def _scale(
+    sae: SparseAutoencoder,
+    options: InitOptions,
+    norms: Float[Tensor, " d_sae"],
+    sample: Tensor | None,
+    l0: float | int,
+    mesh: Mesh,
+) -> None:
+    """Set encoder bias, thresholds and the norm of encoder rows, as far as a sample says how."""
+    search, own = options.norm_search and sample is not None, STARTS[options.method].norm
+    if own is not None:
         # Rows of norm n in both, as theirs are, give n^2 relu(x . w) w with unit w.
         scale: Tensor | float = norms.to(sae.W_dec).unsqueeze(1)
-        if norm_search and sample is not None:
-            scale = _authors_grid(*_first_fit(sae, sample, mesh))
+        if search and sample is not None:
+            scale = own(*_first_fit(sae, sample, mesh))
         sae.encoder_rows.mul_(scale)
-        if center_encoder_bias and sample is not None:
-            sae.b_enc.copy_(-_mean_pre(sae, sample))
-    else:
-        if center_encoder_bias and sample is not None:
-            sae.b_enc.copy_(-_mean_pre(sae, sample))
-        if has_threshold(sae) and sample is not None:
-            set_threshold(sae, sample, sae.k if initial_l0 is None else initial_l0)
-        if norm_search and sample is not None:
-            _, cross, power = _first_fit(sae, sample, mesh)
-            scale = cross / power if cross > 0 else 1.0
-            sae.encoder_rows.mul_(scale)
-            sae.b_enc.mul_(scale)
-            if isinstance(sae.activation, Thresholded):
-                sae.activation.threshold.data.mul_(scale)
+    if options.center_encoder_bias and sample is not None:
+        sae.b_enc.copy_(-_mean_pre(sae, sample))
+    if own is not None or sample is None:
+        return
+    if sae.activation.has_threshold:
+        set_threshold(sae, sample, l0)
+    if search:
+        scale_to_fit(sae, *_first_fit(sae, sample, mesh))
+
+
+def scale_to_fit(sae: SparseAutoencoder, total: float, cross: float, power: float) -> None:
+    """Scale the encoder, in place, so that the first reconstruction r has the smallest squared error.
+
+    Takes sums over the sample of |t|^2, t . r and |r|^2 for targets t. Where every scale makes it worse, the
+    encoder stays.
+    """
+    scale = cross / power if cross > 0 else 1.0
+    sae.encoder_rows.mul_(scale)
+    sae.b_enc.mul_(scale)
+    sae.activation.rescale(scale)
+
+
+def _report(
+    sae: SparseAutoencoder, options: InitOptions, active: Tensor | None, sample: Tensor | None, mesh: Mesh
+) -> InitReport:
+    """What came out, measured on the weights as they are stored: scaling rounded the encoder once more."""
+    fvu = None
     if sample is not None:
         square, cross, power = _first_fit(sae, sample, mesh)
         x = sae.normalize(sample).double()
         fvu = (square - 2 * cross + power) / (x - x.mean(0)).square().sum().item()
-    # Of the weights as they are stored now: scaling the encoder rounded it once more.
-    leaks = None
-    if active is not None:
-        leaks = [mesh.largest(largest_leak(w, active)) for w in (sae.W_dec.data, sae.encoder_rows)]
-    norm = torch.linalg.vector_norm(sae.encoder_rows, dim=1).double().sum()
-    report = InitReport(
-        method=method,
-        d_init=None if active is None else active.shape[1],
-        seed=seed,
-        tied=tied,
-        norm_search=norm_search,
-        b_dec=b_dec,
-        center=center,
-        center_encoder_bias=center_encoder_bias,
-        leak_decoder=None if leaks is None else leaks[0],
-        leak_encoder=None if leaks is None else leaks[1],
-        encoder_norm=mesh.over_features(norm).item() / total,
-        fvu=fvu,
+    decoder, encoder = (
+        None if active is None else mesh.largest(largest_leak(weights, active))
+        for weights in (sae.W_dec.data, sae.encoder_rows)
     )
-    settings = ("method", "d_init", "seed", "tied", "norm_search", "b_dec", "center", "center_encoder_bias")
-    sae.initialization = {key: value for key, value in asdict(report).items() if key in settings}
-    return report
+    norm = torch.linalg.vector_norm(sae.encoder_rows, dim=1).double().sum()
+    mean_norm = mesh.over_features(norm).item() / (sae.d_sae * mesh.config.model)
+    return InitReport(
+        **asdict(options), leak_decoder=decoder, leak_encoder=encoder, encoder_norm=mean_norm, fvu=fvu
+    )
 
 
 def active_subspace_of(
     method: str, spectrum: Spectrum | None, d_init: int | str | None, d_in: int
 ) -> Float[Tensor, "d_in d_init"] | None:
-    """V_active, or none for methods without one; options that do not go together raise."""
-    if not method.startswith("asi"):
+    """V_active, or None for starts without a subspace; raises for options that do not go together."""
+    if not find_start(method).subspace:
         require(d_init is None, "d_init", d_init, f"left out for method={method!r}")
         return None
     require(spectrum is not None, "spectrum", spectrum, f"given for method={method!r}")
@@ -244,45 +280,6 @@ def _set_input(
     return mean
 
 
-def directions(
-    out: Float[Tensor, "d_sae d_in"],
-    method: str,
-    seed: int,
-    active: Tensor | None,
-    first: int = 0,
-    total: int | None = None,
-) -> Float[Tensor, " d_sae"]:
-    """Fill `out` with unit directions, `first` and on of `total`; returns the norms before, float64.
-
-    Raises OptionError for orthogonal or the authors' directions of which `out` has a part.
-    """
-    whole = total in (None, len(out))
-    require(whole or method in ("random", "asi"), "method", method, "'random' or 'asi' over several ranks")
-    d_in = out.shape[1]
-    generator = torch.Generator().manual_seed(seed)
-    if method != "asi_authors":
-        draw_gaussian(out, seed, first, total)
-    norms = []
-    # Sets of d_in rows are orthonormal, so that is how many are taken at a time.
-    for rows in out.split(d_in if method == "orthogonal" else DRAW_ROWS):
-        if method == "orthogonal":
-            square = torch.randn(d_in, d_in, generator=generator, dtype=torch.float64)
-            q, r = torch.linalg.qr(square)
-            # With the signs of R's diagonal the directions are uniform (Mezzadri 2007).
-            exact = (q * r.diagonal().sign()).T[: len(rows)]
-        elif method == "asi_authors" and active is not None:
-            uniform = torch.rand(rows.shape, generator=generator) * 2 - 1
-            exact = uniform[:, : active.shape[1]].double() @ active.T
-        else:
-            exact = rows.double().cpu()
-            if active is not None:
-                exact = (exact @ active) @ active.T
-        norm = torch.linalg.vector_norm(exact, dim=1)
-        rows.copy_(exact / norm.unsqueeze(1))
-        norms.append(norm)
-    return torch.cat(norms)
-
-
 def largest_leak(rows: Float[Tensor, "n d"], active: Float[Tensor, "d r"]) -> float:
     """Largest share of a row's norm outside the subspace, in float64."""
     largest = 0.0
@@ -304,18 +301,6 @@ def _first_fit(sae: SparseAutoencoder, sample: Tensor, mesh: Mesh) -> tuple[floa
         cross += (x.double() * r.double()).sum().item()
         power += r.double().square().sum().item()
     return total, cross, power
-
-
-def _authors_grid(total: float, cross: float, power: float) -> float:
-    """The authors' search: norm r of encoder and decoder rows from 50 values 0.1 to 5.0, then 20 values
-    from 0.09 below to 0.1 above the best. The reconstruction goes as r^2. Returns r^2.
-    """
-
-    def best(norms: list[float]) -> float:
-        return min(norms, key=lambda r: total - 2 * r**2 * cross + r**4 * power)
-
-    coarse = best([0.1 * i for i in range(1, 51)])
-    return best([coarse - 0.09 + 0.01 * i for i in range(20)]) ** 2
 
 
 def _mean_pre(sae: SparseAutoencoder, sample: Tensor) -> Float[Tensor, " d_sae"]:

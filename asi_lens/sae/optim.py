@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.adam import adam
 
 from asi_lens.base.errors import DataError, require, unknown_name
@@ -93,15 +93,13 @@ class RowAdam:
 
     def _weights(self) -> dict[str, Tensor]:
         sae = self.sae
-        weights = {
+        return {
             "W_enc": sae.encoder_rows,
             "b_enc": sae.b_enc.data,
             "W_dec": sae.W_dec.data,
             "b_dec": sae.b_dec.data,
+            **{name: parameter.data for name, parameter in sae.activation.named_parameters()},
         }
-        if isinstance(sae.activation, nn.Module):
-            weights |= {name: parameter.data for name, parameter in sae.activation.named_parameters()}
-        return weights
 
     @torch.no_grad()
     def step(

@@ -8,17 +8,19 @@ import torch
 
 from asi_lens.base.errors import require
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
+from asi_lens.sae.kinds import KINDS, kinds_with
 from asi_lens.training.mesh import Mesh
 
 
 def part_of(config: SAEConfig, mesh: Mesh) -> SAEConfig:
     """The configuration of the features of one rank.
 
-    Raises OptionError for an activation function other than TopK, features that cannot be shared out, or
-    fewer than k of them on a rank.
+    Raises OptionError for a kind that does not run over ranks, features that cannot be shared out, or fewer
+    than k of them on a rank.
     """
     if mesh.config.size > 1:
-        require(config.activation == "topk", "activation", config.activation, "'topk' over several ranks")
+        allowed = f"{kinds_with('over_ranks')} over several ranks"
+        require(KINDS[config.activation].over_ranks, "activation", config.activation, allowed)
     first, last = mesh.features(config.d_sae)
     least = f"at least k={config.k} times model={mesh.config.model}"
     require(last - first >= config.k, "d_sae", config.d_sae, least)
@@ -27,7 +29,7 @@ def part_of(config: SAEConfig, mesh: Mesh) -> SAEConfig:
 
 @torch.no_grad()
 def shard(sae: SparseAutoencoder, mesh: Mesh) -> SparseAutoencoder:
-    """The features of this rank of a TopK dictionary, copied; everything else is whole.
+    """The features of this rank of a dictionary, copied; everything else is whole.
 
     Raises OptionError as `part_of` does.
     """

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from asi_lens.activations.harvest_store import ActivationStore
 from asi_lens.activations.moments import Moments
-from asi_lens.activations.spectrum import Spectrum
 from asi_lens.activations.store import ReadRows
 from asi_lens.base.errors import require
 from asi_lens.sae.dictionary import SparseAutoencoder
@@ -31,15 +30,10 @@ class SubspaceStore(ActivationStore):
         discarded: share of the variance outside, the floor under the FVU of any dictionary in here.
     """
 
-    def __init__(self, of: ActivationStore, r: int, spectrum: Spectrum | None = None):
-        """Directions come from `spectrum`, by default the store's own.
-
-        Raises OptionError for a spectrum of another width, or `r` out of range.
-        """
-        spectrum = spectrum or of.spectrum
-        require(spectrum.d == of.d, "spectrum", f"of width {spectrum.d}", f"{of.d} wide, as the store")
+    def __init__(self, of: ActivationStore, r: int):
+        """Raises OptionError for `r` out of range."""
         self.of = of
-        self.basis = spectrum.active_subspace(r)
+        self.basis = of.spectrum.active_subspace(r)
         self.center = of.mean
         whole = of.moments
         scatter = self.basis.T @ whole.scatter.to(self.basis) @ self.basis
@@ -99,7 +93,6 @@ def expand(
     out.b_dec.copy_(wide @ sae.b_dec.double())
     mean = center.double().to(wide.device) + wide @ sae.input_mean.double()
     out.set_normalization(mean, float(sae.input_scale))
-    if isinstance(out.activation, torch.nn.Module) and isinstance(sae.activation, torch.nn.Module):
-        out.activation.load_state_dict(sae.activation.state_dict())
+    out.activation.load_state_dict(sae.activation.state_dict())
     out.initialization = {**sae.initialization, "subspace": r}
     return out

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import math
 import runpy
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
+from asi_lens.activations.pairs import Pair, PairedStores
+from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import DataError, OptionError, require, require_known
 from asi_lens.kernels.codes import SparseCode
 from asi_lens.kernels.gradients import Gradients, Term, decode_sum, sum_gradients
 from asi_lens.kernels.topk import Workspace, encode_topk
 from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.drift import Drift
+from asi_lens.sae.kinds import kinds_with
 from asi_lens.sae.optim import RowAdam, gradient_norm
 from asi_lens.sae.search import SEARCHES, SubspaceSearch, is_due
 from asi_lens.sae.sparsity import SparsityConfig
-from asi_lens.sae.sparsity_kinds import KINDS
 from asi_lens.training.config import TrainConfig
 from asi_lens.training.learner import DivergedError, StepOutput
 from asi_lens.training.ledger import DeadnessLedger
@@ -37,7 +39,7 @@ __all__ = ["DivergedError", "SparsityConfig", "StepOutput", "TrainConfig", "Trai
 _PROBE_ROWS = 32
 
 
-class Trainer(Fits):
+class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
     """Trains one dictionary, which it holds and changes in place, on the device where it is by then.
 
     Attributes:
@@ -65,17 +67,20 @@ class Trainer(Fits):
         sparsity = sparsity or SparsityConfig()
         if self.mesh.config.size > 1 and drift is not None:
             raise OptionError("drift is not measured over several ranks; leave it out")
-        if self.mesh.config.size > 1 and (sae.config.activation != "topk" or sparsity.prefixes):
+        kind = sae.activation
+        if self.mesh.config.size > 1 and (not kind.over_ranks or sparsity.prefixes):
             raise OptionError(
                 f"activation={sae.config.activation!r} with prefixes={list(sparsity.prefixes)} is not "
-                "allowed over several ranks; there it is 'topk' without prefixes"
+                f"allowed over several ranks; there it is {kinds_with('over_ranks')} without prefixes"
             )
         require_known([search], SEARCHES, "search")
-        if search != "exact" and (sae.config.activation != "topk" or self.mesh.config.size > 1):
-            raise OptionError(f"search={search!r} is not allowed; it is for 'topk' on one process")
+        if search != "exact" and (not kind.picks_k or self.mesh.config.size > 1):
+            raise OptionError(
+                f"search={search!r} is not allowed; it is for {kinds_with('picks_k')} on one process"
+            )
         self.search = search
         self.subspace: SubspaceSearch | None = None
-        self.sparsity = KINDS[sae.config.activation](sae, sparsity, self.n_steps, self.mesh)
+        self.sparsity = kind.trained_by(sae, sparsity, self.n_steps, self.mesh)
         self.optimizer = RowAdam(sae, self.config.optimizer)
         self.ledger = DeadnessLedger(sae.d_sae, sae.W_dec.device)
         self.aux_k = sae.d_out // 2 if self.config.aux_k == "auto" else int(self.config.aux_k)
@@ -104,7 +109,7 @@ class Trainer(Fits):
         return math.ceil(self.config.n_tokens / self.config.batch_size)
 
     @torch.no_grad()
-    def step(self, batch: Any) -> StepOutput:
+    def step(self, batch: Tensor | Pair | Part) -> StepOutput:
         """One update on raw activations [batch d_in] (of a transcoder: on a `Pair` of those and outputs).
 
         Raises DataError for a batch of the wrong width, without rows, or with NaN or infinity, or for weights
@@ -114,13 +119,12 @@ class Trainer(Fits):
         sae, config, mesh = self.sae, self.config, self.mesh
         if self.steps == 0:
             _require_finite(sae)
-        part = batch if isinstance(batch, Part) else None
-        sae.check_batch(batch if part is None else part.rows)
+        sae.check_batch(batch.rows if isinstance(batch, Part) else batch)
         n = len(batch)
         self._first_weights()
         encoder, decoder = sae.encoder_rows, sae.W_dec.data
         first, last = mesh.tokens(n)
-        x, goal = sae.sides(batch[first:last] if part is None else part.rows)
+        x, goal = sae.sides(batch.rows if isinstance(batch, Part) else batch[first:last])
         code = self._code(x)
         # b_dec cancels: reconstruction - x_n = acts W_dec + b_dec - x_n = acts W_dec - x.
         residual, terms = self.sparsity.terms(mesh.pick(code, sae.k), goal, n)
@@ -161,8 +165,7 @@ class Trainer(Fits):
         self.sparsity.after(fired / n, self.steps - 1)
         self.ledger.update(code)
         if self.subspace is not None:
-            moved = None if config.optimizer == "adam" else grads.features
-            self.subspace.refresh(moved)
+            self.subspace.refresh(None if config.optimizer == "adam" else grads.features)
         return StepOutput(
             step=self.steps,
             tokens=self.tokens,
@@ -215,13 +218,12 @@ class Trainer(Fits):
         term = Term(code, missed * (2 * weight), holds_b_dec=False, to_b_enc=not values_only)
         return term, missed.square().sum() * share
 
-    def prepare(self, store: Any) -> None:
+    def prepare(self, store: ActivationStore | PairedStores) -> None:
         """What `fit` does first: a dictionary without input normalization takes the store's."""
         self.sae.prepare(store, first=self.steps == 0)
         if self.search == "subspace" and self.subspace is None:
             directions = store.spectrum.active_subspace(self.d_in).to(self.sae.W_dec)
-            batch, dtype = self.config.batch_size, self.compute_dtype
-            self.subspace = SubspaceSearch(self.sae, directions, batch, dtype)
+            self.subspace = SubspaceSearch(self.sae, directions, self.config.batch_size, self.compute_dtype)
 
     def measure(self) -> Metrics:
         """Columns of a logged row beside those of the step: of `drift` and of the search."""
@@ -230,19 +232,17 @@ class Trainer(Fits):
             found |= {"search_r": search.r, "search_mass": search.mass, "search_picks": search.picks}
         return found
 
-    def stream(self, store: Any, start: int) -> Iterator[Sized]:
+    def stream(self, store: ActivationStore | PairedStores, start: int) -> Iterator[Tensor | Pair | Part]:
         """Batches from token `start` to `n_tokens`; on a rank of several, its parts of them."""
-        if self.mesh.config.data == 1:
+        if self.mesh.config.data == 1 or isinstance(store, PairedStores):
             yield from super().stream(store, start)
             return
-        for rows in self._batches(store, start, share=self.mesh.tokens):
-            n = min(self.config.batch_size, self.config.n_tokens - start)
+        config = self.config
+        options: dict[str, Any] = {"seed": config.seed, "start": start, "n_tokens": config.n_tokens}
+        for rows in store.batches(config.batch_size, **options, share=self.mesh.tokens):
+            n = min(config.batch_size, config.n_tokens - start)
             start += n
             yield Part(rows, n)
-
-    def step_on(self, batch: Any) -> StepOutput:
-        """`step`, by the name that `fit` calls it."""
-        return self.step(batch)
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint must agree with to be continued by this trainer (JSON values)."""
@@ -285,17 +285,13 @@ class Trainer(Fits):
         out |= {f"sae.{name}": tensor for name, tensor in self._normalization().items()}
         out |= {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()}
         out |= {f"sparsity.{name}": tensor for name, tensor in self.sparsity.state().items()}
-        out |= {f"activation.{name}": tensor for name, tensor in self._activation_state().items()}
+        out |= {f"activation.{name}": tensor for name, tensor in self.sae.activation.state_dict().items()}
         if self.subspace is not None:
             out |= {f"search.{name}": tensor for name, tensor in self.subspace.state().items()}
         return out | {f"ledger.{name}": tensor for name, tensor in self.ledger.state().items()}
 
     def _normalization(self) -> dict[str, Tensor]:
         return dict(self.sae.named_buffers(recurse=False))
-
-    def _activation_state(self) -> dict[str, Tensor]:
-        activation = self.sae.activation
-        return activation.state_dict() if isinstance(activation, nn.Module) else {}
 
     @torch.no_grad()
     def load_state(self, read: Callable[[str], Tensor]) -> None:
@@ -304,8 +300,7 @@ class Trainer(Fits):
         Raises OptionError if the run that it is the state of began with other weights.
         """
         sae, first, here = self.sae, read("first_weights").to(self.sae.W_dec), self._first_weights()
-        close = first.shape == here.shape and torch.allclose(first, here, rtol=1e-3, atol=1e-5)
-        if not close:
+        if first.shape != here.shape or not torch.allclose(first, here, rtol=1e-3, atol=1e-5):
             raise OptionError("the checkpoint's run began with other weights or another input normalization")
         self._probe = first
         sae.encoder_rows.copy_(read("sae.encoder"))
@@ -316,12 +311,11 @@ class Trainer(Fits):
             tensor.copy_(read(f"sae.{name}"))
         self.optimizer.load_state(lambda name: read(f"optimizer.{name}"))
         self.sparsity.load_state(lambda name: read(f"sparsity.{name}"))
-        for name, tensor in self._activation_state().items():
+        for name, tensor in self.sae.activation.state_dict().items():
             tensor.copy_(read(f"activation.{name}"))
         if self.subspace is not None:
             self.subspace.load_state(lambda name: read(f"search.{name}"))
-        names = self.ledger.state()
-        self.ledger.load_state({name: read(f"ledger.{name}") for name in names})
+        self.ledger.load_state({name: read(f"ledger.{name}") for name in self.ledger.state()})
 
 
 def _require_finite(sae: SparseAutoencoder) -> None:
@@ -347,11 +341,9 @@ def _compute_dtype(choice: str, weights: Tensor) -> torch.dtype:
     if weights.dtype == torch.float64:
         require(choice != "bfloat16", "compute_dtype", choice, "auto or float32 for a float64 dictionary")
         return torch.float64
-    if choice == "auto":
-        from asi_lens.inputs.models import resolve_dtype
+    from asi_lens.inputs.models import resolve_dtype
 
-        return resolve_dtype("auto", weights.device)
-    return torch.bfloat16 if choice == "bfloat16" else torch.float32
+    return resolve_dtype(choice, weights.device)
 
 
 if __name__ == "__main__":

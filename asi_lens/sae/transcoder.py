@@ -13,16 +13,16 @@ They are trained by `Trainer` on `PairedStores`, with every activation function,
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from jaxtyping import Float, Num
 from torch import Tensor
 
 from asi_lens.activations.pairs import Pair, PairedStores
+from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import DataError, require
 from asi_lens.kernels.codes import SparseCode
-from asi_lens.kernels.draws import draw_gaussian, unit_rows_
+from asi_lens.kernels.draws import draw_gaussian, other_stream, unit_rows_
 from asi_lens.kernels.gradients import decode_sum
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 
@@ -44,8 +44,7 @@ class Transcoder(SparseAutoencoder):
         self.register_buffer("output_mean", torch.zeros(self.d_out, dtype=dtype))
         self.register_buffer("output_scale", torch.ones((), dtype=dtype))
         if draw:
-            # Any other stream of the same seed.
-            draw_gaussian(self.encoder_rows, config.seed + 2**31)
+            draw_gaussian(self.encoder_rows, other_stream(config.seed))
             unit_rows_(self.encoder_rows)
 
     @torch.no_grad()
@@ -77,26 +76,28 @@ class Transcoder(SparseAutoencoder):
         """What the encoder reads: x_n as rows."""
         return self.normalize(x)
 
-    def prepare(self, store: Any, *, first: bool) -> None:
+    def prepare(self, store: ActivationStore | PairedStores, *, first: bool) -> None:
         """See `SparseAutoencoder.prepare`; both sides."""
         require(isinstance(store, PairedStores), "store", type(store).__name__, "PairedStores")
+        assert isinstance(store, PairedStores)
         require(store.d_out == self.d_out, "store", f"with outputs {store.d_out} wide", f"{self.d_out} wide")
         super().prepare(store.inputs, first=first)
         plain = not bool((self.output_scale != 1) | (self.output_mean != 0).any())
         if first and plain:
             self.set_output_normalization(store.outputs.mean, store.outputs.scale)
 
-    def check_batch(self, batch: Any) -> None:
+    def check_batch(self, batch: Tensor | Pair) -> None:
         """Raise DataError unless `batch` is a pair of rows to train on."""
         if not isinstance(batch, Pair) or len(batch.x) != len(batch.y) or len(batch) == 0:
-            known = isinstance(batch, Pair)
-            found = [tuple(batch.x.shape), tuple(batch.y.shape)] if known else type(batch).__name__
+            sizes = [tuple(side.shape) for side in (batch.x, batch.y)] if isinstance(batch, Pair) else None
+            found = sizes or type(batch).__name__
             raise DataError(
                 f"a batch is a Pair of rows [n {self.d_in}] and [n {self.d_out}], n at least 1, not {found}"
             )
 
-    def sides(self, batch: Any) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
+    def sides(self, batch: Tensor | Pair) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
         """See `SparseAutoencoder.sides`."""
+        assert isinstance(batch, Pair)  # `check_batch` has seen to it
         return self.normalize(batch.x), self.normalize_output(batch.y) - self.b_dec
 
     def decode(self, code: SparseCode) -> Float[Tensor, "*batch d_out"]:
@@ -114,11 +115,8 @@ class Transcoder(SparseAutoencoder):
         """
         raw = 1 / self.output_scale
         shift = (self.input_mean * self.input_scale) @ self.W_enc
-        own = self._own_folded(self.output_scale)
-        if "b_mag" in own:  # of magnitudes, which b_enc has no part in
-            own["b_mag"] = own["b_mag"] - own["r_mag"].exp() * shift * raw
         return {
-            **own,
+            **self.activation.folded(self.output_scale, shift),
             "W_enc": self.W_enc.detach() * (self.input_scale * raw),
             "b_enc": (self.b_enc - shift) * raw,
             "W_dec": self.W_dec.detach().clone(),

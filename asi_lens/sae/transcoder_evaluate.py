@@ -48,7 +48,7 @@ def evaluate_transcoders(
 ) -> list[Evaluation]:
     """Numbers of transcoders of the same sites on tokens that none was trained on; FVU of the outputs.
 
-    In the results `dead_windows` is empty and `alignment` None. The clean and the ablated model run once for
+    The clean and the ablated model run once for
     all.
 
     Args:

@@ -22,15 +22,15 @@ from torch import Tensor
 
 from asi_lens.activations.pairs import Pair, PairedStores
 from asi_lens.base.errors import require, unknown_name
-from asi_lens.kernels.draws import unit_rows_
+from asi_lens.kernels.draws import other_stream, unit_rows_
 from asi_lens.kernels.gradients import decode_sum
-from asi_lens.sae.activations import Thresholded
-from asi_lens.sae.initialize import active_subspace_of, auto_d_init, directions, largest_leak
-from asi_lens.sae.sparsity import has_threshold, set_threshold
+from asi_lens.sae.initialize import active_subspace_of, auto_d_init, largest_leak, scale_to_fit
+from asi_lens.sae.starts import STARTS, Draw, find_start
+from asi_lens.sae.threshold import set_threshold
 from asi_lens.sae.transcoder import Transcoder
 
-TRANSCODER_METHODS = ("random", "asi")
-"""Decoder directions: Gaussian, or in the active subspace of the outputs."""
+TRANSCODER_METHODS = tuple(name for name, start in STARTS.items() if start.transcoders)
+"""Starts of the decoder: Gaussian, or in the active subspace of the outputs."""
 READERS = ("random", "active", "regression")
 """What the encoder starts from."""
 
@@ -85,15 +85,14 @@ def initialize_transcoder(
 
     Raises OptionError, UnknownNameError, or DataError for rows that never vary.
     """
-    if method not in TRANSCODER_METHODS:
-        raise unknown_name("initialization method", method, TRANSCODER_METHODS)
+    start = find_start(method, TRANSCODER_METHODS)
     if reader not in READERS:
         raise unknown_name("reader", reader, READERS)
     require(store.d == sae.d_in, "store", f"with inputs {store.d} wide", f"{sae.d_in} wide")
     require(store.d_out == sae.d_out, "store", f"with outputs {store.d_out} wide", f"{sae.d_out} wide")
-    if not has_threshold(sae):
+    if not sae.activation.has_threshold:
         require(initial_l0 is None, "initial_l0", initial_l0, "left out for an activation without thresholds")
-    written = store.outputs.spectrum if method == "asi" else None
+    written = store.outputs.spectrum if start.subspace else None
     active = active_subspace_of(method, written, d_init, sae.d_out)
     seed = sae.config.seed if seed is None else seed
     require(seed >= 0, "seed", seed, "at least 0")
@@ -102,7 +101,8 @@ def initialize_transcoder(
     sae.set_output_normalization(store.outputs.mean, store.outputs.scale)
     sae.b_enc.zero_()
     sae.b_dec.zero_()
-    directions(sae.W_dec.data, method, seed, active)
+    sample = store.sample(min(_SAMPLE, store.n))
+    start.fill(sae.W_dec.data, Draw(seed, active, written, sample.y))
     linear_fvu, reads = None, None
     if reader == "regression":
         guess, linear_fvu = linear_guess(sae, store)
@@ -113,18 +113,12 @@ def initialize_transcoder(
         if reader == "active":
             spectrum = store.inputs.spectrum
             reads = active_subspace_of("asi", spectrum, auto_d_init(spectrum), sae.d_in)
-        # Any other stream of the same seed.
-        directions(sae.encoder_rows, "random" if reads is None else "asi", seed + 2**31, reads)
+        drawn = STARTS["random" if reads is None else "asi"]
+        drawn.fill(sae.encoder_rows, Draw(other_stream(seed), reads))
 
-    sample = store.sample(min(_SAMPLE, store.n))
-    if has_threshold(sae):
+    if sae.activation.has_threshold:
         set_threshold(sae, sample.x, sae.k if initial_l0 is None else initial_l0)
-    _, cross, power = _first_fit(sae, sample)
-    scale = cross / power if cross > 0 else 1.0
-    sae.encoder_rows.mul_(scale)
-    sae.b_enc.mul_(scale)
-    if isinstance(sae.activation, Thresholded):
-        sae.activation.threshold.data.mul_(scale)
+    scale_to_fit(sae, *_first_fit(sae, sample))
     total, cross, power = _first_fit(sae, sample)
     report = TranscoderInitReport(
         method=method,

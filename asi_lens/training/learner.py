@@ -1,10 +1,10 @@
-"""What trains has in common: what a step says, the life of a trainer as `fit` lives it, and a whole run."""
+"""What everything that trains has in common: what a step says, its data, and its life as `fit` lives it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
@@ -46,8 +46,47 @@ class StepOutput:
     gradient_norm: float | None = None
 
 
+Batch = TypeVar("Batch", bound=Sized)
+"""A batch of what a learner trains on; its length is its number of tokens."""
+_Batch = TypeVar("_Batch", bound=Sized, covariant=True)
+
+
 @runtime_checkable
-class Learner(Protocol):
+class Data(Protocol[_Batch]):
+    """What it is trained on: an `ActivationStore`, or something else with a stream of batches."""
+
+    @property
+    def n(self) -> int:
+        """Tokens of one epoch."""
+        ...
+
+    @property
+    def d(self) -> int:
+        """Width."""
+        ...
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """Where the data come from."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the data."""
+        ...
+
+    def batches(self, batch_size: int, *, seed: int, start: int, n_tokens: int) -> Iterator[_Batch]:
+        """Batches from token `start` to `n_tokens` of the stream; their length is their number of tokens."""
+        ...
+
+
+Store = TypeVar("Store", bound=Data[Any])
+"""What a learner trains on."""
+_Store = TypeVar("_Store", bound=Data[Any], contravariant=True)
+
+
+@runtime_checkable
+class Learner(Protocol[_Store, Batch]):
     """What is trained: a `Trainer` of a dictionary, or one of something else with the same life."""
 
     config: TrainConfig
@@ -68,11 +107,11 @@ class Learner(Protocol):
         """Tokens seen: the position in the stream of data."""
         ...
 
-    def prepare(self, store: Any) -> None:
+    def prepare(self, store: _Store) -> None:
         """Called once before the first step. Raises OptionError for data that it cannot be trained on."""
         ...
 
-    def stream(self, store: Any, start: int) -> Iterator[Sized]:
+    def stream(self, store: _Store, start: int) -> Iterator[Batch]:
         """Batches from token `start` to the last; their length is their number of tokens."""
         ...
 
@@ -80,7 +119,7 @@ class Learner(Protocol):
         """Share of features silent for the last `window` tokens or more, over all ranks."""
         ...
 
-    def step_on(self, batch: Any) -> StepOutput:
+    def step(self, batch: Batch) -> StepOutput:
         """One update. DataError and DivergedError leave everything as it was."""
         ...
 

@@ -6,11 +6,11 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Generic, cast
 
 from tqdm.auto import tqdm
 
@@ -19,44 +19,15 @@ from asi_lens.base.threads import short_steps
 from asi_lens.training import sharded_checkpoint
 from asi_lens.training.checkpoint import OtherConfigurationError, held, require_same
 from asi_lens.training.config import TrainConfig
-from asi_lens.training.learner import DivergedError, Learner, StepOutput
+from asi_lens.training.learner import Batch, DivergedError, Learner, StepOutput, Store
 from asi_lens.training.ledger import DeadnessLedger
 from asi_lens.training.mesh import Mesh
 from asi_lens.training.metrics import Logger, Metrics, MetricsLog
 
 
-@runtime_checkable
-class Data(Protocol):
-    """What it is trained on: an `ActivationStore`, or something else with a stream of batches."""
-
-    @property
-    def n(self) -> int:
-        """Tokens of one epoch."""
-        ...
-
-    @property
-    def d(self) -> int:
-        """Width."""
-        ...
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        """Where the data come from."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes with the data."""
-        ...
-
-    def batches(self, batch_size: int, *, seed: int, start: int, n_tokens: int) -> Iterator[Sized]:
-        """Batches from token `start` to `n_tokens` of the stream; their length is their number of tokens."""
-        ...
-
-
 def train_together(
-    trainers: Sequence[Learner],
-    store: Data,
+    trainers: Sequence[Learner[Store, Batch]],
+    store: Store,
     *,
     folders: Sequence[Path | str] | None = None,
     checkpoint_every: int = 250_000,
@@ -123,7 +94,7 @@ def train_together(
     return [run.log.history for run in runs]
 
 
-def _loop(runs: Sequence[_Run], store: Data, progress: bool) -> None:
+def _loop(runs: Sequence[_Run[Store, Batch]], store: Store, progress: bool) -> None:
     config, mesh = runs[0].trainer.config, runs[0].trainer.mesh
     position = min(run.trainer.tokens for run in runs)
     with (
@@ -168,13 +139,13 @@ def _summary(outputs: Sequence[StepOutput]) -> str:
     return f"fvu {fvu}, dead {dead} %"
 
 
-class _Run:
+class _Run(Generic[Store, Batch]):
     """One trainer with its folder."""
 
     def __init__(
         self,
-        trainer: Learner,
-        store: Data,
+        trainer: Learner[Store, Batch],
+        store: Store,
         folder: Path | None,
         windows: Sequence[int],
         loggers: Sequence[str | Logger],
@@ -221,12 +192,12 @@ class _Run:
                     self.saved_at = self.trainer.tokens
         self.log.resume(self.trainer.steps)
 
-    def step(self, batch: Any) -> StepOutput:
+    def step(self, batch: Batch) -> StepOutput:
         """Train on one batch, log and checkpoint where due."""
         trainer = self.trainer
         before = trainer.tokens
         started = time.perf_counter()
-        output = trainer.step_on(batch)
+        output = trainer.step(batch)
         self.busy += time.perf_counter() - started
         self.busy_tokens += len(batch)
         last = trainer.tokens >= trainer.config.n_tokens
@@ -313,22 +284,17 @@ class _Stop:
         raise KeyboardInterrupt
 
 
-class Fits:
+class Fits(Generic[Store, Batch]):
     """What trainers share: a whole run of one of them."""
 
     config: TrainConfig
     ledger: DeadnessLedger
     mesh = Mesh()
 
-    def stream(self, store: Any, start: int) -> Iterator[Sized]:
+    def stream(self, store: Store, start: int) -> Iterator[Batch]:
         """See `Learner.stream`."""
-        return self._batches(store, start)
-
-    def _batches(self, store: Any, start: int, **more: Any) -> Iterator[Sized]:
         config = self.config
-        return store.batches(
-            config.batch_size, seed=config.seed, start=start, n_tokens=config.n_tokens, **more
-        )
+        return store.batches(config.batch_size, seed=config.seed, start=start, n_tokens=config.n_tokens)
 
     def dead_fraction(self, window: int) -> float:
         """Share of features (or units) silent for the last `window` tokens or more, over all ranks."""
@@ -337,7 +303,7 @@ class Fits:
 
     def fit(
         self,
-        store: Any,
+        store: Store,
         *,
         folder: Path | str | None = None,
         checkpoint_every: int = 250_000,
@@ -353,9 +319,8 @@ class Fits:
         as many whole sequences as fit into `batch_size`). See `train_together`, of which this is the
         case of one.
         """
-        assert isinstance(self, Learner)  # what has this method has the others
         (history,) = train_together(
-            [self],
+            [cast("Learner[Store, Batch]", self)],  # what has this method has the others
             store,
             folders=None if folder is None else [folder],
             checkpoint_every=checkpoint_every,

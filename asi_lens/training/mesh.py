@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -54,7 +53,7 @@ class MeshConfig:
 class Part:
     """The rows of this rank of a batch of `n` tokens; its length is that of the batch."""
 
-    rows: Any
+    rows: Float[Tensor, "part d"]
     n: int
 
     def __len__(self) -> int:

@@ -14,7 +14,7 @@ from asi_lens.collapse import interventions
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.inputs.models import load_model
-from asi_lens.lorsa.data import SequencePairs, harvest_pairs
+from asi_lens.lorsa.data import PairBatch, SequencePairs, harvest_pairs
 from asi_lens.lorsa.evaluate import evaluate_lorsa
 from asi_lens.lorsa.initialize import from_attention
 from asi_lens.lorsa.lorsa import Lorsa
@@ -101,7 +101,7 @@ def test_what_a_step_reports(tiny_llama: Any, pairs: SequencePairs) -> None:
         error = (one.lorsa(x) - y)[:, 1:].square().sum().item()
         l0 = (one.lorsa.encode(x).values[:, 1:] > 0).double().sum(-1).mean().item()
     rows = y[:, 1:].flatten(0, 1)
-    output = one.step(x, y)
+    output = one.step(PairBatch(x, y))
     assert output.fvu == pytest.approx(error / (rows - rows.mean(0)).square().sum().item())
     assert output.loss == pytest.approx(error / (4 * EACH) * one.lorsa.output_scale.item() ** 2)
     assert (output.step, output.tokens) == (1, 4 * EACH)
@@ -109,7 +109,7 @@ def test_what_a_step_reports(tiny_llama: Any, pairs: SequencePairs) -> None:
     assert l0 <= K
     assert output.lr == pytest.approx(3e-3 / 3)
     assert output.gradient_norm is None
-    assert one.step(x, y).loss < output.loss
+    assert one.step(PairBatch(x, y)).loss < output.loss
     norms = one.lorsa.W_O.norm(dim=1)
     torch.testing.assert_close(norms, torch.ones_like(norms))
 
@@ -118,7 +118,8 @@ def test_the_first_position_is_not_in_the_loss(tiny_llama: Any, pairs: SequenceP
     one, other = (trainer(tiny_llama, pairs) for _ in range(2))
     y = pairs.outputs[:4].clone()
     y[:, 0] += 100
-    assert one.step(pairs.inputs[:4], pairs.outputs[:4]) == other.step(pairs.inputs[:4], y)
+    x = pairs.inputs[:4]
+    assert one.step(PairBatch(x, pairs.outputs[:4])) == other.step(PairBatch(x, y))
     assert same_bits(one, other)
 
 
@@ -135,7 +136,7 @@ def test_gradients_are_free_of_the_part_that_would_change_norms(
         norms.append(sum(p.grad.square().sum().item() for p in one.lorsa.parameters()) ** 0.5)
 
     monkeypatch.setattr(one.optimizer, "step", look)
-    output = one.step(pairs.inputs[:4], pairs.outputs[:4])
+    output = one.step(PairBatch(pairs.inputs[:4], pairs.outputs[:4]))
     torch.testing.assert_close((found[0] * W_O).sum(1), torch.zeros(N_OV), rtol=0, atol=1e-8)
     assert found[0].any()
     assert output.gradient_norm is not None
@@ -148,7 +149,7 @@ def test_the_ledger_counts_positions_but_the_first(tiny_llama: Any, pairs: Seque
     with torch.no_grad():
         one.lorsa.b_V[:10] = -1e4  # never above zero
         code = one.lorsa.encode(pairs.inputs[:4])
-    output = one.step(pairs.inputs[:4], pairs.outputs[:4])
+    output = one.step(PairBatch(pairs.inputs[:4], pairs.outputs[:4]))
     fired = code.indices[:, 1:][code.values[:, 1:] > 0]
     counts = torch.bincount(fired, minlength=N_OV)
     assert torch.equal(one.ledger.counts, counts)
@@ -171,9 +172,9 @@ def test_steps_that_cannot_be_are_refused_and_change_nothing(tiny_llama: Any, pa
         (x.repeat(1, 2, 1), y.repeat(1, 2, 1), f"context={CONTEXT}"),
     ]:
         with pytest.raises(DataError, match=message):
-            one.step(inputs, outputs)
+            one.step(PairBatch(inputs, outputs))
     with pytest.raises(DivergedError, match=r"step 1: .* nothing was updated"):
-        one.step(x, y * 1e30)
+        one.step(PairBatch(x, y * 1e30))
     assert before.keys() == one.state().keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in one.state().items())
 

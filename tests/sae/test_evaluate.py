@@ -11,14 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asi_lens.activations.harvest_store import ActivationStore, harvest_store
-from asi_lens.activations.spectrum import Spectrum
 from asi_lens.base.errors import DataError, OptionError, UnsupportedModelError
 from asi_lens.collapse.interventions import cross_entropy, edited_cross_entropy, mean_ablate, skip_first
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.sae import evaluate as module
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
-from asi_lens.sae.evaluate import alignment, evaluate, evaluate_together
+from asi_lens.sae.evaluate import evaluate, evaluate_together
 from asi_lens.sae.splice import SpliceLosses, splice_losses
 
 pytestmark = pytest.mark.filterwarnings("ignore::asi_lens.activations.spectrum.FewTokensWarning")
@@ -80,7 +79,7 @@ def test_a_perfect_reconstruction_explains_everything(seed: int, n: int) -> None
 def test_numbers_are_those_of_the_definitions() -> None:
     rows = data()
     sae = trained_like(rows)
-    found = evaluate(sae, rows, windows=(100, 500, 7))
+    found = evaluate(sae, rows)
     error = (rows.double() - sae(rows).detach().double()).square().sum()
     fired = sae.encode_dense(rows) > 0
     assert found.fvu == pytest.approx((error / (rows.double() - rows.double().mean(0)).square().sum()).item())
@@ -89,26 +88,18 @@ def test_numbers_are_those_of_the_definitions() -> None:
     assert found.l0 == pytest.approx(fired.sum(1).double().mean().item())
     assert found.dead_fraction == (~fired.any(0)).double().mean().item()
     assert 0 < found.dead_fraction < 1
-    assert found.dead_windows == {
-        window: (~fired[-window:].any(0)).double().mean().item() for window in (7, 100, 500)
-    }
     assert found.losses is None
-    assert found.alignment is None
 
 
 @pytest.mark.parametrize("batch", [1, 13, 100])
 def test_the_batch_size_does_not_matter(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
     rows = data()
     sae = trained_like(rows)
-    whole = evaluate(sae, rows, windows=(90,))
+    whole = evaluate(sae, rows)
     monkeypatch.setattr(module, "_ROWS", batch)
-    parts = evaluate(sae, rows, windows=(90,))
+    parts = evaluate(sae, rows)
     assert parts.fvu == pytest.approx(whole.fvu, rel=1e-6)
-    assert (parts.l0, parts.dead_fraction, parts.dead_windows) == (
-        whole.l0,
-        whole.dead_fraction,
-        whole.dead_windows,
-    )
+    assert (parts.l0, parts.dead_fraction) == (whole.l0, whole.dead_fraction)
 
 
 @given(scale=st.sampled_from([1e-3, 0.37, 250.0]))
@@ -149,8 +140,6 @@ def test_rows_that_cannot_be_evaluated() -> None:
         evaluate(sae, rows.clone().fill_(float("nan")))
     with pytest.raises(OptionError, match="at least one"):
         evaluate(sae, rows[:0])
-    with pytest.raises(OptionError, match=r"windows=501 .* from 1 to the 500 rows"):
-        evaluate(sae, rows, windows=(501,))
     with pytest.raises(OptionError, match="one or more"):
         evaluate_together([], rows)
 
@@ -164,39 +153,11 @@ def test_a_store_of_another_site_than_the_dictionary() -> None:
         evaluate(sae, ActivationStore.from_tensor(rows, {"site": "attn_out", "layer": 4}))
 
 
-# --- alignment --------------------------------------------------------------------------------------
-
-
-def test_alignment_is_the_share_of_the_squared_norm_inside() -> None:
-    rows = data(3000)
-    spectrum = Spectrum.of(rows)
-    sae = trained_like(rows)
-    V = spectrum.active_subspace(5)
-    inside = (sae.W_dec.detach().double() @ V @ V.T).square().sum(1)
-    found = evaluate(sae, rows, spectrum=spectrum, d_init=5).alignment
-    assert found is not None
-    assert found == alignment(sae, spectrum, 5)
-    assert found.decoder == pytest.approx(inside.mean().item(), rel=1e-6)
-    assert found.d_init == 5
-    with torch.no_grad():
-        sae.W_dec.copy_(sae.W_dec.double() @ V @ V.T)
-        sae.W_enc.copy_((sae.W_enc.T.double() @ (torch.eye(D).double() - V @ V.T)).T)
-    found = alignment(sae, spectrum, 5)
-    assert found.decoder == pytest.approx(1, abs=1e-6)
-    assert found.encoder == pytest.approx(0, abs=1e-6)
-
-
 def test_options_that_belong_together(tiny_llama: Any) -> None:
     rows = data()
     sae = trained_like(rows)
-    with pytest.raises(OptionError, match="spectrum and d_init"):
-        evaluate(sae, rows, d_init=3)
     with pytest.raises(OptionError, match="model and tokens"):
         evaluate(sae, rows, model=tiny_llama)
-    with pytest.raises(OptionError, match="d_init"):
-        alignment(sae, Spectrum.of(rows), D + 1)
-    with pytest.raises(OptionError, match="of width 3"):
-        alignment(sae, Spectrum.of(rows[:, :3]), 2)
 
 
 # --- losses of the language model -------------------------------------------------------------------

@@ -6,21 +6,12 @@ import math
 
 import pytest
 import torch
+from small_starts import D_IN, D_SAE, make, mse, rows
 
 from asi_lens.activations.spectrum import Spectrum
 from asi_lens.base.errors import DataError, OptionError, UnknownNameError
-from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
-from asi_lens.sae.initialize import METHODS, auto_d_init, initialize
-
-D_IN, D_SAE, K = 24, 300, 6
-
-
-def rows(n: int = 2000, seed: int = 0) -> torch.Tensor:
-    """Activations whose variance decays over directions, with a mean."""
-    generator = torch.Generator().manual_seed(seed)
-    basis = torch.linalg.qr(torch.randn(D_IN, D_IN, generator=torch.Generator().manual_seed(99)))[0]
-    scales = 0.8 ** torch.arange(D_IN)
-    return 5 * torch.randn(n, D_IN, generator=generator) * scales @ basis.T + torch.linspace(-2, 2, D_IN)
+from asi_lens.sae.initialize import auto_d_init, initialize
+from asi_lens.sae.starts import STARTS
 
 
 @pytest.fixture(scope="module")
@@ -33,16 +24,8 @@ def spectrum(sample: torch.Tensor) -> Spectrum:
     return Spectrum.of(sample)
 
 
-def make(dtype: torch.dtype = torch.float32, seed: int = 0) -> SparseAutoencoder:
-    return SparseAutoencoder(SAEConfig(d_in=D_IN, d_sae=D_SAE, k=K, seed=seed), dtype=dtype)
-
-
 def subspace_options(method: str) -> dict[str, int]:
-    return {"d_init": 10} if method.startswith("asi") else {}
-
-
-def mse(sae: SparseAutoencoder, x: torch.Tensor) -> float:
-    return (sae(x) - x).double().square().sum(1).mean().item()
+    return {"d_init": 10} if STARTS[method].subspace else {}
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
@@ -65,40 +48,7 @@ def test_nothing_leaks_out_of_the_subspace(
     assert torch.linalg.matrix_rank(sae.W_dec.double() @ active) == 10
 
 
-def test_asi_is_the_projection_of_what_random_draws(spectrum: Spectrum, sample: torch.Tensor) -> None:
-    plain, active = make(torch.float64), make(torch.float64)
-    initialize(plain, "random", spectrum, sample=sample)
-    initialize(active, "asi", spectrum, 10, sample)
-    V = spectrum.active_subspace(10)
-    projected = plain.W_dec.data @ V @ V.T
-    torch.testing.assert_close(active.W_dec.data, projected / projected.norm(dim=1, keepdim=True))
-    # All of the space is no projection at all.
-    initialize(active, "asi", spectrum, D_IN, sample)
-    torch.testing.assert_close(active.W_dec.data, plain.W_dec.data)
-
-
-def test_orthogonal_directions_come_in_orthonormal_sets(spectrum: Spectrum, sample: torch.Tensor) -> None:
-    sae = make(torch.float64)
-    initialize(sae, "orthogonal", spectrum, sample=sample)
-    sets = sae.W_dec.data.split(D_IN)
-    for rows_of_one in sets:
-        eye = torch.eye(len(rows_of_one), dtype=torch.float64)
-        torch.testing.assert_close(rows_of_one @ rows_of_one.T, eye, rtol=0, atol=1e-12)
-    assert not torch.allclose(sets[0], sets[1])
-
-
-def test_the_authors_coordinates_are_uniform(spectrum: Spectrum, sample: torch.Tensor) -> None:
-    sae = make(torch.float64, seed=4)
-    initialize(sae, "asi_authors", spectrum, 10, sample, norm_search=False)
-    uniform = torch.rand(D_SAE, D_IN, generator=torch.Generator().manual_seed(4)) * 2 - 1
-    theirs = uniform[:, :10].double() @ spectrum.active_subspace(10).T
-    norms = theirs.norm(dim=1, keepdim=True)
-    torch.testing.assert_close(sae.W_dec.data, theirs / norms)
-    # Without the norm search their rows keep the norm of the draw, in encoder and decoder.
-    torch.testing.assert_close(sae.encoder_rows, theirs * norms)
-
-
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", list(STARTS))
 def test_every_method_is_tied_unit_and_from_its_seed(
     method: str, spectrum: Spectrum, sample: torch.Tensor
 ) -> None:
@@ -117,7 +67,7 @@ def test_every_method_is_tied_unit_and_from_its_seed(
     assert (sae.initialization["seed"], other.initialization["seed"]) == (0, 1)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", list(STARTS))
 @pytest.mark.parametrize("center_encoder_bias", [False, True])
 def test_no_other_norm_reconstructs_better(
     method: str, center_encoder_bias: bool, spectrum: Spectrum, sample: torch.Tensor
@@ -136,21 +86,6 @@ def test_no_other_norm_reconstructs_better(
         assert mse(sae, x) >= found / slack
         sae.encoder_rows.div_(factor)
         sae.b_enc.data.div_(factor)
-
-
-def test_the_authors_grid_is_theirs(spectrum: Spectrum, sample: torch.Tensor) -> None:
-    sae, x = make(torch.float64), sample.double()
-    initialize(sae, "asi_authors", spectrum, 10, x)
-    direction = sae.W_dec.data
-
-    def loss(norm: float) -> float:
-        sae.encoder_rows.copy_(direction * norm**2)
-        return mse(sae, x)
-
-    found = sae.encoder_rows.norm(dim=1)[0].sqrt().item()
-    coarse = min((0.1 * i for i in range(1, 51)), key=loss)
-    fine = min((coarse - 0.09 + 0.01 * i for i in range(20)), key=loss)
-    assert found == pytest.approx(fine)
 
 
 def test_input_is_centered_and_scaled_from_the_spectrum(spectrum: Spectrum, sample: torch.Tensor) -> None:

@@ -30,7 +30,7 @@ from torch.nn.functional import relu
 from asi_lens.base.errors import DataError, OptionError, UnknownNameError
 from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.formats import load_folder
-from asi_lens.sae.sparsity import set_threshold
+from asi_lens.sae.threshold import set_threshold
 
 # --- reading SAELens --------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from small_trainings import D_IN, D_SAE, K, make, quick, rows, same_gradients
 
+from asi_lens.activations.pairs import Pair
 from asi_lens.base.errors import DataError, OptionError, UnknownNameError
 from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.initialize import initialize
@@ -134,7 +135,7 @@ def test_batches_that_cannot_be_are_refused_and_change_nothing() -> None:
         (torch.zeros(64, D_IN + 1), f"d_in={D_IN}"),
         (torch.zeros(0, D_IN), "at least 1"),
         (torch.zeros(()), "a batch is rows"),
-        ("rows", "not str"),
+        (Pair(rows(4), rows(4)), "not Pair"),
         (broken, "1 of 64 activation rows hold NaN"),
     ]:
         with pytest.raises(DataError, match=message):

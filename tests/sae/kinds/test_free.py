@@ -1,11 +1,11 @@
-"""ReLU and JumpReLU: codes of any width."""
+"""Codes of any width."""
 
 from __future__ import annotations
 
 import torch
 
-from asi_lens.sae.activations import JumpReLU
 from asi_lens.sae.dictionary import SAEConfig
+from asi_lens.sae.kinds.jumprelu import JumpReLU
 
 
 def test_a_jump_relu_of_nothing_fires_nowhere() -> None:

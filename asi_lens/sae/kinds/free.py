@@ -1,0 +1,90 @@
+"""What kinds that fire on any number of features have in common.
+
+A code is as wide as its widest row; the places that a row does not need hold zeros, which did not fire.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import relu
+
+from asi_lens.base.errors import OptionError
+from asi_lens.kernels.codes import SparseCode, pick, stack_codes
+from asi_lens.kernels.topk import Workspace
+from asi_lens.sae.kinds.kind import Kind, pre_activations
+
+
+class FiresFreely(Kind):
+    """A kind that fires on all features whose value is above zero."""
+
+    has_threshold = True
+
+    def values(
+        self, z: Float[Tensor, "batch d_sae"], bias: Float[Tensor, " d_sae"]
+    ) -> Float[Tensor, "batch d_sae"]:
+        """Values from pre-activations z, in which `bias` is; zero where nothing fires."""
+        raise NotImplementedError
+
+    def code(
+        self,
+        x: Float[Tensor, "batch d_in"],
+        encoder: Float[Tensor, "d_sae d_in"],
+        bias: Float[Tensor, " d_sae"],
+        workspace: Workspace | None = None,
+    ) -> SparseCode:
+        """See `Kind.code`."""
+        codes = []
+        for z in pre_activations(x, encoder, bias):
+            values = self.values(z, bias)
+            codes.append(pick(values > 0, values.to(bias.dtype)))
+        return stack_codes(codes)
+
+    def set_threshold(self, b_enc: Float[Tensor, " d_sae"], threshold: float) -> None:
+        """See `Kind.set_threshold`; without a threshold of its own, b_enc is lowered."""
+        b_enc.sub_(threshold)
+
+
+class Thresholded(FiresFreely):
+    """z if z > threshold, else 0, and never below 0: what JumpReLU and BatchTopK have in common."""
+
+    threshold: Tensor
+
+    saelens = "jumprelu"
+    saelens_transcoder = "jumprelu_transcoder"
+    saelens_names: ClassVar[Mapping[str, str]] = {"threshold": "activation.threshold"}
+    # Such a feature never fires.
+    may_be_infinite = ("threshold",)
+
+    def values(self, z: Tensor, bias: Tensor) -> Tensor:
+        """See `FiresFreely.values`."""
+        return relu(z) * (z > self.threshold.to(z))
+
+    def set_threshold(self, b_enc: Float[Tensor, " d_sae"], threshold: float) -> None:
+        """See `Kind.set_threshold`."""
+        self.threshold.data.fill_(threshold)
+
+    def rescale(self, factor: float) -> None:
+        """See `Kind.rescale`."""
+        self.threshold.data.mul_(factor)
+
+    def folded(self, scale: Float[Tensor, ""], shift: Tensor | None = None) -> dict[str, Tensor]:
+        """See `Kind.folded`."""
+        return {"threshold": self.threshold.detach() / scale}
+
+    def to_saelens(self, folded: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+        """See `Kind.to_saelens`; one threshold for each feature."""
+        if bool((folded["threshold"] < 0).any()):
+            raise OptionError(f"{folder}: thresholds below zero cannot be written; zero is the same function")
+        wide = folded["threshold"].expand(len(folded["b_enc"])).contiguous()
+        return {**folded, "threshold": wide}
+
+    @staticmethod
+    def from_saelens(tensors: dict[str, Tensor], shift: Tensor | None) -> dict[str, Tensor]:
+        """See `Kind.from_saelens`; a threshold below zero is the same function as zero."""
+        name = "activation.threshold"
+        return {**Kind.from_saelens(tensors, shift), name: tensors[name].clamp_min(0)}

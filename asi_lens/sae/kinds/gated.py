@@ -1,0 +1,126 @@
+"""Gated: gate and magnitude apart (Rajamanoharan et al. 2024, "Improving Dictionary Learning with Gated
+SAEs").
+
+Penalty, steered: c d_out / target mean_b sum_j ReLU(gate), and the squared error of what ReLU(gate)
+reconstructs with the decoder held constant, which teaches the gate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import relu
+
+from asi_lens.kernels.codes import SparseCode, pick, stack_codes
+from asi_lens.kernels.gradients import Term, decode_sum, picked_dots
+from asi_lens.kernels.topk import Workspace
+from asi_lens.sae.kinds.free import FiresFreely
+from asi_lens.sae.kinds.kind import Kind, Penalized, Sizes
+from asi_lens.sae.sparsity import SparsityConfig
+
+
+class GatedTraining(Penalized["Gated"]):
+    """Values by the magnitudes, gates by a loss of their own."""
+
+    gates_apart = True
+    _gates: SparseCode
+
+    def code(
+        self, x: Float[Tensor, "batch d_in"], step: int, workspace: Workspace | None = None
+    ) -> SparseCode:
+        """See `Training.code`; keeps the open gates for `terms`."""
+        fired, gates, bias = [], [], self.sae.b_enc.data
+        for z in self.pre_activations(x):
+            values = self.kind.magnitude(z, bias)
+            fired.append(pick((z > 0) & (values > 0), values))
+            gates.append(pick(z > 0, z))
+        self._gates = stack_codes(gates)
+        return stack_codes(fired)
+
+    def terms(
+        self, code: SparseCode, goal: Float[Tensor, "part d_out"], n: int
+    ) -> tuple[Float[Tensor, "batch d_out"], list[Term]]:
+        """See `Training.terms`; the last one is the gates'."""
+        residual, terms = super().terms(code, goal, n)
+        gain = self.kind.r_mag.detach().exp()[code.indices]
+        terms = [term._replace(gain=gain, to_b_enc=False) for term in terms]
+        # b_dec, too, is constant there.
+        missed = decode_sum(self._gates, self.sae.W_dec.data).sub_(goal).mul_(2 / len(goal))
+        return residual, [*terms, Term(self._gates, missed, holds_b_dec=False, moves_decoder=False)]
+
+    def penalize(self, terms: list[Term], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `Training.penalize`."""
+        *main, gates = terms
+        batch = len(gates.grad)
+        weight = self.weight(step) / (self.target(step) * batch)
+        terms[-1] = gates._replace(pull=torch.full_like(gates.code.values, weight))
+        # `grad` is 2 / batch times what the gates' reconstruction misses.
+        loss = weight * gates.code.values.sum() + gates.grad.square().sum() * (batch / 4)
+        return loss, self._own_gradients(main)
+
+    def _own_gradients(self, main: list[Term]) -> dict[str, Tensor]:
+        """Sums over the picks that fired: dL/d value for b_mag, times exp(r_mag) (x . w) for r_mag."""
+        b_mag, decoder = self.kind.b_mag.detach(), self.sae.W_dec.data
+        out = {"r_mag": torch.zeros_like(b_mag), "b_mag": torch.zeros_like(b_mag)}
+        whole, features = main[0].code.values, main[0].code.indices.flatten()
+        for term in main:
+            into = picked_dots(term.grad, decoder, term.code.indices) * (term.code.values > 0)
+            out["b_mag"].index_add_(0, features, into.flatten())
+            along = into * (whole - b_mag[term.code.indices])
+            out["r_mag"].index_add_(0, features, along.flatten())
+        return out
+
+    def after(self, l0: float, step: int) -> None:
+        """See `Training.after`."""
+        self.steer(l0, step)
+
+
+class Gated(FiresFreely):
+    """A feature fires where x . w + b_enc > 0, with value ReLU(exp(r_mag) (x . w) + b_mag).
+
+    Parameters: `r_mag` and `b_mag`, each [d_sae]; b_enc is the paper's b_gate, w its W_gate.
+    """
+
+    title = "Gated"
+    trained_by = GatedTraining
+    default = SparsityConfig(coefficient=0.05)
+    saelens = "gated"
+    saelens_names: ClassVar[Mapping[str, str]] = {
+        "b_gate": "b_enc",
+        "r_mag": "activation.r_mag",
+        "b_mag": "activation.b_mag",
+    }
+
+    def __init__(self, config: Sizes):
+        super().__init__(config)
+        self.r_mag = nn.Parameter(torch.zeros(config.d_sae))
+        self.b_mag = nn.Parameter(torch.zeros(config.d_sae))
+
+    def magnitude(
+        self, gate: Float[Tensor, "batch d_sae"], bias: Float[Tensor, " d_sae"]
+    ) -> Float[Tensor, "batch d_sae"]:
+        """Values before ReLU, from the gate's pre-activations x . w + bias."""
+        return (gate - bias.to(gate)) * self.r_mag.exp().to(gate) + self.b_mag.to(gate)
+
+    def values(self, z: Tensor, bias: Tensor) -> Tensor:
+        """See `FiresFreely.values`."""
+        return relu(self.magnitude(z, bias)) * (z > 0)
+
+    def folded(self, scale: Float[Tensor, ""], shift: Tensor | None = None) -> dict[str, Tensor]:
+        """See `Kind.folded`; b_enc has no part in the magnitudes, so b_mag takes the shift."""
+        b_mag = self.b_mag.detach() / scale
+        if shift is not None:
+            b_mag = b_mag - self.r_mag.detach().exp() * shift * (1 / scale)
+        return {"r_mag": self.r_mag.detach().clone(), "b_mag": b_mag}
+
+    @staticmethod
+    def from_saelens(tensors: dict[str, Tensor], shift: Tensor | None) -> dict[str, Tensor]:
+        """See `Kind.from_saelens`; the magnitudes are shifted, too."""
+        out, name = Kind.from_saelens(tensors, shift), "activation.b_mag"
+        if shift is not None:
+            out[name] = out[name] + shift * tensors["activation.r_mag"].double().exp()
+        return out

@@ -1,0 +1,291 @@
+"""What a kind of dictionary consists of: `Kind`, its activation function, and `Training`, how it is trained.
+
+Every file beside this one fills in both for one kind. The rest of the package asks the kind and never
+compares names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import ClassVar, Generic, Protocol, TypeVar, cast, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from asi_lens.base.errors import OptionError, require
+from asi_lens.kernels.codes import SparseCode
+from asi_lens.kernels.gradients import Term, decode_sum
+from asi_lens.kernels.topk import CHUNK_BYTES, Workspace, encode_topk
+from asi_lens.sae.sparsity import SparsityConfig
+from asi_lens.training.mesh import Mesh
+
+# Largest change of a steered coefficient in one step, and of what it reacts to.
+_STEERING = 0.03
+
+
+@runtime_checkable
+class Sizes(Protocol):
+    """The part of `SAEConfig` that a kind reads."""
+
+    @property
+    def d_in(self) -> int:
+        """Width of the activations."""
+
+    @property
+    def d_sae(self) -> int:
+        """Number of features."""
+
+    @property
+    def k(self) -> int:
+        """Features that fire on one token, or are aimed at."""
+
+    @property
+    def d_out(self) -> int | None:
+        """Width of a transcoder's outputs; None for an autoencoder."""
+
+
+class Weights(nn.Module):
+    """The part of a dictionary that the training of a kind reads; `SparseAutoencoder` has the rest."""
+
+    config: Sizes
+    activation: Kind
+    W_enc: nn.Parameter
+    b_enc: nn.Parameter
+    W_dec: nn.Parameter
+
+    @property
+    def d_out(self) -> int:
+        """Width of the reconstruction."""
+        return self.config.d_out or self.config.d_in
+
+    @property
+    def d_sae(self) -> int:
+        """Number of features."""
+        return self.config.d_sae
+
+    @property
+    def k(self) -> int:
+        """Features that may fire on one token."""
+        return self.config.k
+
+    @property
+    def encoder_rows(self) -> Float[Tensor, "d_sae d_in"]:
+        """W_enc^T without gradient: contiguous, one feature per row, the same memory."""
+        return self.W_enc.data.T
+
+
+K = TypeVar("K", bound="Kind")
+
+
+class Training(Generic[K]):
+    """How a kind is trained. As it stands here: no penalty, and the picks of inference (TopK).
+
+    Attributes:
+        sae: the dictionary. kind: its activation. config: the options. n_steps: steps of the whole run.
+        coefficient: weight of the penalty as it is now.
+        gates_apart: whether b_enc decides what fires and has no part in the values.
+    """
+
+    gates_apart = False
+
+    def __init__(self, sae: Weights, config: SparsityConfig, n_steps: int, mesh: Mesh | None = None):
+        for size in config.prefixes:
+            require(size < sae.d_sae, "prefixes", size, f"below d_sae={sae.d_sae}")
+        start = sae.k if config.initial_l0 is None else config.initial_l0
+        if not sae.k <= start <= sae.d_sae:
+            raise OptionError(
+                f"initial_l0={start} is not allowed; a schedule that is annealed down to k={sae.k} begins "
+                f"from there to d_sae={sae.d_sae}"
+            )
+        self.sae = sae
+        self.kind = cast(K, sae.activation)
+        self.config = config
+        self.n_steps = n_steps
+        self.mesh = mesh or Mesh()
+        self.coefficient = config.coefficient
+
+    @property
+    def own_lr(self) -> float | int:
+        """Factor on the learning rate of the activation's own parameters."""
+        return self.config.threshold_lr if self.kind.threshold_learns else 1.0
+
+    def target(self, step: int) -> float:
+        """Features a token that step `step` (from 0) aims at."""
+        start = self.sae.k if self.config.initial_l0 is None else self.config.initial_l0
+        steps = self.config.anneal_fraction * self.n_steps
+        share = min(1.0, step / steps) if steps else 1.0
+        return start + share * (self.sae.k - start)
+
+    def code(
+        self, x: Float[Tensor, "batch d_in"], step: int, workspace: Workspace | None = None
+    ) -> SparseCode:
+        """The picks of a batch of centered rows."""
+        return self.kind.code(x, self.sae.encoder_rows, self.sae.b_enc.data, workspace)
+
+    def terms(
+        self, code: SparseCode, goal: Float[Tensor, "part d_out"], n: int
+    ) -> tuple[Float[Tensor, "batch d_out"], list[Term]]:
+        """Reconstruction minus goal, both without b_dec, and the terms of the main loss: the whole
+        dictionary, then its prefixes. They are of all `n` tokens of the batch, `code` and `goal` of this
+        rank's."""
+        decoder, scale = self.sae.W_dec.data, 2 / n
+        residual = self.mesh.over_features(decode_sum(code, decoder)).sub_(goal)
+        code, residual = self.mesh.whole_code(code, n), self.mesh.whole(residual, n)
+        terms = [Term(code, residual * scale)]
+        for size in self.config.prefixes:
+            part = SparseCode(code.indices, code.values * (code.indices < size))
+            terms.append(Term(part, decode_sum(part, decoder).sub_(goal).mul_(scale)))
+        return residual, terms
+
+    def penalize(self, terms: list[Term], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The penalty, and gradients of the activation's own parameters; may add a pull to the first term."""
+        return terms[0].grad.new_zeros(()), {}
+
+    def after(self, l0: float, step: int) -> None:
+        """What follows a step whose batch had `l0` features a token."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors to store."""
+        return {}
+
+    def load_state(self, read: Callable[[str], Tensor]) -> None:
+        """The inverse of `state`."""
+
+
+class Penalized(Training[K]):
+    """Training with a penalty, whose weight may be steered: in every step it is multiplied by
+    exp(0.03 (l0 / target - 1)), at most by 3 % either way."""
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Training.state`."""
+        return {"coefficient": torch.tensor(self.coefficient, dtype=torch.float64)}
+
+    def load_state(self, read: Callable[[str], Tensor]) -> None:
+        """See `Training.load_state`."""
+        self.coefficient = float(read("coefficient"))
+
+    def weight(self, step: int) -> float:
+        """The coefficient, warmed up, times d_out (as the main loss is d_out times a share of variance)."""
+        warm = min(1.0, (step + 1) / self.config.warmup_steps) if self.config.warmup_steps else 1.0
+        return self.coefficient * warm * self.sae.d_out
+
+    def pre_activations(self, x: Float[Tensor, "batch d_in"]) -> Iterator[Float[Tensor, "rows d_sae"]]:
+        """As the function of this name, in the weights' dtype."""
+        bias = self.sae.b_enc.data
+        return (z.to(bias) for z in pre_activations(x, self.sae.encoder_rows, bias))
+
+    def steer(self, l0: float, step: int) -> None:
+        """Change the coefficient after a step whose batch had `l0` features a token."""
+        excess = l0 / self.target(step) - 1
+        self.coefficient *= math.exp(_STEERING * max(-1.0, min(1.0, excess)))
+
+
+class Kind(nn.Module):
+    """An activation function: from centered inputs to the features that fire, and what is special about it.
+
+    Attributes:
+        title: its name in notebooks. trained_by: its training. default: options that train it well.
+        also_nested: whether notebooks have it with nested prefixes (Matryoshka), too.
+        picks_k: whether each token gets exactly `k` features, the largest.
+        over_ranks: whether its features may lie on several ranks.
+        has_threshold: whether thresholds or biases decide how many features fire (`set_threshold`).
+        threshold_learns: whether its own parameters learn at `SparsityConfig.threshold_lr`.
+        saelens, saelens_transcoder: SAELens' architectures for it; None where SAELens has none.
+        saelens_reads: whether a folder of that architecture is read as this kind.
+        saelens_names: SAELens' names of tensors and ours in `state_dict`, where they differ.
+        sparsify: whether sparsify reads it.
+        may_be_infinite: its own parameters that may hold infinity.
+    """
+
+    title: ClassVar[str]
+    trained_by: ClassVar[type[Training]] = Training
+    default: ClassVar[SparsityConfig] = SparsityConfig()
+    also_nested: ClassVar[bool] = False
+    picks_k: ClassVar[bool] = False
+    over_ranks: ClassVar[bool] = False
+    has_threshold: ClassVar[bool] = False
+    threshold_learns: ClassVar[bool] = False
+    saelens: ClassVar[str | None] = None
+    saelens_transcoder: ClassVar[str | None] = None
+    saelens_reads: ClassVar[bool] = True
+    saelens_names: ClassVar[Mapping[str, str]] = {}
+    sparsify: ClassVar[bool] = False
+    may_be_infinite: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config: Sizes):
+        super().__init__()
+
+    def code(
+        self,
+        x: Float[Tensor, "batch d_in"],
+        encoder: Float[Tensor, "d_sae d_in"],
+        bias: Float[Tensor, " d_sae"],
+        workspace: Workspace | None = None,
+    ) -> SparseCode:
+        """Features and values of each row; encoder and bias as rows, one per feature."""
+        raise NotImplementedError
+
+    def set_threshold(self, b_enc: Float[Tensor, " d_sae"], threshold: float) -> None:
+        """Let only features fire whose pre-activation is above `threshold`, where `b_enc` may be changed."""
+        raise NotImplementedError
+
+    def rescale(self, factor: float) -> None:
+        """Follow encoder rows and b_enc that were multiplied by `factor`, so that values are, too.
+
+        The closed-form norm of `initialize` takes this for granted; a kind whose values are not proportional
+        to its pre-activations starts at another norm than the best.
+        """
+
+    def folded(self, scale: Float[Tensor, ""], shift: Tensor | None = None) -> dict[str, Tensor]:
+        """Its own parameters for values that are divided by `scale`, as `SparseAutoencoder.folded` has them.
+
+        `shift [d_sae]` is what folding takes off the pre-activations; None where the encoder's input stays.
+        """
+        return {}
+
+    def to_saelens(self, folded: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+        """Folded tensors as SAELens stores them, still under our names.
+
+        Raises OptionError, naming the folder, for what cannot be written.
+        """
+        return folded
+
+    @staticmethod
+    def from_saelens(tensors: dict[str, Tensor], shift: Tensor | None) -> dict[str, Tensor]:
+        """SAELens' tensors, under the names of `state_dict`, for an input from which b_dec is taken off.
+
+        `shift [d_sae]` is what that takes off the pre-activations; None where SAELens takes it off, too.
+        """
+        return tensors if shift is None else {**tensors, "b_enc": tensors["b_enc"] + shift}
+
+
+def pre_activations(
+    x: Float[Tensor, "batch d_in"], encoder: Float[Tensor, "d_sae d_in"], bias: Float[Tensor, " d_sae"]
+) -> Iterator[Float[Tensor, "rows d_sae"]]:
+    """x W + b in the dtype of `x`, of as many rows at a time as fit into `CHUNK_BYTES`."""
+    for block in x.split(max(1, CHUNK_BYTES // (4 * len(encoder)))):
+        yield linear(block, encoder.to(block), bias.to(block))
+
+
+def largest(
+    x: Float[Tensor, "batch d_in"],
+    encoder: Float[Tensor, "d_sae d_in"],
+    bias: Float[Tensor, " d_sae"],
+    mean: float | int,
+    workspace: Workspace | None = None,
+) -> tuple[SparseCode, Float[Tensor, ""]]:
+    """A code that holds the mean x batch largest pre-activations of all rows, and the least of those."""
+    wanted = round(mean * len(x))
+    # Few rows hold many times the mean: look further only if one may hold more than was looked for.
+    width = min(len(encoder), 4 * math.ceil(mean))
+    while True:
+        found = encode_topk(x, encoder, bias, width, workspace=workspace)
+        values = found.values.flatten()
+        least = values.kthvalue(max(1, len(values) - wanted + 1)).values
+        if width == len(encoder) or not bool((found.values.amin(1) > least).any()):
+            return found, least
+        width = min(len(encoder), 2 * width)

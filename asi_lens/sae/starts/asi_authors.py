@@ -1,0 +1,33 @@
+"""ASI in the order of its authors' code, with their search for the norm."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from asi_lens.kernels.draws import DRAW_ROWS
+from asi_lens.sae.starts.start import Draw, set_unit, start
+
+
+def grid(total: float, cross: float, power: float) -> float:
+    """The authors' search: norm r of encoder and decoder rows from 50 values 0.1 to 5.0, then 20 values
+    from 0.09 below to 0.1 above the best. The reconstruction goes as r^2. Returns r^2.
+    """
+
+    def best(norms: list[float]) -> float:
+        return min(norms, key=lambda r: total - 2 * r**2 * cross + r**4 * power)
+
+    coarse = best([0.1 * i for i in range(1, 51)])
+    return best([coarse - 0.09 + 0.01 * i for i in range(20)]) ** 2
+
+
+@start("asi_authors", subspace=True, norm=grid)
+def asi_authors(rows: Float[Tensor, "n d"], draw: Draw) -> Float[Tensor, " n"]:
+    """The first d_init columns of a uniform draw, as coordinates in the active subspace."""
+    active, generator = draw.subspace, torch.Generator().manual_seed(draw.seed)
+    norms = []
+    for block in rows.split(DRAW_ROWS):
+        uniform = torch.rand(block.shape, generator=generator) * 2 - 1
+        norms.append(set_unit(block, uniform[:, : active.shape[1]].double() @ active.T))
+    return torch.cat(norms)

@@ -1,0 +1,32 @@
+"""One threshold for all features, for an l0."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from asi_lens.base.errors import require
+from asi_lens.sae.dictionary import SparseAutoencoder
+from asi_lens.sae.kinds import kinds_with
+from asi_lens.sae.kinds.kind import largest
+
+
+@torch.no_grad()
+def set_threshold(sae: SparseAutoencoder, sample: Float[Tensor, "n d_in"], l0: float | int) -> float:
+    """Set one threshold for all features, such that `l0` of them fire on a token of the sample; returns it.
+
+    It is zero where fewer have a positive pre-activation. Kinds without thresholds of their own have it taken
+    off `b_enc`. Raises OptionError for a kind with neither, or an l0 out of range.
+    """
+    kind = sae.activation
+    allowed = f"{kinds_with('has_threshold')} to have a threshold"
+    require(kind.has_threshold, "activation", sae.config.activation, allowed)
+    require(0 < l0 <= sae.d_sae, "l0", l0, f"above 0 and at most d_sae={sae.d_sae}")
+    rows = sae.centered(sample)
+    found, least = largest(rows, sae.encoder_rows, sae.b_enc.data, l0)
+    below = found.values[found.values < least]
+    # Halfway to the next one, so that rounding decides nothing.
+    threshold = float((least + below.max()) / 2) if len(below) else 0.0
+    kind.set_threshold(sae.b_enc.data, threshold)
+    return threshold
