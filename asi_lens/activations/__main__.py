@@ -88,7 +88,7 @@ def run(config: HarvestConfig, ranks: Ranks, progress: bool = True) -> dict[Site
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
-    return run_files.command("asi_lens.activations", __doc__, HarvestConfig.read, run, arguments)
+    return run_files.command("python -m asi_lens.activations", __doc__, HarvestConfig.read, run, arguments)
 
 
 if __name__ == "__main__":
