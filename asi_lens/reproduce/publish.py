@@ -10,14 +10,15 @@ import argparse
 import html
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from asi_lens.base.errors import AsiLensError, DataError
 from asi_lens.base.files import write_whole
 from asi_lens.base.paths import PUBLISHED, figures_dir, figures_root, project_root, published_dir
 from asi_lens.reproduce.gallery import DEFAULT_MODEL, Claim, Run, build_gallery, find_runs
-from asi_lens.results.sidecar import files_of, join, read_sidecars, sidecar_path
+from asi_lens.results.sidecar import files_of, join, read_sidecars, write_sidecar
 
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
 # Profiles that the README's table is made of, the best evidence first.
@@ -49,11 +50,19 @@ def publish(model: str, profile: str, notebooks: Sequence[str] | None = None) ->
         kept = [file for file in files_of(one) if Path(file).suffix in _KEPT]
         for file in set(files_of(before[name])) - set(kept) if name in before else ():
             (target / file).unlink(missing_ok=True)
-        for path in [*(source / file for file in kept), sidecar_path(source, name)]:
-            with write_whole(target / path.name) as temporary:
-                shutil.copyfile(path, temporary)
+        for file in kept:
+            with write_whole(target / file) as temporary:
+                shutil.copyfile(source / file, temporary)
+        write_sidecar(target, {**one, **_longest(one, before.get(name, {}))})
     join(target)
     return target
+
+
+def _longest(one: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, float]:
+    """The longest time of a notebook under the same parameters: a run from warm caches tells no costs."""
+    key = "longest_wall_time_s"
+    same = key in one and key in before and one.get("timed_key") == before.get("timed_key")
+    return {key: max(one[key], before[key])} if same else {}
 
 
 def readme_section(root: Path) -> str:

@@ -89,6 +89,13 @@ def test_a_notebook_replaces_its_own_files_only(root: Path) -> None:
     assert {one["verdicts"][0]["verdict"] for one in read_sidecars(folder).values()} == {"supported"}
 
 
+def test_the_longest_time_under_the_same_parameters_stays(root: Path) -> None:
+    for seconds, key, longest in ((600.0, "a", 600), (5.0, "a", 600), (7.0, "b", 7)):
+        left(root, "quick", "01_a", longest_wall_time_s=seconds, timed_key=key)
+        found = read_sidecars(publish(DEFAULT_MODEL, "quick"))
+        assert found["01_a"]["longest_wall_time_s"] == longest
+
+
 def test_what_stands_for_nothing_is_refused(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     left(root, "smoke", "01_a")
     with pytest.raises(DataError, match="smoke makes no claims"):
