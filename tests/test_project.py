@@ -53,7 +53,6 @@ DOORS = ("__init__", "harvest_run")
 LATE = {("sae.dictionary", "sae.formats")}
 # Modules without a test of their name, and the file that tests them.
 TESTED_ELSEWHERE = {
-    "experiments.folders": "experiments/test_runs.py",
     "experiments.held_out": "experiments/test_runs.py",
     "experiments.rows": "experiments/test_runs.py",
     "figures.panels": "figures/test_dead_features.py",

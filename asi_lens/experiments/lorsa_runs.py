@@ -15,8 +15,8 @@ from torch import nn
 
 from asi_lens.base.errors import require, unknown_name
 from asi_lens.base.files import cache_key
-from asi_lens.experiments.folders import alone, finish, is_finished, run_folder
 from asi_lens.experiments.held_out import NO_LOSSES, held_out_numbers
+from asi_lens.experiments.runs import alone, finish, is_finished, run_folder
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.inputs.models import model_info, resolve_device
 from asi_lens.lorsa.data import SequencePairs

@@ -14,7 +14,7 @@ from asi_lens.activations.pairs import PairedStores
 from asi_lens.activations.split import Split
 from asi_lens.activations.store import ActivationStore
 from asi_lens.experiments.held_out import NO_LOSSES, held_out_numbers
-from asi_lens.experiments.runs import FORMAT, Run
+from asi_lens.experiments.runs import FORMAT, TrainedRun
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.inputs.models import model_info
 from asi_lens.results.rows import DeadFeatureRow, DriftRow
@@ -26,7 +26,7 @@ from asi_lens.sae.transcoder_evaluate import evaluate_transcoders
 
 
 def dead_feature_rows(
-    runs: Sequence[Run],
+    runs: Sequence[TrainedRun],
     held_out: ActivationStore | PairedStores,
     *,
     model: nn.Module | None = None,
@@ -66,7 +66,7 @@ def dead_feature_rows(
 
 
 def drift_rows(
-    runs: Sequence[Run],
+    runs: Sequence[TrainedRun],
     held_out: ActivationStore | PairedStores,
     *,
     model: nn.Module | None = None,
@@ -93,14 +93,14 @@ def drift_rows(
     return out
 
 
-def relative_times(runs: Sequence[Run]) -> pd.DataFrame:
+def relative_times(runs: Sequence[TrainedRun]) -> pd.DataFrame:
     """Time of a step by method, over that of the first one: a ratio of medians over logged rows."""
     rows = [(run.recipe.name, row["tokens_per_s"]) for run in runs for row in run.history()]
     speeds = pd.DataFrame(rows, columns=["method", "time per step"]).groupby("method", sort=False).median()
     return speeds.iloc[0] / speeds
 
 
-def seen_fvu(runs: Sequence[Run], store: ActivationStore, n: int, progress: bool = True) -> pd.Series:
+def seen_fvu(runs: Sequence[TrainedRun], store: ActivationStore, n: int, progress: bool = True) -> pd.Series:
     """Mean FVU by method on `n` rows of what they were trained on (all of them, if there are fewer).
 
     Below that of held-out text by what several passes over the same rows memorize.
@@ -111,7 +111,7 @@ def seen_fvu(runs: Sequence[Run], store: ActivationStore, n: int, progress: bool
     return values.groupby(level=0, sort=False).mean()
 
 
-def budget(model: nn.Module, runs: Sequence[Run], data: Split, *, losses: bool = True) -> str:
+def budget(model: nn.Module, runs: Sequence[TrainedRun], data: Split, *, losses: bool = True) -> str:
     """What stands behind the numbers of some runs, for captions and the claims table."""
     info, store = model_info(model), next(iter(data.train.values()))
     sites = dict.fromkeys(run.config.metadata["site"] for run in runs)
@@ -142,7 +142,7 @@ def _numbers(values: Iterable[int]) -> str:
 
 
 def _evaluations(
-    runs: Sequence[Run],
+    runs: Sequence[TrainedRun],
     held_out: ActivationStore | PairedStores,
     model: nn.Module | None,
     tokens: Tokens | None,
@@ -150,7 +150,7 @@ def _evaluations(
 ) -> list[dict[str, Any]]:
     """The fields of `held_out` rows that come from the evaluation."""
 
-    def evaluate(missing: list[Run]) -> list[Evaluation]:
+    def evaluate(missing: list[TrainedRun]) -> list[Evaluation]:
         saes = [run.sae() for run in missing]
         options: dict[str, Any] = {"model": model, "tokens": tokens, "progress": progress}
         if isinstance(held_out, PairedStores):
@@ -161,7 +161,7 @@ def _evaluations(
     return held_out_numbers(runs, FORMAT, held_out.fingerprint, model, tokens, evaluate)
 
 
-def _about(run: Run, held_out: ActivationStore | PairedStores) -> dict[str, Any]:
+def _about(run: TrainedRun, held_out: ActivationStore | PairedStores) -> dict[str, Any]:
     metadata = {**held_out.metadata, **run.config.metadata}
     return {
         "model": metadata["model"],

@@ -6,7 +6,10 @@ they depend on, so that a notebook that asks again reads them, and one that was 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +18,9 @@ import torch
 
 from asi_lens.activations.pairs import PairedStores
 from asi_lens.activations.store import ActivationStore
-from asi_lens.base.errors import require
-from asi_lens.base.files import cache_key
-from asi_lens.experiments.folders import about_run, alone, finish, is_finished, run_folder
+from asi_lens.base.errors import CacheError, require
+from asi_lens.base.files import cache_key, locked, write_whole
+from asi_lens.base.paths import cache_dir
 from asi_lens.experiments.recipes import Recipe, find_recipe
 from asi_lens.inputs.models import resolve_device, resolve_dtype
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
@@ -28,20 +31,22 @@ from asi_lens.sae.subspace import SubspaceStore, expand
 from asi_lens.sae.train import Trainer
 from asi_lens.sae.transcoder import Transcoder
 from asi_lens.sae.transcoder_init import TranscoderInitReport, initialize_transcoder
-from asi_lens.training.checkpoint import held
+from asi_lens.training.checkpoint import CHECKPOINT_FILE, held
 from asi_lens.training.config import TrainConfig
 from asi_lens.training.loop import train_together
 from asi_lens.training.metrics import METRICS_FILE, Metrics, read_metrics
 
 # Raise it when a change to training, initialization or evaluation makes other numbers of the same options.
 FORMAT = 1
+FINISHED_FILE = "finished.json"
+_EARLIER_FILE = "run.json"
 _SAE = "sae"
 # Rows for the norm search.
 _SAMPLE = 8192
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainedRun:
     """One trained dictionary in the cache."""
 
     recipe: Recipe
@@ -52,7 +57,7 @@ class Run:
     d_active: int
     """Dimensions that drift is measured in: `d_init`, or what "auto" comes to."""
     folder: Path
-    """Holds the dictionary (`sae`), its curve (`metrics.csv`) and what it is (`run.json`)."""
+    """Holds the dictionary (`sae`), its curve (`metrics.csv`) and what it is (`finished.json`)."""
 
     @property
     def seed(self) -> int:
@@ -91,7 +96,7 @@ def train_recipes(
     checkpoint_every: int = 250_000,
     device: str | torch.device = "auto",
     progress: bool = True,
-) -> list[Run]:
+) -> list[TrainedRun]:
     """Train a dictionary per recipe and seed, those of a seed on one stream of batches.
 
     Recipes that come to the same options are one run. Those that are in the cache are not trained again.
@@ -132,7 +137,7 @@ def _run(
     seed: int,
     base: TrainConfig,
     logging: Mapping[str, Any],
-) -> Run:
+) -> TrainedRun:
     d_out = store.d_out if isinstance(store, PairedStores) else None
     fits = (d_out is not None) == (recipe.reader is not None)
     require(fits, "reader", recipe.reader, "given for paired stores, and for nothing else")
@@ -161,12 +166,12 @@ def _run(
     known = [store.metadata[name] for name in ("model", "site", "layer") if name in store.metadata]
     folder = run_folder([*known, d_sae, recipe.init], key)
     assert not isinstance(d_init, str)  # "auto" was the only one that `initialize` takes
-    return Run(recipe, config, train, d_init, d_init or automatic, folder)
+    return TrainedRun(recipe, config, train, d_init, d_init or automatic, folder)
 
 
 def _train(
     store: ActivationStore | PairedStores,
-    runs: Sequence[Run],
+    runs: Sequence[TrainedRun],
     options: Mapping[str, Any],
     device: torch.device,
     progress: bool,
@@ -192,7 +197,7 @@ def _train(
 
 
 def _start(
-    run: Run, rows: ActivationStore | PairedStores, device: torch.device
+    run: TrainedRun, rows: ActivationStore | PairedStores, device: torch.device
 ) -> tuple[Trainer, InitReport | TranscoderInitReport]:
     if isinstance(rows, PairedStores):
         return _start_transcoder(run, rows, device)
@@ -216,7 +221,7 @@ def _start(
 
 
 def _start_transcoder(
-    run: Run, store: PairedStores, device: torch.device
+    run: TrainedRun, store: PairedStores, device: torch.device
 ) -> tuple[Trainer, TranscoderInitReport]:
     sae, recipe = Transcoder(run.config), run.recipe
     assert recipe.reader is not None  # `_run` has seen to it
@@ -232,7 +237,7 @@ def _start_transcoder(
 
 
 def _finish(
-    run: Run,
+    run: TrainedRun,
     sae: SparseAutoencoder,
     report: InitReport | TranscoderInitReport,
     rows: ActivationStore | PairedStores,
@@ -245,3 +250,50 @@ def _finish(
     with held(run.folder):
         sae.save(run.folder / _SAE)
         finish(run.folder, about)
+
+
+def run_folder(words: Iterable[object], key: str) -> Path:
+    """The folder of a run under a key of all that it depends on; `words` are for those who look there."""
+    return cache_dir("runs") / re.sub(r"[^\w.-]+", "-", "-".join([*map(str, words), key]))
+
+
+@contextmanager
+def alone(folders: Iterable[Path]) -> Iterator[None]:
+    """Hold the folders of runs; a process that wants one of them too waits, and then finds it finished."""
+    with ExitStack() as stack:
+        # In one order, so that two processes never wait for each other.
+        for folder in sorted(set(folders)):
+            stack.enter_context(locked(folder))
+        yield
+
+
+def finish(folder: Path, about: Mapping[str, Any]) -> None:
+    """Mark a run as finished: everything else is in its folder by now. `about` are JSON values."""
+    with write_whole(folder / FINISHED_FILE) as temporary:
+        temporary.write_text(json.dumps(about, indent=1), encoding="utf-8")
+    # Moments of the optimizer: three times the weights, for nothing once they are trained.
+    (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+
+
+def is_finished(folder: Path, needed: Iterable[str]) -> bool:
+    """Whether a run is marked as finished. Raises CacheError if it is, but files that it needs are missing.
+
+    The mark of earlier versions, `run.json`, is renamed where it is found.
+    """
+    earlier = folder / _EARLIER_FILE
+    if earlier.exists() and not (folder / FINISHED_FILE).exists():
+        earlier.rename(folder / FINISHED_FILE)
+    if not (folder / FINISHED_FILE).exists():
+        return False
+    for name in needed:
+        if not (folder / name).exists():
+            raise CacheError(
+                f"{folder / FINISHED_FILE} tells of a finished run, but {folder / name} is missing; "
+                f"delete {folder}"
+            )
+    return True
+
+
+def about_run(folder: Path) -> dict[str, Any]:
+    """What a finished run says of itself."""
+    return json.loads((folder / FINISHED_FILE).read_text(encoding="utf-8"))
