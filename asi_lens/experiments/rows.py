@@ -19,10 +19,9 @@ from asi_lens.inputs.corpora import Tokens
 from asi_lens.inputs.models import model_info
 from asi_lens.results.rows import DeadFeatureRow, DriftRow
 from asi_lens.sae.drift import COLUMNS
-from asi_lens.sae.evaluate import Evaluation, evaluate_together
+from asi_lens.sae.evaluate import Evaluation, evaluate_together, evaluate_transcoders
 from asi_lens.sae.kinds import KINDS
 from asi_lens.sae.transcoder import Transcoder
-from asi_lens.sae.transcoder_evaluate import evaluate_transcoders
 
 
 def dead_feature_rows(

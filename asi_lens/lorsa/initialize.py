@@ -21,18 +21,14 @@ from torch import Tensor, nn
 from asi_lens.activations.moments import Moments
 from asi_lens.activations.spectrum import one_thread
 from asi_lens.base.errors import OptionError, require
-from asi_lens.kernels.codes import SparseCode
 from asi_lens.kernels.draws import draw_gaussian, other_stream, unit_rows_
-from asi_lens.lorsa.attention import AttentionLayer, read_attention
+from asi_lens.lorsa.attention import AttentionLayer, origin, read_attention
 from asi_lens.lorsa.data import SequencePairs
-from asi_lens.lorsa.lorsa import Lorsa, config_for, origin
+from asi_lens.lorsa.lorsa import Lorsa, config_for
 from asi_lens.sae.starts import STARTS, Start, find_start
 
 LORSA_METHODS = tuple(name for name, start in STARTS.items() if start.lorsas)
 """Starts of units: Gaussian, or in the active subspace of the values of their head."""
-
-# Elements of z~ [batch position n_ov] computed at a time outside of training.
-_BLOCK = 2**25
 
 
 @dataclass(frozen=True)
@@ -168,21 +164,11 @@ def active_values(
 
 
 @torch.no_grad()
-def codes(lorsa: Lorsa, pairs: SequencePairs) -> Iterator[tuple[Tensor, SparseCode]]:
-    """Targets [batch position-1 d_in], normalized, and codes [batch position-1 k] of positions that count,
-    a few sequences at a time: z~ is dense, and memory bounds how many."""
-    at_once = max(1, _BLOCK // (pairs.context * lorsa.n_ov))
-    for block in pairs.blocks(at_once):
-        code = lorsa.encode(block.x)
-        yield lorsa.normalize_output(block.y)[:, 1:], SparseCode(*(part[:, 1:] for part in code))
-
-
-@torch.no_grad()
 def squared_error(lorsa: Lorsa, pairs: SequencePairs) -> float:
     """Sum of the squared errors at the positions that count, raw units."""
     total = 0.0
-    for target, code in codes(lorsa, pairs):
-        total += (target.double() - lorsa.decode_normalized(code).double()).square().sum().item()
+    for target, reconstruction, _ in lorsa.scan(pairs):
+        total += (target.double() - reconstruction.double()).square().sum().item()
     return total / lorsa.output_scale.item() ** 2
 
 
@@ -257,9 +243,9 @@ def _first_fit(lorsa: Lorsa, sample: SequencePairs) -> tuple[float, float]:
     Scaling all w_v by s takes r to s r (b_V is zero), so the best s is their ratio.
     """
     cross = power = 0.0
-    for target, code in codes(lorsa, sample):
+    for target, reconstruction, _ in lorsa.scan(sample):
         t = (target - lorsa.b_O).double()
-        r = (lorsa.decode_normalized(code) - lorsa.b_O).double()
+        r = (reconstruction - lorsa.b_O).double()
         cross += (t * r).sum().item()
         power += r.square().sum().item()
     return cross, power

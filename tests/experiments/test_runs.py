@@ -21,13 +21,12 @@ from asi_lens.experiments.rows import budget, dead_feature_rows, drift_rows, rel
 from asi_lens.experiments.runs import TrainedRun, train_recipes
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.drift import Drift
-from asi_lens.sae.evaluate import evaluate, evaluate_together
+from asi_lens.sae.evaluate import evaluate, evaluate_together, evaluate_transcoder
 from asi_lens.sae.initialize import auto_d_init, initialize
 from asi_lens.sae.sparsity import SparsityConfig
 from asi_lens.sae.subspace import SubspaceStore, expand
 from asi_lens.sae.train import Trainer
 from asi_lens.sae.transcoder import Transcoder
-from asi_lens.sae.transcoder_evaluate import evaluate_transcoder
 from asi_lens.sae.transcoder_init import initialize_transcoder
 from asi_lens.training.loop import train_together
 
