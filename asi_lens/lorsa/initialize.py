@@ -25,6 +25,7 @@ from asi_lens.kernels.draws import draw_gaussian, other_stream, unit_rows_
 from asi_lens.lorsa.attention import AttentionLayer, origin, read_attention
 from asi_lens.lorsa.data import SequencePairs
 from asi_lens.lorsa.lorsa import Lorsa, config_for
+from asi_lens.sae.initialize import best_scale, fit_sums
 from asi_lens.sae.starts import STARTS, Start, find_start
 
 LORSA_METHODS = tuple(name for name, start in STARTS.items() if start.lorsas)
@@ -133,8 +134,9 @@ def initialize_lorsa(
     active = None if d_init is None else active_values(source, sample.input_moments.covariance, d_init)
     _draw_units(lorsa, source, active, tied, seed)
     if norm_search:
-        cross, power = _first_fit(lorsa, sample)
-        lorsa.W_V.mul_(cross / power if cross > 0 else 1.0)
+        # Scaling all w_v by s takes a reconstruction less b_O to s times it: b_V is zero.
+        sides = ((target - lorsa.b_O, found - lorsa.b_O) for target, found, _ in lorsa.scan(sample))
+        lorsa.W_V.mul_(best_scale(*fit_sums(sides)))
     leaks = None if active is None else _leaks(lorsa, source, active)
     report = LorsaInitReport(
         method=method,
@@ -235,17 +237,3 @@ def _leaks(lorsa: Lorsa, source: AttentionLayer, active: Tensor) -> tuple[float,
             outside = (exact - (exact @ basis) @ basis.T).norm(dim=1) / exact.norm(dim=1)
             largest[side] = max(largest[side], outside.max().item())
     return largest[0], largest[1]
-
-
-def _first_fit(lorsa: Lorsa, sample: SequencePairs) -> tuple[float, float]:
-    """Sums over the sample of t . r and |r|^2, for targets t and their reconstructions r, both less b_O.
-
-    Scaling all w_v by s takes r to s r (b_V is zero), so the best s is their ratio.
-    """
-    cross = power = 0.0
-    for target, reconstruction, _ in lorsa.scan(sample):
-        t = (target - lorsa.b_O).double()
-        r = (reconstruction - lorsa.b_O).double()
-        cross += (t * r).sum().item()
-        power += r.square().sum().item()
-    return cross, power
