@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -22,6 +22,7 @@ from asi_lens.sae.drift import COLUMNS
 from asi_lens.sae.evaluate import Evaluation, evaluate_together, evaluate_transcoders
 from asi_lens.sae.kinds import KINDS
 from asi_lens.sae.transcoder import Transcoder
+from asi_lens.training.metrics import Metrics
 
 
 def dead_feature_rows(
@@ -45,23 +46,29 @@ def dead_feature_rows(
     """
     rows = []
     for run, found in zip(runs, _evaluations(runs, held_out, model, tokens, progress), strict=True):
-        about = _about(run, held_out)
         history = run.history()
-        for moment in history if curves else history[-1:]:
-            shared = {**about, **NO_LOSSES, **{key: moment[key] for key in ("tokens", "fvu", "l0")}}
-            for column, dead in moment.items():
-                window = re.fullmatch(r"dead_fraction_(\d+)", column)
-                if window and dead is not None and int(window[1]) <= (moment["tokens"] or 0):
-                    rows.append(
-                        DeadFeatureRow(
-                            **shared,
-                            split="train",
-                            dead_window_tokens=int(window[1]),
-                            dead_fraction=dead,
-                        )
-                    )
-        rows.append(DeadFeatureRow(**about, tokens=run.train.n_tokens, split="held_out", **found))
+        rows += table_rows(
+            _about(run, held_out), history if curves else history[-1:], run.train.n_tokens, found
+        )
     return rows
+
+
+def table_rows(
+    about: Mapping[str, Any], history: Sequence[Metrics], n_tokens: int, found: Mapping[str, Any]
+) -> list[DeadFeatureRow]:
+    """Rows of one run: its logged moments, a row for each window that was full, and `found` on held-out data.
+
+    `about` holds the columns that say which run it is; `n_tokens` were trained on.
+    """
+    rows = []
+    for moment in history:
+        shared = {**about, **NO_LOSSES, **{key: moment[key] for key in ("tokens", "fvu", "l0")}}
+        for column, dead in moment.items():
+            window = re.fullmatch(r"dead_fraction_(\d+)", column)
+            if window and dead is not None and int(window[1]) <= (moment["tokens"] or 0):
+                seen: dict[str, Any] = {"dead_window_tokens": int(window[1]), "dead_fraction": dead}
+                rows.append(DeadFeatureRow(**shared, **seen, split="train"))
+    return [*rows, DeadFeatureRow(**about, tokens=n_tokens, split="held_out", **found)]
 
 
 def drift_rows(

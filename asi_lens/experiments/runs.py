@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,6 +22,7 @@ from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import CacheError, require
 from asi_lens.base.files import cache_key, locked, write_whole
 from asi_lens.base.paths import cache_dir
+from asi_lens.experiments.held_out import AnyRun
 from asi_lens.experiments.recipes import Recipe, find_recipe
 from asi_lens.inputs.models import resolve_device, resolve_dtype
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
@@ -33,6 +35,7 @@ from asi_lens.sae.transcoder import Transcoder
 from asi_lens.sae.transcoder_init import TranscoderInitReport, initialize_transcoder
 from asi_lens.training.checkpoint import CHECKPOINT_FILE, held
 from asi_lens.training.config import TrainConfig
+from asi_lens.training.learner import Learner
 from asi_lens.training.loop import train_together
 from asi_lens.training.metrics import METRICS_FILE, Metrics, read_metrics
 
@@ -43,6 +46,8 @@ _EARLIER_FILE = "run.json"
 _SAE = "sae"
 # Rows for the norm search.
 _SAMPLE = 8192
+
+AnyLearner = TypeVar("AnyLearner", bound=Learner[Any, Any])
 
 
 @dataclass(frozen=True)
@@ -112,21 +117,64 @@ def train_recipes(
     folder that cannot be read.
     """
     chosen = [find_recipe(recipe) for recipe in recipes]
-    require(len(chosen) > 0, "recipes", [], "one or more")
-    require(len(seeds) > 0, "seeds", [], "one or more")
     target = resolve_device(device)
     base = train or TrainConfig()
     # "auto" means different things on different machines: what it means here is part of the run's key.
     dtype = resolve_dtype(base.compute_dtype, target)
     base = replace(base, compute_dtype=str(dtype).removeprefix("torch."))
     logging = {"windows": sorted({*windows, base.dead_window}), "log_every": log_every}
-    out = []
+    return train_seeds(
+        seeds,
+        lambda seed: [_run(store, recipe, d_sae, k, seed, base, logging) for recipe in chosen],
+        lambda runs: _train(store, runs, {**logging, "checkpoint_every": checkpoint_every}, target, progress),
+    )
+
+
+def train_seeds(
+    seeds: Sequence[int],
+    runs_of: Callable[[int], list[AnyRun]],
+    train: Callable[[list[AnyRun]], None],
+) -> list[AnyRun]:
+    """The runs of all seeds in order, those of a seed trained while no other process has their folders.
+
+    Raises OptionError where there are no seeds or no recipes.
+    """
+    require(len(seeds) > 0, "seeds", [], "one or more")
+    out: list[AnyRun] = []
     for seed in seeds:
-        runs = [_run(store, recipe, d_sae, k, seed, base, logging) for recipe in chosen]
+        runs = runs_of(seed)
+        require(len(runs) > 0, "recipes", [], "one or more")
         with alone(run.folder for run in runs):
-            _train(store, runs, {**logging, "checkpoint_every": checkpoint_every}, target, progress)
+            train(runs)
         out += runs
     return out
+
+
+def train_missing(
+    runs: Iterable[AnyRun],
+    files: Iterable[str],
+    data: Any,
+    start: Callable[[AnyRun], tuple[AnyLearner, Mapping[str, Any]]],
+    save: Callable[[AnyRun, AnyLearner], Mapping[str, Any]],
+    **options: Any,
+) -> None:
+    """Train the runs that are not finished, together on `data`, and mark them as finished.
+
+    Args:
+        files: what a finished run's folder holds beside its curve.
+        start: the learner of a run, and what there is to say of it.
+        save: puts what a learner has learned into the run's folder; returns what else there is to say.
+        options: of `train_together`.
+    """
+    needed = (METRICS_FILE, *files)
+    missing = {run.folder: run for run in runs if not is_finished(run.folder, needed)}
+    if not missing:
+        return
+    started = [start(run) for run in missing.values()]
+    train_together([learner for learner, _ in started], data, folders=list(missing), **options)
+    for run, (learner, about) in zip(missing.values(), started, strict=True):
+        with held(run.folder):
+            finish(run.folder, {**about, **save(run, learner)})
 
 
 def _run(
@@ -178,78 +226,55 @@ def _train(
 ) -> None:
     """Train what is missing: together where dictionaries read the same rows."""
     for r in dict.fromkeys(run.subspace for run in runs):
-        missing = {
-            run.folder: run
-            for run in runs
-            if run.subspace == r and not is_finished(run.folder, (METRICS_FILE, _SAE))
-        }
-        if not missing:
-            continue
         rows = SubspaceStore(store, r) if r is not None and isinstance(store, ActivationStore) else store
-        trainers, reports = [], []
-        for run in missing.values():
-            trainer, report = _start(run, rows, device)
-            trainers.append(trainer)
-            reports.append(report)
-        train_together(trainers, rows, folders=list(missing), progress=progress, **options)
-        for run, trainer, report in zip(missing.values(), trainers, reports, strict=True):
-            _finish(run, trainer.sae, report, rows)
+        train_missing(
+            [run for run in runs if run.subspace == r],
+            [_SAE],
+            rows,
+            partial(_start, rows=rows, device=device),
+            partial(_save, rows=rows),
+            progress=progress,
+            **options,
+        )
 
 
 def _start(
     run: TrainedRun, rows: ActivationStore | PairedStores, device: torch.device
-) -> tuple[Trainer, InitReport | TranscoderInitReport]:
+) -> tuple[Trainer, dict[str, Any]]:
+    recipe, sae = run.recipe, _untrained(run, rows)
+    l0 = recipe.sparsity.initial_l0 if sae.activation.has_threshold else None
+    drift, search = None, "exact"
+    report: InitReport | TranscoderInitReport
     if isinstance(rows, PairedStores):
-        return _start_transcoder(run, rows, device)
-    sae = SparseAutoencoder(replace(run.config, d_in=rows.d))
-    # Inside the subspace any direction is one of ASI's.
-    method, d_init = (run.recipe.init, run.d_init) if run.subspace is None else ("random", None)
-    center = run.recipe.center
-    report = initialize(
-        sae,
-        method,
-        rows.spectrum,
-        d_init,
-        rows.sample(min(_SAMPLE, rows.n)),
-        center=center,
-        b_dec="mean" if center else "zeros",
-        initial_l0=run.recipe.sparsity.initial_l0 if sae.activation.has_threshold else None,
-    )
-    # Of all, also those that did not begin there; inside the subspace there is nowhere else to go.
-    drift = Drift(rows.spectrum, min(run.d_active, rows.d))
-    return Trainer(sae.to(device), run.train, run.recipe.sparsity, drift, search=run.recipe.search), report
+        assert isinstance(sae, Transcoder)
+        assert recipe.reader is not None  # `_run` has seen to it
+        report = initialize_transcoder(sae, rows, recipe.init, recipe.reader, run.d_init, initial_l0=l0)
+    else:
+        # Inside the subspace any direction is one of ASI's.
+        method, d_init = (recipe.init, run.d_init) if run.subspace is None else ("random", None)
+        sample = rows.sample(min(_SAMPLE, rows.n))
+        b_dec = "mean" if recipe.center else "zeros"
+        center: dict[str, Any] = {"center": recipe.center, "b_dec": b_dec}
+        report = initialize(sae, method, rows.spectrum, d_init, sample, initial_l0=l0, **center)
+        # Of all, also those that did not begin there; inside the subspace there is nowhere else to go.
+        drift, search = Drift(rows.spectrum, min(run.d_active, rows.d)), recipe.search
+    about = {"format": FORMAT, "recipe": asdict(recipe), "initialization": asdict(report)}
+    return Trainer(sae.to(device), run.train, recipe.sparsity, drift, search=search), about
 
 
-def _start_transcoder(
-    run: TrainedRun, store: PairedStores, device: torch.device
-) -> tuple[Trainer, TranscoderInitReport]:
-    sae, recipe = Transcoder(run.config), run.recipe
-    assert recipe.reader is not None  # `_run` has seen to it
-    report = initialize_transcoder(
-        sae,
-        store,
-        recipe.init,
-        recipe.reader,
-        run.d_init,
-        initial_l0=recipe.sparsity.initial_l0 if sae.activation.has_threshold else None,
-    )
-    return Trainer(sae.to(device), run.train, recipe.sparsity), report
+def _untrained(run: TrainedRun, rows: ActivationStore | PairedStores) -> SparseAutoencoder:
+    if isinstance(rows, PairedStores):
+        return Transcoder(run.config)
+    return SparseAutoencoder(replace(run.config, d_in=rows.d))
 
 
-def _finish(
-    run: TrainedRun,
-    sae: SparseAutoencoder,
-    report: InitReport | TranscoderInitReport,
-    rows: ActivationStore | PairedStores,
-) -> None:
+def _save(run: TrainedRun, trainer: Trainer, rows: ActivationStore | PairedStores) -> dict[str, Any]:
     """Put the trained dictionary into the run's folder, at full width."""
-    about = {"format": FORMAT, "recipe": asdict(run.recipe), "initialization": asdict(report)}
-    if isinstance(rows, SubspaceStore):
-        sae = expand(sae, rows.basis, rows.center)
-        about["discarded"] = rows.discarded
-    with held(run.folder):
-        sae.save(run.folder / _SAE)
-        finish(run.folder, about)
+    if not isinstance(rows, SubspaceStore):
+        trainer.sae.save(run.folder / _SAE)
+        return {}
+    expand(trainer.sae, rows.basis, rows.center).save(run.folder / _SAE)
+    return {"discarded": rows.discarded}
 
 
 def run_folder(words: Iterable[object], key: str) -> Path:
