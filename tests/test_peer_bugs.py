@@ -67,7 +67,8 @@ def test_an_error_does_not_depend_on_how_tokens_are_batched(monkeypatch: pytest.
     # It was divided by the tokens of a batch, and averaged over batches of unequal size.
     sae, x = make(), rows(500)
     whole = evaluate(sae, x)
-    monkeypatch.setattr("asi_lens.sae.evaluate._ROWS", 37)
+    for name in ("evaluate._ROWS", "dictionary._BLOCK"):
+        monkeypatch.setattr(f"asi_lens.sae.{name}", 37)
     assert evaluate(sae, x).fvu == pytest.approx(whole.fvu, rel=1e-6)
 
 

@@ -54,7 +54,6 @@ DOORS = ("__init__", "harvest_run")
 LATE = {("sae.dictionary", "sae.formats")}
 # Modules without a test of their name, and the file that tests them.
 TESTED_ELSEWHERE = {
-    "experiments.folders": "experiments/test_runs.py",
     "experiments.held_out": "experiments/test_runs.py",
     "experiments.rows": "experiments/test_runs.py",
     "figures.panels": "figures/test_dead_features.py",
@@ -71,7 +70,6 @@ TESTED_ELSEWHERE = {
     "reproduce.staleness": "reproduce/test_main.py",
     "sae.shard": "training/test_mesh.py",
     "sae.splice": "sae/test_evaluate.py",
-    "sae.transcoder_evaluate": "sae/test_transcoder.py",
     "sae.transcoder_init": "sae/test_transcoder.py",
     "training.config": "sae/test_train.py",
     "training.learner": "training/test_loop.py",

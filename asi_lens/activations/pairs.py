@@ -12,6 +12,7 @@ from jaxtyping import Num
 from torch import Tensor
 
 from asi_lens.activations.harvest_store import ActivationStore
+from asi_lens.activations.moments import Moments
 from asi_lens.activations.spectrum import Spectrum
 from asi_lens.base.errors import OptionError, require
 
@@ -66,6 +67,11 @@ class PairedStores:
     def spectrum(self) -> Spectrum:
         """Of the outputs, which ASI starts from."""
         return self.outputs.spectrum
+
+    @property
+    def output_moments(self) -> Moments:
+        """Moments of the outputs."""
+        return self.outputs.moments
 
     def batches(
         self, batch_size: int, *, seed: int = 0, start: int = 0, n_tokens: int | None = None

@@ -1,6 +1,6 @@
 """Lorsas of one attention layer, begun in several ways and trained side by side: what notebook 09 compares.
 
-As in `comparison`, every one is trained once and stays in the cache.
+As in `runs`, every one is trained once and stays in the cache.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from torch import nn
 
 from asi_lens.base.errors import require, unknown_name
 from asi_lens.base.files import cache_key
-from asi_lens.experiments.folders import alone, finish, is_finished, run_folder
-from asi_lens.experiments.held_out import NO_LOSSES, held_out_numbers
+from asi_lens.experiments.held_out import held_out_numbers
+from asi_lens.experiments.rows import table_rows
+from asi_lens.experiments.runs import run_folder, train_missing, train_seeds
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.inputs.models import model_info, resolve_device
 from asi_lens.lorsa.data import SequencePairs
@@ -26,9 +27,7 @@ from asi_lens.lorsa.lorsa import Lorsa, LorsaConfig
 from asi_lens.lorsa.train import LorsaTrainer
 from asi_lens.results.rows import DeadFeatureRow
 from asi_lens.sae.evaluate import Evaluation
-from asi_lens.training.checkpoint import held
 from asi_lens.training.config import TrainConfig
-from asi_lens.training.loop import train_together
 from asi_lens.training.metrics import METRICS_FILE, Metrics, read_metrics
 
 # Raise it when a change to training, initialization or evaluation makes other numbers of the same options.
@@ -104,22 +103,27 @@ def train_lorsas(
     Returns runs in order of seeds, then recipes. Raises what the parts raise, and CacheError for a run's
     folder that cannot be read.
     """
-    require(len(recipes) > 0, "recipes", [], "one or more")
-    require(len(seeds) > 0, "seeds", [], "one or more")
-    target, base, out = resolve_device(device), train or TrainConfig(), []
-    for seed in seeds:
+    target, base = resolve_device(device), train or TrainConfig()
+
+    def runs_of(seed: int) -> list[LorsaRun]:
         config = LorsaConfig.of(model, layer, n_ov=n_ov, k=k, context=pairs.context, seed=seed)
-        runs = [_run(recipe, config, replace(base, seed=seed), pairs, log_every) for recipe in recipes]
-        with alone(run.folder for run in runs):
-            missing = [run for run in runs if not is_finished(run.folder, (METRICS_FILE, _WEIGHTS))]
-            trainers = [_start(run, model, layer, pairs, target) for run in missing]
-            if missing:
-                folders = [run.folder for run in missing]
-                train_together(trainers, pairs, folders=folders, log_every=log_every, progress=progress)
-            for run, trainer in zip(missing, trainers, strict=True):
-                _finish(run, trainer.lorsa)
-        out += runs
-    return out
+        return [_run(recipe, config, replace(base, seed=seed), pairs, log_every) for recipe in recipes]
+
+    def start(run: LorsaRun) -> tuple[LorsaTrainer, dict[str, Any]]:
+        lorsa = Lorsa(run.config)
+        sample = pairs[: min(_SAMPLE, len(pairs))]
+        initialize_lorsa(lorsa, model, layer, sample, run.recipe.init, run.d_init)
+        about = {"format": FORMAT, "recipe": asdict(run.recipe), "initialization": lorsa.initialization}
+        return LorsaTrainer(lorsa.to(target), run.train), about
+
+    def save(run: LorsaRun, trainer: LorsaTrainer) -> dict[str, Any]:
+        trainer.lorsa.save(run.folder / _WEIGHTS)
+        return {}
+
+    options = {"log_every": log_every, "progress": progress}
+    return train_seeds(
+        seeds, runs_of, lambda runs: train_missing(runs, [_WEIGHTS], pairs, start, save, **options)
+    )
 
 
 def lorsa_rows(
@@ -138,22 +142,12 @@ def lorsa_rows(
 
     Evaluations are cached. Raises as `evaluate_lorsas`.
     """
-    rows = []
-    for run, measured in zip(runs, _evaluations(runs, held_out, model, tokens, progress), strict=True):
-        about: dict[str, Any] = _about(run, held_out)
-        window = run.train.dead_window
-        for moment in run.history():
-            if (moment["tokens"] or 0) >= window:
-                shared: dict[str, Any] = {key: moment[key] for key in ("tokens", "fvu", "l0")}
-                dead = moment[f"dead_fraction_{window}"]
-                found: dict[str, Any] = {
-                    "dead_window_tokens": window,
-                    "dead_fraction": dead,
-                    **NO_LOSSES,
-                }
-                rows.append(DeadFeatureRow(**about, **shared, **found, split="train"))
-        rows.append(DeadFeatureRow(**about, tokens=run.train.n_tokens, split="held_out", **measured))
-    return rows
+    found = _evaluations(runs, held_out, model, tokens, progress)
+    return [
+        row
+        for run, measured in zip(runs, found, strict=True)
+        for row in table_rows(_about(run, held_out), run.history(), run.train.n_tokens, measured)
+    ]
 
 
 def lorsa_budget(
@@ -198,23 +192,6 @@ def _run(
     about = config.metadata
     folder = run_folder([about["model"], "lorsa", about["layer"], config.n_ov, recipe.init], key)
     return LorsaRun(recipe, config, train, d_init, folder)
-
-
-def _start(
-    run: LorsaRun, model: nn.Module, layer: int, pairs: SequencePairs, device: torch.device
-) -> LorsaTrainer:
-    lorsa = Lorsa(run.config)
-    sample = pairs[: min(_SAMPLE, len(pairs))]
-    initialize_lorsa(lorsa, model, layer, sample, run.recipe.init, run.d_init)
-    return LorsaTrainer(lorsa.to(device), run.train)
-
-
-def _finish(run: LorsaRun, lorsa: Lorsa) -> None:
-    """Put the trained Lorsa into the run's folder."""
-    with held(run.folder):
-        lorsa.save(run.folder / _WEIGHTS)
-        about = {"format": FORMAT, "recipe": asdict(run.recipe), "initialization": lorsa.initialization}
-        finish(run.folder, about)
 
 
 def _evaluations(

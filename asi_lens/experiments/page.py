@@ -20,7 +20,7 @@ from asi_lens.base.errors import OptionError, require, require_whole
 from asi_lens.base.paths import figures_dir
 from asi_lens.experiments import rows as run_rows
 from asi_lens.experiments.recipes import Recipe
-from asi_lens.experiments.runs import Run, train_recipes
+from asi_lens.experiments.runs import TrainedRun, train_recipes
 from asi_lens.inputs.corpora import Tokens, load_tokens
 from asi_lens.inputs.models import load_model, model_info
 from asi_lens.results import provenance
@@ -138,7 +138,7 @@ class Page:
         d_sae: int | None = None,
         lr: float | None = None,
         **options: Any,
-    ) -> list[Run]:
+    ) -> list[TrainedRun]:
         """Train each method with each seed (see `train_recipes`); finished ones come from the cache."""
         changes = {} if lr is None else {"lr": lr}
         return train_recipes(
@@ -154,7 +154,7 @@ class Page:
 
     def rows(
         self,
-        runs: Sequence[Run],
+        runs: Sequence[TrainedRun],
         held_out: ActivationStore | PairedStores,
         *,
         losses: bool = True,
@@ -181,7 +181,9 @@ class Page:
         self._budget = ", ".join(parts)
         return self._budget
 
-    def budget(self, runs: Sequence[Run], *, losses: bool = True, before: str = "", after: str = "") -> str:
+    def budget(
+        self, runs: Sequence[TrainedRun], *, losses: bool = True, before: str = "", after: str = ""
+    ) -> str:
         """What stands behind the numbers of runs, in words; `judge` states it too."""
         model, data = self._loaded()
         self._budget = f"{before}{run_rows.budget(model, runs, data, losses=losses)}{after}"

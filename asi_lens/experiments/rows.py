@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,19 +14,19 @@ from asi_lens.activations.pairs import PairedStores
 from asi_lens.activations.split import Split
 from asi_lens.activations.store import ActivationStore
 from asi_lens.experiments.held_out import NO_LOSSES, held_out_numbers
-from asi_lens.experiments.runs import FORMAT, Run
+from asi_lens.experiments.runs import FORMAT, TrainedRun
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.inputs.models import model_info
 from asi_lens.results.rows import DeadFeatureRow, DriftRow
 from asi_lens.sae.drift import COLUMNS
-from asi_lens.sae.evaluate import Evaluation, evaluate_together
+from asi_lens.sae.evaluate import Evaluation, evaluate_together, evaluate_transcoders
 from asi_lens.sae.kinds import KINDS
 from asi_lens.sae.transcoder import Transcoder
-from asi_lens.sae.transcoder_evaluate import evaluate_transcoders
+from asi_lens.training.metrics import Metrics
 
 
 def dead_feature_rows(
-    runs: Sequence[Run],
+    runs: Sequence[TrainedRun],
     held_out: ActivationStore | PairedStores,
     *,
     model: nn.Module | None = None,
@@ -46,27 +46,33 @@ def dead_feature_rows(
     """
     rows = []
     for run, found in zip(runs, _evaluations(runs, held_out, model, tokens, progress), strict=True):
-        about = _about(run, held_out)
         history = run.history()
-        for moment in history if curves else history[-1:]:
-            shared = {**about, **NO_LOSSES, **{key: moment[key] for key in ("tokens", "fvu", "l0")}}
-            for column, dead in moment.items():
-                window = re.fullmatch(r"dead_fraction_(\d+)", column)
-                if window and dead is not None and int(window[1]) <= (moment["tokens"] or 0):
-                    rows.append(
-                        DeadFeatureRow(
-                            **shared,
-                            split="train",
-                            dead_window_tokens=int(window[1]),
-                            dead_fraction=dead,
-                        )
-                    )
-        rows.append(DeadFeatureRow(**about, tokens=run.train.n_tokens, split="held_out", **found))
+        rows += table_rows(
+            _about(run, held_out), history if curves else history[-1:], run.train.n_tokens, found
+        )
     return rows
 
 
+def table_rows(
+    about: Mapping[str, Any], history: Sequence[Metrics], n_tokens: int, found: Mapping[str, Any]
+) -> list[DeadFeatureRow]:
+    """Rows of one run: its logged moments, a row for each window that was full, and `found` on held-out data.
+
+    `about` holds the columns that say which run it is; `n_tokens` were trained on.
+    """
+    rows = []
+    for moment in history:
+        shared = {**about, **NO_LOSSES, **{key: moment[key] for key in ("tokens", "fvu", "l0")}}
+        for column, dead in moment.items():
+            window = re.fullmatch(r"dead_fraction_(\d+)", column)
+            if window and dead is not None and int(window[1]) <= (moment["tokens"] or 0):
+                seen: dict[str, Any] = {"dead_window_tokens": int(window[1]), "dead_fraction": dead}
+                rows.append(DeadFeatureRow(**shared, **seen, split="train"))
+    return [*rows, DeadFeatureRow(**about, tokens=n_tokens, split="held_out", **found)]
+
+
 def drift_rows(
-    runs: Sequence[Run],
+    runs: Sequence[TrainedRun],
     held_out: ActivationStore | PairedStores,
     *,
     model: nn.Module | None = None,
@@ -93,14 +99,14 @@ def drift_rows(
     return out
 
 
-def relative_times(runs: Sequence[Run]) -> pd.DataFrame:
+def relative_times(runs: Sequence[TrainedRun]) -> pd.DataFrame:
     """Time of a step by method, over that of the first one: a ratio of medians over logged rows."""
     rows = [(run.recipe.name, row["tokens_per_s"]) for run in runs for row in run.history()]
     speeds = pd.DataFrame(rows, columns=["method", "time per step"]).groupby("method", sort=False).median()
     return speeds.iloc[0] / speeds
 
 
-def seen_fvu(runs: Sequence[Run], store: ActivationStore, n: int, progress: bool = True) -> pd.Series:
+def seen_fvu(runs: Sequence[TrainedRun], store: ActivationStore, n: int, progress: bool = True) -> pd.Series:
     """Mean FVU by method on `n` rows of what they were trained on (all of them, if there are fewer).
 
     Below that of held-out text by what several passes over the same rows memorize.
@@ -111,7 +117,7 @@ def seen_fvu(runs: Sequence[Run], store: ActivationStore, n: int, progress: bool
     return values.groupby(level=0, sort=False).mean()
 
 
-def budget(model: nn.Module, runs: Sequence[Run], data: Split, *, losses: bool = True) -> str:
+def budget(model: nn.Module, runs: Sequence[TrainedRun], data: Split, *, losses: bool = True) -> str:
     """What stands behind the numbers of some runs, for captions and the claims table."""
     info, store = model_info(model), next(iter(data.train.values()))
     sites = dict.fromkeys(run.config.metadata["site"] for run in runs)
@@ -142,7 +148,7 @@ def _numbers(values: Iterable[int]) -> str:
 
 
 def _evaluations(
-    runs: Sequence[Run],
+    runs: Sequence[TrainedRun],
     held_out: ActivationStore | PairedStores,
     model: nn.Module | None,
     tokens: Tokens | None,
@@ -150,7 +156,7 @@ def _evaluations(
 ) -> list[dict[str, Any]]:
     """The fields of `held_out` rows that come from the evaluation."""
 
-    def evaluate(missing: list[Run]) -> list[Evaluation]:
+    def evaluate(missing: list[TrainedRun]) -> list[Evaluation]:
         saes = [run.sae() for run in missing]
         options: dict[str, Any] = {"model": model, "tokens": tokens, "progress": progress}
         if isinstance(held_out, PairedStores):
@@ -161,7 +167,7 @@ def _evaluations(
     return held_out_numbers(runs, FORMAT, held_out.fingerprint, model, tokens, evaluate)
 
 
-def _about(run: Run, held_out: ActivationStore | PairedStores) -> dict[str, Any]:
+def _about(run: TrainedRun, held_out: ActivationStore | PairedStores) -> dict[str, Any]:
     metadata = {**held_out.metadata, **run.config.metadata}
     return {
         "model": metadata["model"],

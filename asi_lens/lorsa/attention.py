@@ -89,6 +89,17 @@ def write_site(model: nn.Module, layer: int) -> str:
     return models.hook_name(model, models.attention_write_site(model), layer)
 
 
+def origin(model: nn.Module, layer: int) -> dict[str, Any]:
+    """Metadata of a Lorsa of `model`: its name and fingerprint, the layer, the hook it writes to."""
+    info = models.model_info(model)
+    return {
+        "model": info.name,
+        "fingerprint": info.fingerprint,
+        "layer": layer,
+        "hook_name": write_site(model, layer),
+    }
+
+
 def read_attention(model: nn.Module, layer: int, context: int) -> AttentionLayer:
     """Read an attention layer of a TransformerBridge, for sequences up to `context`.
 

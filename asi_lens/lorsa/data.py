@@ -26,8 +26,7 @@ from asi_lens.base.errors import DataError, require
 from asi_lens.base.permutation import Permutation
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
-from asi_lens.lorsa.attention import READ_SITE, write_site
-from asi_lens.lorsa.lorsa import origin
+from asi_lens.lorsa.attention import READ_SITE, origin, write_site
 
 
 @dataclass(frozen=True)

@@ -21,18 +21,15 @@ from torch import Tensor, nn
 from asi_lens.activations.moments import Moments
 from asi_lens.activations.spectrum import one_thread
 from asi_lens.base.errors import OptionError, require
-from asi_lens.kernels.codes import SparseCode
 from asi_lens.kernels.draws import draw_gaussian, other_stream, unit_rows_
-from asi_lens.lorsa.attention import AttentionLayer, read_attention
+from asi_lens.lorsa.attention import AttentionLayer, origin, read_attention
 from asi_lens.lorsa.data import SequencePairs
-from asi_lens.lorsa.lorsa import Lorsa, config_for, origin
+from asi_lens.lorsa.lorsa import Lorsa, config_for
+from asi_lens.sae.initialize import best_scale, fit_sums
 from asi_lens.sae.starts import STARTS, Start, find_start
 
 LORSA_METHODS = tuple(name for name, start in STARTS.items() if start.lorsas)
 """Starts of units: Gaussian, or in the active subspace of the values of their head."""
-
-# Elements of z~ [batch position n_ov] computed at a time outside of training.
-_BLOCK = 2**25
 
 
 @dataclass(frozen=True)
@@ -137,8 +134,9 @@ def initialize_lorsa(
     active = None if d_init is None else active_values(source, sample.input_moments.covariance, d_init)
     _draw_units(lorsa, source, active, tied, seed)
     if norm_search:
-        cross, power = _first_fit(lorsa, sample)
-        lorsa.W_V.mul_(cross / power if cross > 0 else 1.0)
+        # Scaling all w_v by s takes a reconstruction less b_O to s times it: b_V is zero.
+        sides = ((target - lorsa.b_O, found - lorsa.b_O) for target, found, _ in lorsa.scan(sample))
+        lorsa.W_V.mul_(best_scale(*fit_sums(sides)))
     leaks = None if active is None else _leaks(lorsa, source, active)
     report = LorsaInitReport(
         method=method,
@@ -168,21 +166,11 @@ def active_values(
 
 
 @torch.no_grad()
-def codes(lorsa: Lorsa, pairs: SequencePairs) -> Iterator[tuple[Tensor, SparseCode]]:
-    """Targets [batch position-1 d_in], normalized, and codes [batch position-1 k] of positions that count,
-    a few sequences at a time: z~ is dense, and memory bounds how many."""
-    at_once = max(1, _BLOCK // (pairs.context * lorsa.n_ov))
-    for block in pairs.blocks(at_once):
-        code = lorsa.encode(block.x)
-        yield lorsa.normalize_output(block.y)[:, 1:], SparseCode(*(part[:, 1:] for part in code))
-
-
-@torch.no_grad()
 def squared_error(lorsa: Lorsa, pairs: SequencePairs) -> float:
     """Sum of the squared errors at the positions that count, raw units."""
     total = 0.0
-    for target, code in codes(lorsa, pairs):
-        total += (target.double() - lorsa.decode_normalized(code).double()).square().sum().item()
+    for target, reconstruction, _ in lorsa.scan(pairs):
+        total += (target.double() - reconstruction.double()).square().sum().item()
     return total / lorsa.output_scale.item() ** 2
 
 
@@ -249,17 +237,3 @@ def _leaks(lorsa: Lorsa, source: AttentionLayer, active: Tensor) -> tuple[float,
             outside = (exact - (exact @ basis) @ basis.T).norm(dim=1) / exact.norm(dim=1)
             largest[side] = max(largest[side], outside.max().item())
     return largest[0], largest[1]
-
-
-def _first_fit(lorsa: Lorsa, sample: SequencePairs) -> tuple[float, float]:
-    """Sums over the sample of t . r and |r|^2, for targets t and their reconstructions r, both less b_O.
-
-    Scaling all w_v by s takes r to s r (b_V is zero), so the best s is their ratio.
-    """
-    cross = power = 0.0
-    for target, code in codes(lorsa, sample):
-        t = (target - lorsa.b_O).double()
-        r = (lorsa.decode_normalized(code) - lorsa.b_O).double()
-        cross += (t * r).sum().item()
-        power += r.square().sum().item()
-    return cross, power

@@ -16,7 +16,7 @@ position n_ov]: this is made for thousands of units, not for a million.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -28,16 +28,18 @@ from torch import Tensor, nn
 from asi_lens.base.errors import DataError, OptionError, require, require_known, require_whole
 from asi_lens.base.metadata import plain_metadata
 from asi_lens.base.safetensors_io import opened, save_tensors
-from asi_lens.inputs import models
 from asi_lens.kernels.codes import SparseCode
 from asi_lens.kernels.draws import draw_gaussian, other_stream, unit_rows_
 from asi_lens.kernels.gradients import decode_sum
 from asi_lens.kernels.topk import topk_exact
-from asi_lens.lorsa.attention import AttentionLayer, read_attention, write_site
+from asi_lens.lorsa.attention import AttentionLayer, origin, read_attention
+from asi_lens.lorsa.data import SequencePairs
 from asi_lens.lorsa.heads import PatternConfig, QueryKeyHeads
 
 FORMAT = 1
 _HEADER = "asi_lens_lorsa"
+# Elements of z~ [batch position n_ov] computed at a time outside of training.
+_BLOCK = 2**25
 
 
 @dataclass(frozen=True)
@@ -131,17 +133,6 @@ def config_for(
     )
 
 
-def origin(model: nn.Module, layer: int) -> dict[str, Any]:
-    """Metadata of a Lorsa of `model`: its name and fingerprint, the layer, the hook it writes to."""
-    info = models.model_info(model)
-    return {
-        "model": info.name,
-        "fingerprint": info.fingerprint,
-        "layer": layer,
-        "hook_name": write_site(model, layer),
-    }
-
-
 class Lorsa(nn.Module):
     """Query-key heads and the units that share them.
 
@@ -188,6 +179,16 @@ class Lorsa(nn.Module):
     def n_ov(self) -> int:
         """Number of units."""
         return self.config.n_ov
+
+    @property
+    def d_sae(self) -> int:
+        """The same, by the name that it has in other coders."""
+        return self.n_ov
+
+    @property
+    def target_scale(self) -> float:
+        """What the targets of `scan` are multiplied by: they are normalized."""
+        return self.output_scale.double().item()
 
     @property
     def k(self) -> int:
@@ -243,6 +244,22 @@ class Lorsa(nn.Module):
     def forward(self, x: Num[Tensor, "batch position d_in"]) -> Float[Tensor, "batch position d_in"]:
         """What the attention layer would write, approximately, for what it reads; both in raw units."""
         return self.decode(self.encode(x))
+
+    @torch.no_grad()
+    def scan(
+        self, data: SequencePairs
+    ) -> Iterator[tuple[Float[Tensor, "n position d_in"], Float[Tensor, "n position d_in"], SparseCode]]:
+        """Normalized targets, their reconstructions and codes at the positions that count, in order.
+
+        A code is [positions k], its values are sizes. A few sequences come at a time: z~ is dense, and memory
+        bounds how many.
+        """
+        at_once = max(1, _BLOCK // (data.context * self.n_ov))
+        for block in data.blocks(at_once):
+            code = SparseCode(*(part[:, 1:] for part in self.encode(block.x)))
+            target = self.normalize_output(block.y)[:, 1:]
+            sizes = SparseCode(code.indices.flatten(0, 1), code.values.abs().flatten(0, 1))
+            yield target, self.decode_normalized(code), sizes
 
     def save(self, path: Path | str) -> None:
         """Write one `.safetensors` file (see `save_lorsa`)."""

@@ -12,7 +12,7 @@ Decoder rows have unit norm. `folded` gives the same function on raw activations
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,8 @@ class SparseAutoencoder(Weights):
     input_mean: Tensor
     input_scale: Tensor
 
+    target_scale = 1.0
+    """What the targets of `scan` are multiplied by: they are raw."""
     is_transcoder = False
     """Whether it writes something else than it reads: a `transcoder.Transcoder`."""
 
@@ -204,6 +206,15 @@ class SparseAutoencoder(Weights):
     def forward(self, x: Num[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """The reconstruction of raw activations, in raw units."""
         return self.decode(self.encode(x))
+
+    def scan(
+        self, data: ActivationStore | PairedStores | Tensor
+    ) -> Iterator[tuple[Float[Tensor, "n d_out"], Float[Tensor, "n d_out"], SparseCode]]:
+        """Targets, their reconstructions and codes [n k] of all rows in order, a few thousand at a time."""
+        for batch in data.split(_BLOCK) if isinstance(data, Tensor) else data.in_order(_BLOCK):
+            x, target = (batch.x, batch.y) if isinstance(batch, Pair) else (batch, batch)
+            code = self.encode(x)
+            yield target, self.decode(code), code
 
     @torch.no_grad()
     def folded(self) -> dict[str, Tensor]:

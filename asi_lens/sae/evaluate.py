@@ -7,9 +7,9 @@ does not depend on how the tokens are batched. Sums run in float64.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -18,14 +18,62 @@ from torch import Tensor, nn
 from asi_lens.activations.harvest import SiteLayer
 from asi_lens.activations.harvest_store import ActivationStore
 from asi_lens.activations.moments import Moments
+from asi_lens.activations.pairs import PairedStores
 from asi_lens.base.errors import DataError, OptionError, require, require_both
+from asi_lens.collapse.interventions import mean_ablate, skip_first
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
+from asi_lens.kernels.codes import SparseCode
 from asi_lens.sae.dictionary import SparseAutoencoder
-from asi_lens.sae.splice import SpliceLosses, splice_losses
+from asi_lens.sae.splice import Hooks, SpliceLosses, hooked_losses, splice_through
+from asi_lens.sae.transcoder import Transcoder
 from asi_lens.training.ledger import DeadnessLedger
 
 _ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where coders stand in a language model."""
+
+    read: str
+    """Name of the hook that they read."""
+    write: str
+    """Name of the hook that they write: the same one for an autoencoder."""
+    layer: int
+    """The first block that takes part."""
+    site: str
+    """What is written, for the progress bar and errors."""
+
+
+@runtime_checkable
+class Targets(Protocol):
+    """Data that know the moments of what is to be written: `PairedStores`, `SequencePairs`."""
+
+    @property
+    def n(self) -> int: ...
+    @property
+    def output_moments(self) -> Moments: ...
+
+
+@runtime_checkable
+class Coder(Protocol):
+    """What can be evaluated: an autoencoder, a transcoder, a Lorsa."""
+
+    @property
+    def d_sae(self) -> int: ...
+    @property
+    def target_scale(self) -> float:
+        """What raw targets are multiplied by in `scan`."""
+        ...
+
+    def __call__(self, x: Tensor, /) -> Tensor:
+        """Raw targets, approximately, from what is read."""
+        ...
+
+    def scan(self, data: Any) -> Iterator[tuple[Tensor, Tensor, SparseCode]]:
+        """Targets, their reconstructions and codes [n k] of all `data`; values above zero fired."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -99,64 +147,153 @@ def evaluate_together(
         require(sae.d_in == d_in, "rows", f"of width {d_in}", f"{sae.d_in} wide, as the dictionary")
         if isinstance(rows, ActivationStore):
             _require_same_site(sae.config.metadata, rows.metadata)
-    mean, found = _reconstruct(saes, rows)
-    losses: Sequence[SpliceLosses | None] = [None] * len(saes)
-    if model is not None and tokens is not None:
+    place = None
+    if model is not None:
         known = rows.metadata if isinstance(rows, ActivationStore) else {}
         site, layer = where or _where(model, [*(sae.config.metadata for sae in saes), known])
-        losses = splice_losses(
-            saes, model, tokens, site, layer, mean, batch_tokens=batch_tokens, progress=progress
-        )
-    return [Evaluation(**numbers, losses=loss) for numbers, loss in zip(found, losses, strict=True)]
+        place = _place(saes, model, site, layer)
+    return evaluate_at(saes, rows, place, model, tokens, batch_tokens=batch_tokens, progress=progress)
 
 
-def scatter_of(outputs: Moments) -> float:
-    """Sum of squared distances from the mean. Raises DataError where the outputs never vary."""
-    scatter = outputs.scatter.trace().item()
-    if not scatter > 1e-28 * outputs.n * outputs.mean.square().sum().item():
-        raise DataError("the outputs never vary: the fraction of variance unexplained is not defined")
-    return scatter
+def evaluate_transcoder(
+    sae: Transcoder,
+    store: PairedStores,
+    *,
+    model: nn.Module | None = None,
+    tokens: Tokens | None = None,
+    batch_tokens: int = 1024,
+    progress: bool = True,
+) -> Evaluation:
+    """Evaluate one transcoder; see `evaluate_transcoders`."""
+    options: dict[str, Any] = {"batch_tokens": batch_tokens, "progress": progress}
+    return evaluate_transcoders([sae], store, model=model, tokens=tokens, **options)[0]
+
+
+def evaluate_transcoders(
+    saes: Sequence[Transcoder],
+    store: PairedStores,
+    *,
+    model: nn.Module | None = None,
+    tokens: Tokens | None = None,
+    batch_tokens: int = 1024,
+    progress: bool = True,
+) -> list[Evaluation]:
+    """Numbers of transcoders of the same sites on tokens that none was trained on; FVU of the outputs.
+
+    The clean and the ablated model run once for all.
+
+    Args:
+        model, tokens: both or none: for the losses of the language model with what a transcoder writes in
+            place of the output site, reading the input site of the same forward pass.
+
+    Raises OptionError for options that do not belong together, widths that differ, stores whose hooks are not
+    known where losses are asked for, or inputs of a later layer than the outputs; DataError for outputs that
+    never vary, or values or losses that are not finite; UnsupportedModelError for a model that does not
+    predict next tokens.
+    """
+    require(len(saes) > 0, "saes", [], "one or more")
+    require_both(model=model, tokens=tokens)
+    widths = (store.d, store.d_out)
+    for sae in saes:
+        require(widths == (sae.d_in, sae.d_out), "store", f"of widths {widths}", f"{(sae.d_in, sae.d_out)}")
+    place = None if model is None else _place_of_pairs(model, store.metadata)
+    return evaluate_at(saes, store, place, model, tokens, batch_tokens=batch_tokens, progress=progress)
+
+
+def evaluate_at(
+    coders: Sequence[Coder],
+    data: Targets | ActivationStore | Tensor,
+    place: Place | None,
+    model: nn.Module | None,
+    tokens: Tokens | None,
+    *,
+    batch_tokens: int,
+    progress: bool,
+) -> list[Evaluation]:
+    """Evaluate coders of one place on data that fit them; the evaluation of every kind of coder.
+
+    With a `place`, `model` and `tokens` are given too, for the losses. Raises DataError for targets that
+    never vary, and as `hooked_losses`.
+    """
+    n = len(data) if isinstance(data, Tensor) else data.n
+    require(n >= 1, "rows", n, "at least one")
+    found = [_scanned(coder, data) for coder in coders]
+    mean, variance = _spread(data)
+    losses: Sequence[SpliceLosses | None] = [None] * len(coders)
+    if place is not None and model is not None and tokens is not None:
+        spliced = [splice_through(coder, place.read, place.write) for coder in coders]
+        ablated: Hooks = {place.write: skip_first(mean_ablate(mean))}
+        options: dict[str, Any] = {"batch_tokens": batch_tokens, "progress": progress}
+        losses = hooked_losses(model, tokens, place.layer, ablated, spliced, site=place.site, **options)
+    return [
+        Evaluation(n, error / variance, 1 - error / variance, fired / n, silent, loss)
+        for (error, fired, silent), loss in zip(found, losses, strict=True)
+    ]
 
 
 @torch.inference_mode()
-def _reconstruct(
-    saes: Sequence[SparseAutoencoder], rows: ActivationStore | Tensor
-) -> tuple[Float[Tensor, " d_in"], list[dict[str, Any]]]:
-    """The rows' mean, and for each dictionary the fields of `Evaluation` that come from the rows."""
-    n = len(rows)
-    require(n >= 1, "rows", n, "at least one")
+def _scanned(coder: Coder, data: Any) -> tuple[float, int, float]:
+    """Squared error in raw units, number of firings, share of features that never fired."""
+    error, fired, ledger = 0.0, 0, None
+    for target, reconstruction, code in coder.scan(data):
+        ledger = ledger or DeadnessLedger(coder.d_sae, code.values.device)
+        exact = target.double()
+        error += (exact - reconstruction.to(exact)).square().sum().item()
+        fired += int((code.values > 0).sum())
+        ledger.update(code)
+    assert ledger is not None  # there is a row
+    return error / coder.target_scale**2, fired, ledger.silent_fraction
+
+
+def _spread(data: Targets | ActivationStore | Tensor) -> tuple[Float[Tensor, " d_out"], float]:
+    """Mean of the targets, and the sum of their squared distances from it.
+
+    Raises DataError where they never vary.
+    """
+    if not isinstance(data, ActivationStore | Tensor):
+        moments = data.output_moments
+        scatter = moments.scatter.trace().item()
+        if not scatter > 1e-28 * moments.n * moments.mean.square().sum().item():
+            raise DataError("the outputs never vary: the fraction of variance unexplained is not defined")
+        return moments.mean, scatter
     shift: Tensor | None = None
     first = square = torch.zeros((), dtype=torch.float64)
-    errors, fired = [0.0] * len(saes), [0] * len(saes)
-    ledgers = [DeadnessLedger(sae.d_sae, sae.W_dec.device) for sae in saes]
-    for block in rows.in_order(_ROWS) if isinstance(rows, ActivationStore) else rows.split(_ROWS):
+    for block in data.in_order(_ROWS) if isinstance(data, ActivationStore) else data.split(_ROWS):
         x = block.double()
         if shift is None:
             # Sums around a point near the mean: nothing is lost where the mean is far from zero.
             shift = x.mean(0)
         first = first.to(x.device) + (x - shift).sum(0)
         square = square.to(x.device) + (x - shift).square().sum()
-        for k, sae in enumerate(saes):
-            code = sae.encode(block)
-            errors[k] += (x - sae.decode(code).to(x)).square().sum().item()
-            fired[k] += int((code.values > 0).sum())
-            ledgers[k].update(code)
-    assert shift is not None
-    variance = (square - first.square().sum() / n).item()
-    if not variance > 1e-28 * (square + n * shift.square().sum()).item():
+    assert shift is not None  # there is a row
+    variance = (square - first.square().sum() / len(data)).item()
+    if not variance > 1e-28 * (square + len(data) * shift.square().sum()).item():
         raise DataError("the rows never vary: the fraction of variance unexplained is not defined")
-    found = []
-    for error, count, ledger in zip(errors, fired, ledgers, strict=True):
-        found.append(
-            {
-                "n_tokens": n,
-                "fvu": error / variance,
-                "explained_variance": 1 - error / variance,
-                "l0": count / n,
-                "dead_fraction": ledger.silent_fraction,
-            }
-        )
-    return shift + first / n, found
+    return shift + first / len(data), variance
+
+
+def _place(saes: Sequence[SparseAutoencoder], model: nn.Module, site: str, layer: int) -> Place:
+    """A site of the model. Raises OptionError for a dictionary of another width."""
+    hook, width = models.hook_name(model, site, layer), models.site_width(model, site, layer)
+    for sae in saes:
+        name = models.model_info(model).name
+        require(sae.d_in == width, "sae", f"d_in={sae.d_in}", f"{width} wide, as {site} of {name}")
+    return Place(hook, hook, layer, site)
+
+
+def _place_of_pairs(model: nn.Module, about: Mapping[str, Any]) -> Place:
+    """The two sites of `PairedStores`, from their metadata."""
+    reads = about.get("reads", {})
+    for side in (reads, about):
+        for key in ("site", "layer"):
+            if side.get(key) is None:
+                raise OptionError(f"the {key} of these stores is not known: their metadata do not say")
+    read = models.hook_name(model, str(reads["site"]), int(reads["layer"]))
+    write = models.hook_name(model, str(about["site"]), int(about["layer"]))
+    require(read != write, "output site", write, "another than the input site")
+    first = int(reads["layer"])
+    require(first <= int(about["layer"]), "layer of the inputs", first, f"at most {about['layer']}")
+    return Place(read, write, first, str(about["site"]))
 
 
 def _where(model: nn.Module, about: Sequence[Mapping[str, Any]]) -> SiteLayer:

@@ -10,12 +10,14 @@ that of rounding the weights to their dtype.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from asi_lens.activations.pairs import Pair
 from asi_lens.activations.spectrum import Spectrum
 from asi_lens.base.errors import OptionError, require
 from asi_lens.kernels.draws import DRAW_ROWS, other_stream
@@ -198,28 +200,42 @@ def _scale(
         # Rows of norm n in both, as theirs are, give n^2 relu(x . w) w with unit w.
         scale: Tensor | float = norms.to(sae.W_dec).unsqueeze(1)
         if search and sample is not None:
-            scale = own(*_first_fit(sae, sample, mesh))
+            scale = own(*first_fit(sae, sample, mesh))
         sae.encoder_rows.mul_(scale)
     if options.center_encoder_bias and sample is not None:
         sae.b_enc.copy_(-_mean_pre(sae, sample))
     if own is not None or sample is None:
         return
-    if sae.activation.has_threshold:
-        set_threshold(sae, sample, l0)
-    if search:
-        scale_to_fit(sae, *_first_fit(sae, sample, mesh))
+    fit_scale(sae, sample, l0, mesh, search=search)
 
 
-def scale_to_fit(sae: SparseAutoencoder, total: float, cross: float, power: float) -> None:
-    """Scale the encoder, in place, so that the first reconstruction r has the smallest squared error.
+def fit_scale(
+    sae: SparseAutoencoder,
+    sample: Tensor | Pair,
+    l0: float | int | None = None,
+    mesh: Mesh | None = None,
+    *,
+    search: bool = True,
+) -> None:
+    """Set thresholds for `l0` (the dictionary's k by default) where there are any, and the encoder's scale.
 
-    Takes sums over the sample of |t|^2, t . r and |r|^2 for targets t. Where every scale makes it worse, the
-    encoder stays.
+    The scale is that of the smallest squared error of the first reconstruction; without `search` it stays.
     """
-    scale = cross / power if cross > 0 else 1.0
-    sae.encoder_rows.mul_(scale)
-    sae.b_enc.mul_(scale)
-    sae.activation.rescale(scale)
+    if sae.activation.has_threshold:
+        set_threshold(sae, sample.x if isinstance(sample, Pair) else sample, sae.k if l0 is None else l0)
+    if search:
+        scale = best_scale(*first_fit(sae, sample, mesh))
+        sae.encoder_rows.mul_(scale)
+        sae.b_enc.mul_(scale)
+        sae.activation.rescale(scale)
+
+
+def best_scale(total: float, cross: float, power: float) -> float:
+    """The factor on reconstructions r with the smallest squared error, from sums of |t|^2, t . r and |r|^2.
+
+    It is 1 where every factor makes the error worse.
+    """
+    return cross / power if cross > 0 else 1.0
 
 
 def _report(
@@ -228,7 +244,7 @@ def _report(
     """What came out, measured on the weights as they are stored: scaling rounded the encoder once more."""
     fvu = None
     if sample is not None:
-        square, cross, power = _first_fit(sae, sample, mesh)
+        square, cross, power = first_fit(sae, sample, mesh)
         x = sae.normalize(sample).double()
         fvu = (square - 2 * cross + power) / (x - x.mean(0)).square().sum().item()
     decoder, encoder = (
@@ -291,16 +307,29 @@ def largest_leak(rows: Float[Tensor, "n d"], active: Float[Tensor, "d r"]) -> fl
     return largest
 
 
-def _first_fit(sae: SparseAutoencoder, sample: Tensor, mesh: Mesh) -> tuple[float, float, float]:
-    """Sums over the sample of |x|^2, x . r and |r|^2 for centered x and its first reconstruction r."""
+def first_fit(
+    sae: SparseAutoencoder, sample: Tensor | Pair, mesh: Mesh | None = None
+) -> tuple[float, float, float]:
+    """`fit_sums` of centered targets and what the features make of them."""
+    mesh, n = mesh or Mesh(), 2048
+    blocks = (sample[start : start + n] for start in range(0, len(sample), n))
+    return fit_sums((sae.sides(block)[1], _written(sae, block, mesh)) for block in blocks)
+
+
+def fit_sums(sides: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float, float]:
+    """Sums of |t|^2, t . r and |r|^2 over batches of targets t and their reconstructions r, float64."""
     total = cross = power = 0.0
-    for block in sample.split(2048):
-        x = sae.centered(block)
-        r = mesh.over_features(decode_sum(mesh.pick(sae.encode(block), sae.k), sae.W_dec.data))
-        total += x.double().square().sum().item()
-        cross += (x.double() * r.double()).sum().item()
-        power += r.double().square().sum().item()
+    for target, reconstruction in sides:
+        t, r = target.double(), reconstruction.double()
+        total += t.square().sum().item()
+        cross += (t * r).sum().item()
+        power += r.square().sum().item()
     return total, cross, power
+
+
+def _written(sae: SparseAutoencoder, block: Tensor | Pair, mesh: Mesh) -> Float[Tensor, "n d_out"]:
+    code = sae.encode(block.x if isinstance(block, Pair) else block)
+    return mesh.over_features(decode_sum(mesh.pick(code, sae.k), sae.W_dec.data))
 
 
 def _mean_pre(sae: SparseAutoencoder, sample: Tensor) -> Float[Tensor, " d_sae"]:

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from asi_lens.base.errors import DataError, UnsupportedModelError, require
-from asi_lens.collapse.interventions import Edit, loss_recovered, mean_ablate, skip_first
+from asi_lens.collapse.interventions import loss_recovered, skip_first
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
-from asi_lens.sae.dictionary import SparseAutoencoder
 
 Hooks = Mapping[str, models.Hook]
 """Hooks of a forward, by name."""
@@ -48,35 +47,6 @@ class SpliceLosses:
     """KL(clean || spliced) of the next-token distributions, per token."""
     n_predictions: int
     """Predicted tokens: sequences times (context - 1)."""
-
-
-@torch.inference_mode()
-def splice_losses(
-    saes: Sequence[SparseAutoencoder],
-    model: nn.Module,
-    tokens: Tokens,
-    site: str,
-    layer: int,
-    mean: Float[Tensor, " d_in"],
-    *,
-    batch_tokens: int = 1024,
-    progress: bool = True,
-) -> list[SpliceLosses]:
-    """Losses of the language model with each dictionary's reconstruction in place of the activation.
-
-    `mean` is what ablation puts there. The layers below run once per batch. Raises OptionError for a
-    dictionary of another width than the site's, and as `hooked_losses`.
-    """
-    hook = models.hook_name(model, site, layer)
-    width = models.site_width(model, site, layer)
-    for sae in saes:
-        name = models.model_info(model).name
-        require(sae.d_in == width, "sae", f"d_in={sae.d_in}", f"{width} wide, as {site} of {name}")
-    ablated: Hooks = {hook: skip_first(mean_ablate(mean))}
-    spliced: list[Hooks] = [{hook: skip_first(_splice(sae))} for sae in saes]
-    return hooked_losses(
-        model, tokens, layer, ablated, spliced, site=site, batch_tokens=batch_tokens, progress=progress
-    )
 
 
 @torch.inference_mode()
@@ -149,7 +119,12 @@ def hooked_losses(
 
 
 def splice_through(coder: Callable[[Tensor], Tensor], read: str, write: str) -> Hooks:
-    """Hooks that put at `write` what `coder` makes of what passes `read`, position 0 left as it is."""
+    """Hooks that put at `write` what `coder` makes of what passes `read`, position 0 left as it is.
+
+    Where both are one hook, `coder` never sees position 0.
+    """
+    if read == write:
+        return {write: skip_first(lambda x: coder(x).to(x))}
     seen: list[Tensor] = []
 
     def look(x: Tensor) -> None:
@@ -159,10 +134,6 @@ def splice_through(coder: Callable[[Tensor], Tensor], read: str, write: str) -> 
         return torch.cat([y[:, :1], coder(seen.pop())[:, 1:].to(y)], dim=1)
 
     return {read: look, write: put}
-
-
-def _splice(sae: SparseAutoencoder) -> Edit:
-    return lambda x: sae(x).to(x)
 
 
 def _log_probabilities(logits: Float[Tensor, "batch position d"]) -> Float[Tensor, "batch predicted d"]:

@@ -20,13 +20,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from asi_lens.activations.pairs import Pair, PairedStores
+from asi_lens.activations.pairs import PairedStores
 from asi_lens.base.errors import require, unknown_name
 from asi_lens.kernels.draws import other_stream, unit_rows_
-from asi_lens.kernels.gradients import decode_sum
-from asi_lens.sae.initialize import active_subspace_of, auto_d_init, largest_leak, scale_to_fit
+from asi_lens.sae.initialize import active_subspace_of, auto_d_init, first_fit, fit_scale, largest_leak
 from asi_lens.sae.starts import STARTS, Draw, find_start
-from asi_lens.sae.threshold import set_threshold
 from asi_lens.sae.transcoder import Transcoder
 
 TRANSCODER_METHODS = tuple(name for name, start in STARTS.items() if start.transcoders)
@@ -116,10 +114,8 @@ def initialize_transcoder(
         drawn = STARTS["random" if reads is None else "asi"]
         drawn.fill(sae.encoder_rows, Draw(other_stream(seed), reads))
 
-    if sae.activation.has_threshold:
-        set_threshold(sae, sample.x, sae.k if initial_l0 is None else initial_l0)
-    scale_to_fit(sae, *_first_fit(sae, sample))
-    total, cross, power = _first_fit(sae, sample)
+    fit_scale(sae, sample, initial_l0)
+    total, cross, power = first_fit(sae, sample)
     report = TranscoderInitReport(
         method=method,
         reader=reader,
@@ -151,15 +147,3 @@ def linear_guess(sae: Transcoder, store: PairedStores) -> tuple[Float[Tensor, "d
     guess = torch.linalg.solve(ridge, outer.T).T
     explained = 2 * (guess * outer).sum() - ((guess @ power) * guess).sum()
     return guess, 1 - explained.item() / total
-
-
-def _first_fit(sae: Transcoder, sample: Pair) -> tuple[float, float, float]:
-    """Sums over the sample of |t|^2, t . r and |r|^2 for normalized targets t and their reconstructions r."""
-    total = cross = power = 0.0
-    for x, y in zip(sample.x.split(2048), sample.y.split(2048), strict=True):
-        t = (sae.normalize_output(y) - sae.b_dec).double()
-        r = decode_sum(sae.encode(x), sae.W_dec.data).double()
-        total += t.square().sum().item()
-        cross += (t * r).sum().item()
-        power += r.square().sum().item()
-    return total, cross, power

@@ -11,7 +11,7 @@ import torch
 from small_lorsas import CONTEXT, LAYER, N_OV, K, quick, started
 
 from asi_lens.base.errors import CacheError, OptionError, UnknownNameError
-from asi_lens.experiments import lorsa_runs
+from asi_lens.experiments import lorsa_runs, runs
 from asi_lens.experiments.lorsa_runs import LorsaRecipe, lorsa_budget, lorsa_rows, train_lorsas
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.lorsa.contexts import top_contexts, unit_firings
@@ -71,7 +71,7 @@ def test_finished_runs_are_read(
         (seed, recipe.name) for seed in (0, 1) for recipe in RECIPES
     ]
     rows = lorsa_rows(first, pairs)
-    monkeypatch.setattr(lorsa_runs, "train_together", refuse)
+    monkeypatch.setattr(runs, "train_together", refuse)
     monkeypatch.setattr(lorsa_runs, "evaluate_lorsas", refuse)
     again = train_lorsas(tiny_llama, LAYER, pairs, RECIPES, seeds=[0, 1], **options)
     assert again == first

@@ -18,16 +18,15 @@ from asi_lens.base.errors import CacheError, OptionError, UnknownNameError
 from asi_lens.experiments import rows, runs
 from asi_lens.experiments.recipes import Recipe
 from asi_lens.experiments.rows import budget, dead_feature_rows, drift_rows, relative_times, seen_fvu
-from asi_lens.experiments.runs import Run, train_recipes
+from asi_lens.experiments.runs import TrainedRun, train_recipes
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.drift import Drift
-from asi_lens.sae.evaluate import evaluate, evaluate_together
+from asi_lens.sae.evaluate import evaluate, evaluate_together, evaluate_transcoder
 from asi_lens.sae.initialize import auto_d_init, initialize
 from asi_lens.sae.sparsity import SparsityConfig
 from asi_lens.sae.subspace import SubspaceStore, expand
 from asi_lens.sae.train import Trainer
 from asi_lens.sae.transcoder import Transcoder
-from asi_lens.sae.transcoder_evaluate import evaluate_transcoder
 from asi_lens.sae.transcoder_init import initialize_transcoder
 from asi_lens.training.loop import train_together
 
@@ -83,6 +82,18 @@ def test_finished_runs_are_read_not_trained(store: ActivationStore, monkeypatch:
     again = train_recipes(store, ["ASI", "random"], seeds=[1], **OPTIONS)
     assert [run.folder for run in again] == [first[3].folder, first[2].folder]
     assert not list(first[0].folder.glob("checkpoint*")), "moments stay behind"
+
+
+def test_a_run_that_an_earlier_version_finished_is_read(
+    store: ActivationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run,) = train_recipes(store, ["random"], **OPTIONS)
+    told = (run.folder / "finished.json").read_text()
+    (run.folder / "finished.json").rename(run.folder / "run.json")
+    monkeypatch.setattr(runs, "train_together", refuse)
+    assert train_recipes(store, ["random"], **OPTIONS) == [run]
+    assert (run.folder / "finished.json").read_text() == told
+    assert not (run.folder / "run.json").exists()
 
 
 def test_recipes_of_the_same_options_are_one_run(store: ActivationStore) -> None:
@@ -279,7 +290,7 @@ def test_time_of_a_step_is_over_that_of_the_first_method(
     runs = train_recipes(store, ["random", "ASI"], seeds=[0, 1], **OPTIONS)
     speeds = {("random", 0): [1.0, 8.0], ("random", 1): [2.0], ("ASI", 0): [4.0], ("ASI", 1): [4.0]}
     monkeypatch.setattr(
-        Run, "history", lambda run: [{"tokens_per_s": s} for s in speeds[run.recipe.name, run.seed]]
+        TrainedRun, "history", lambda run: [{"tokens_per_s": s} for s in speeds[run.recipe.name, run.seed]]
     )
     times = relative_times(runs)
     assert list(times.index) == ["random", "ASI"], "in the order given, not of the alphabet"

@@ -15,10 +15,11 @@ from asi_lens.base.errors import DataError, OptionError, UnsupportedModelError
 from asi_lens.collapse.interventions import cross_entropy, edited_cross_entropy, mean_ablate, skip_first
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
+from asi_lens.sae import dictionary
 from asi_lens.sae import evaluate as module
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.evaluate import evaluate, evaluate_together
-from asi_lens.sae.splice import SpliceLosses, splice_losses
+from asi_lens.sae.splice import SpliceLosses
 
 pytestmark = pytest.mark.filterwarnings("ignore::asi_lens.activations.spectrum.FewTokensWarning")
 
@@ -97,6 +98,7 @@ def test_the_batch_size_does_not_matter(monkeypatch: pytest.MonkeyPatch, batch: 
     sae = trained_like(rows)
     whole = evaluate(sae, rows)
     monkeypatch.setattr(module, "_ROWS", batch)
+    monkeypatch.setattr(dictionary, "_BLOCK", batch)
     parts = evaluate(sae, rows)
     assert parts.fvu == pytest.approx(whole.fvu, rel=1e-6)
     assert (parts.l0, parts.dead_fraction) == (whole.l0, whole.dead_fraction)
@@ -268,12 +270,10 @@ def test_losses_do_not_depend_on_batches(
     store: ActivationStore, tiny_llama: Any, tiny_tokens: Tokens
 ) -> None:
     sae = small_sae(store)
-    one, all_at_once = (
-        splice_losses(
-            [sae], tiny_llama, tiny_tokens, "attn_out", 1, store.mean, batch_tokens=size, progress=False
-        )[0]
-        for size in (32, 10_000)
-    )
+    options: dict[str, Any] = {"model": tiny_llama, "tokens": tiny_tokens, "progress": False}
+    one, all_at_once = (evaluate(sae, store, batch_tokens=size, **options).losses for size in (32, 10_000))
+    assert one is not None
+    assert all_at_once is not None
     assert one.cross_entropy == pytest.approx(all_at_once.cross_entropy, abs=1e-6)
     assert one.kl == pytest.approx(all_at_once.kl, rel=1e-4)
 
@@ -286,7 +286,7 @@ def test_the_first_position_is_never_edited(
     sae = small_sae(store)
     real = sae.forward
     sae.forward = lambda x: seen.append(x) or real(x)  # type: ignore[method-assign]
-    splice_losses([sae], tiny_llama, tiny_tokens[:2], "attn_out", 1, store.mean, progress=False)
+    evaluate(sae, store, model=tiny_llama, tokens=tiny_tokens[:2], progress=False)
     assert [tuple(x.shape) for x in seen] == [(2, 31, store.d)]
 
 
@@ -319,9 +319,8 @@ def test_models_and_widths_that_do_not_fit(
     bert = models.load_model(tiny_folder("bert"), dtype="float32", device="cpu")
     with pytest.raises(UnsupportedModelError, match="does not predict next tokens"):
         evaluate(small_sae(store), store, model=bert, tokens=tiny_tokens, progress=False)
+    options: dict[str, Any] = {"model": tiny_llama, "progress": False}
     with pytest.raises(OptionError, match=r"24 wide, as attn_out"):
-        splice_losses([perfect(5)], tiny_llama, tiny_tokens, "attn_out", 1, torch.zeros(5), progress=False)
+        evaluate(perfect(5), torch.rand(9, 5), tokens=tiny_tokens, where=("attn_out", 1), **options)
     with pytest.raises(OptionError, match="at least one sequence"):
-        splice_losses(
-            [small_sae(store)], tiny_llama, tiny_tokens[:0], "attn_out", 1, store.mean, progress=False
-        )
+        evaluate(small_sae(store), store, tokens=tiny_tokens[:0], **options)

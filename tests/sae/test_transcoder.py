@@ -15,13 +15,12 @@ from asi_lens.activations.pairs import Pair, PairedStores
 from asi_lens.base.errors import DataError, OptionError, UnknownNameError
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
-from asi_lens.sae.evaluate import evaluate
+from asi_lens.sae.evaluate import evaluate, evaluate_transcoder
 from asi_lens.sae.formats import load_folder
 from asi_lens.sae.sparsity import SparsityConfig
 from asi_lens.sae.subspace import expand
 from asi_lens.sae.train import Trainer
 from asi_lens.sae.transcoder import Transcoder
-from asi_lens.sae.transcoder_evaluate import evaluate_transcoder
 from asi_lens.sae.transcoder_init import READERS, initialize_transcoder, linear_guess
 from asi_lens.training.config import OPTIMIZERS
 
