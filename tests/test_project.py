@@ -64,7 +64,6 @@ TESTED_ELSEWHERE = {
     "lorsa.attention": "lorsa/test_lorsa.py",
     "lorsa.contexts": "experiments/test_lorsa_runs.py",
     "lorsa.data": "lorsa/test_train.py",
-    "lorsa.evaluate": "lorsa/test_train.py",
     "lorsa.heads": "lorsa/test_lorsa.py",
     "reproduce.kernel": "reproduce/test_execute.py",
     "reproduce.staleness": "reproduce/test_main.py",
