@@ -74,7 +74,7 @@ def readme_section(root: Path) -> str:
     lines = ["| claim | paper | here | verdict |", "|---|---|---|---|"]
     for claim, profiles in claims:
         first = claim.evidence[0]
-        numbers = "; ".join(f"{number.name} {number.middle}" for number in first.numbers)
+        numbers = "; ".join(f"{number.name} {number.middle}" for number in first.numbers[:3])
         sources = "; ".join(
             f"[{one.notebook[:2]}](notebooks/{one.notebook}.ipynb) {profile}"
             + (f": {one.verdict}" if one.verdict != claim.verdict else "")
