@@ -1,1 +1,1 @@
-"""One pass of the model, and what is kept of it: moments, spectra, stores."""
+"""One pass of the model, and the results kept from it: moments, spectra, stores."""

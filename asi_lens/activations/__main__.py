@@ -1,4 +1,4 @@
-"""Harvests from a file: `python -m asi_lens.activations harvest.yaml`, with torchrun by several processes.
+"""Harvests from a file: `python -m asi_lens.activations harvest.yaml`, or torchrun for several processes.
 
     model: smollm2-135m                # as `load_model`
     corpus: news-en                    # as `load_tokens`
@@ -10,8 +10,8 @@
     device: cpu                        # optional: cpu or cuda
     timeout_s: 600                     # optional: how long a process waits for another that does not get on
 
-A relative `output` is relative to the file. A harvest that was killed goes on when the same command is given
-again, by as many processes.
+A relative `output` is relative to the file. The same command, with as many processes, resumes a harvest that
+was killed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _STORE = ("dtype", "budget_gb", "shard_tokens", "drop_first", "batch_tokens")
 
 @dataclass(frozen=True)
 class HarvestConfig:
-    """What a harvest file holds. Raises OptionError or UnknownNameError."""
+    """Options of a harvest file, checked. Raises OptionError or UnknownNameError."""
 
     model: str
     corpus: str
@@ -60,7 +60,7 @@ class HarvestConfig:
 
     @classmethod
     def read(cls, path: Path | str) -> HarvestConfig:
-        """The configuration in a YAML file; raises as `run_files.read_yaml` too."""
+        """Read the configuration from a YAML file. Raises the errors of `run_files.read_yaml` too."""
         known = [f.name for f in fields(cls)]
         values = run_files.read_yaml(path, known, known[:5], ("tokens", "store"), ("output",))
         require(isinstance(values["sites"], list), "sites", values["sites"], "a list of [site, layer]")
@@ -68,7 +68,10 @@ class HarvestConfig:
 
 
 def run(config: HarvestConfig, ranks: Ranks, progress: bool = True) -> dict[SiteLayer, ActivationStore]:
-    """Harvest what `config` says, as one of `ranks`. Raises as `harvest_stores`, and RankError."""
+    """Run the harvest of `config` as one of `ranks`; returns the stores by (site, layer).
+
+    Raises the errors of `harvest_stores`, and RankError.
+    """
     run_files.agree(ranks, asdict(config))
     device = run_files.device_here(config.device)
     model = ranks.together(
@@ -87,7 +90,7 @@ def run(config: HarvestConfig, ranks: Ranks, progress: bool = True) -> dict[Site
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command."""
+    """Run the command; returns its exit status."""
     return run_files.command("python -m asi_lens.activations", __doc__, HarvestConfig.read, run, arguments)
 
 

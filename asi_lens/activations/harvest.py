@@ -1,8 +1,8 @@
 """One pass of the model, many consumers.
 
-The model runs once over the tokens, no deeper than the deepest layer that a consumer wants, and every
-activation is handed on as rows `[n d]` the moment it exists: nothing is kept, so memory does not grow
-with the number of tokens.
+The model runs once over the tokens, only as deep as the deepest layer that a consumer wants. Consumers
+receive every activation as rows `[n d]` as soon as the model computes it. Nothing is kept, so memory does
+not grow with the number of tokens.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ _LAYER = re.compile(r"blocks\.(\d+)\.")
 
 @runtime_checkable
 class Consumer(Protocol):
-    """What a pass feeds: it names the (site, layer) places it wants and receives their rows in order."""
+    """A receiver of activations: names the (site, layer) places it wants and receives their rows in order."""
 
     @property
     def wants(self) -> Collection[SiteLayer]:
-        """The (site, layer) places whose rows it is to be given."""
+        """The (site, layer) places whose rows this consumer receives."""
         ...
 
     def consume(self, where: SiteLayer, rows: Float[Tensor, "n d"]) -> None:
-        """Take one batch of rows; they must be copied if they are kept."""
+        """Receive one batch of rows. A consumer that keeps rows must copy them."""
         ...
 
 
 def places(model: nn.Module, sites: Iterable[str], layers: Sequence[int] | None) -> list[SiteLayer]:
-    """Every (site, layer) asked for, checked against the model; `layers=None` means all of them.
+    """Return every (site, layer) asked for, checked against the model; `layers=None` means all layers.
 
-    Negative layers count from the end, as in Python. A full hook name (`blocks.3.attn.hook_out`) has its
-    layer in it and is taken once; in `blocks.{}.attn.hook_out` the layer is filled in.
+    Negative layers count from the end, as in Python. A full hook name (`blocks.3.attn.hook_out`) names its
+    layer and is returned once; in `blocks.{}.attn.hook_out` the layer is filled in.
 
-    Raises UnknownNameError for a site, OptionError for a layer out of range, UnsupportedModelError for a
-    site the model lacks.
+    Raises UnknownNameError for an unknown site, OptionError for a layer out of range, UnsupportedModelError
+    for a site that the model lacks.
     """
     sites = [sites] if isinstance(sites, str) else list(sites)
     n_layers = models.model_info(model).n_layers
@@ -68,9 +68,9 @@ def places(model: nn.Module, sites: Iterable[str], layers: Sequence[int] | None)
 
 
 def layer_at(model: nn.Module, fraction: float) -> int:
-    """The layer at a fraction of the depth: floor(fraction * n_layers), the last layer for 1.
+    """Return the layer at a fraction of the depth: floor(fraction * n_layers), the last layer for 1.
 
-    One rule for all notebooks: 0.5 of 30 layers is layer 15. Raises OptionError outside 0 to 1.
+    All notebooks use this rule: 0.5 of 30 layers is layer 15. Raises OptionError outside 0 to 1.
     """
     require(0 <= fraction <= 1, "fraction", fraction, "from 0 to 1")
     n_layers = models.model_info(model).n_layers
@@ -78,7 +78,7 @@ def layer_at(model: nn.Module, fraction: float) -> int:
 
 
 def layers_at(model: nn.Module, fractions: Iterable[float]) -> list[int]:
-    """The layers at several fractions of the depth (see `layer_at`), ascending, each once."""
+    """Return the layers at several fractions of the depth (see `layer_at`), ascending, each once."""
     return sorted({layer_at(model, fraction) for fraction in fractions})
 
 
@@ -99,11 +99,11 @@ def harvest(
         drop_first: leave out position 0 of every sequence (BOS, the attention sink: its norm is an
             outlier that would dominate every statistic).
         start: sequence to start from, for a pass that resumes.
-        after_batch: called with the number of sequences done after each batch.
+        after_batch: called after each batch with the number of sequences done.
         progress: show a bar with tokens/s and the time left.
 
     Raises DataError naming site, layer and batch where an activation is NaN or infinite. Hooks are
-    removed however the pass ends, Ctrl-C included.
+    removed however the pass ends, also on Ctrl-C.
     """
     require(batch_tokens >= 1, "batch_tokens", batch_tokens, "at least 1")
     require(0 <= start <= len(tokens), "start", start, f"from 0 to {len(tokens)}")
@@ -119,7 +119,7 @@ def harvest(
     per_batch = max(1, batch_tokens // tokens.context)
     first = 1 if drop_first else 0
 
-    # Two names may mean one hook ("z" and "blocks.3.attn.hook_z"): it is hooked once.
+    # Two names may mean the same hook ("z" and "blocks.3.attn.hook_z"): that hook is added once.
     by_hook: dict[str, list[SiteLayer]] = {}
     for where in takers:
         by_hook.setdefault(models.hook_name(model, *where), []).append(where)

@@ -1,8 +1,8 @@
-"""From a model and tokens to activation stores on disk: `harvest_store`, `harvest_stores`.
+"""Activation stores on disk from a model and tokens: `harvest_store`, `harvest_stores`.
 
-One pass of the model writes every (site, layer) asked for, each into a folder of its own. A harvest that
-was killed goes on at the last whole shard, to the same bytes. Several processes (`ranks.joined`, or
-`torchrun -m asi_lens.activations harvest.yaml`) take a stretch of the text each.
+One pass of the model writes every (site, layer) asked for, each into its own folder. A harvest that was
+killed resumes at the last complete shard and ends with the same bytes. Several processes (`ranks.joined`, or
+`torchrun -m asi_lens.activations harvest.yaml`) each process one stretch of the text.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from asi_lens.inputs.corpora import Tokens
 
 __all__ = ["ActivationStore", "harvest_store", "harvest_stores"]
 
-# Bytes of a shard unless `shard_tokens` says otherwise: what a kill can cost, and a moderate number of files.
+# Bytes of a shard if `shard_tokens` is None: a kill loses at most one shard, and the files are not too many.
 _SHARD_BYTES = 128 * 2**20
-# What makes two stores of one format and dtype the same rows.
+# Two stores of one format and dtype hold the same rows if these fields agree.
 _CONTENT = ("weights_fingerprint", "model_dtype", "tokens_fingerprint", "drop_first")
 _IDENTITY = (*_CONTENT, "hook_name", "layer")
 
@@ -55,7 +55,7 @@ def harvest_store(
     progress: bool = True,
     ranks: Ranks | None = None,
 ) -> ActivationStore:
-    """Store one site's activations in `folder`; all else is as in `harvest_stores`."""
+    """Store one site's activations in `folder`; returns the store. All else is as in `harvest_stores`."""
     (where,) = places(model, [site], [layer])
     return _harvest(
         model,
@@ -87,24 +87,24 @@ def harvest_stores(
 ) -> dict[SiteLayer, ActivationStore]:
     """Store several (site, layer) places in one pass of the model, each in `folder/site.layer`.
 
-    A store that is already there is opened; the model runs for the missing ones alone. The size is stated
-    before anything is written.
+    Returns the stores by (site, layer). Existing stores are opened; the model runs only for missing stores.
+    The size is printed before anything is written.
 
     Args:
-        folder: None puts stores into the cache, under a key of everything that their rows depend on; if
-            another process is writing them there, this one waits for it.
-        dtype: of the rows on disk: "bfloat16", "float16" or "float32".
+        folder: None writes the stores to the cache, under a key of everything that their rows depend on. If
+            another process is writing the same stores there, this process waits for it.
+        dtype: dtype of the rows on disk: "bfloat16", "float16" or "float32".
         budget_gb: refuse to write more than this many 10^9 bytes.
         shard_tokens: rows of a shard, rounded to whole forward batches (None: 128 MiB).
         drop_first: leave out position 0 of every sequence (see `harvest.harvest`).
         batch_tokens: tokens of a forward pass.
         progress: show a bar.
-        ranks: the processes that call this together, each of which runs the model over its stretch of the
-            tokens; the first one writes what makes it a store. The folder must be one that all of them see.
+        ranks: the processes that call this function together. Each runs the model over its stretch of the
+            tokens; the first writes moments and manifest. All processes must see the same folder.
 
-    Raises OptionError over the budget (it says both numbers) and for a folder that holds another store,
-    DataError for activations that are NaN, infinite or too large for the dtype, CacheError while another
-    process writes to `folder` and for damaged files, OSError for a full disk or a read-only folder.
+    Raises OptionError over the budget (the message states both sizes) and for a folder that holds another
+    store, DataError for activations that are NaN, infinite or too large for the dtype, CacheError while
+    another process writes to `folder` and for damaged files, OSError for a full disk or a read-only folder.
     """
     chosen = [places(model, [site], [layer])[0] for site, layer in wheres]
     parent = None if folder is None else Path(folder)
@@ -147,7 +147,7 @@ def _harvest(
     origins = _origins(model, tokens, list(chosen), drop_first)
     folders = {where: folder or _cached(origins[where], dtype) for where, folder in chosen.items()}
     size = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
-    # Shards of whole forward batches: a pass that resumes cuts the text into the same batches.
+    # Shards hold whole forward batches: a pass that resumes cuts the text into the same batches.
     per_batch = max(1, batch_tokens // tokens.context)
     batch_rows = per_batch * per_sequence
     first, last = _stretch(len(tokens), per_batch, ranks)
@@ -155,11 +155,11 @@ def _harvest(
         writers: dict[SiteLayer, ShardWriter] = {}
 
         def begin() -> None:
-            # In one order, so that two harvests never wait for each other.
+            # Locks are taken in sorted order, so that two harvests never wait for each other.
             for where in sorted(folders, key=folders.__getitem__):
                 if ranks.rank == 0:
                     busy = CacheError(f"another process is writing the store in {folders[where]}")
-                    # What is in the cache is for whoever asks: the second one waits for it.
+                    # Cached stores are shared between processes: the second process waits for the first.
                     stack.enter_context(locked(folders[where], None if chosen[where] is None else busy))
             for where, folder in folders.items():
                 if (folder / shards.MANIFEST).exists():
@@ -219,7 +219,7 @@ def _check(dtype: str, budget_gb: int | float, shard_tokens: int | None, batch_t
 
 
 def _stretch(n: int, per_batch: int, ranks: Ranks) -> tuple[int, int]:
-    """First of this rank's sequences, and the one after its last, in whole forward batches.
+    """Return the first sequence of this rank and the sequence after its last, in whole forward batches.
 
     Raises OptionError for fewer batches than ranks.
     """
@@ -234,7 +234,7 @@ def _stretch(n: int, per_batch: int, ranks: Ranks) -> tuple[int, int]:
 
 
 def _require_begun_so(folder: Path, own: Path) -> None:
-    """Raise OptionError where the harvest in `folder` was begun by another number of processes."""
+    """Raise OptionError if one process began the harvest in `folder` and several continue it, or reversed."""
     there = shards.unfinished(folder)
     if folder in there if own != folder else there and folder not in there:
         raise OptionError(
@@ -252,7 +252,7 @@ class _Appending:
         self._seen = dict.fromkeys(writers, start)
 
     def consume(self, where: SiteLayer, rows: Float[Tensor, "n d"]) -> None:
-        """Append one batch, unless a store that got further before a kill already has it."""
+        """Append one batch, unless the store already holds it (from before a kill)."""
         if self._seen[where] == self._writers[where].n:
             self._writers[where].append(rows)
         self._seen[where] += len(rows)
@@ -261,7 +261,7 @@ class _Appending:
 def _origins(
     model: nn.Module, tokens: Tokens, wheres: Sequence[SiteLayer], drop_first: bool
 ) -> dict[SiteLayer, dict[str, Any]]:
-    """What each store's rows are: the manifest's `origin`."""
+    """Return the manifest's `origin` for each store: model, tokens, site and layer of its rows."""
     info = models.model_info(model)
     shared = {
         "model": info.name,
@@ -289,7 +289,7 @@ def _origins(
 
 def _cached(origin: Mapping[str, Any], dtype: str) -> Path:
     key = cache_key(format=shards.FORMAT, dtype=dtype, **{name: origin[name] for name in _CONTENT})
-    # Names may be paths or hub names: anything but letters, digits, dot and dash would make folders.
+    # Names may be paths or hub names: only letters, digits, dot and dash are kept, so no subfolder is made.
     parent = re.sub(r"[^\w.-]+", "-", f"{origin['model']}-{origin['corpus']}-{key}")
     return cache_dir("stores") / parent / f"{origin['site']}.{origin['layer']}"
 
@@ -297,9 +297,9 @@ def _cached(origin: Mapping[str, Any], dtype: str) -> Path:
 def _state_size(
     writers: Mapping[SiteLayer, ShardWriter], n: int, size: int, budget_gb: int | float, ranks: Ranks
 ) -> None:
-    """Say what will be written, and refuse what is over the budget or the free space."""
+    """Print what will be written. Raises OptionError over the budget, OSError over the free space."""
     total = sum(n * writer.d * size for writer in writers.values())
-    # Other processes are as far as this one, more or less.
+    # An estimate: the other processes have written about as many rows as this process.
     left = sum((n - writer.n * ranks.size) * writer.d * size for writer in writers.values())
     (where, first), *others = writers.items()
     what = f"{len(writers)} sites" if others else f"{where[0]} {where[1]}"

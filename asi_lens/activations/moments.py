@@ -1,8 +1,8 @@
-"""Mean and second moment of a stream of activations, accumulated soundly and mergeable.
+"""Mean and second moment of a stream of activations, numerically stable and mergeable.
 
-Each batch is centred on its own mean before its products are summed, and batches are joined with the
-pairwise update of Chan, Golub and LeVeque (1983). Products run in float32 (activations carry no more),
-sums over batches in float64; `tests/test_moments.py` holds the result against float64 throughout.
+Each batch is centred on its own mean before its products are summed. Batches are joined with the pairwise
+update of Chan, Golub and LeVeque (1983). Products run in float32 (activations are not more precise), sums
+over batches in float64; `tests/activations/test_moments.py` compares the result with float64 throughout.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from asi_lens.base.errors import DataError, OptionError, require
 
-# Products of this many columns at a time: only blocks on and above the diagonal are computed, which
-# saves 3/8 of the work at 4 blocks while every block stays large enough for an efficient product.
+# Columns of a block of the product. Only blocks on and above the diagonal are computed, which saves 3/8 of
+# the work at 4 blocks, and every block is still large enough for an efficient product.
 _BLOCK = 192
-# Rows that are added up in float32, to correct a mean.
+# Rows of a group that is summed in float32 when a mean is corrected.
 _FEW = 16
 
 
@@ -27,7 +27,7 @@ _FEW = 16
 class Moments:
     """Running moments of rows of width `d`.
 
-    `n` rows seen; `mean [d]` float64; `scatter [d d]` float64, the sum of (x - mean)(x - mean)^T.
+    `n`: rows seen. `mean [d]`: float64. `scatter [d d]`: float64, the sum of (x - mean)(x - mean)^T.
     """
 
     n: int
@@ -36,7 +36,7 @@ class Moments:
 
     @classmethod
     def zeros(cls, d: int, device: torch.device | str = "cpu") -> Moments:
-        """Moments of no rows at all."""
+        """Return moments of zero rows."""
         require(d >= 1, "d", d, "at least 1")
         return cls(
             0,
@@ -46,9 +46,9 @@ class Moments:
 
     @classmethod
     def of(cls, rows: Float[Tensor, "n d"]) -> Moments:
-        """Moments of one block of rows (float64 rows are kept in float64).
+        """Return the moments of one block of rows (float64 rows are computed in float64).
 
-        Raises DataError if a value is not finite or there is no row.
+        Raises DataError if a value is not finite or there are no rows.
         """
         n = rows.shape[0]
         if n == 0:
@@ -56,8 +56,8 @@ class Moments:
         wide = rows if rows.dtype == torch.float64 else rows.float()
         mean = wide.mean(0)
         centred = wide - mean if wide is rows else wide.sub_(mean)
-        # The float32 mean is off by a rounding: what is left of it is taken out in float64 (of sums of a
-        # few rows each, since a float64 copy of all would cost a tenth of the products).
+        # The float32 mean has a rounding error. The rest is subtracted in float64, from sums of a few rows
+        # each: a float64 copy of all rows would cost a tenth of the products.
         few, others = _few_rows(centred)
         rest = (few.sum(1).double().sum(0) + others.double().sum(0)) / n
         if not torch.isfinite(rest).all():
@@ -72,16 +72,16 @@ class Moments:
         return self.mean.shape[0]
 
     def update(self, rows: Float[Tensor, "n d"]) -> Moments:
-        """Add rows, in place; returns self. Raises DataError if a value is not finite."""
+        """Add rows in place; returns self. Raises DataError if a value is not finite."""
         if rows.shape[1] != self.d:
             raise OptionError(f"rows are {rows.shape[1]} wide, these moments {self.d}")
         return self.merge(Moments.of(rows))
 
     def merge(self, other: Moments) -> Moments:
-        """Join the moments of other rows into these, in place; returns self.
+        """Add the moments of other rows in place; returns self.
 
-        The result does not depend on how the rows were split (up to float64 rounding), so parts of a
-        corpus may be counted by different processes.
+        The result does not depend on how the rows were split (up to float64 rounding), so different
+        processes may count parts of a corpus.
         """
         if other.d != self.d:
             raise OptionError(f"cannot merge moments of width {other.d} into width {self.d}")
@@ -96,22 +96,22 @@ class Moments:
         return self
 
     def to(self, device: torch.device | str) -> Moments:
-        """These moments on a device; the same tensors, not copies, if they are there already."""
+        """Return these moments on `device`. Tensors already on that device are shared, not copied."""
         return Moments(self.n, self.mean.to(device), self.scatter.to(device))
 
     def clone(self) -> Moments:
-        """A copy that later updates do not touch."""
+        """Return a copy that later updates do not change."""
         return Moments(self.n, self.mean.clone(), self.scatter.clone())
 
     @property
     def covariance(self) -> Float[Tensor, "d d"]:
-        """scatter / n. Raises DataError where nothing was counted."""
+        """scatter / n. Raises DataError if no rows were counted."""
         if self.n == 0:
             raise DataError("moments of no rows have no covariance")
         return self.scatter / self.n
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors to store: the scatter as its packed upper triangle, half the bytes."""
+        """Return the tensors to store. The scatter is packed as its upper triangle: half the bytes."""
         rows, columns = torch.triu_indices(self.d, self.d)
         return {
             "n": torch.tensor(self.n, dtype=torch.int64),
@@ -121,7 +121,7 @@ class Moments:
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> Moments:
-        """The inverse of `state`. Raises DataError where shapes do not belong together."""
+        """Inverse of `state`. Raises DataError if shapes do not fit together."""
         mean, packed = state["mean"].double(), state["scatter"].double()
         d = mean.shape[0]
         if packed.shape != (d * (d + 1) // 2,):
@@ -134,13 +134,13 @@ class Moments:
 
 
 def _few_rows(rows: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "sums few d"], Float[Tensor, "rest d"]]:
-    """All rows, in groups of `_FEW` and what is left over."""
+    """Return all rows as groups of `_FEW` rows, and the rows left over."""
     whole = len(rows) // _FEW * _FEW
     return rearrange(rows[:whole], "(sums few) d -> sums few d", few=_FEW), rows[whole:]
 
 
 def _gram(rows: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
-    """rows^T rows in float64, from the upper triangle of blocks."""
+    """Return rows^T rows in float64, computed from the upper triangle of blocks."""
     d = rows.shape[1]
     out = torch.empty(d, d, dtype=torch.float64, device=rows.device)
     for start in range(0, d, _BLOCK):

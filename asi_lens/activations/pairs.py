@@ -1,4 +1,4 @@
-"""Two stores of the same tokens, row by row: what a transcoder reads, and what it is to write."""
+"""Two stores of the same tokens, row by row: the inputs and the target outputs of a transcoder."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from asi_lens.activations.moments import Moments
 from asi_lens.activations.spectrum import Spectrum
 from asi_lens.base.errors import OptionError, require
 
-# What two stores of the same tokens of the same model agree in.
+# Fields that agree in two stores of the same tokens of the same model.
 _SHARED = ("model", "weights_fingerprint", "tokens_fingerprint", "drop_first")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Raw inputs and outputs of the same tokens; its length is their number."""
+    """Raw inputs and outputs of the same tokens; the length is the number of tokens."""
 
     x: Num[Tensor, "batch d_in"]
     y: Num[Tensor, "n d_out"]
@@ -35,15 +35,15 @@ class Pair:
 
 
 class PairedStores:
-    """Two stores of the same tokens, row by row: what a transcoder reads and what it is to write.
+    """Two stores of the same tokens, row by row: the inputs and the target outputs of a transcoder.
 
     Attributes:
-        inputs, outputs: the stores. n: tokens. d, d_out: widths. metadata: where the outputs come from, and
-            as `reads` what of the inputs differs.
+        inputs, outputs: the stores. n: tokens. d, d_out: widths. metadata: origin of the outputs; its key
+            `reads` holds site, layer and hook name of the inputs.
     """
 
     def __init__(self, inputs: ActivationStore, outputs: ActivationStore):
-        """Raises OptionError for stores of different length, model or text."""
+        """Pair two stores. Raises OptionError for stores of different length, model or text."""
         require(inputs.n == outputs.n, "outputs", f"{outputs.n:,} rows", f"{inputs.n:,} rows, as the inputs")
         for key in _SHARED:
             mine, theirs = inputs.metadata.get(key), outputs.metadata.get(key)
@@ -59,13 +59,13 @@ class PairedStores:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the rows of either."""
+        """16 hex digits that change with the rows of either store."""
         both = self.inputs.fingerprint + self.outputs.fingerprint
         return hashlib.sha256(both.encode()).hexdigest()[:16]
 
     @property
     def spectrum(self) -> Spectrum:
-        """Of the outputs, which ASI starts from."""
+        """Spectrum of the outputs, which ASI starts from."""
         return self.outputs.spectrum
 
     @property
@@ -76,17 +76,17 @@ class PairedStores:
     def batches(
         self, batch_size: int, *, seed: int = 0, start: int = 0, n_tokens: int | None = None
     ) -> Iterator[Pair]:
-        """As `ActivationStore.batches`, the same tokens of both."""
+        """Batches as of `ActivationStore.batches`, with the same tokens of both stores."""
         options: dict[str, Any] = {"seed": seed, "start": start, "n_tokens": n_tokens}
         sides = (store.batches(batch_size, **options) for store in (self.inputs, self.outputs))
         return (Pair(x, y) for x, y in zip(*sides, strict=True))
 
     def sample(self, n: int, seed: int = 0) -> Pair:
-        """`n` different tokens drawn at random, float32. Raises as `ActivationStore.sample`."""
+        """Return `n` different tokens drawn at random, float32. Errors as in `ActivationStore.sample`."""
         return Pair(self.inputs.sample(n, seed), self.outputs.sample(n, seed))
 
     def in_order(self, batch_size: int) -> Iterator[Pair]:
-        """All tokens once, in order."""
+        """Yield all tokens once, in order."""
         for start in range(0, self.n, batch_size):
             index = torch.arange(start, min(start + batch_size, self.n))
             yield Pair(self.inputs.rows(index), self.outputs.rows(index))

@@ -1,6 +1,6 @@
-"""Writing an activation store: rows go into shards, and what describes them is written last.
+"""Writing an activation store: shards of rows first, moments and manifest last.
 
-A shard is written under a temporary name and renamed when it is whole, so a kill costs one shard at most.
+A shard is written under a temporary name and renamed when it is complete, so a kill loses at most one shard.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ _UNFINISHED = ".unfinished"
 
 
 class ShardWriter:
-    """Appends rows to the shards of one store. One that finds whole shards goes on behind them.
+    """Appends rows to the shards of one store, after any complete shards that are already in the folder.
 
-    `n` rows are written (in whole shards after a restart). Raises OptionError where the folder holds the
-    beginning of another store, CacheError where what is there is damaged.
+    `n`: rows written so far (after a restart, rows in complete shards). Raises OptionError if the folder
+    holds the beginning of another store, CacheError if the files there are damaged.
     """
 
     def __init__(
@@ -70,10 +70,10 @@ class ShardWriter:
             self._restore()
 
     def append(self, rows: Float[Tensor, "batch d"]) -> None:
-        """Write rows in the store's dtype. They must not reach over the end of a shard.
+        """Write rows in the store's dtype. All rows must fit into the current shard.
 
-        Raises DataError for values that are not finite in that dtype, OSError for a full disk and the
-        like: whole shards stay, and a writer opened later goes on behind them.
+        Raises DataError for values that are not finite in that dtype, OptionError for rows that do not fit,
+        OSError for a full disk and the like. Complete shards stay; a writer opened later appends after them.
         """
         kept = rows.to(getattr(torch, self.dtype))
         if not torch.isfinite(kept.sum(dtype=torch.float32)):
@@ -101,16 +101,16 @@ class ShardWriter:
             self._end_shard()
 
     def finish(self) -> None:
-        """Write moments and manifest: from here on the folder is a store."""
+        """Write moments and manifest, which make the folder a store."""
         if self.n != self.n_total or self._file is not None:
             raise DataError(f"the store in {self.folder} has {self.n} of {self.n_total} rows")
         _write_manifest(self.folder, self.origin, self.dtype, self.moments, self.shards)
         (self.folder / PARTIAL).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Drop a shard that is not whole."""
+        """Delete a shard that is not complete."""
         if self._file is not None:
-            # On a full disk the buffer cannot be flushed; the file goes anyway.
+            # On a full disk the buffer cannot be flushed; the file is deleted anyway.
             with suppress(OSError):
                 self._file.close()
             Path(self._file.name).unlink(missing_ok=True)
@@ -150,7 +150,7 @@ class ShardWriter:
             "origin": self.origin,
             "shards": [asdict(shard) for shard in self.shards],
         }
-        # One file, so that the shards and their moments can never belong to different moments in time.
+        # One file, so that the list of shards and their moments always count the same rows.
         save(self.folder / PARTIAL, self.moments.state(), {"state": json.dumps(state)})
 
     def _restore(self) -> None:
@@ -188,10 +188,9 @@ class ShardWriter:
 
 
 def join_parts(folder: Path, origin: Mapping[str, Any], n_parts: int) -> None:
-    """Make the finished parts of a harvest by several processes one store, by its moments and manifest.
+    """Join the finished parts of a harvest by several processes: write moments and manifest of one store.
 
-    The shards stay where they are. Raises DataError where a part is not whole, CacheError where its state is
-    damaged.
+    The shards are not moved. Raises DataError if a part is not complete, CacheError if its state is damaged.
     """
     parts = [part_folder(folder, rank) for rank in range(n_parts)]
     read = [load(part / PARTIAL) for part in parts]
@@ -214,7 +213,7 @@ def join_parts(folder: Path, origin: Mapping[str, Any], n_parts: int) -> None:
 def _write_manifest(
     folder: Path, origin: Mapping[str, Any], dtype: str, moments: Moments, shards: Sequence[Shard]
 ) -> None:
-    """Write moments, then the manifest: from here on the folder is a store."""
+    """Write moments, then the manifest, which makes the folder a store."""
     save(folder / MOMENTS, moments.state(), {})
     Manifest(
         FORMAT,

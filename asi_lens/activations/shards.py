@@ -1,12 +1,12 @@
 """The files of an activation store: shards of rows, a manifest that describes them, their moments.
 
-    manifest.json           what the rows are and where they come from, and a checksum of every other file
+    manifest.json           description and origin of the rows, and a checksum of every other file
     shard-00000.safetensors one tensor `rows [n_i d]`; the shards in order are the rows in order
     moments.safetensors     count, mean and scatter of all rows, float64
-    partial.safetensors     instead of the manifest while a harvest is under way: the shards that are whole
-    part-000/ ...           of a harvest by several processes: the shards of each
+    partial.safetensors     instead of the manifest while a harvest runs: the complete shards
+    part-000/ ...           the shards of each process, if several processes harvest
 
-What writes them is in `shard_writer`.
+`shard_writer` writes these files.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `manifest.json` holds."""
+    """Contents of `manifest.json`, checked by `read`."""
 
     format: int
     n: int
@@ -60,20 +60,20 @@ class Manifest:
     mean_square_norm: float
     """Mean of ||row - mean||^2, float64: the trace of the covariance."""
     origin: dict[str, Any]
-    """Model, site, layer, tokens: what the rows are."""
+    """Model, site, layer and tokens of the rows."""
     shards: tuple[Shard, ...]
     moments_sha256: str
 
     def write(self, folder: Path) -> None:
-        """Write `manifest.json`, whole."""
+        """Write `manifest.json` atomically."""
         with write_whole(folder / MANIFEST) as temporary:
             temporary.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Read and check `manifest.json`; shards are looked at by `open_shards`.
+        """Read and check `manifest.json`; `open_shards` checks the shards.
 
-        Raises FileNotFoundError where there is no store, DataError for a harvest that is not finished,
+        Raises FileNotFoundError if the folder holds no store, DataError for a harvest that is not finished,
         CacheError for a manifest that is damaged or of another format version.
         """
         path = folder / MANIFEST
@@ -107,9 +107,10 @@ class Manifest:
 
 
 def open_shards(folder: Path, manifest: Manifest) -> list[Float[Tensor, "n_i d"]]:
-    """Memory-mapped views of every shard: nothing is read until rows are used.
+    """Return memory-mapped views of all shards, in order. Rows are read from disk when they are used.
 
-    Raises CacheError for a shard that is missing, of another size than written, or not what it says.
+    Raises CacheError for a shard that is missing, of another size than written, or of another shape or dtype
+    than the manifest states.
     """
     rows = []
     for shard in manifest.shards:
@@ -137,40 +138,40 @@ def verify_checksums(folder: Path, manifest: Manifest) -> None:
 
 
 def read_moments(folder: Path) -> Moments:
-    """Moments of all rows. Raises CacheError for a file that is missing or damaged."""
+    """Return the moments of all rows. Raises CacheError for a file that is missing or damaged."""
     state, _ = load(folder / MOMENTS)
     return Moments.from_state(state)
 
 
 def unfinished(folder: Path) -> list[Path]:
-    """The folders in which a harvest under way, of one process or several, has whole shards."""
+    """Return the folders in which an unfinished harvest, by one process or several, has complete shards."""
     return sorted(path.parent for path in (*folder.glob(PARTIAL), *folder.glob(f"part-*/{PARTIAL}")))
 
 
 def progress(folder: Path) -> int:
-    """Rows in whole shards of a harvest under way."""
+    """Return the number of rows in complete shards of an unfinished harvest."""
     return sum(int(json.loads(load(part / PARTIAL)[1]["state"])["n"]) for part in unfinished(folder))
 
 
 def part_folder(folder: Path, rank: int) -> Path:
-    """Where process `rank` of several writes its shards."""
+    """Return the folder to which process `rank` of several writes its shards."""
     return folder / f"part-{rank:03d}"
 
 
 def describe(origin: Mapping[str, Any]) -> str:
-    """What rows are, in words."""
+    """Describe rows in words: site, layer, model and corpus."""
     words = {key: origin.get(key, "?") for key in ("site", "layer", "model", "corpus")}
     return "{site} of layer {layer} of {model} on {corpus}".format(**words)
 
 
 def differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """What `there` has other than `asked`, in words; empty where all that is asked agrees."""
+    """Name every key of `asked` whose value differs in `there`, in words; empty if all agree."""
     differ = [key for key in asked if there.get(key) != asked[key]]
     return "; ".join(f"{key} {there.get(key)!r}, not {asked[key]!r}" for key in differ)
 
 
 def check_size(path: Path, shard: Shard) -> None:
-    """Raise CacheError unless the shard is there, of the size that was written."""
+    """Raise CacheError unless the shard exists and has the size that was written."""
     if not path.is_file():
         raise CacheError(f"{path} is missing; delete {path.parent} and harvest anew")
     found = path.stat().st_size
@@ -181,10 +182,10 @@ def check_size(path: Path, shard: Shard) -> None:
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a file of the store other than a shard, whole."""
+    """Write a file of the store other than a shard, atomically."""
     save_tensors(path, tensors, {"asi_lens_store": str(FORMAT), **metadata})
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of such a file. Raises CacheError if it is missing or damaged."""
+    """Return tensors and metadata of a file written by `save`. Raises CacheError if missing or damaged."""
     return read_tensors(path, CacheError, f"delete {path.parent} and harvest anew")

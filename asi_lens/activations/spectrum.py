@@ -1,8 +1,8 @@
-"""Spectra of centred activations: effective rank, its companions, and the active subspace.
+"""Spectra of centred activations: effective rank, related ranks, and the active subspace.
 
 Definitions follow Roy and Vetterli (2007) for the effective rank and arXiv 2508.16929 for its use on
-attention outputs: singular values s_i of the centred rows X [n d], eigenvalues l_i = s_i^2 / n of
-their covariance.
+attention outputs. Notation: s_i are the singular values of the centred rows X [n d], l_i = s_i^2 / n the
+eigenvalues of their covariance.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from asi_lens.activations.moments import Moments
 from asi_lens.base.errors import DataError, require
 
-# Below this many rows per dimension the measured rank is visibly under its limit.
+# With fewer rows per dimension the measured rank is visibly below its limit.
 ROWS_PER_DIMENSION = 20
 
 
@@ -30,10 +30,10 @@ class FewTokensWarning(UserWarning):
 
 
 def entropy_rank(singular_values: Float[Tensor, " d"]) -> float:
-    """exp(H(p)), p_i = s_i / sum_j s_j, H in nats (Roy and Vetterli 2007). Between 1 and d.
+    """Return exp(H(p)), p_i = s_i / sum_j s_j, H in nats (Roy and Vetterli 2007). Between 1 and d.
 
-    Over singular values, not their squares. Raises DataError for values that are negative, not
-    finite, or all zero.
+    The sum runs over singular values, not their squares. Raises DataError for values that are negative,
+    not finite, or all zero.
     """
     values = singular_values.double()
     if not torch.isfinite(values).all() or (values < 0).any():
@@ -46,10 +46,10 @@ def entropy_rank(singular_values: Float[Tensor, " d"]) -> float:
 
 
 class Spectrum:
-    """Eigenvalues of the covariance of centred activations and what is read off them.
+    """Eigenvalues of the covariance of centred activations, with ranks and subspaces computed from them.
 
-    `eigenvalues [d]` descending, float64 (variances, in squared activation units); `mean [d]` the mean
-    activation, float64; `n` rows (tokens) counted; `d` width. Eigenvectors are computed on first use.
+    `eigenvalues [d]`: descending, float64 (variances, in squared activation units). `mean [d]`: the mean
+    activation, float64. `n`: rows (tokens) counted. `d`: width. Eigenvectors are computed on first use.
     """
 
     def __init__(
@@ -65,18 +65,18 @@ class Spectrum:
         self.mean = mean
         self.n = n
         self.name = name
-        # A spectrum read from disk fetches its covariance only when somebody asks for directions.
+        # A spectrum read from disk loads its covariance only when directions are asked for.
         self._covariance = covariance
 
     @classmethod
     def from_moments(cls, moments: Moments, *, name: str = "") -> Spectrum:
-        """Spectrum of accumulated moments."""
+        """Return the spectrum of accumulated moments."""
         covariance = moments.covariance
         return cls(covariance_eigenvalues(covariance), moments.mean, moments.n, covariance, name=name)
 
     @classmethod
     def of(cls, rows: Float[Tensor, "n d"], *, name: str = "") -> Spectrum:
-        """Spectrum of rows held in memory; warns where they are few (FewTokensWarning).
+        """Return the spectrum of rows in memory; warns if there are few rows (FewTokensWarning).
 
         Raises DataError if a value is not finite.
         """
@@ -104,7 +104,7 @@ class Spectrum:
         """Principal directions as columns, in the order of the eigenvalues, float64."""
         with one_thread(self.d):
             vectors = torch.linalg.eigh(self.covariance, UPLO="U").eigenvectors.flip(1)
-        # An eigenvector's sign is arbitrary: the largest entry is made positive, so that runs agree.
+        # An eigenvector's sign is arbitrary. Its largest entry is made positive, so that runs agree.
         signs = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
         return vectors * signs
 
@@ -135,7 +135,7 @@ class Spectrum:
         return self.effective_rank / self.d
 
     def intrinsic_dimension(self, share: float = 0.99) -> int:
-        """Smallest r whose leading eigenvalues hold at least `share` of the variance."""
+        """Return the smallest r whose r leading eigenvalues hold at least `share` of the variance."""
         require(0 < share <= 1, "share", share, "above 0 and at most 1")
         cumulative = self.eigenvalues.cumsum(0)
         # The last sum equals the total exactly, so that share=1 has an answer.
@@ -152,18 +152,18 @@ class Spectrum:
         return (self.eigenvalues.sum() / self.eigenvalues[0]).item()
 
     def explained_variance(self, r: int) -> float:
-        """Share of the variance inside the top r principal directions, 0 to 1."""
+        """Return the share of the variance inside the top r principal directions, 0 to 1."""
         require(0 <= r <= self.d, "r", r, f"from 0 to {self.d}")
         return (self.eigenvalues[:r].sum() / self.eigenvalues.sum()).item()
 
     def active_subspace(self, d_init: int) -> Float[Tensor, "d d_init"]:
-        """Top `d_init` principal directions as orthonormal columns, float64 (V_active of the paper)."""
+        """Return the top `d_init` principal directions as orthonormal columns, float64 (paper: V_active)."""
         known = isinstance(d_init, int) and 1 <= d_init <= self.d
         require(known, "d_init", d_init, f"a whole number from 1 to {self.d}")
         return self.eigenvectors[:, :d_init]
 
     def summary(self) -> dict[str, float | int]:
-        """The numbers of `01_rank_curves.csv`: d, ranks and dimensions."""
+        """Return the numbers of `01_rank_curves.csv`: d, ranks and dimensions."""
         return {
             "d": self.d,
             "effective_rank": self.effective_rank,
@@ -181,7 +181,7 @@ class Spectrum:
 
 
 def warn_if_few(spectra: Iterable[Spectrum]) -> None:
-    """One FewTokensWarning that names every spectrum with fewer than 20 rows per dimension."""
+    """Issue one FewTokensWarning that names every spectrum with fewer than 20 rows per dimension."""
     few = [s for s in spectra if s.is_few]
     if few:
         names = ", ".join(s.name or "unnamed" for s in few[:4]) + (" ..." if len(few) > 4 else "")
@@ -196,10 +196,10 @@ def warn_if_few(spectra: Iterable[Spectrum]) -> None:
 
 @contextmanager
 def one_thread(d: int) -> Iterator[None]:
-    """Decompositions of up to 2,048 dimensions on one thread.
+    """Context in which decompositions of up to 2,048 dimensions run on one thread.
 
-    Their steps are too small to share: threads that wait for each other make them slower, several times
-    so when anything else runs on the machine.
+    Their steps are too small to share: threads that wait for each other make them slower, and several times
+    slower when other programs run on the machine.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if d <= 2048 else threads)
@@ -210,11 +210,11 @@ def one_thread(d: int) -> Iterator[None]:
 
 
 def covariance_eigenvalues(covariance: Float[Tensor, "d d"]) -> Float[Tensor, " d"]:
-    """Eigenvalues of a covariance, descending, float64.
+    """Return the eigenvalues of a covariance, descending, float64.
 
-    The upper triangle is read, the one that moments are stored by. What is below d * eps * l_1 is rounding
-    (the tolerance of a numerical rank) and set to zero: its square root would count as a direction of
-    relative size 1e-8.
+    Only the upper triangle is read, in which moments are stored. Eigenvalues below d * eps * l_1 (the
+    tolerance of a numerical rank) are rounding errors and set to zero: their square roots would count as
+    directions of relative size 1e-8.
     """
     with one_thread(covariance.shape[0]):
         values = torch.linalg.eigvalsh(covariance.double(), UPLO="U").flip(0)
@@ -222,10 +222,10 @@ def covariance_eigenvalues(covariance: Float[Tensor, "d d"]) -> Float[Tensor, " 
 
 
 def effective_rank_limit(n: Sequence[int], ranks: Sequence[float]) -> float:
-    """The effective rank that a growing sample tends to, from ranks measured on nested samples.
+    """Return the effective rank that a growing sample tends to, from ranks measured on nested samples.
 
     Sample eigenvalues are off by O(1/n) (Lawley 1956), and so is the rank: r(n) = r_limit - a / n is
-    fitted to the two largest samples. It is an estimate: good once n is well above d.
+    fitted to the two largest samples. The estimate is good if n is well above d.
     Raises OptionError for fewer than two sizes or sizes that are not distinct and positive.
     """
     require(len(n) == len(ranks) and len(n) >= 2, "n", list(n), "two or more sizes, one per rank")

@@ -1,4 +1,4 @@
-"""Activations of one text in two parts: to train dictionaries on, and to judge them by."""
+"""Activations of one text in two parts: one to train dictionaries on, one to evaluate them on."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from asi_lens.inputs.corpora import Tokens, load_tokens
 
 
 class Split(NamedTuple):
-    """Activations to train on and to hold out, from one text; no position is in both."""
+    """Training and held-out activations of one text; the two parts share no position."""
 
     train: dict[SiteLayer, ActivationStore]
     held_out: dict[SiteLayer, ActivationStore]
     train_tokens: Tokens
     held_out_tokens: Tokens
-    """What `held_out` was harvested from."""
+    """The tokens that `held_out` was harvested from."""
     loss_tokens: Tokens
-    """The first of them, for losses of the language model."""
+    """The first of the held-out tokens, for losses of the language model."""
 
 
 def harvest_split(
@@ -36,12 +36,12 @@ def harvest_split(
     context: int = 256,
     budget_gb: int | float = 20,
 ) -> Split:
-    """Stores of every (site, layer): the corpus' first `n_tokens` to train on, the next ones held out.
+    """Return stores of every (site, layer): the corpus' first `n_tokens` to train on, the next held out.
 
-    `budget_gb` bounds what each part may write (see `harvest_stores`).
+    `budget_gb` limits the bytes that each part may write (see `harvest_stores`).
 
     Raises OptionError for `n_tokens_loss` above `n_tokens_held_out` or below one sequence, DataError for
-    a corpus that is too short, and what `harvest_stores` raises.
+    a corpus that is too short, and the errors of `harvest_stores`.
     """
     require(
         context <= n_tokens_loss <= n_tokens_held_out,

@@ -1,8 +1,8 @@
 """Activations of one site on disk or in memory, read as shuffled batches.
 
-A store describes itself: no model and no dataset is needed to read it. Rows are memory-mapped, and a
-batch is drawn from the whole store: the order of an epoch is a permutation of all rows that is computed
-entry by entry, so that it takes no memory, and any position in the stream of batches can be resumed.
+A store describes itself: reading it needs neither model nor dataset. Rows are memory-mapped. A batch is
+drawn from the whole store: the order of an epoch is a permutation of all rows. The permutation is computed
+entry by entry, so it takes no memory, and the stream of batches can be resumed at any position.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ _TRAINING, _SAMPLE = 0, 1
 
 
 class ReadRows(NamedTuple):
-    """Rows that were read for a batch; row i belongs to its place `order[i]`."""
+    """Rows read for a batch, in ascending order; row i belongs at place `order[i]` of the batch."""
 
     rows: Float[Tensor, "batch d"]
     order: Int[Tensor, " batch"]
 
 
 class ActivationStore:
-    """Rows `[n d]` of one site, in order of the tokens they belong to.
+    """Rows `[n d]` of one site, in the order of their tokens.
 
     Attributes:
-        n: rows (tokens).
-        d: width.
-        dtype: of the stored rows.
+        n: number of rows (tokens).
+        d: width of a row.
+        dtype: dtype of the stored rows.
         mean: mean row, float64 `[d]`.
-        scale: what centred rows are multiplied by so that their mean square norm is d.
-        metadata: where the rows come from (model, site, hook_name, layer, corpus, context ...).
-        folder: where they lie, None in memory.
+        scale: factor that gives centred rows a mean square norm of d.
+        metadata: origin of the rows (model, site, hook_name, layer, corpus, context ...).
+        folder: folder of the files; None for rows in memory.
     """
 
     def __init__(
@@ -77,11 +77,11 @@ class ActivationStore:
 
     @classmethod
     def open(cls, folder: Path | str) -> ActivationStore:
-        """The store in `folder`.
+        """Open the store in `folder`.
 
-        Sizes are checked here, contents by `verify`. Raises DataError for a store that is not finished,
-        CacheError for a shard that is missing or cut off or for an unknown format, FileNotFoundError where
-        there is none.
+        File sizes are checked here, contents by `verify`. Raises DataError for a store that is not finished,
+        CacheError for a shard that is missing or cut off or for an unknown format, FileNotFoundError if the
+        folder holds no store.
         """
         folder = Path(folder)
         manifest = shards.Manifest.read(folder)
@@ -101,17 +101,17 @@ class ActivationStore:
         rows: Tensor | np.ndarray | Path | str,
         metadata: Mapping[str, Any] | None = None,
     ) -> ActivationStore:
-        """A store of rows [n d] in memory, or of a `.npy` file, which is mapped, not loaded.
+        """Return a store of rows [n d] in memory, or of a `.npy` file, which is mapped, not loaded.
 
-        They are read once for their moments. Raises DataError for rows that are not a matrix of floating
-        point numbers, or where one is NaN or infinite (naming the row).
+        The rows are read once to compute their moments. Raises DataError for rows that are not a matrix of
+        floating point numbers, and for a NaN or infinite value (naming the row).
         """
         origin = dict(metadata or {})
         if isinstance(rows, str | Path):
             path = Path(rows)
             require(path.suffix == ".npy", "rows", str(rows), "a tensor, an array or a `.npy` file")
             try:
-                # Mapped copy-on-write: torch warns of memory that it must not write to.
+                # Mapped copy-on-write, since torch warns about read-only memory.
                 rows = np.load(path, mmap_mode="c", allow_pickle=False)
             except ValueError as error:
                 raise DataError(f"{path} is not a `.npy` file of plain numbers: {error}") from error
@@ -139,7 +139,7 @@ class ActivationStore:
 
     @cached_property
     def scale(self) -> float:
-        """sqrt(d / mean ||row - mean||^2). Raises DataError where the rows never vary."""
+        """sqrt(d / mean ||row - mean||^2). Raises DataError if all rows are equal."""
         if not self.mean_square_norm > 0:
             raise DataError("the rows never vary: they have no scale")
         return math.sqrt(self.d / self.mean_square_norm)
@@ -151,13 +151,13 @@ class ActivationStore:
 
     @cached_property
     def spectrum(self) -> Spectrum:
-        """Spectrum of the stored rows, which ASI can start from."""
+        """Spectrum of the stored rows, from which ASI can start."""
         site, layer = self.metadata.get("site"), self.metadata.get("layer")
         return Spectrum.from_moments(self.moments, name="" if site is None else f"{site} {layer}")
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that change with the rows (in memory: with their moments or some of the rows)."""
+        """16 hex digits that change with the rows (in memory: with their moments or a sample of the rows)."""
         digest = hashlib.sha256(f"{self.n} {self.d} {self.dtype}".encode())
         for checksum in self._checksums:
             digest.update(checksum.encode())
@@ -176,20 +176,20 @@ class ActivationStore:
         return f"ActivationStore({what}: {self.n:,} x {self.d} {str(self.dtype)[6:]}, in {where})"
 
     def verify(self) -> None:
-        """Compare every file with its checksum. Raises CacheError naming one that was changed."""
+        """Compare every file with its checksum. Raises CacheError naming the first file that differs."""
         if self.folder is not None:
             shards.verify_checksums(self.folder, shards.Manifest.read(self.folder))
 
     def in_order(self, batch_size: int) -> Iterator[Float[Tensor, "batch d"]]:
-        """All rows once, in order, in the store's dtype: views of the files, not copies.
+        """Return an iterator over all rows, once and in order, as views of the files in the store's dtype.
 
-        A batch ends with its shard, so some are smaller.
+        A batch ends with its shard, so some batches are smaller.
         """
         require(batch_size >= 1, "batch_size", batch_size, "at least 1")
         return (part for rows in self._rows for part in rows.split(batch_size))
 
     def rows(self, index: Int[Tensor, " batch"]) -> Float[Tensor, "batch d"]:
-        """The rows at `index`, in its order, copied. Raises OptionError for one that does not exist."""
+        """Return a copy of the rows at `index`, in its order. Raises OptionError for rows out of range."""
         if len(index) and not (int(index.min()) >= 0 and int(index.max()) < self.n):
             raise OptionError(f"rows are 0 to {self.n - 1}, not {int(index.min())} to {int(index.max())}")
         return self._gather(index)
@@ -200,8 +200,8 @@ class ActivationStore:
         return self._placed(self._read(index), dtype)
 
     def _read(self, index: Int[Tensor, " batch"]) -> ReadRows:
-        """Rows as they are stored, in ascending order, and the order asked for."""
-        # Sorted, so that each file is walked through once and from its beginning to its end.
+        """Return the rows as stored, in ascending order, and the order asked for."""
+        # Sorted, so that each file is read once, from its beginning to its end.
         ordered, order = index.sort()
         cuts = torch.searchsorted(ordered, torch.tensor(self._bounds)).tolist()
         found = torch.empty(len(index), self.d, dtype=self.dtype, device=self._rows[0].device)
@@ -211,13 +211,13 @@ class ActivationStore:
         return ReadRows(found, order)
 
     def _placed(self, read: ReadRows, dtype: torch.dtype | None) -> Float[Tensor, "batch d"]:
-        """A copy in the order asked for."""
+        """Return a copy of the rows in the order asked for."""
         out = torch.empty(read.rows.shape, dtype=dtype or self.dtype, device=read.rows.device)
         out[read.order.to(out.device)] = read.rows.to(out.dtype)
         return out
 
     def positions(self, index: Int[Tensor, " batch"]) -> Int[Tensor, "batch 2"]:
-        """(sequence, position) in the harvested tokens of the rows at `index`.
+        """Return (sequence, position) in the harvested tokens of the rows at `index`.
 
         Raises OptionError for a store that was not harvested from tokens.
         """
@@ -237,16 +237,16 @@ class ActivationStore:
         dtype: torch.dtype | None = torch.float32,
         share: Callable[[int], tuple[int, int]] | None = None,
     ) -> Iterator[Float[Tensor, "batch d"]]:
-        """The stream of shuffled rows, from position `start` up to position `n_tokens` (None: endless).
+        """Return the stream of shuffled rows from position `start` to position `n_tokens` (None: endless).
 
-        Each epoch holds every row once, in an order of its own that mixes the whole store. Position p of the
-        stream is the same row for every batch size, so a stream resumed with `start` at the rows consumed
-        goes on as if it had not stopped. The last batch before `n_tokens` may be smaller.
+        Each epoch holds every row once, in its own order that mixes the whole store. Position p of the
+        stream is the same row for every batch size, so a stream with `start` at the number of rows consumed
+        continues as if it had not stopped. The last batch before `n_tokens` may be smaller.
 
         Args:
-            dtype: of the batches; None leaves the store's.
-            share: of a batch of n rows, the first of those that are read, and the one after the last; None is
-                all of them. Positions count whole batches.
+            dtype: dtype of the batches; None keeps the store's dtype.
+            share: maps the size n of a batch to the rows of it that are read: (first, after the last). None
+                reads all rows. Positions count whole batches.
         """
         require(batch_size >= 1, "batch_size", batch_size, "at least 1")
         require(start >= 0, "start", start, "at least 0")
@@ -265,7 +265,7 @@ class ActivationStore:
         dtype: torch.dtype | None,
         share: Callable[[int], tuple[int, int]] | None,
     ) -> Iterator[Float[Tensor, "batch d"]]:
-        # While one batch is worked on, a thread waits for the disk to bring the next.
+        # While one batch is in use, a thread reads the next batch from disk.
         with ThreadPoolExecutor(1) as reader:
             ahead: Future[ReadRows] | None = None
             for index in self._order(batch_size, seed, start, n_tokens):
@@ -281,7 +281,7 @@ class ActivationStore:
     def _order(
         self, batch_size: int, seed: int, start: int, n_tokens: int | None
     ) -> Iterator[Int[Tensor, " batch"]]:
-        """Rows of one batch after the other."""
+        """Yield the row numbers of each batch."""
         epoch, shuffle = -1, Permutation(self.n)
         while n_tokens is None or start < n_tokens:
             stop = start + batch_size if n_tokens is None else min(start + batch_size, n_tokens)
@@ -297,7 +297,7 @@ class ActivationStore:
             yield torch.from_numpy(np.concatenate(index))
 
     def sample(self, n: int, seed: int = 0) -> Float[Tensor, "n d"]:
-        """`n` different rows drawn at random, float32. Raises OptionError for more rows than there are."""
+        """Return `n` different rows drawn at random, float32. Raises OptionError if `n` exceeds the rows."""
         require(1 <= n <= self.n, "n", n, f"from 1 to {self.n}")
         require(seed >= 0, "seed", seed, "at least 0")
         index = Permutation(self.n, _SAMPLE, seed)(np.arange(n))
@@ -305,7 +305,7 @@ class ActivationStore:
 
 
 def _take(rows: Float[Tensor, "n d"], index: Int[Tensor, " batch"], out: Float[Tensor, "batch d"]) -> None:
-    """Copy rows; on a CPU without torch's threads, which would take the cores from what runs meanwhile."""
+    """Copy rows. On a CPU numpy copies them: torch's threads would take cores from other work."""
     if rows.device.type != "cpu" or not rows.is_contiguous():
         torch.index_select(rows, 0, index.to(rows.device), out=out)
         return
