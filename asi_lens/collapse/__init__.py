@@ -1,1 +1,1 @@
-"""The paper's first half: how few directions attention writes, what they cost, where it comes from."""
+"""The paper's first half: attention writes few directions; their effect on the loss and their origin."""

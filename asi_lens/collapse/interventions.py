@@ -1,7 +1,7 @@
 """Cross-entropy with a site truncated to a subspace, ablated to its mean, or edited in any other way.
 
-A batch's prefix (the layers below the edited one) is computed once and every edit resumes from there,
-so that a sweep over ranks costs the layers above alone.
+The layers below the edited layer are computed once per batch, and every edit resumes from there. A sweep
+over ranks therefore runs only the layers above for each rank.
 """
 
 from __future__ import annotations
@@ -23,15 +23,18 @@ from asi_lens.base.errors import DataError, require
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
 
-# Takes an activation [batch position d] and returns what the model goes on with.
+# Takes an activation [batch position d] and returns the activation that replaces it.
 Edit = Callable[[Tensor], Tensor]
 
 _FORMAT = "2"
 
 
 def project(mean: Float[Tensor, " d"], basis: Float[Tensor, "d r"]) -> Edit:
-    """x -> mean + (x - mean) B B^T: the part inside the span of B's orthonormal columns is kept, the
-    rest is put at its mean. With no columns it is mean ablation."""
+    """Return the edit x -> mean + (x - mean) B B^T.
+
+    It keeps the part inside the span of B's orthonormal columns and sets the rest to its mean. Without
+    columns it is mean ablation.
+    """
 
     def edit(x: Tensor) -> Tensor:
         m, B = mean.to(x), basis.to(x)
@@ -41,12 +44,12 @@ def project(mean: Float[Tensor, " d"], basis: Float[Tensor, "d r"]) -> Edit:
 
 
 def mean_ablate(mean: Float[Tensor, " d"]) -> Edit:
-    """x -> mean, at every position that is edited."""
+    """Return the edit x -> mean, for every edited position."""
     return lambda x: mean.to(x).expand_as(x).clone()
 
 
 def skip_first(edit: Edit) -> Edit:
-    """Leave position 0 as it is: the mean and the directions were measured without it."""
+    """Return `edit` without position 0: the mean and the directions were measured without position 0."""
 
     def skipping(x: Tensor) -> Tensor:
         return torch.cat([x[:, :1], edit(x[:, 1:])], dim=1)
@@ -57,7 +60,7 @@ def skip_first(edit: Edit) -> Edit:
 def next_token_loss(
     logits: Float[Tensor, "batch position vocabulary"], ids: Int[Tensor, "batch position"]
 ) -> Float[Tensor, "batch position-1"]:
-    """Cross-entropy of each next token, in nats, in float32 whatever the model computes in."""
+    """Return the cross-entropy of each next token, in nats, computed in float32 for any model dtype."""
     predicted = rearrange(logits[:, :-1], "batch position vocabulary -> (batch position) vocabulary")
     losses = torch.nn.functional.cross_entropy(
         predicted.float(), ids[:, 1:].flatten().long(), reduction="none"
@@ -68,9 +71,9 @@ def next_token_loss(
 def cross_entropy(
     model: nn.Module, tokens: Tokens, *, batch_tokens: int = 2048, progress: bool = True
 ) -> float:
-    """Mean next-token cross-entropy of the model as it is, in nats per token.
+    """Return the mean next-token cross-entropy of the unedited model, in nats per token.
 
-    The mean is over all predicted tokens. Raises DataError where it is not finite.
+    The mean is over all predicted tokens. Raises DataError if the loss is not finite.
     """
     total = 0.0
     with tqdm(total=len(tokens), unit="seq", desc="clean loss", disable=not progress) as bar:
@@ -90,9 +93,9 @@ def edited_cross_entropy(
     batch_tokens: int = 2048,
     progress: bool = True,
 ) -> dict[str, float]:
-    """Mean next-token cross-entropy (nats per token) with one site edited, for each edit alone.
+    """Return the mean next-token cross-entropy (nats per token) under each edit of one site, by edit name.
 
-    Raises DataError where a loss is not finite, and the errors of `models.hook_name`.
+    Raises DataError if a loss is not finite, and the errors of `models.hook_name`.
     """
     hook = models.hook_name(model, site, layer)
     totals = dict.fromkeys(edits, 0.0)
@@ -119,17 +122,17 @@ def truncation_sweep(
     batch_tokens: int = 2048,
     progress: bool = True,
 ) -> list[dict[str, object]]:
-    """Cross-entropy with each (site, layer) of `spectra` projected on r directions (paper's claim C3).
+    """Measure the cross-entropy with each (site, layer) of `spectra` projected on r directions (claim C3).
 
     Returns one record per point with the columns of `02_downstream_loss.csv`. Losses are cached, one
     (site, layer) at a time: the layers below it run once for all of its points.
 
     Args:
-        ranks: fractions of the site's width, each above 0 and at most 1: the top directions of the spectrum.
-        random_ranks: as many random directions, which shows what choosing them buys; None is `ranks`.
-        random_seeds: a random subspace for each, the same for a site at every r (nested); () is none.
+        ranks: numbers of top directions of the spectrum, as fractions of the site's width in (0, 1].
+        random_ranks: numbers of random directions, for comparison with the top directions; None is `ranks`.
+        random_seeds: one random subspace per seed, the same for a site at every r (nested); () draws none.
 
-    The first position is left as it is. `tokens` should not be those that the spectra were measured on.
+    The first position is not edited. The spectra should be measured on other tokens than `tokens`.
     Raises OptionError for a rank or seed out of range.
     """
     random_ranks = ranks if random_ranks is None else random_ranks
@@ -204,7 +207,10 @@ def _name(seed: int | None, r: int) -> str:
 
 
 def _truncations(spectrum: Spectrum, points: Sequence[tuple[int | None, int]]) -> dict[str, Edit]:
-    """The edits of a sweep: mean ablation, then one projection per (seed, r); no seed is the spectrum's."""
+    """Return the edits of a sweep: mean ablation, then one projection per (seed, r).
+
+    Seed None stands for the top directions of the spectrum.
+    """
     frames: dict[int | None, Tensor] = {None: spectrum.eigenvectors}
     for seed in {point[0] for point in points} - {None}:
         assert seed is not None
@@ -218,9 +224,9 @@ def _truncations(spectrum: Spectrum, points: Sequence[tuple[int | None, int]]) -
 
 
 def loss_recovered(loss: float, clean: float, ablated: float) -> float | None:
-    """(ablated - loss) / (ablated - clean): 1 at the clean model, 0 at ablation, below 0 if worse.
+    """Return (ablated - loss) / (ablated - clean): 1 for the clean model, 0 for ablation, below 0 if worse.
 
-    None where ablation does not change the loss: the share of nothing is undefined.
+    Returns None if ablation does not change the loss: the share is then undefined.
     """
     if math.isclose(clean, ablated, rel_tol=0.0, abs_tol=1e-9):
         return None

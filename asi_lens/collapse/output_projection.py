@@ -1,9 +1,9 @@
-"""What the output projection W_O does to the rank of attention (paper.md, C4 and C5).
+"""Effect of the output projection W_O on the rank of attention (paper.md, C4 and C5).
 
-Attention writes y = sum_h z_h W_O[h]. The covariance of y is W_O^T C_z W_O, so every counterfactual
-W_O is judged in closed form from the covariance of z: no further pass of the model, and a layer costs
-a few small eigen-decompositions. Rows are stacked head by head: W_O is `[n_heads d_head d_model]`, C_z
-is `[n_heads*d_head, n_heads*d_head]`.
+Attention writes y = sum_h z_h W_O[h]. The covariance of y is W_O^T C_z W_O, so the rank under every
+counterfactual W_O follows in closed form from the covariance of z. No further pass of the model is needed;
+a layer costs a few small eigen-decompositions. Rows are stacked head by head: W_O is
+`[n_heads d_head d_model]`, C_z is `[n_heads*d_head, n_heads*d_head]`.
 
 In models that normalize the attention output (Gemma 2 and 3) y is the value before that norm.
 """
@@ -48,25 +48,25 @@ def counterfactual_ranks(
     variants: tuple[str, ...] = CLOSED_FORMS,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Effective-rank fraction of the attention output under the true and counterfactual W_O.
+    """Return the effective-rank fraction of the attention output under each variant of W_O, by variant.
 
     Every number is an effective rank over singular values (Roy and Vetterli 2007) divided by d_model,
     except `z`, divided by its own width d_z = n_heads * d_head:
 
     - `z`: the concatenated heads before W_O. `attn_out`: z W_O.
-    - `isotropic_z`: W_O alone, fed white noise.
-    - `sum_of_heads`: the ranks of the single heads' outputs z_h W_O[h], added up: what the output would
-      have if heads did not overlap.
+    - `isotropic_z`: W_O alone, with white noise as its input.
+    - `sum_of_heads`: the sum of the ranks of the single heads' outputs z_h W_O[h], which would be the rank
+      of the output if heads did not overlap.
     - `flat_spectrum`: W_O = U S V^T replaced by U V^T. `random_orthogonal`: by a random (semi-)orthogonal
       matrix. `gaussian`: by independent normal entries. `rotated_input`: by Q W_O, Q random orthogonal,
       which keeps W_O's spectrum and breaks its fit to z.
     - `orthogonal_heads`: every head keeps its own singular values and left vectors, and the heads' output
-      subspaces are made mutually orthogonal. Where n_heads * d_head > d_model (Gemma) they only fit into
-      d_z dimensions, so this and `sum_of_heads` may come out above 1.
+      subspaces are made mutually orthogonal. If n_heads * d_head > d_model (Gemma) the subspaces only fit
+      into d_z dimensions, so `orthogonal_heads` and `sum_of_heads` may exceed 1.
 
-    Where d_z <= d_model, `flat_spectrum` and `random_orthogonal` have orthonormal rows and keep the rank of z
+    If d_z <= d_model, `flat_spectrum` and `random_orthogonal` have orthonormal rows and keep the rank of z
     exactly. `seed` fixes the random variants; their spread from draw to draw is about 0.01.
-    Raises UnknownNameError for a variant, OptionError for shapes that do not fit.
+    Raises UnknownNameError for an unknown variant, OptionError for shapes that do not fit.
     """
     for variant in variants:
         if variant not in CLOSED_FORMS:
@@ -98,7 +98,7 @@ def counterfactual_ranks(
                     out[variant] = sum(_rank_between(C_h, w @ w.T) for C_h, w in _blocks(C, heads)) / d_model
                 case "orthogonal_heads":
                     out[variant] = rank(_separated(heads))
-                # Orthonormal rows carry z over as it is: no matrix has to be made to know the rank.
+                # Orthonormal rows keep the rank of z: no matrix is needed to compute it.
                 case "flat_spectrum" | "random_orthogonal" if d_z <= d_model:
                     out[variant] = rank_of_z / d_model
                 case "flat_spectrum":
@@ -120,9 +120,9 @@ class HeadOverlap:
 
     `mean_cosine`, `largest_cosine` `[n_heads n_heads]`: mean and largest cosine of the principal angles
     between the row spaces of W_O[a] and W_O[b] (0 orthogonal, 1 the same). `covariance_cosine`
-    `[n_heads n_heads]`: the cosine between the covariances of what the heads in fact write, tr(A_a A_b) /
-    (|A_a| |A_b|), which weighs directions by use. `random_mean_cosine`: what two random subspaces of
-    the same size have on average.
+    `[n_heads n_heads]`: the cosine between the covariances of the heads' outputs, tr(A_a A_b) /
+    (|A_a| |A_b|), which weighs directions by use. `random_mean_cosine`: the average mean cosine of two
+    random subspaces of the same size.
     """
 
     mean_cosine: Float[Tensor, "n_heads n_heads"]
@@ -137,7 +137,7 @@ def head_overlap(
     *,
     seed: int = 0,
 ) -> HeadOverlap:
-    """Principal angles between all pairs of heads' output subspaces (Bjorck and Golub 1973)."""
+    """Compute the principal angles between all pairs of heads' output subspaces (Bjorck and Golub 1973)."""
     heads = W_O.double()
     d_model = heads.shape[2]
     with one_thread(d_model):
@@ -156,9 +156,9 @@ def head_overlap(
 def counterfactual_records(
     model: nn.Module, spectra: Spectra, *, draws: int = 3, seed: int = 0
 ) -> list[dict[str, object]]:
-    """`counterfactual_ranks` of every layer whose `z` is in `spectra`: the rows of `03_wo_ablation.csv`.
+    """Return `counterfactual_ranks` of every layer whose `z` is in `spectra`: rows of `03_wo_ablation.csv`.
 
-    Random variants are drawn `draws` times, from seeds `seed`, `seed + 1` ... Cached.
+    Random variants are drawn `draws` times, from seeds `seed`, `seed + 1` ... The ranks are cached.
     """
     require(draws >= 1, "draws", draws, "at least 1")
     layers = [layer for site, layer in spectra if site == "z"]
@@ -192,7 +192,7 @@ def counterfactual_records(
 
 
 def overlap_records(model: nn.Module, spectra: Spectra, *, seed: int = 0) -> list[dict[str, object]]:
-    """`head_overlap` of every layer whose `z` is in `spectra`: the rows of `03_head_overlap.csv`."""
+    """Return `head_overlap` of every layer whose `z` is in `spectra`: the rows of `03_head_overlap.csv`."""
     records: list[dict[str, object]] = []
     for site, layer in spectra:
         if site != "z":
@@ -222,7 +222,7 @@ def _rank(covariance: Float[Tensor, "d d"]) -> float:
 
 
 def _rank_between(C_h: Float[Tensor, "d_head d_head"], gram: Float[Tensor, "d_head d_head"]) -> float:
-    """Effective rank of w^T C_h w, given gram = w w^T, without leaving the head's own dimensions."""
+    """Effective rank of w^T C_h w, given gram = w w^T, computed in the d_head dimensions of the head."""
     values, vectors = torch.linalg.eigh(C_h)
     root = vectors * values.clamp_min(0.0).sqrt()
     return _rank(root.T @ gram @ root)
@@ -231,25 +231,25 @@ def _rank_between(C_h: Float[Tensor, "d_head d_head"], gram: Float[Tensor, "d_he
 def _blocks(
     C: Float[Tensor, "d_z d_z"], heads: Float[Tensor, "n_heads d_head d_model"]
 ) -> list[tuple[Float[Tensor, "d_head d_head"], Float[Tensor, "d_head d_model"]]]:
-    """(covariance of z_h, W_O[h]) for every head."""
+    """Return (covariance of z_h, W_O[h]) for every head."""
     n = len(heads)
     by_heads = rearrange(C, "(head row) (other column) -> head other row column", head=n, other=n)
     return [(by_heads[h, h], w) for h, w in enumerate(heads)]
 
 
 def _random_orthogonal(rows: int, columns: int, generator: torch.Generator) -> Float[Tensor, "rows columns"]:
-    """Haar-distributed (semi-)orthogonal matrix, float64."""
+    """Draw a Haar-distributed (semi-)orthogonal matrix, float64."""
     tall = max(rows, columns), min(rows, columns)
     Q, R = torch.linalg.qr(torch.randn(*tall, generator=generator, dtype=torch.float64))
-    # Without the signs of R's diagonal the distribution would depend on the QR's convention.
+    # Without the signs of R's diagonal the distribution would depend on the sign convention of the QR.
     Q = Q * R.diagonal().sign()
     return Q if rows >= columns else Q.T
 
 
 def _separated(heads: Float[Tensor, "n_heads d_head d_model"]) -> Float[Tensor, "d_z d_out"]:
-    """W_O with every head's own U_h S_h, written to dimensions that no other head uses.
+    """Return W_O with every head's own U_h S_h, written to dimensions that no other head uses.
 
-    Which orthonormal frame those dimensions form does not change the rank, so none is drawn.
+    The orthonormal frame of these dimensions does not change the rank, so no frame is drawn.
     """
     U, S, _ = torch.linalg.svd(heads, full_matrices=False)
     return torch.block_diag(*(U * S[:, None]))

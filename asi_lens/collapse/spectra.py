@@ -1,8 +1,8 @@
 """Spectra of a model on a corpus, cached on disk one (site, layer) at a time.
 
-A cached file is keyed by everything its numbers depend on: the model's weights and compute dtype, the
-tokens, whether the first position is dropped, and the format's version. Asking for more sites later
-runs the model for those alone.
+The key of a cached file covers everything its numbers depend on: the model's weights and compute dtype, the
+tokens, whether the first position is dropped, and the format's version. If more sites are asked for later,
+the model runs only for the new sites.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from asi_lens.inputs.corpora import Tokens
 
 _FORMAT = "1"
 _ABOUT = {"asi_lens_moments": _FORMAT}
-# Seconds between two saved states of a pass under way.
+# Seconds between two saved states of a running pass.
 _SAVE_EVERY = 300.0
 
 
@@ -45,13 +45,13 @@ class MomentsConsumer:
         """Add one batch of rows."""
         new = Moments.of(rows)
         if where in self.moments:
-            # A resumed pass has read its moments to the CPU: they go where the rows are.
+            # A resumed pass has read its moments to the CPU: they are moved to the device of the rows.
             new = self.moments[where].to(rows.device).merge(new)
         self.moments[where] = new
 
 
 class Spectra(Mapping[SiteLayer, Spectrum]):
-    """Spectra by (site, layer), as in `spectra["attn_out", 15]`, with where they come from."""
+    """Spectra by (site, layer), as in `spectra["attn_out", 15]`, with their model and corpus."""
 
     def __init__(self, spectra: Mapping[SiteLayer, Spectrum], model: models.ModelInfo, corpus: str):
         self._spectra = dict(spectra)
@@ -73,7 +73,7 @@ class Spectra(Mapping[SiteLayer, Spectrum]):
         return len(self._spectra)
 
     def records(self) -> list[dict[str, object]]:
-        """One dict per (site, layer): the columns of `01_rank_curves.csv`."""
+        """Return one dict per (site, layer) with the columns of `01_rank_curves.csv`."""
         return [
             {
                 "model": self.model.name,
@@ -87,7 +87,7 @@ class Spectra(Mapping[SiteLayer, Spectrum]):
         ]
 
     def curve_records(self, layers: Sequence[int]) -> list[dict[str, object]]:
-        """One dict per singular value at `layers`: the columns of `01_spectra.csv`."""
+        """Return one dict per singular value at `layers` with the columns of `01_spectra.csv`."""
         return [
             {
                 "model": self.model.name,
@@ -120,12 +120,12 @@ def collect_spectra(
     batch_tokens: int = BATCH_TOKENS,
     progress: bool = True,
 ) -> Spectra:
-    """Spectra of `sites` at `layers` (all by default), from the cache or from one pass of the model.
+    """Return the spectra of `sites` at `layers` (all by default), from the cache or one pass of the model.
 
-    While the pass runs it takes 8 d^2 bytes per (site, layer), whatever the number of tokens. Ctrl-C
-    saves the state of the pass; the next call continues from there, to the same bits.
+    A running pass takes 8 d^2 bytes per (site, layer) for any number of tokens. Ctrl-C saves the state of
+    the pass; the next call continues from there, with the same bits as a pass without a stop.
 
-    Raises UnknownNameError, OptionError or UnsupportedModelError for a site or layer the model does
+    Raises UnknownNameError, OptionError or UnsupportedModelError for a site or layer that the model does
     not have, DataError for activations that are not finite, CacheError for a damaged cache file.
     """
     wanted = places(model, sites, layers)
@@ -154,7 +154,7 @@ def rank_growth(
     batch_tokens: int = BATCH_TOKENS,
     progress: bool = True,
 ) -> list[dict[str, object]]:
-    """Effective rank as a function of the number of tokens: `steps` nested samples, each half the next.
+    """Measure the effective rank on `steps` nested samples of the tokens, each half the next.
 
     Returns records with the columns of `01_rank_curves.csv`, smallest sample first. One pass, cached.
     """
@@ -195,7 +195,7 @@ def _run(
     batch_tokens: int,
     progress: bool,
 ) -> MomentsConsumer:
-    """The pass, continued from a saved state if there is one."""
+    """Run the pass, from a saved state if there is one; returns the consumer with its moments."""
     consumer = MomentsConsumer(missing)
     partial = _partial(folder, missing)
     done = 0
@@ -232,7 +232,7 @@ def _run(
             progress=progress,
         )
     except KeyboardInterrupt:
-        # A batch may be half counted: only a state in which every pair has the same rows is kept.
+        # A batch may be half counted: a state is saved only if every (site, layer) has the same rows.
         rows = done * (tokens.context - drop_first)
         if done and all(m.n == rows for m in consumer.moments.values()):
             save()
@@ -254,7 +254,7 @@ def _key(info: models.ModelInfo, tokens: Tokens, drop_first: bool, batch_tokens:
 def _folder(info: models.ModelInfo, tokens: Tokens, drop_first: bool, batch_tokens: int) -> Path:
     key = cache_key(**_key(info, tokens, drop_first, batch_tokens))
     name = f"{info.name}-{tokens.corpus}-{key}"
-    # Names may be paths or hub names: anything but letters, digits, dot and dash would make folders.
+    # Names may be paths or hub names: only letters, digits, dot and dash are kept, so no subfolder is made.
     return cache_dir("moments") / re.sub(r"[^\w.-]+", "-", name)
 
 
@@ -272,7 +272,7 @@ def _write(path: Path, moments: Moments) -> None:
 
 
 def _load(path: Path, *names: str) -> dict[str, Tensor]:
-    """The tensors of a cached file (those named, or all)."""
+    """Return the tensors of a cached file: those in `names`, or all."""
     return read_tensors(path, CacheError, "delete the file and run again", names, _ABOUT)[0]
 
 
