@@ -1,4 +1,4 @@
-"""Sparse codes: the features that fired on each row, side by side, and how such codes are put together."""
+"""Sparse codes: the features that fired on each row, as rectangular arrays, and functions that build them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch.nn.functional import pad
 
 
 class SparseCode(NamedTuple):
-    """The k features of each row that may have fired: a value of zero means that it did not."""
+    """The k features of each row that may have fired; a feature with the value zero did not fire."""
 
     indices: Int[Tensor, "batch k"]
     values: Float[Tensor, "batch k"]
 
 
 def pick(mask: Bool[Tensor, "batch n"], values: Float[Tensor, "batch n"]) -> SparseCode:
-    """The marked places of each row and their values, side by side; zeros of feature 0 fill up."""
+    """Pack the marked places of each row and their values into a code, padded by feature 0 with value 0."""
     rows, columns = mask.nonzero(as_tuple=True)
     return side_by_side(rows, columns, values[rows, columns], len(mask))
 
@@ -31,9 +31,10 @@ def side_by_side(
     batch: int,
     fill: float = 0.0,
 ) -> SparseCode:
-    """Picks with the row that each belongs to, rows ascending, as a code as wide as the row with most.
+    """Pack a flat list of picks, sorted by row, into a rectangular code.
 
-    Rows with fewer picks are filled up with feature 0 and the value `fill`.
+    The width is the largest number of picks in a row. Shorter rows are padded by feature 0 with the value
+    `fill`.
     """
     counts = torch.bincount(rows, minlength=batch)
     width = max(1, int(counts.max())) if batch else 1
@@ -46,14 +47,14 @@ def side_by_side(
 
 
 def keep(code: SparseCode, kept: Bool[Tensor, "batch k"]) -> SparseCode:
-    """The marked picks of a code, moved to the left; the others are zeros, as few as can be."""
+    """Return the marked picks of a code, moved to the left, with as few zeros as padding as possible."""
     width = max(1, int(kept.sum(1).max()))
     order = kept.byte().argsort(dim=1, descending=True, stable=True)[:, :width]
     return SparseCode(code.indices.gather(1, order), (code.values * kept).gather(1, order))
 
 
 def stack_codes(codes: Sequence[SparseCode]) -> SparseCode:
-    """The rows of several codes; narrower ones are filled up with zeros of feature 0."""
+    """Stack the rows of several codes. Narrower codes are padded by feature 0 with value 0."""
     width = max(code.values.shape[1] for code in codes)
     indices = [pad(code.indices, (0, width - code.indices.shape[1])) for code in codes]
     values = [pad(code.values, (0, width - code.values.shape[1])) for code in codes]

@@ -6,12 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# Rows of random directions drawn at a time; part of what a seed means.
+# Rows of random directions drawn at a time. The numbers of a seed depend on this size.
 DRAW_ROWS = 16_384
 
 
 def other_stream(seed: int) -> int:
-    """A seed for a second, independent draw that belongs to the same seed."""
+    """Return a second seed derived from `seed`, for an independent draw."""
     return seed + 2**31
 
 
@@ -19,7 +19,7 @@ def other_stream(seed: int) -> int:
 def draw_gaussian(out: Float[Tensor, "n d"], seed: int, first: int = 0, total: int | None = None) -> None:
     """Fill `out` with independent standard normal numbers, the same on every device and dtype.
 
-    They are rows `first` and on of `total` (by default, of as many as `out` has).
+    `out` receives the rows from `first` on of a draw of `total` rows (by default, up to the end of `out`).
     """
     generator, last = torch.Generator().manual_seed(seed), first + len(out)
     for start in range(0, last, DRAW_ROWS):
@@ -32,7 +32,7 @@ def draw_gaussian(out: Float[Tensor, "n d"], seed: int, first: int = 0, total: i
 
 @torch.no_grad()
 def unit_rows_(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    """Divide each row by its norm, in place, without a copy of all rows."""
+    """Divide each row by its norm, in place, without a copy of all rows; returns `rows`."""
     for block in rows.split(1024):
         block.div_(torch.linalg.vector_norm(block, dim=1, keepdim=True))
     return rows

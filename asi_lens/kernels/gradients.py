@@ -21,14 +21,14 @@ from asi_lens.kernels.codes import SparseCode
 
 
 def decode_sum(code: SparseCode, decoder: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "batch d_out"]:
-    """sum_j values[b, j] decoder[indices[b, j]], without a batch x d_sae array."""
+    """Return sum_j values[b, j] decoder[indices[b, j]], without a batch x d_sae array."""
     return embedding_bag(code.indices, decoder, per_sample_weights=code.values, mode="sum")
 
 
 def picked_dots(
     grad: Float[Tensor, "batch d_out"], decoder: Float[Tensor, "d_sae d_out"], indices: Int[Tensor, "batch k"]
 ) -> Float[Tensor, "batch k"]:
-    """grad[b] . decoder[indices[b, j]]: the derivative of a loss in the values of a code."""
+    """Return grad[b] . decoder[indices[b, j]], the derivative of a loss in the values of a code."""
     features, order = indices.flatten().sort()
     dots = torch.empty_like(order, dtype=grad.dtype)
     dots[order] = _sorted_dots(grad, decoder, order.div(indices.shape[1], rounding_mode="floor"), features)
@@ -41,10 +41,13 @@ def _sorted_dots(
     rows: Int[Tensor, " picks"],
     features: Int[Tensor, " picks"],
 ) -> Float[Tensor, " picks"]:
-    """table[rows[i]] . decoder[features[i]], features ascending: the decoder, which no cache holds, is then
-    read from its start to its end, less than half the time of reading it here and there."""
-    # What embedding_bag itself uses for the derivative in its sample weights, on CPU and CUDA; the fourth
-    # argument would say where bags begin, if the fifth did not say the bag of each sample.
+    """Return table[rows[i]] . decoder[features[i]] for ascending features.
+
+    The decoder does not fit into a cache. In this order it is read from its start to its end, in less than
+    half the time of reading its rows in random order.
+    """
+    # embedding_bag itself uses this operator for the derivative in its sample weights, on CPU and CUDA. The
+    # fourth argument (where bags begin) is not used, since the fifth names the bag of each sample.
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(
         decoder, table, rows, features[:1], features, 0
     )
@@ -52,11 +55,11 @@ def _sorted_dots(
 
 @dataclass(frozen=True)
 class Gradients:
-    """Gradients of one step, kept as picks sorted by feature: rows are summed when asked for.
+    """Gradients of one step, stored as picks sorted by feature. Rows are summed when they are asked for.
 
-    `offsets [d_sae + 1]` bounds each feature's picks; `features` those with at least one (the only
-    rows whose gradient is not zero). `b_enc [d_sae]` and `b_dec [d_out]` are summed already.
-    `parallel [d_sae]` is decoder gradient . decoder row, which falls out of the picks for nothing.
+    `offsets [d_sae + 1]`: bounds of each feature's picks. `features`: features with at least one pick (the
+    only rows whose gradient is not zero). `b_enc [d_sae]` and `b_dec [d_out]`: summed gradients of the
+    biases. `parallel [d_sae]`: decoder gradient . decoder row, a by-product of the sums over picks.
     """
 
     features: Int[Tensor, " n"]
@@ -72,19 +75,20 @@ class Gradients:
     parallel: Float[Tensor, " d_sae"]
 
     def encoder(self, start: int, stop: int) -> Float[Tensor, "n d_in"]:
-        """dL / d encoder rows `start` to `stop`, zero where nothing fired."""
+        """Return dL / d encoder for rows `start` to `stop`; zero for features that did not fire."""
         return self._encoder(self.offsets[start : stop + 1])
 
     def encoder_of(self, first: int, last: int) -> Float[Tensor, "n d_in"]:
-        """dL / d encoder rows of `features[first:last]` alone."""
+        """Return dL / d encoder for the rows `features[first:last]`."""
         return self._encoder(self._bounds(first, last))
 
     def decoder(
         self, start: int, stop: int, unit_rows: Float[Tensor, "d_sae d_out"] | None
     ) -> Float[Tensor, "n d_out"]:
-        """dL / d decoder rows; given the decoder, whose rows must be unit, without the part along them.
+        """Return dL / d decoder for rows `start` to `stop`.
 
-        That part would only change a row's norm, which is then put back to one.
+        Given the decoder as `unit_rows` (rows of unit norm), the part along each row is removed. That part
+        would only change the row's norm, which is set back to one after the update.
         """
         grad = self._decoder(self.offsets[start : stop + 1])
         if unit_rows is None:
@@ -94,13 +98,13 @@ class Gradients:
     def decoder_of(
         self, first: int, last: int, unit_rows: Float[Tensor, "d_sae d_out"]
     ) -> Float[Tensor, "n d_out"]:
-        """The same of `features[first:last]` alone, without the part along the rows."""
+        """Return dL / d decoder for the rows `features[first:last]`, without the part along the rows."""
         fired = self.features[first:last]
         grad = self._decoder(self._bounds(first, last))
         return grad.addcmul_(self.parallel[fired, None], unit_rows[fired], value=-1)
 
     def _bounds(self, first: int, last: int) -> Int[Tensor, " bounds"]:
-        # Rows between those that fired have no picks, so the picks of these follow each other.
+        # Features that did not fire have no picks, so the picks of features that fired are contiguous.
         fired = self.features[first:last]
         return torch.cat([self.offsets[fired], self.offsets[fired[-1:] + 1]])
 
@@ -132,15 +136,15 @@ class Term(NamedTuple):
     code: SparseCode
     grad: Float[Tensor, "batch d_out"]
     pull: Float[Tensor, "batch k"] | None = None
-    """What a penalty on the values adds to dL / d values; only that of picks that fired counts."""
+    """Derivative of a penalty on the values, added to dL / d values; used only for picks that fired."""
     holds_b_dec: bool = True
     """Whether b_dec is part of this term's reconstruction."""
     gain: Float[Tensor, "batch k"] | None = None
-    """d value / d (x . encoder row), where it is not 1."""
+    """d value / d (x . encoder row); None if it is 1."""
     to_b_enc: bool = True
-    """Whether b_enc is part of what the values come from."""
+    """Whether the values depend on b_enc."""
     moves_decoder: bool = True
-    """Whether the decoder learns from this term; else it is taken as a constant."""
+    """Whether this term has a gradient in the decoder; else the decoder is a constant."""
 
 
 def sum_gradients(
@@ -152,11 +156,11 @@ def sum_gradients(
     b_dec_is_read: bool = True,
     over_features: Callable[[Tensor], Tensor] | None = None,
 ) -> Gradients:
-    """Gradients of all terms in encoder, decoder and biases.
+    """Return the gradients of all terms in encoder, decoder and biases.
 
-    `x` are the centered rows x_n - b_dec that were encoded: b_dec reaches every pick through the
-    encoder's input (unless not `b_dec_is_read`), and is added by the reconstructions that hold it. Where
-    `encoder` has a part of the features, `over_features` adds up what the parts say of b_dec.
+    `x` are the centered rows x_n - b_dec that were encoded. b_dec reaches every pick through the encoder's
+    input (if `b_dec_is_read`), and is added by the reconstructions that hold it. If `encoder` holds a part
+    of the features, `over_features` sums the parts' gradients of b_dec through the encoder.
     """
     d_sae, batch = encoder.shape[0], x.shape[0]
     widths = [term.code.indices.shape[1] for term in terms]
@@ -167,12 +171,12 @@ def sum_gradients(
     if not bool(fired.all()):
         order = fired.nonzero().flatten()
         features = features[order]
-    # Stable, so that sums run in the same order every time.
+    # A stable sort, so that sums run in the same order every time.
     features, place = features.sort(stable=True)
     order = place if order is None else order[place]
 
     def column(parts: Sequence[Tensor | None], rest: float = 0.0) -> Tensor:
-        """Of the picks that fired, sorted by feature; terms without a part of it have `rest`."""
+        """Join the terms' parts, for picks that fired, sorted by feature; `rest` replaces a part of None."""
         whole = [
             torch.full_like(term.code.values, rest) if part is None else part
             for part, term in zip(parts, terms, strict=True)
@@ -206,7 +210,7 @@ def sum_gradients(
     active = counts.nonzero().flatten()
     b_dec = torch.stack([term.grad.sum(0) for term in terms if term.holds_b_dec]).sum(0)
     if b_dec_is_read:
-        # It is subtracted before the encoder and added after the decoder.
+        # b_dec is subtracted before the encoder and added after the decoder.
         few = 4 * len(active) < d_sae
         through = pre[active] @ encoder[active] if few else pre @ encoder
         b_dec = b_dec - (through if over_features is None else over_features(through))

@@ -1,8 +1,8 @@
-"""The k largest pre-activations of a row, exactly, without sorting it and without a batch x d_sae array.
+"""The k largest pre-activations of each row, exactly, without a sort and without a batch x d_sae array.
 
-The encoder is gone through in tiles of rows and features with a running top-k; nothing assumes that one
-process owns every feature, and codes of several chunks (or ranks) are joined by `merge_topk`. Weights come
-as rows, one feature per row.
+The encoder is applied in tiles of rows and features, with a running top-k. A process may own a part of the
+features: `merge_topk` joins the codes of several chunks (or ranks). Weights come as rows, one feature per
+row.
 """
 
 from __future__ import annotations
@@ -16,26 +16,29 @@ from torch.nn.functional import pad
 
 from asi_lens.kernels.codes import SparseCode, side_by_side
 
-# Bytes of pre-activations held at a time where all of a batch's are not needed at once.
+# Bytes of pre-activations in memory, where the whole batch's pre-activations are not needed at once.
 CHUNK_BYTES = 160 * 2**20
-# A top-k looks at tiles of so many bytes and rows: on a CPU what was just computed is still in its cache.
+# Bytes and rows of a tile on a CPU: the top-k reads a tile while it is still in the cache.
 _TILE_BYTES, _TILE_ROWS = 16 * 2**20, 512
-# Columns that a bias among the weights takes: 16 bytes in bfloat16, as tensor cores want rows to be aligned.
+# Columns of a bias among the weights: 16 bytes in bfloat16, since tensor cores need aligned rows.
 BIAS_COLUMNS = 8
-# Floats are compared as the integers of the same bits: with bfloat16 seven times as fast on a CPU.
+# Floats are compared as integers of the same bits: seven times as fast with bfloat16 on a CPU.
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-# Elements whose maxima a stage of the top-k compares, such that there are several groups for each pick.
+# A stage of the top-k compares maxima of groups: largest and smallest group, least number of groups a pick.
 _LARGEST_GROUP, _SMALLEST_GROUP, _GROUPS_PER_PICK = 32, 4, 4
 
 
 class Workspace:
-    """Scratch memory kept between steps: fresh pages for large arrays cost as much as filling them."""
+    """Scratch memory reused between steps: new pages for large arrays take as long as filling the arrays."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
     def get(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """An uninitialized tensor of `shape` with the dtype and device of `like`, valid until asked again."""
+        """Return an uninitialized tensor of `shape` with dtype and device of `like`.
+
+        The tensor is valid until the next call with the same name.
+        """
         size = 1
         for length in shape:
             size *= length
@@ -47,23 +50,25 @@ class Workspace:
 
 
 def topk_exact(scores: Float[Tensor, "batch n"], k: int) -> SparseCode:
-    """The k largest of each row, in no particular order, of scores that ReLU follows.
+    """Return the k largest scores of each row, in any order, for scores that are passed to ReLU.
 
-    As `torch.topk` for rows with at least k scores above zero. Where there are fewer, any of the others, of
-    which ReLU makes zeros, may come with them; among equal values the choice is arbitrary, too. The bits of
-    positive floats, read as integers, are in the order of the floats, and those of a NaN above all, unless
-    its sign is set as that of infinity minus infinity is: weights have to be finite (`Trainer` sees to it).
+    The result is that of `torch.topk` for rows with at least k scores above zero. Rows with fewer are
+    completed by arbitrary other scores, which ReLU sets to zero. Among equal values the choice is arbitrary
+    too. The bits of positive floats, read as integers, have the order of the floats. The bits of a NaN are
+    above all others, unless its sign bit is set, as for infinity minus infinity: weights must be finite
+    (`Trainer` checks this).
     """
     indices = _largest(_as_integers(scores), k)
     return SparseCode(indices, scores.gather(1, indices))
 
 
 def _largest(scores: Int[Tensor, "batch n"], k: int) -> Int[Tensor, "batch k"]:
-    """Places of the k largest.
+    """Return the places of the k largest scores of each row.
 
-    In stages: the k largest maxima of groups, then the same among what is in those groups. It is exact: were
-    one of the k largest in another group, k groups would each hold a larger element. The elements of a group
-    lie a stride apart, so that maxima run over whole vectors.
+    The search has stages: find the k groups with the largest maxima, then search the elements of these
+    groups in the same way. The result is exact: if one of the k largest elements were in another group, k
+    groups would each hold a larger element. The elements of a group lie a stride apart, so that maxima run
+    over whole vectors.
     """
     size = min(_LARGEST_GROUP, scores.shape[1] // (_GROUPS_PER_PICK * max(k, 1)))
     if size < _SMALLEST_GROUP:
@@ -84,9 +89,10 @@ def _largest(scores: Int[Tensor, "batch n"], k: int) -> Int[Tensor, "batch k"]:
 
 
 def topk_above(scores: Float[Tensor, "batch n"], k: int, least: Float[Tensor, " batch"]) -> SparseCode:
-    """What exceeds both `least` and zero in each row, its k largest where it is more: for who knows k others.
+    """Return each row's entries above `least` and above zero, at most k of them (the largest).
 
-    As wide as the row with most of it. Rows with less are filled up with feature 0 and minus infinity.
+    Used for later tiles, when k candidates are already known. The width of the code is the largest number of
+    entries in a row, at most k. Shorter rows are padded by feature 0 with minus infinity.
     """
     grouped, left_over = _grouped(_as_integers(scores), _LARGEST_GROUP)
     size, groups = grouped.shape[1:]
@@ -108,15 +114,15 @@ def _as_integers(scores: Float[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
 def _grouped(
     scores: Int[Tensor, "batch n"], size: int
 ) -> tuple[Int[Tensor, "batch size groups"], Int[Tensor, "batch rest"]]:
-    """Groups of elements that lie a stride apart, and what is left over at the end."""
+    """Return groups of elements that lie a stride apart, and the elements left over at the end."""
     whole = scores.shape[1] // size * size
     return scores[:, :whole].unflatten(1, (size, whole // size)), scores[:, whole:]
 
 
 def merge_topk(codes: Sequence[SparseCode], k: int) -> SparseCode:
-    """The k largest of several codes of the same rows, whose features are distinct.
+    """Return the k largest picks of each row from several codes of the same rows with distinct features.
 
-    Codes of chunks of one dictionary, or of its shards on several ranks.
+    The codes belong to chunks of one dictionary, or to its shards on several ranks.
     """
     if len(codes) == 1 and codes[0].values.shape[1] <= k:
         return codes[0]
@@ -138,23 +144,23 @@ def encode_topk(
     workspace: Workspace | None = None,
     tile_bytes: int | None = None,
 ) -> SparseCode:
-    """TopK(ReLU(x W + b)), tile by tile of rows and features with a running top-k.
+    """Return the code TopK(ReLU(x W + b)), computed in tiles of rows and features with a running top-k.
 
     Args:
-        x: centered rows; their dtype is the one computed in (weights are cast to it chunk by chunk).
-        bias: none where it is a column of the weights (`with_ones`).
-        features: only these may be picked (ascending); indices still count from the first of all.
-        workspace: where to keep a tile's memory; none where gradients are wanted by autograd.
-        tile_bytes: of pre-activations; none for what suits the device.
+        x: centered rows. The product is computed in their dtype (weights are cast to it chunk by chunk).
+        bias: None if it is a column of the weights (`with_ones`).
+        features: the only features that may be picked (ascending); indices still count all features.
+        workspace: memory of the tiles; None if autograd computes gradients.
+        tile_bytes: bytes of pre-activations of a tile; None for the device's default.
 
-    Values come back in the dtype of `encoder`. With fewer than k features the code is that narrow.
+    Values have the dtype of `encoder`. The code has min(k, number of features) columns.
     """
     n, batch = encoder.shape[0] if features is None else features.shape[0], x.shape[0]
     on_cpu = x.device.type == "cpu"
     height = max(1, min(batch, _TILE_ROWS) if on_cpu else batch)
     tile = tile_bytes or (_TILE_BYTES if on_cpu else CHUNK_BYTES)
     width = max(k, tile // (height * x.element_size()))
-    # Chunks of equal size, in whole groups: a narrow last one would waste its product.
+    # Chunks of equal size, in whole groups: the product of a narrow last chunk would be inefficient.
     chunks = max(1, -(-n // width))
     width = max(k, -(-n // (chunks * _LARGEST_GROUP)) * _LARGEST_GROUP)
     cast = workspace is not None and encoder.dtype != x.dtype
@@ -181,7 +187,7 @@ def encode_topk(
             if known is None:
                 best[place] = topk_exact(scores, min(k, stop - start))
             else:
-                # A later chunk has to hold more than the k that are known: less and less does.
+                # Entries of a later chunk count only above the k known ones: fewer and fewer do.
                 code = topk_above(scores, k, known.values.detach().amin(1))
                 best[place] = merge_topk([known, SparseCode(code.indices + start, code.values)], k)
     codes = [code for code in best if code is not None]
@@ -195,9 +201,9 @@ def encode_topk(
 
 
 def with_ones(x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch wider"]:
-    """Rows with a one behind them, to be multiplied by a bias that stands among the weights, and zeros.
+    """Return the rows with a one appended, which multiplies a bias column of the weights, and zeros.
 
-    It costs less than a product that adds a bias, which first fills its output with that.
+    This is faster than a product that adds a bias, which first fills its output with the bias.
     """
     wider = pad(x, (0, BIAS_COLUMNS))
     wider[:, x.shape[1]] = 1
