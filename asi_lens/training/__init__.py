@@ -1,1 +1,1 @@
-"""A run of anything that learns by steps: options, loop, log, checkpoints, ranks."""
+"""Training runs of any model that learns in steps: options, loop, log, checkpoints, ranks."""

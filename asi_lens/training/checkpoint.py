@@ -1,7 +1,7 @@
 """The folder of a training run: one checkpoint, one trainer at a time.
 
-A checkpoint is one safetensors file with its description as JSON in the header, written whole: what
-stood there before stays until the new one is complete, on a full disk too. Nothing is pickled.
+A checkpoint is one safetensors file with its description as JSON in the header. It is written atomically:
+the previous checkpoint stays until the new one is complete, also on a full disk. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ class FolderInUseError(AsiLensError, RuntimeError):
 
 
 class OtherConfigurationError(AsiLensError, ValueError):
-    """A checkpoint of a run that was set up differently."""
+    """The checkpoint belongs to a run with another configuration."""
 
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Hold `folder` for one trainer; another, in this process or not, gets a FolderInUseError.
+    """Lock `folder` for one trainer. Another trainer, in this process or not, gets a FolderInUseError.
 
-    The lock goes with the process: a killed one leaves none behind.
+    The lock ends with the process, also when the process is killed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
@@ -51,9 +51,9 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Path:
-    """Put a checkpoint in place of the folder's last one. `about` must be JSON values.
+    """Replace the folder's checkpoint; returns its path. `about` must hold JSON values.
 
-    Raises OSError naming the file if it cannot be written; the last one then stays.
+    Raises OSError naming the file if it cannot be written; the previous checkpoint then stays.
     """
     path = folder / CHECKPOINT_FILE
     text = json.dumps({"format": FORMAT, **about}, allow_nan=False)
@@ -63,7 +63,7 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], about: Mapping
 
 @contextmanager
 def read_checkpoint(folder: Path) -> Iterator[tuple[dict[str, Any], Callable[[str], Tensor]] | None]:
-    """The folder's checkpoint as (about, a function that reads one tensor), or None if it has none.
+    """Yield the folder's checkpoint as (about, a function that reads one tensor), or None if it has none.
 
     Raises CacheError for a file that is damaged, not a checkpoint, or of another format.
     """
@@ -79,7 +79,7 @@ def read_checkpoint(folder: Path) -> Iterator[tuple[dict[str, Any], Callable[[st
 
 
 def require_format(path: Path, about: Mapping[str, Any]) -> None:
-    """Raise CacheError unless the checkpoint `about` describes is one that this version reads."""
+    """Raise CacheError unless this version reads the format of the checkpoint described by `about`."""
     if about.get("format") != FORMAT:
         raise CacheError(f"{path} has format {about.get('format')!r}, this version reads {FORMAT}; delete it")
 

@@ -1,4 +1,4 @@
-"""How a dictionary is trained: the options of `Trainer`, checked."""
+"""Options of `Trainer`, checked."""
 
 from __future__ import annotations
 
@@ -10,29 +10,30 @@ from typing import Any
 from asi_lens.base.errors import require, require_known, require_whole, unknown_name
 
 OPTIMIZERS = ("adam", "sparse_adam", "sparse_adam_decay")
-"""Optimizers by name; `sae.optim` says what each does with rows that did not fire."""
+"""Names of optimizers; `sae.optim` describes how each treats rows that did not fire."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train. Raises OptionError or UnknownNameError for values that cannot be.
+    """Options of a training run. Raises OptionError or UnknownNameError for invalid values.
 
     Attributes:
         lr: largest learning rate of Adam (betas 0.9 and 0.999, eps 1e-8).
-        batch_size: tokens a step.
-        n_tokens: tokens in all; the last batch may be smaller.
-        optimizer: `adam`, `sparse_adam` (rows without a firing rest) or `sparse_adam_decay` (their
-            moments decay); see `optim`.
+        batch_size: tokens per step.
+        n_tokens: total number of tokens; the last batch may be smaller.
+        optimizer: `adam`, `sparse_adam` (rows of features that did not fire are not updated) or
+            `sparse_adam_decay` (the moments of these rows decay); see `optim`.
         warmup_steps: steps over which the learning rate rises linearly.
-        decay_fraction: share of the steps, at the end, over which it falls linearly.
-        aux_k: dead features that reconstruct the residual (Gao et al. 2024); 0 is off, "auto" d_out // 2.
-        aux_weight: weight of that loss.
-        clip_norm: gradients are scaled down to this L2 norm over all four parameters together (parallel
-            part of the decoder's removed, loss summed over d_in); None is off.
-        seed: of the order of the data (the dictionary's own seed draws its weights).
+        decay_fraction: share of the steps, at the end, over which the learning rate falls linearly.
+        aux_k: number of dead features that reconstruct the residual (AuxK, Gao et al. 2024); 0 is off,
+            "auto" is d_out // 2.
+        aux_weight: weight of the AuxK loss.
+        clip_norm: largest L2 norm of the gradients of all four parameters together (the decoder's without
+            its parallel part, loss summed over d_in); larger gradients are scaled down. None is off.
+        seed: seed of the order of the data (the dictionary's own seed draws its weights).
         dead_window: tokens without a firing after which a feature counts as dead, in `StepOutput` and
             for AuxK.
-        compute_dtype: of the encoder's product: "float32", "bfloat16", or "auto" (bfloat16 where the
+        compute_dtype: dtype of the encoder's product: "float32", "bfloat16", or "auto" (bfloat16 if the
             machine is fast in it). All else is float32; a float64 dictionary computes in float64.
     """
 
@@ -70,7 +71,7 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """The configuration in `values`. Raises UnknownNameError for a key that it does not have."""
+        """Build the configuration from `values`. Raises UnknownNameError for an unknown key."""
         require_known(values, cls.__dataclass_fields__, "TrainConfig key")
         return cls(**values)
 

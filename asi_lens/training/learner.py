@@ -1,4 +1,4 @@
-"""What everything that trains has in common: what a step says, its data, and its life as `fit` lives it."""
+"""Protocols of training: the output of a step, the data, and the learner that `fit` runs."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from asi_lens.training.metrics import Metrics
 
 
 class DivergedError(AsiLensError, ArithmeticError):
-    """A loss or gradient that is not finite; nothing was updated with it."""
+    """A loss or gradient is not finite. The step did not update anything."""
 
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What one step saw, before its update.
+    """Measurements of one step, taken before its update.
 
     Attributes:
-        step, tokens: steps and tokens so far, this one included.
+        step, tokens: steps and tokens so far, this step included.
         loss: mean over the batch of the squared error summed over d_in, on normalized activations.
-        aux_loss: squared error of AuxK over the residual's variance; 0 where it is off or nothing is dead.
-        penalty: what `sparsity` adds to the loss; 0 for TopK.
-        fvu: squared error over the batch's variance (NaN for a batch without any).
-        l0: mean number of features that fired.
+        aux_loss: squared error of AuxK over the residual's variance; 0 if AuxK is off or no feature is dead.
+        penalty: term that `sparsity` adds to the loss; 0 for TopK.
+        fvu: squared error over the batch's variance (NaN for a batch without variance).
+        l0: mean number of features that fired per token.
         dead_fraction: share of features that did not fire in the last `dead_window` tokens.
         lr: learning rate of the step.
-        gradient_norm: as `clip_norm` defines it; none without clipping.
+        gradient_norm: norm as defined by `clip_norm`; None without clipping.
     """
 
     step: int
@@ -47,47 +47,47 @@ class StepOutput:
 
 
 Batch = TypeVar("Batch", bound=Sized)
-"""A batch of what a learner trains on; its length is its number of tokens."""
+"""A batch of a learner's data; the length of a batch is its number of tokens."""
 _Batch = TypeVar("_Batch", bound=Sized, covariant=True)
 
 
 @runtime_checkable
 class Data(Protocol[_Batch]):
-    """What it is trained on: an `ActivationStore`, or something else with a stream of batches."""
+    """Data of a learner: an `ActivationStore`, or another source with a stream of batches."""
 
     @property
     def n(self) -> int:
-        """Tokens of one epoch."""
+        """Number of tokens of one epoch."""
         ...
 
     @property
     def d(self) -> int:
-        """Width."""
+        """Width of a row."""
         ...
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """Where the data come from."""
+        """Origin of the data."""
         ...
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the data."""
+        """Text that changes with the data."""
         ...
 
     def batches(self, batch_size: int, *, seed: int, start: int, n_tokens: int) -> Iterator[_Batch]:
-        """Batches from token `start` to `n_tokens` of the stream; their length is their number of tokens."""
+        """Yield batches from token `start` to token `n_tokens` of the stream."""
         ...
 
 
 Store = TypeVar("Store", bound=Data[Any])
-"""What a learner trains on."""
+"""Type of a learner's data."""
 _Store = TypeVar("_Store", bound=Data[Any], contravariant=True)
 
 
 @runtime_checkable
 class Learner(Protocol[_Store, Batch]):
-    """What is trained: a `Trainer` of a dictionary, or one of something else with the same life."""
+    """A model in training: a `Trainer` of a dictionary, or another trainer with these methods."""
 
     config: TrainConfig
     mesh: Mesh
@@ -99,42 +99,42 @@ class Learner(Protocol[_Store, Batch]):
 
     @property
     def steps(self) -> int:
-        """Steps done."""
+        """Number of steps done."""
         ...
 
     @property
     def tokens(self) -> int:
-        """Tokens seen: the position in the stream of data."""
+        """Number of tokens seen: the position in the stream of data."""
         ...
 
     def prepare(self, store: _Store) -> None:
-        """Called once before the first step. Raises OptionError for data that it cannot be trained on."""
+        """Prepare for `store`; called once before the first step. Raises OptionError for unsuitable data."""
         ...
 
     def stream(self, store: _Store, start: int) -> Iterator[Batch]:
-        """Batches from token `start` to the last; their length is their number of tokens."""
+        """Yield batches from token `start` to the last token."""
         ...
 
     def dead_fraction(self, window: int) -> float:
-        """Share of features silent for the last `window` tokens or more, over all ranks."""
+        """Return the share of features silent for the last `window` tokens or more, over all ranks."""
         ...
 
     def step(self, batch: Batch) -> StepOutput:
-        """One update. DataError and DivergedError leave everything as it was."""
+        """Do one update. If DataError or DivergedError is raised, nothing is changed."""
         ...
 
     def measure(self) -> Metrics:
-        """Columns of a logged row beside those of a step, always the same ones."""
+        """Return extra columns of a logged row, beside those of a step. The columns are always the same."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What a checkpoint must agree with to be continued (JSON values)."""
+        """Return the configuration that a checkpoint must share to be continued (JSON values)."""
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor that the run depends on from here."""
+        """Return every tensor that the rest of the run depends on."""
         ...
 
     def load_state(self, read: Callable[[str], Tensor]) -> None:
-        """The inverse of `state`."""
+        """Inverse of `state`; `read` returns the tensor of a name."""
         ...

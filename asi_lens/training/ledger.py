@@ -1,11 +1,11 @@
-"""The one ledger of firing, from which every definition of a dead feature is read.
+"""Counts of firings, from which every definition of a dead feature is computed.
 
 "Fired" means picked with a value above zero. Definitions in use:
 
-- `dead_fraction(window)`: no firing in the last `window` tokens (the paper's; Gao et al. 2024);
-- `silent_fraction`: never fired, which is what counts on held-out data.
+- `dead_fraction(window)`: share without a firing in the last `window` tokens (the paper's; Gao et al. 2024);
+- `silent_fraction`: share that never fired, the measure for held-out data.
 
-State the window beside every number: the same features are 3 % dead by one and 10 % by another.
+State the window beside every number: the same features are 3 % dead by one window and 10 % by another.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from asi_lens.kernels.codes import SparseCode
 class DeadnessLedger:
     """Tokens since each feature last fired, and how often it fired.
 
-    Tokens are counted batch by batch: a feature that fired in the newest batch has 0 tokens since. One
-    that never fired counts from the start, so that `dead_fraction(window)` is 0 until `window` tokens
-    have been seen. An update costs time by the features that fired, not by all.
+    Tokens are counted batch by batch: a feature that fired in the newest batch has 0 tokens since. A feature
+    that never fired counts from the start, so `dead_fraction(window)` is 0 until `window` tokens have been
+    seen. The time of an update grows with the features that fired, not with all features.
 
     Attributes:
         n_tokens: tokens seen. last_fired [d_sae]: `n_tokens` after the batch of the last firing, 0 for
-            never. counts [d_sae]: tokens fired on.
+            never. counts [d_sae]: number of tokens that the feature fired on.
     """
 
     def __init__(self, d_sae: int, device: torch.device | str = "cpu"):
@@ -47,29 +47,29 @@ class DeadnessLedger:
         self.last_fired[counts > 0] = self.n_tokens
 
     def dead(self, window: int) -> Int[Tensor, " n_dead"]:
-        """Features silent for the last `window` tokens or more, ascending."""
+        """Return the features silent for the last `window` tokens or more, ascending."""
         require(window >= 1, "window", window, "at least 1 token")
         return (self.last_fired <= self.n_tokens - window).nonzero().flatten()
 
     def dead_fraction(self, window: int) -> float:
-        """Share of features silent for the last `window` tokens or more, 0 to 1."""
+        """Return the share of features silent for the last `window` tokens or more, 0 to 1."""
         return len(self.dead(window)) / len(self.last_fired)
 
     @property
     def silent_fraction(self) -> float:
-        """Share of features that never fired, 0 to 1. Raises DataError where no tokens were counted."""
+        """Share of features that never fired, 0 to 1. Raises DataError if no tokens were counted."""
         if self.n_tokens == 0:
             raise DataError("this ledger has counted no tokens")
         return (self.counts == 0).double().mean().item()
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors to store."""
-        # Checkpoints have a place for where counting began, which is always the start.
+        """Return the tensors to store."""
+        # The checkpoint format has a field for the token at which counting began, which is always 0.
         tokens = torch.tensor([self.n_tokens, 0])
         return {"tokens": tokens, "last_fired": self.last_fired, "counts": self.counts}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse of `state`. Raises DataError for another number of features."""
+        """Inverse of `state`. Raises DataError for another number of features."""
         if state["counts"].shape != self.counts.shape:
             raise DataError(f"a ledger of {len(state['counts'])} features, not {len(self.counts)}")
         self.n_tokens = int(state["tokens"][0])

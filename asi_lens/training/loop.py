@@ -37,20 +37,20 @@ def train_together(
     progress: bool = True,
     on_log: Callable[[Any, StepOutput], None] | None = None,
 ) -> list[list[Metrics]]:
-    """Train dictionaries (or Lorsas) side by side on one stream of batches; returns each one's metrics.
+    """Train dictionaries (or Lorsas) side by side on one stream of batches; returns each trainer's metrics.
 
-    Every trainer gets the batches it would get alone, so that it ends in the same weights. A dictionary
+    Every trainer gets the same batches as in a run alone, so it ends with the same weights. A dictionary
     without input normalization takes the store's mean and scale.
 
     Args:
-        folders: one per trainer: `checkpoint.safetensors` and `metrics.csv` go there, and a run that was
-            stopped or killed goes on from there, bit for bit. None keeps everything in memory.
-        checkpoint_every: tokens between checkpoints; also one at the end, and on Ctrl-C or SIGTERM after
-            the step under way (a second Ctrl-C stops at once, without).
+        folders: one folder per trainer for `checkpoint.safetensors` and `metrics.csv`. A run that was
+            stopped or killed continues from its folder, bit for bit. None keeps everything in memory.
+        checkpoint_every: tokens between checkpoints. A checkpoint is also written at the end, and on Ctrl-C
+            or SIGTERM after the current step (a second Ctrl-C stops at once, without a checkpoint).
         log_every: steps between rows of metrics (step, tokens, fvu, l0, loss, aux_loss, penalty,
-            dead_fraction_<window>, lr, tokens_per_s of time spent in steps, gradient_norm, and those of the
-            trainer's `drift`).
-        windows: tokens of dead fractions to log besides `dead_window`.
+            dead_fraction_<window>, lr, tokens_per_s of time spent in steps, gradient_norm, and the columns
+            of the trainer's `drift`).
+        windows: windows (tokens) of the dead fractions to log besides `dead_window`.
         loggers: "tensorboard", "wandb", or functions that take a row.
         on_log: called with trainer and output whenever a row is logged.
 
@@ -112,12 +112,12 @@ def _loop(runs: Sequence[_Run[Store, Batch]], store: Store, progress: bool) -> N
         if position < config.n_tokens:
             for batch in runs[0].trainer.stream(store, position):
                 position += len(batch)
-                # After a kill one may be behind the others: they wait.
+                # After a kill a trainer may be behind the others, which wait for it.
                 try:
                     outputs = [run.step(batch) for run in runs if run.trainer.tokens < position]
                 except (DataError, DivergedError) as error:
-                    # Neither changed anything, so these are the last good states. Rows that are not finite
-                    # may be those of one rank, which the others wait for.
+                    # The failed step changed nothing, so the states are the last good ones. A DataError may
+                    # occur on one rank only, and a checkpoint would then wait for the other ranks.
                     if mesh.config.size == 1 or isinstance(error, DivergedError):
                         for run in runs:
                             run.checkpoint()
@@ -125,7 +125,7 @@ def _loop(runs: Sequence[_Run[Store, Batch]], store: Store, progress: bool) -> N
                 bar.update(len(batch))
                 if outputs:
                     bar.set_postfix_str(_summary(outputs), refresh=False)
-                # All ranks stop after the same step, whichever were told to.
+                # All ranks stop after the same step, also if only some received a signal.
                 if mesh.any(stop.received is not None):
                     stop.received = stop.received or signal.SIGTERM
                     break
@@ -140,7 +140,7 @@ def _summary(outputs: Sequence[StepOutput]) -> str:
 
 
 class _Run(Generic[Store, Batch]):
-    """One trainer with its folder."""
+    """One trainer with its folder and its log."""
 
     def __init__(
         self,
@@ -182,7 +182,7 @@ class _Run(Generic[Store, Batch]):
             if found is not None:
                 about, read = found
                 require_same(self.folder, about["run"], self.about)
-                # A trainer that is further than its checkpoint goes on from where it is.
+                # A trainer that is ahead of its checkpoint continues from its own state.
                 if about["tokens"] > self.trainer.tokens:
                     try:
                         self.trainer.load_state(read)
@@ -193,7 +193,7 @@ class _Run(Generic[Store, Batch]):
         self.log.resume(self.trainer.steps)
 
     def step(self, batch: Batch) -> StepOutput:
-        """Train on one batch, log and checkpoint where due."""
+        """Train on one batch; log a row and write a checkpoint if due. Returns the step's output."""
         trainer = self.trainer
         before = trainer.tokens
         started = time.perf_counter()
@@ -230,7 +230,7 @@ class _Run(Generic[Store, Batch]):
             self.on_log(self.trainer, output)
 
     def checkpoint(self) -> None:
-        """Write the state, unless it is there already or there is no folder."""
+        """Write a checkpoint, unless this state is already written or there is no folder."""
         trainer = self.trainer
         if self.folder is None or self.saved_at == trainer.tokens:
             return
@@ -240,22 +240,22 @@ class _Run(Generic[Store, Batch]):
 
 
 def _plain(metadata: Mapping[str, Any]) -> Any:
-    """Metadata as JSON gives it back; what JSON does not have as its text."""
+    """Return metadata as read back from JSON. Values that JSON lacks become their text."""
     return json.loads(json.dumps(dict(metadata), default=str))
 
 
 class _Stop:
-    """Ctrl-C and SIGTERM wait for the end of a step, so that no state is half updated.
+    """Context that delays Ctrl-C and SIGTERM to the end of a step, so that no state is half updated.
 
-    On leaving, the signal is passed on: KeyboardInterrupt, or what SIGTERM did before. A second signal
-    interrupts at once. Only the main thread can do this; elsewhere nothing is changed.
+    On leaving, the signal is passed on: KeyboardInterrupt, or the previous handler of SIGTERM. A second
+    signal interrupts at once. Only the main thread can set handlers; in other threads nothing is changed.
     """
 
     _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
         self.received: int | None = None
-        """The signal to end with; of ranks that stop together, also one that another rank got."""
+        """Signal to end with, None without a signal; also set if another rank received the signal."""
         self._signals = 0
         self._before: dict[int, Any] = {}
 
@@ -274,7 +274,7 @@ class _Stop:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._before.items():
-            # None: a handler that Python did not install and cannot put back.
+            # None: a handler that was not installed from Python and cannot be restored.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         if self.received is None or error is not None:
             return
@@ -285,7 +285,7 @@ class _Stop:
 
 
 class Fits(Generic[Store, Batch]):
-    """What trainers share: a whole run of one of them."""
+    """Shared methods of trainers: a whole run of one trainer."""
 
     config: TrainConfig
     ledger: DeadnessLedger
@@ -297,7 +297,7 @@ class Fits(Generic[Store, Batch]):
         return store.batches(config.batch_size, seed=config.seed, start=start, n_tokens=config.n_tokens)
 
     def dead_fraction(self, window: int) -> float:
-        """Share of features (or units) silent for the last `window` tokens or more, over all ranks."""
+        """Return the share of features (units) silent for the last `window` tokens or more, on all ranks."""
         dead, mesh = self.mesh.count(len(self.ledger.dead(window))), self.mesh
         return dead / (len(self.ledger.counts) * mesh.config.model)
 
@@ -315,12 +315,12 @@ class Fits(Generic[Store, Batch]):
     ) -> list[Metrics]:
         """Train on shuffled batches of `store` up to `n_tokens`; returns the logged metrics.
 
-        `store` is an `ActivationStore`, of transcoders `PairedStores`, of Lorsas `SequencePairs` (a step has
-        as many whole sequences as fit into `batch_size`). See `train_together`, of which this is the
-        case of one.
+        `store` is an `ActivationStore`, for transcoders `PairedStores`, for Lorsas `SequencePairs` (a step
+        has as many whole sequences as fit into `batch_size`). For options and errors see `train_together`,
+        which `fit` calls with one trainer.
         """
         (history,) = train_together(
-            [cast("Learner[Store, Batch]", self)],  # what has this method has the others
+            [cast("Learner[Store, Batch]", self)],  # a class with `fit` is a whole Learner
             store,
             folders=None if folder is None else [folder],
             checkpoint_every=checkpoint_every,

@@ -1,19 +1,19 @@
-"""Where the features and the tokens of one training lie: on this process, or over a mesh of ranks.
+"""Distribution of the features and tokens of one training: on this process, or over a mesh of ranks.
 
 A mesh has two dimensions. Ranks along `model` hold different features (rows of W_enc and W_dec, their moments
 and firings) and read the same tokens; ranks along `data` hold the same features and read different tokens.
-Every method does nothing on one process, so that `Trainer.step` is written once.
+On one process no method communicates, so `Trainer.step` is written only once.
 
-What a rank receives in a step of B tokens, k picks and width d, with D ranks along `data` and M along `model`
-(numbers of 4 bytes; an all_reduce counts as 2 (M - 1) / M of what is summed):
+In a step of B tokens, k picks and width d, with D ranks along `data` and M along `model`, a rank receives
+(numbers of 4 bytes; an all_reduce counts as 2 (M - 1) / M of the tensor that is summed):
 
 - along `model`: values of picks, (M - 1) k B / D; partial reconstructions, 2 (M - 1) / M d B / D; the
   gradient of b_dec through the encoder and a few sums, 2 (M - 1) / M (d + 4).
 - along `data`: inputs, residuals and picks of the other ranks' tokens, (D - 1) / D B (2 d + 3 k). That is
-  less than the gradients of all rows that fired, up to 2 d k B, and every rank then sums the same rows in
-  the same order as one process does.
+  less than the gradients of all rows that fired, up to 2 d k B. Every rank then sums the same rows in the
+  same order as one process does.
 
-The picks of a token are the k largest of what its ranks found: `topk.merge_topk`, as of chunks.
+The picks of a token are the k largest of its ranks' picks, joined by `topk.merge_topk` like those of chunks.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from asi_lens.kernels.topk import merge_topk
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Ranks along `data` and `model`. Raises OptionError for fewer than one."""
+    """Numbers of ranks along `data` and `model`. Raises OptionError for numbers below one."""
 
     data: int = 1
     model: int = 1
@@ -45,13 +45,13 @@ class MeshConfig:
 
     @property
     def size(self) -> int:
-        """Ranks in all."""
+        """Total number of ranks."""
         return self.data * self.model
 
 
 @dataclass(frozen=True)
 class Part:
-    """The rows of this rank of a batch of `n` tokens; its length is that of the batch."""
+    """This rank's rows of a batch of `n` tokens; `len` returns `n`."""
 
     rows: Float[Tensor, "part d"]
     n: int
@@ -61,11 +61,12 @@ class Part:
 
 
 class Mesh:
-    """One process alone.
+    """Mesh of one process.
 
     Attributes:
-        config: its size. data_rank, model_rank: this process's place. bytes_received: by its collectives.
-        ranks: the processes that it is made of. device: where tensors lie that are sent.
+        config: size of the mesh. data_rank, model_rank: place of this process. bytes_received: bytes that
+            this process received in collectives. ranks: processes of the mesh. device: device of the
+            tensors that are sent.
     """
 
     config = MeshConfig()
@@ -76,59 +77,59 @@ class Mesh:
 
     @property
     def leads(self) -> bool:
-        """Whether this rank does what is to be done once: bars, tables, the names of files."""
+        """Whether this rank does the work of a single process: bars, tables, names of files."""
         return self.ranks.rank == 0
 
     def features(self, d_sae: int) -> tuple[int, int]:
-        """First feature of this rank, and the one after its last. Raises OptionError for unequal shares."""
+        """Return this rank's features as (first, after the last). Raises OptionError for unequal shares."""
         n = self.config.model
         require(d_sae % n == 0, "d_sae", d_sae, f"a multiple of model={n}")
         return self.model_rank * (d_sae // n), (self.model_rank + 1) * (d_sae // n)
 
     def tokens(self, n: int) -> tuple[int, int]:
-        """First of the rows of this rank in a batch of `n`, and the one after its last."""
+        """Return this rank's rows in a batch of `n` tokens as (first, after the last)."""
         share, rest = divmod(n, self.config.data)
         first = self.data_rank * share + min(self.data_rank, rest)
         return first, first + share + (self.data_rank < rest)
 
     def pick(self, code: SparseCode, k: int) -> SparseCode:
-        """This rank's picks that are among the k largest of a token; the others become zeros."""
+        """Return this rank's code, with zeros for picks that are not among the k largest of a token."""
         return code
 
     def over_features(self, tensor: Tensor) -> Tensor:
-        """The sum of what the ranks along `model` have."""
+        """Return the sum of `tensor` over the ranks along `model`."""
         return tensor
 
     def count(self, n: int) -> int:
-        """The sum of what the ranks along `model` count."""
+        """Return the sum of `n` over the ranks along `model`."""
         return n
 
     def largest(self, number: float) -> float:
-        """The largest of what the ranks along `model` have."""
+        """Return the largest `number` of the ranks along `model`."""
         return number
 
     def any(self, condition: bool) -> bool:
-        """Whether `condition` holds on any rank."""
+        """Return whether `condition` holds on any rank."""
         return condition
 
     def shared_out(self, tensor: Tensor) -> Tensor:
-        """A tensor with one row per feature of this rank, as a part of that of all features."""
+        """Wrap this rank's rows (one per feature) as a shard of the full tensor over all ranks."""
         return tensor
 
     def whole(self, rows: Tensor, n: int) -> Tensor:
-        """The rows of all `n` tokens of a batch, in its order, from those of this rank."""
+        """Return the rows of all `n` tokens of a batch, in order, gathered from the ranks along `data`."""
         return rows
 
     def whole_code(self, code: SparseCode, n: int) -> SparseCode:
-        """The same of a code."""
+        """Return the code of all `n` tokens of a batch, gathered as in `whole`."""
         return SparseCode(self.whole(code.indices, n), self.whole(code.values, n))
 
 
 class RankMesh(Mesh):
-    """This process as one of `ranks` (`ranks.joined`)."""
+    """Mesh of several processes, with this process as one of `ranks` (`ranks.joined`)."""
 
     def __init__(self, config: MeshConfig, ranks: Ranks, device: torch.device | str = "cpu"):
-        """Raises OptionError where the number of processes is not that of the mesh."""
+        """Join the mesh. Raises OptionError if the number of processes is not the size of the mesh."""
         from torch.distributed.device_mesh import DeviceMesh
 
         if ranks.size != config.size:
@@ -158,7 +159,7 @@ class RankMesh(Mesh):
         ranks = self.config.model
         if ranks == 1:
             return code
-        # A shard may have fewer features than k, or (of dead ones) none.
+        # A shard may have fewer features than k, and none if only dead features may be picked.
         width = code.values.shape[1]
         mine = torch.nn.functional.pad(code.values, (0, max(0, k - width)), value=-1.0).contiguous()
         gathered = [torch.empty_like(mine) for _ in range(ranks)]
@@ -169,7 +170,7 @@ class RankMesh(Mesh):
         every = [SparseCode(places + rank * mine.shape[1], found) for rank, found in enumerate(gathered)]
         chosen = merge_topk(every, k).indices - self.model_rank * mine.shape[1]
         kept = torch.zeros(len(mine), mine.shape[1] + 1, dtype=torch.bool, device=mine.device)
-        # Picks of other ranks are marked in a column that is cut off.
+        # Picks of other ranks are marked in an extra column, which is removed.
         own = (chosen >= 0) & (chosen < mine.shape[1])
         kept.scatter_(1, torch.where(own, chosen, mine.shape[1]), value=True)
         return SparseCode(code.indices, code.values * kept[:, :width])
@@ -215,7 +216,7 @@ class RankMesh(Mesh):
         if ranks == 1:
             return rows
         shares = [n // ranks + (rank < n % ranks) for rank in range(ranks)]
-        # Shares differ by one row at most; all_gather wants them equal.
+        # Shares differ by one row at most; all_gather needs equal shares.
         mine = rows.new_zeros(shares[0], *rows.shape[1:])
         mine[: len(rows)] = rows
         gathered = [torch.empty_like(mine) for _ in range(ranks)]

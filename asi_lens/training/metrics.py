@@ -1,4 +1,4 @@
-"""Where the numbers of a training run go: a CSV in its folder, and TensorBoard or W&B if asked."""
+"""Log of a training run: a CSV file in its folder, and TensorBoard or W&B if asked for."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Logger = Callable[[Mapping[str, Any]], None]
 
 
 class MetricsLog:
-    """Rows of metrics in memory and, given a folder, in `metrics.csv`, complete after every row.
+    """Rows of metrics in memory and, given a folder, in `metrics.csv`. The file is complete after every row.
 
-    `history` holds the rows so far, also those of a run that is resumed.
+    `history` holds the rows so far, including rows before a resumption.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class MetricsLog:
         self._loggers = [_logger(choice, folder) if isinstance(choice, str) else choice for choice in loggers]
 
     def resume(self, step: int) -> None:
-        """Take up the rows of the file up to `step`; later ones, of work that was lost, are dropped."""
+        """Read the file's rows up to `step` and drop later rows, which belong to lost work."""
         if self.path is None:
             return
         self.history = [row for row in read_metrics(self.path) if (row.get("step") or 0) <= step]
@@ -42,7 +42,7 @@ class MetricsLog:
             writer.writerows(self.history)
 
     def add(self, row: Metrics) -> None:
-        """One row, whose keys are the columns."""
+        """Append one row, whose keys are the columns, and pass it to the loggers."""
         self.history.append(row)
         if self.path is not None:
             with self.path.open("a", newline="", encoding="utf-8") as file:
@@ -52,9 +52,9 @@ class MetricsLog:
 
 
 def read_metrics(path: Path | str) -> list[Metrics]:
-    """The rows of a `metrics.csv`, empty if there is none; a last row cut off by a kill is left out.
+    """Return the rows of a `metrics.csv`, without a last row cut off by a kill; empty if there is no file.
 
-    Raises DataError for a file that is something else.
+    Raises DataError for a file that is not a table of metrics.
     """
     path = Path(path)
     if not path.exists():
@@ -80,7 +80,7 @@ def _number(text: str) -> float | int | None:
 
 
 def _logger(name: str, folder: Path | None) -> Logger:
-    """A logger by name; its package is imported here, when somebody asks for it."""
+    """Return a logger by name. Its package is imported here, only when the logger is asked for."""
     if name not in LOGGERS:
         raise unknown_name("logger", name, LOGGERS)
     try:

@@ -1,10 +1,10 @@
-"""Checkpoints of a run over several ranks, by torch.distributed.checkpoint: every rank writes what it has.
+"""Checkpoints of a run over several ranks, by torch.distributed.checkpoint: every rank writes its own rows.
 
-    checkpoint-000001000000/   one per number of tokens; renamed to this when it is whole, then older ones go
-      shard-*.safetensors      of one rank each, with the place of its rows in the header
-      about.json               the run, as in the header of `checkpoints`' one file, and how many rows
+    checkpoint-000001000000/   named by tokens; renamed to this when complete, then older ones are deleted
+      shard-*.safetensors      one per rank, with the place of its rows in the header
+      about.json               the run, as in the header of `checkpoint`'s single file, and numbers of rows
 
-A run goes on from either kind on any mesh: the shards are cut anew when they are read. Nothing is pickled.
+A run continues from either kind on any mesh: rows are divided anew when shards are read. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from asi_lens.training.mesh import Mesh
 
 ABOUT = "about.json"
 _WEIGHTS = "sae."
-# Rows that are copied at a time.
+# Rows copied at a time.
 _ROWS = 4096
 _FOLDER, _UNFINISHED = "checkpoint-", ".checkpoint.unfinished"
 # Tensors of `Trainer.state` with one row per feature.
@@ -47,9 +47,9 @@ _BY_FEATURE = (
 
 
 def write(folder: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any], mesh: Mesh) -> None:
-    """Put a checkpoint in place of the folder's last one, as `checkpoints.write_checkpoint` does.
+    """Replace the folder's checkpoint, as `checkpoint.write_checkpoint` does.
 
-    Raises OSError or RankError if it cannot be written; the last one then stays.
+    Raises OSError or RankError if it cannot be written; the previous checkpoint then stays.
     """
     if mesh.config.size == 1:
         write_checkpoint(folder, tensors, about)
@@ -79,7 +79,7 @@ def write(folder: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any],
         _remove([folder / CHECKPOINT_FILE, *(path for path in _folders(folder) if path != final)])
 
     mesh.ranks.together("the folder of a checkpoint", begin)
-    # Tensors without dimensions have no place that the format could name.
+    # The format cannot name a place in a tensor without dimensions, so scalars get one dimension.
     state = {
         name: mesh.shared_out(tensor) if name in _BY_FEATURE else tensor.reshape(tensor.shape or 1)
         for name, tensor in tensors.items()
@@ -93,7 +93,7 @@ def write(folder: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any],
 
 @contextmanager
 def _naming(what: str, mesh: Mesh) -> Iterator[None]:
-    """Around torch.distributed.checkpoint: its errors as RankErrors that name the ranks they come from."""
+    """Context that turns errors of torch.distributed.checkpoint into RankErrors naming the failed ranks."""
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
@@ -106,8 +106,11 @@ def _naming(what: str, mesh: Mesh) -> Iterator[None]:
 
 @contextmanager
 def read(folder: Path, mesh: Mesh) -> Iterator[tuple[dict[str, Any], Callable[[str], Tensor]] | None]:
-    """The folder's newest checkpoint as (about, a function that reads one tensor, of a tensor with one row
-    per feature this rank's rows), or None. Raises CacheError as `checkpoints.read_checkpoint` does."""
+    """Yield the folder's newest checkpoint as (about, a function that reads one tensor), or None.
+
+    From a tensor with one row per feature the function reads this rank's rows. Raises CacheError as
+    `checkpoint.read_checkpoint` does.
+    """
     with read_checkpoint(folder) as single:
         sharded = [(_about(path), path) for path in _folders(folder)]
         newest = max(sharded, key=lambda found: found[0]["tokens"], default=None)
@@ -131,7 +134,7 @@ def read(folder: Path, mesh: Mesh) -> Iterator[tuple[dict[str, Any], Callable[[s
 
 
 class _Shards:
-    """Tensors of a sharded checkpoint by name, each read when it is asked for."""
+    """Tensors of a sharded checkpoint by name; each is read when it is asked for."""
 
     def __init__(self, path: Path, about: Mapping[str, Any], mesh: Mesh):
         import torch.distributed.checkpoint as dcp
@@ -142,7 +145,7 @@ class _Shards:
         except (SafetensorError, OSError, ValueError, KeyError) as error:
             raise CacheError(f"{path} cannot be read ({error}); delete it and train again") from error
         self.tensors: dict[str, Any] = dict(found.state_dict_metadata)
-        # First row of each piece, and the file it is in.
+        # First row and file of each piece.
         self.pieces: dict[str, list[tuple[int, str]]] = {}
         for index, where in (found.storage_data or {}).items():
             self.pieces.setdefault(index.fqn, []).append((index.offset[0], where.relative_path))
@@ -181,12 +184,12 @@ class _Shards:
 
 @contextmanager
 def mapped_weights(folder: Path) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
-    """What the folder's newest checkpoint is about, and the weights in it (`encoder`, `W_dec` ...).
+    """Yield the newest checkpoint's description and its weights by name (`encoder`, `W_dec` ...).
 
-    They are mapped from disk; those of a sharded one are first copied, a piece at a time, into a file that
-    goes at the end.
+    The weights are mapped from disk. Weights of a sharded checkpoint are first copied, a piece at a time,
+    into a temporary file, which is deleted at the end.
 
-    Raises FileNotFoundError where there is no checkpoint, CacheError where it cannot be read.
+    Raises FileNotFoundError if there is no checkpoint, CacheError if it cannot be read.
     """
     with read(folder, Mesh()) as found:
         if found is None:
@@ -233,7 +236,7 @@ def _remove(paths: list[Path]) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Make a rename last."""
+    """Flush the folder to disk, so that a rename persists."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
