@@ -77,7 +77,7 @@ class Mesh:
 
     @property
     def leads(self) -> bool:
-        """Whether this rank does the work of a single process: bars, tables, names of files."""
+        """Whether this rank does the work that is done only once: bars, tables, names of files."""
         return self.ranks.rank == 0
 
     def features(self, d_sae: int) -> tuple[int, int]:
