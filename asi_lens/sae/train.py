@@ -219,7 +219,7 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
         return term, missed.square().sum() * share
 
     def prepare(self, store: ActivationStore | PairedStores) -> None:
-        """Prepare for `fit`: a dictionary without input normalization takes the store's."""
+        """Prepare for `fit`: a dictionary without input normalization takes the store's; a search starts."""
         self.sae.prepare(store, first=self.steps == 0)
         if self.search == "subspace" and self.subspace is None:
             directions = store.spectrum.active_subspace(self.d_in).to(self.sae.W_dec)
@@ -319,7 +319,7 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
 
 
 def _require_finite(sae: SparseAutoencoder) -> None:
-    """Raise DataError for NaN or infinity in weights. One call is enough: steps keep finite weights finite."""
+    """Raise DataError for NaN or infinity in weights. One call suffices: steps keep finite weights finite."""
     for name, weight in sae.named_parameters():
         if not bool(weight.sum().isfinite()):
             raise DataError(f"{name} holds NaN or infinity")
