@@ -1,4 +1,4 @@
-"""Evaluations of cached runs, each kept under a key of the run and of what it was judged on."""
+"""Evaluations of cached runs, each cached under a key of the run and the held-out data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from asi_lens.results.rows import LOSSES
 from asi_lens.sae.evaluate import Evaluation
 
 NO_LOSSES: Mapping[str, None] = dict.fromkeys(LOSSES)
-"""Columns of what the language model loses, where that was not measured."""
+"""Columns of the language-model losses, for rows without that measurement."""
 
 
 @runtime_checkable
@@ -37,12 +37,13 @@ def held_out_numbers(
     tokens: Tokens | None,
     evaluate: Callable[[list[AnyRun]], Sequence[Evaluation]],
 ) -> list[dict[str, Any]]:
-    """The fields of `held_out` rows that come from evaluating runs: of the cache, or of `evaluate`.
+    """Return the evaluated fields of `held_out` rows, a mapping for each run, from the cache or `evaluate`.
 
     Args:
-        format_number: what raises it makes others.
-        held_out: fingerprint of the data. model, tokens: of the losses, if there are any.
-        evaluate: of the runs that have none yet, together.
+        format_number: part of the cache key; raise it when a change to the code changes the results.
+        held_out: fingerprint of the evaluated data.
+        model, tokens: used for the language-model losses; None to skip them.
+        evaluate: evaluates, together, the runs that are not in the cache.
     """
     judged = {
         "format": format_number,

@@ -1,6 +1,6 @@
-"""Lorsas of one attention layer, begun in several ways and trained side by side: what notebook 09 compares.
+"""Lorsas of one attention layer, initialized in several ways and trained side by side, for notebook 09.
 
-As in `runs`, every one is trained once and stays in the cache.
+As in `runs`, every Lorsa is trained once and cached.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from asi_lens.sae.evaluate import Evaluation
 from asi_lens.training.config import TrainConfig
 from asi_lens.training.metrics import METRICS_FILE, Metrics, read_metrics
 
-# Raise it when a change to training, initialization or evaluation makes other numbers of the same options.
+# Raise it when a change to training, initialization or evaluation changes the results of the same options.
 FORMAT = 1
 _WEIGHTS = "lorsa.safetensors"
 # Sequences for the subspaces and the norm search.
@@ -39,13 +39,16 @@ _SAMPLE = 32
 
 @dataclass(frozen=True)
 class LorsaRecipe:
-    """One way to begin, named as in the figures' legends. Raises UnknownNameError."""
+    """A way to initialize a Lorsa, named as in the figures' legends.
+
+    Raises UnknownNameError for an unknown method, OptionError for a fraction that does not fit the method.
+    """
 
     name: str
     init: str = "random"
     """Method of `initialize_lorsa`."""
     d_init_fraction: float | int | None = None
-    """Dimensions of each head's active subspace over the width of a head, for "asi"."""
+    """Dimensions of each head's active subspace, as a fraction of the width of a head. For "asi" only."""
 
     def __post_init__(self) -> None:
         if self.init not in LORSA_METHODS:
@@ -63,20 +66,20 @@ class LorsaRun:
     config: LorsaConfig
     train: TrainConfig
     d_init: int | None
-    """Dimensions of each head's active subspace."""
+    """Dimensions of each head's active subspace; None for "random"."""
     folder: Path
 
     @property
     def seed(self) -> int:
-        """Of the initial units and of the order of the data."""
+        """Seed of the initial units and of the order of the data."""
         return self.config.seed
 
     def history(self) -> list[Metrics]:
-        """Logged metrics, as `LorsaTrainer.fit` returned them."""
+        """Return the logged metrics, as `LorsaTrainer.fit` returned them."""
         return read_metrics(self.folder / METRICS_FILE)
 
     def lorsa(self) -> Lorsa:
-        """The trained Lorsa."""
+        """Return the trained Lorsa, read from the cache."""
         return Lorsa.load(self.folder / _WEIGHTS)
 
 
@@ -94,14 +97,15 @@ def train_lorsas(
     device: str | torch.device = "auto",
     progress: bool = True,
 ) -> list[LorsaRun]:
-    """Train a Lorsa per recipe and seed, those of a seed on one stream of sequences.
+    """Train a Lorsa for each recipe and seed. Lorsas of a seed share one stream of sequences.
 
     Args:
-        pairs: of that layer. train: everything but `seed`, which `seeds` say.
+        pairs: data of that layer.
+        train: options of training. `seeds` replaces the value of `seed`.
         n_ov, k: as in `LorsaConfig`. log_every: as in `train_together`.
 
-    Returns runs in order of seeds, then recipes. Raises what the parts raise, and CacheError for a run's
-    folder that cannot be read.
+    Returns runs in order of seeds, then recipes. Raises CacheError for a run's folder that cannot be read,
+    and the errors of initialization and training.
     """
     target, base = resolve_device(device), train or TrainConfig()
 
@@ -134,13 +138,15 @@ def lorsa_rows(
     tokens: Tokens | None = None,
     progress: bool = True,
 ) -> list[DeadFeatureRow]:
-    """Training curves and held-out numbers (`09_lorsa.csv`): features are units, the site is `attention`.
+    """Return rows of training curves and held-out numbers (`09_lorsa.csv`).
+
+    In the rows, features are units and the site is `attention`. Evaluations are cached.
 
     Args:
         held_out: sequences of the same layer that no run was trained on.
-        model, tokens: both or none: for the losses.
+        model, tokens: give both for the language-model losses, or neither.
 
-    Evaluations are cached. Raises as `evaluate_lorsas`.
+    Raises as `evaluate_lorsas`.
     """
     found = _evaluations(runs, held_out, model, tokens, progress)
     return [
@@ -153,7 +159,7 @@ def lorsa_rows(
 def lorsa_budget(
     model: nn.Module, runs: Sequence[LorsaRun], pairs: SequencePairs, held_out: SequencePairs, losses: Tokens
 ) -> str:
-    """What stands behind the numbers of runs of one layer and size, for captions and the claims table."""
+    """Return the setting of runs of one layer and size in words, for captions and the claims table."""
     info, run = model_info(model), runs[0]
     config, train = run.config, run.train
     d_init = ", ".join(str(one) for one in sorted({one.d_init for one in runs if one.d_init}))
@@ -201,7 +207,7 @@ def _evaluations(
     tokens: Tokens | None,
     progress: bool,
 ) -> list[dict[str, Any]]:
-    """The fields of `held_out` rows that come from the evaluation."""
+    """Return the evaluated fields of `held_out` rows, a mapping for each run."""
 
     def evaluate(missing: list[LorsaRun]) -> list[Evaluation]:
         lorsas = [run.lorsa() for run in missing]

@@ -1,4 +1,4 @@
-"""What a notebook opens: its parameters as they ran, its folder, and everything that it leaves there."""
+"""One run of a notebook: its parameters, its output folder, and the files it writes there."""
 
 from __future__ import annotations
 
@@ -34,20 +34,22 @@ from asi_lens.training.config import TrainConfig
 
 
 class Page:
-    """One run of a notebook.
+    """A run of a notebook: parameters, loaded sources, written files.
 
-    `Page("04_dead_feature_curves", globals())` takes the names of the parameters from the notebook's own cell
-    and their values from the namespace, so that what is recorded is what ran. Whatever is loaded through it
-    notes its own fingerprint; tables and figures are written as they come, the sidecar by `done`.
+    `Page("04_dead_feature_curves", globals())` reads the names of the parameters from the notebook's cell of
+    parameters and their values from the namespace, so the record holds the values that ran. The page records
+    the fingerprint of everything loaded through it. Tables and figures are written at once; `done` writes
+    the sidecar.
 
     Attributes:
-        notebook: its name. parameters: names and values. folder: where its files go. profile: as given.
-        seeds: `seed` and, where there is an `n_seeds`, the next ones.
+        notebook: name of the notebook. parameters: values by name. profile: value of the `profile` parameter.
+        folder: folder of the files that the run writes.
+        seeds: `n_seeds` consecutive seeds from `seed` on; `seed` alone without `n_seeds`.
     """
 
     def __init__(self, notebook: str, namespace: Mapping[str, Any]):
-        """Raises UnknownNameError for a notebook that is not there, OptionError for a parameter that the
-        namespace lacks or a number of seeds below one."""
+        """Raises UnknownNameError for a notebook that does not exist, OptionError for a parameter that is
+        missing in the namespace or a number of seeds below one."""
         names = notebook_defaults(notebook)
         missing = [name for name in names if name not in namespace]
         if missing:
@@ -71,13 +73,13 @@ class Page:
         self._verdicts: list[dict[str, Any]] = []
 
     def __getitem__(self, name: str) -> Any:
-        """A parameter. Raises OptionError for one that the notebook does not have."""
+        """Return the value of a parameter. Raises OptionError for a name that is not a parameter."""
         if name not in self.parameters:
             raise OptionError(f"{self.notebook} has no parameter {name!r} in its cell of parameters")
         return self.parameters[name]
 
     def load_model(self, name: str | None = None) -> nn.Module:
-        """The model of the parameters, or another one, in the `dtype` of the parameters."""
+        """Return the parameters' model, or the model called `name`, in the `dtype` of the parameters."""
         self._model = load_model(self["model"] if name is None else name, dtype=self["dtype"])
         info = model_info(self._model)
         self._sources[f"{info.name} ({info.weights}, {info.dtype})"] = info.fingerprint
@@ -92,9 +94,9 @@ class Page:
         after: Tokens | None = None,
         what: str = "",
     ) -> Tokens:
-        """`n_tokens` of a corpus (`main_corpus` by default) in sequences of `context`.
+        """Return `n_tokens` tokens of a corpus (`main_corpus` by default) in sequences of `context`.
 
-        They are those that follow `after`; `what` says in the record what they are for.
+        The tokens follow those of `after`. `what` states their purpose in the record.
         """
         tokens = load_tokens(
             self["main_corpus"] if corpus is None else corpus,
@@ -107,7 +109,7 @@ class Page:
         return tokens
 
     def harvest(self, model: nn.Module, wheres: Sequence[SiteLayer]) -> Split:
-        """Stores of every (site, layer) to train on and held out, in the sizes of the parameters."""
+        """Return training and held-out stores of every (site, layer), in the sizes of the parameters."""
         self._data = data = harvest_split(
             model,
             self["main_corpus"],
@@ -123,7 +125,7 @@ class Page:
         return data
 
     def train_config(self, **changes: Any) -> TrainConfig:
-        """How the parameters say to train: `lr`, `batch_size`, `n_tokens_train`, `dead_window`."""
+        """Return options of training from `lr`, `batch_size`, `n_tokens_train` and `dead_window`."""
         options = {name: self[name] for name in ("batch_size", "dead_window")}
         options["n_tokens"] = self["n_tokens_train"]
         if "lr" not in changes:
@@ -139,7 +141,7 @@ class Page:
         lr: float | None = None,
         **options: Any,
     ) -> list[TrainedRun]:
-        """Train each method with each seed (see `train_recipes`); finished ones come from the cache."""
+        """Train each method with each seed (see `train_recipes`); read finished runs from the cache."""
         changes = {} if lr is None else {"lr": lr}
         return train_recipes(
             store,
@@ -161,10 +163,10 @@ class Page:
         curves: bool = True,
         drift: bool = False,
     ) -> list[DeadFeatureRow]:
-        """Rows of trained dictionaries: see `dead_feature_rows`, and with `drift` `drift_rows`.
+        """Return rows of trained dictionaries: see `dead_feature_rows`, or `drift_rows` if `drift` is True.
 
-        They hold what the language model loses unless `losses` is False. Raises OptionError before
-        `load_model` and `harvest`.
+        Rows include the language-model losses unless `losses` is False. Raises OptionError if `load_model`
+        or `harvest` was not called before.
         """
         model, data = self._loaded()
         judged: dict[str, Any] = {"model": model, "tokens": data.loss_tokens} if losses else {}
@@ -173,8 +175,8 @@ class Page:
         return run_rows.dead_feature_rows(runs, held_out, curves=curves, **judged)
 
     def setting(self, model: nn.Module, tokens: Tokens, *more: str) -> str:
-        """Model, text, tokens (or what is said instead) and context in words: the budget of a notebook that
-        trains nothing."""
+        """Return model, text, number of tokens (or the words in `more`) and context in words: the budget of a
+        notebook that trains nothing."""
         info = model_info(model)
         parts = [f"{info.name} ({info.weights}, {info.dtype})", tokens.corpus]
         parts += [*(more or [f"{tokens.n_tokens:,} tokens"]), f"context {self['context']}"]
@@ -184,7 +186,7 @@ class Page:
     def budget(
         self, runs: Sequence[TrainedRun], *, losses: bool = True, before: str = "", after: str = ""
     ) -> str:
-        """What stands behind the numbers of runs, in words; `judge` states it too."""
+        """Return the setting of runs in words; `judge` records it with the verdicts."""
         model, data = self._loaded()
         self._budget = f"{before}{run_rows.budget(model, runs, data, losses=losses)}{after}"
         return self._budget
@@ -194,7 +196,7 @@ class Page:
     ) -> pd.DataFrame:
         """Write `<stem>.csv` (the notebook's name by default) and return it as a frame.
 
-        `row`: what the rows are, where they come as mappings.
+        `row`: class of the rows, for rows given as mappings.
         """
         checked = [one if isinstance(one, Row) else _row(row, one) for one in rows]
         stem = self._stem(stem)
@@ -203,7 +205,10 @@ class Page:
         return frame(checked)
 
     def figure(self, figure: go.Figure, caption: str, stem: str = "") -> go.Figure:
-        """Write the figure's page and image under `<stem>` (the notebook's name by default); returns it."""
+        """Write the figure's page and image under `<stem>` (the notebook's name by default).
+
+        Returns the figure.
+        """
         stem = self._stem(stem)
         saved = save(figure, self.folder / stem, caption=caption)
         title = figure.layout.title
@@ -217,7 +222,7 @@ class Page:
         return figure
 
     def judge(self, *verdicts: Verdict | None, budget: str | None = None) -> pd.DataFrame:
-        """Record verdicts (None is a claim that was not put to the test) and show them, a row a number."""
+        """Record verdicts (None: a claim that was not tested). Returns a frame with a row for each number."""
         shown = []
         for one in verdicts:
             if one is None:
@@ -231,7 +236,7 @@ class Page:
         return pd.DataFrame(shown, columns=columns).set_index(["claim", "verdict", "number"])
 
     def done(self) -> None:
-        """Write the sidecar: what ran, from what, on which machine, and what it left."""
+        """Write the sidecar: parameters, sources, machine, and the files that the run wrote."""
         write_sidecar(
             self.folder,
             {

@@ -1,4 +1,4 @@
-"""Ways of training dictionaries that notebooks compare, by name."""
+"""Named ways of training dictionaries, for comparison in notebooks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from asi_lens.training.config import TrainConfig
 
 @dataclass(frozen=True)
 class Recipe:
-    """One way of training, named as in the figures' legends. Raises OptionError or UnknownNameError."""
+    """A way of training, named as in the figures' legends. Raises OptionError or UnknownNameError."""
 
     name: str
     init: str = "random"
@@ -27,17 +27,17 @@ class Recipe:
     aux_k: int | str = 0
     """As in `TrainConfig`."""
     center: bool = True
-    """Take the mean out of the input; else it is left in, and `b_dec` starts at zero."""
+    """Subtract the mean from the input. False: the input keeps its mean, and `b_dec` starts at zero."""
     inside: bool = False
-    """Train on the coordinates in the active subspace alone (`sae.subspace`), for "asi"."""
+    """Train only on the coordinates in the active subspace (`sae.subspace`). For "asi" only."""
     activation: str = "topk"
     """As in `SAEConfig`."""
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
-    """How it is kept sparse (`sae.sparsity`)."""
+    """Options of sparsity (`sae.sparsity`)."""
     reader: str | None = None
-    """What the encoder of a transcoder starts from, of `transcoder_init.READERS`; none for autoencoders."""
+    """Start of a transcoder's encoder, one of `transcoder_init.READERS`; None for autoencoders."""
     search: str = "exact"
-    """How the top k are found, of `search.SEARCHES`; "subspace" for TopK autoencoders at full width."""
+    """Search for the top k, one of `search.SEARCHES`; "subspace" is for TopK autoencoders at full width."""
 
     def __post_init__(self) -> None:
         start = find_start(self.init)
@@ -68,10 +68,10 @@ RECIPES: dict[str, Recipe] = {
         Recipe("inside the subspace", "asi", "auto", inside=True),
     )
 }
-"""The paper's comparison (C7, C9), what centering alone does, and training in the subspace alone."""
+"""The paper's comparison (C7, C9), the effect of centering alone, and training in the subspace alone."""
 
 
-# Matryoshka's prefixes are the dictionary over these.
+# Matryoshka's prefixes have the size of the dictionary divided by these numbers.
 _PARTS = (16, 8, 4, 2)
 _KINDS = {
     name: (kind, nested)
@@ -84,10 +84,10 @@ DICTIONARIES = tuple(_KINDS)
 
 
 def dictionary_recipe(kind: str, d_sae: int) -> Recipe:
-    """A kind of dictionary from a random start, under its own name; `dataclasses.replace` changes the start.
+    """Return the recipe of a kind of dictionary with a random start, named after the kind.
 
-    Matryoshka's prefixes are a sixteenth, an eighth, a quarter and half of the dictionary. Raises
-    UnknownNameError for a name that is not in `DICTIONARIES`.
+    `dataclasses.replace` changes the start. Matryoshka's prefixes are a sixteenth, an eighth, a quarter and
+    half of the dictionary. Raises UnknownNameError for a name that is not in `DICTIONARIES`.
     """
     require_known([kind], DICTIONARIES, "kind of dictionary")
     activation, nested = _KINDS[kind]
@@ -98,7 +98,7 @@ def dictionary_recipe(kind: str, d_sae: int) -> Recipe:
 
 
 def find_recipe(given: Recipe | str) -> Recipe:
-    """A recipe, or the one of that name in `RECIPES`. Raises UnknownNameError."""
+    """Return the given recipe, or the recipe of that name in `RECIPES`. Raises UnknownNameError."""
     if isinstance(given, Recipe):
         return given
     if given not in RECIPES:

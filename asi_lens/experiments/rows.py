@@ -1,4 +1,4 @@
-"""The table of a comparison: training curves and held-out numbers of its dictionaries, and their budget."""
+"""Table rows of a comparison of dictionaries: training curves, held-out numbers, and the budget in words."""
 
 from __future__ import annotations
 
@@ -34,15 +34,18 @@ def dead_feature_rows(
     curves: bool = True,
     progress: bool = True,
 ) -> list[DeadFeatureRow]:
-    """Training curves and held-out numbers of dictionaries of one site (`04_dead_feature_curves.csv`).
+    """Return rows of training curves and held-out numbers of dictionaries of one site.
+
+    The table is `04_dead_feature_curves.csv`. Evaluations are cached.
 
     Args:
-        held_out: rows of the same site that no run was trained on: the dead features and FVU of the
+        held_out: rows of the same site that no run was trained on, for dead features and FVU in the
             `held_out` rows.
-        model, tokens: both or none: for the losses, on text of the held-out rows.
-        curves: all logged moments; else the last one. A moment before a window was full has no row of it.
+        model, tokens: give both for the language-model losses on the held-out text, or neither.
+        curves: return a row for every logged step. False: only for the last. A dead window gives rows only
+            from the step on at which the window was full.
 
-    Evaluations are cached. Raises as `evaluate_together`.
+    Raises as `evaluate_together`.
     """
     rows = []
     for run, found in zip(runs, _evaluations(runs, held_out, model, tokens, progress), strict=True):
@@ -56,9 +59,9 @@ def dead_feature_rows(
 def table_rows(
     about: Mapping[str, Any], history: Sequence[Metrics], n_tokens: int, found: Mapping[str, Any]
 ) -> list[DeadFeatureRow]:
-    """Rows of one run: its logged moments, a row for each window that was full, and `found` on held-out data.
+    """Return rows of one run: a row for each logged step and full dead window, and `found` on held-out data.
 
-    `about` holds the columns that say which run it is; `n_tokens` were trained on.
+    `about` holds the columns that identify the run; `n_tokens` is the number of training tokens.
     """
     rows = []
     for moment in history:
@@ -79,7 +82,7 @@ def drift_rows(
     tokens: Tokens | None = None,
     progress: bool = True,
 ) -> list[DriftRow]:
-    """The same with the drift over training (`08_jumprelu_schedule.csv`); see `dead_feature_rows`."""
+    """Return the rows of `dead_feature_rows` with the drift over training (`08_jumprelu_schedule.csv`)."""
     named = {(run.recipe.name, run.seed): run for run in runs}
     moments = {(*who, moment["tokens"]): moment for who, run in named.items() for moment in run.history()}
     out = []
@@ -100,16 +103,16 @@ def drift_rows(
 
 
 def relative_times(runs: Sequence[TrainedRun]) -> pd.DataFrame:
-    """Time of a step by method, over that of the first one: a ratio of medians over logged rows."""
+    """Return each method's time of a step relative to the first method: ratios of medians of logged rows."""
     rows = [(run.recipe.name, row["tokens_per_s"]) for run in runs for row in run.history()]
     speeds = pd.DataFrame(rows, columns=["method", "time per step"]).groupby("method", sort=False).median()
     return speeds.iloc[0] / speeds
 
 
 def seen_fvu(runs: Sequence[TrainedRun], store: ActivationStore, n: int, progress: bool = True) -> pd.Series:
-    """Mean FVU by method on `n` rows of what they were trained on (all of them, if there are fewer).
+    """Return the mean FVU by method on `n` rows of the training data (on all rows, if there are fewer).
 
-    Below that of held-out text by what several passes over the same rows memorize.
+    It is below the FVU on held-out text by what several passes over the same rows memorize.
     """
     sample = ActivationStore.from_tensor(store.sample(min(n, store.n)), store.metadata)
     found = _evaluations(runs, sample, None, None, progress)
@@ -118,7 +121,7 @@ def seen_fvu(runs: Sequence[TrainedRun], store: ActivationStore, n: int, progres
 
 
 def budget(model: nn.Module, runs: Sequence[TrainedRun], data: Split, *, losses: bool = True) -> str:
-    """What stands behind the numbers of some runs, for captions and the claims table."""
+    """Return the setting of some runs in words, for captions and the claims table."""
     info, store = model_info(model), next(iter(data.train.values()))
     sites = dict.fromkeys(run.config.metadata["site"] for run in runs)
     layers = {run.config.metadata["layer"] for run in runs}
@@ -154,7 +157,7 @@ def _evaluations(
     tokens: Tokens | None,
     progress: bool,
 ) -> list[dict[str, Any]]:
-    """The fields of `held_out` rows that come from the evaluation."""
+    """Return the evaluated fields of `held_out` rows, a mapping for each run."""
 
     def evaluate(missing: list[TrainedRun]) -> list[Evaluation]:
         saes = [run.sae() for run in missing]

@@ -1,7 +1,7 @@
-"""Dictionaries trained in several ways on one store, side by side: what the notebooks from 04 on compare.
+"""Dictionaries trained in several ways on one store, side by side, for the notebooks from 04 on.
 
-Every dictionary is trained once. Its weights and training curve stay in the cache under a key of all that
-they depend on, so that a notebook that asks again reads them, and one that was stopped goes on.
+Every dictionary is trained once. Its weights and training curve are cached. The cache key covers everything
+they depend on, so a notebook that runs again reads them, and a notebook that was stopped continues.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from asi_lens.training.learner import Learner
 from asi_lens.training.loop import train_together
 from asi_lens.training.metrics import METRICS_FILE, Metrics, read_metrics
 
-# Raise it when a change to training, initialization or evaluation makes other numbers of the same options.
+# Raise it when a change to training, initialization or evaluation changes the results of the same options.
 FORMAT = 1
 FINISHED_FILE = "finished.json"
 _EARLIER_FILE = "run.json"
@@ -58,24 +58,24 @@ class TrainedRun:
     config: SAEConfig
     train: TrainConfig
     d_init: int | None
-    """Dimensions that the recipe's `d_init` came to."""
+    """Dimensions of the active subspace, with the recipe's "auto" resolved; None without a subspace."""
     d_active: int
-    """Dimensions that drift is measured in: `d_init`, or what "auto" comes to."""
+    """Dimensions of the subspace for measuring drift: `d_init`, or the value of "auto"."""
     folder: Path
-    """Holds the dictionary (`sae`), its curve (`metrics.csv`) and what it is (`finished.json`)."""
+    """Folder of the dictionary (`sae`), its curve (`metrics.csv`) and its description (`finished.json`)."""
 
     @property
     def seed(self) -> int:
-        """Of the initial directions and of the order of the data."""
+        """Seed of the initial directions and of the order of the data."""
         return self.config.seed
 
     @property
     def subspace(self) -> int | None:
-        """Dimensions that it was trained in, none for all."""
+        """Dimensions of the subspace that the run was trained in; None for training at full width."""
         return self.d_init if self.recipe.inside else None
 
     def history(self) -> list[Metrics]:
-        """Logged metrics, as `Trainer.fit` returned them; FVU is always of whole activations."""
+        """Return logged metrics, as `Trainer.fit` returned them; the FVU is that of whole activations."""
         history = read_metrics(self.folder / METRICS_FILE)
         if self.subspace is not None:
             floor = about_run(self.folder)["discarded"]
@@ -84,7 +84,7 @@ class TrainedRun:
         return history
 
     def sae(self) -> SparseAutoencoder:
-        """The trained dictionary."""
+        """Return the trained dictionary, read from the cache."""
         return SparseAutoencoder.load(self.folder / _SAE)
 
 
@@ -102,24 +102,24 @@ def train_recipes(
     device: str | torch.device = "auto",
     progress: bool = True,
 ) -> list[TrainedRun]:
-    """Train a dictionary per recipe and seed, those of a seed on one stream of batches.
+    """Train a dictionary for each recipe and seed. Dictionaries of a seed share one stream of batches.
 
-    Recipes that come to the same options are one run. Those that are in the cache are not trained again.
+    Recipes with the same resulting options are one run. Runs in the cache are not trained again.
 
     Args:
         store: rows of one site, or paired stores for transcoders.
-        recipes: recipes, or names in `recipes.RECIPES`; transcoders have a `reader`.
-        train: everything but `optimizer`, `aux_k` and `seed`, which recipes and `seeds` say.
+        recipes: recipes, or names in `recipes.RECIPES`; recipes of transcoders have a `reader`.
+        train: options of training. The recipes replace `optimizer` and `aux_k`, and `seeds` replaces `seed`.
         windows, log_every, checkpoint_every: as in `train_together`.
-        device: where to train; "auto" is CUDA if there is one.
+        device: device of training; "auto" is CUDA if it is available.
 
-    Returns runs in order of seeds, then recipes. Raises what the parts raise, and CacheError for a run's
-    folder that cannot be read.
+    Returns runs in order of seeds, then recipes. Raises CacheError for a run's folder that cannot be read,
+    and the errors of initialization and training.
     """
     chosen = [find_recipe(recipe) for recipe in recipes]
     target = resolve_device(device)
     base = train or TrainConfig()
-    # "auto" means different things on different machines: what it means here is part of the run's key.
+    # "auto" depends on the machine, so the resolved dtype is part of the run's key.
     dtype = resolve_dtype(base.compute_dtype, target)
     base = replace(base, compute_dtype=str(dtype).removeprefix("torch."))
     logging = {"windows": sorted({*windows, base.dead_window}), "log_every": log_every}
@@ -135,9 +135,9 @@ def train_seeds(
     runs_of: Callable[[int], list[AnyRun]],
     train: Callable[[list[AnyRun]], None],
 ) -> list[AnyRun]:
-    """The runs of all seeds in order, those of a seed trained while no other process has their folders.
+    """Return the runs of all seeds, in order. Runs of a seed are trained while their folders are locked.
 
-    Raises OptionError where there are no seeds or no recipes.
+    Raises OptionError without seeds or without recipes.
     """
     require(len(seeds) > 0, "seeds", [], "one or more")
     out: list[AnyRun] = []
@@ -161,10 +161,10 @@ def train_missing(
     """Train the runs that are not finished, together on `data`, and mark them as finished.
 
     Args:
-        files: what a finished run's folder holds beside its curve.
-        start: the learner of a run, and what there is to say of it.
-        save: puts what a learner has learned into the run's folder; returns what else there is to say.
-        options: of `train_together`.
+        files: names of the files that a finished run's folder holds besides its curve.
+        start: returns the learner of a run, and facts for the run's description.
+        save: writes the learned weights to the run's folder; returns more facts for the description.
+        options: options of `train_together`.
     """
     needed = (METRICS_FILE, *files)
     missing = {run.folder: run for run in runs if not is_finished(run.folder, needed)}
@@ -193,11 +193,11 @@ def _run(
     train = replace(base, optimizer=recipe.optimizer, aux_k=recipe.aux_k, seed=seed)
     automatic = auto_d_init(store.spectrum)
     d_init = automatic if recipe.d_init == "auto" else recipe.d_init
-    # Recipes of the same options are one run, whatever they are called and however they came to d_init.
+    # Recipes with the same options are one run, whatever their names and however d_init was chosen.
     options = {**asdict(recipe), "name": None, "d_init": d_init}
     if not KINDS[recipe.activation].threshold_learns:
         del options["sparsity"]["threshold_lr"]
-    if recipe.search == "exact":  # runs from before there was a choice are those of this key
+    if recipe.search == "exact":  # keeps the keys of runs from before this option existed
         del options["search"]
     if options.pop("reader") is not None:
         options["init"] = f"{recipe.init}, reads {recipe.reader}"
@@ -213,7 +213,7 @@ def _run(
     )
     known = [store.metadata[name] for name in ("model", "site", "layer") if name in store.metadata]
     folder = run_folder([*known, d_sae, recipe.init], key)
-    assert not isinstance(d_init, str)  # "auto" was the only one that `initialize` takes
+    assert not isinstance(d_init, str)  # "auto" is the only string that `initialize` takes
     return TrainedRun(recipe, config, train, d_init, d_init or automatic, folder)
 
 
@@ -224,7 +224,7 @@ def _train(
     device: torch.device,
     progress: bool,
 ) -> None:
-    """Train what is missing: together where dictionaries read the same rows."""
+    """Train the missing runs; dictionaries that read the same rows are trained together."""
     for r in dict.fromkeys(run.subspace for run in runs):
         rows = SubspaceStore(store, r) if r is not None and isinstance(store, ActivationStore) else store
         train_missing(
@@ -247,16 +247,16 @@ def _start(
     report: InitReport | TranscoderInitReport
     if isinstance(rows, PairedStores):
         assert isinstance(sae, Transcoder)
-        assert recipe.reader is not None  # `_run` has seen to it
+        assert recipe.reader is not None  # checked by `_run`
         report = initialize_transcoder(sae, rows, recipe.init, recipe.reader, run.d_init, initial_l0=l0)
     else:
-        # Inside the subspace any direction is one of ASI's.
+        # Inside the subspace every direction is in ASI's active subspace, so "random" draws ASI's directions.
         method, d_init = (recipe.init, run.d_init) if run.subspace is None else ("random", None)
         sample = rows.sample(min(_SAMPLE, rows.n))
         b_dec = "mean" if recipe.center else "zeros"
         center: dict[str, Any] = {"center": recipe.center, "b_dec": b_dec}
         report = initialize(sae, method, rows.spectrum, d_init, sample, initial_l0=l0, **center)
-        # Of all, also those that did not begin there; inside the subspace there is nowhere else to go.
+        # Drift is measured for all recipes, also for those without ASI. Inside the subspace it is constant.
         drift, search = Drift(rows.spectrum, min(run.d_active, rows.d)), recipe.search
     about = {"format": FORMAT, "recipe": asdict(recipe), "initialization": asdict(report)}
     return Trainer(sae.to(device), run.train, recipe.sparsity, drift, search=search), about
@@ -269,7 +269,7 @@ def _untrained(run: TrainedRun, rows: ActivationStore | PairedStores) -> SparseA
 
 
 def _save(run: TrainedRun, trainer: Trainer, rows: ActivationStore | PairedStores) -> dict[str, Any]:
-    """Put the trained dictionary into the run's folder, at full width."""
+    """Write the trained dictionary to the run's folder, at full width."""
     if not isinstance(rows, SubspaceStore):
         trainer.sae.save(run.folder / _SAE)
         return {}
@@ -278,32 +278,33 @@ def _save(run: TrainedRun, trainer: Trainer, rows: ActivationStore | PairedStore
 
 
 def run_folder(words: Iterable[object], key: str) -> Path:
-    """The folder of a run under a key of all that it depends on; `words` are for those who look there."""
+    """Return the cache folder of a run. `key` covers all it depends on; `words` make the name readable."""
     return cache_dir("runs") / re.sub(r"[^\w.-]+", "-", "-".join([*map(str, words), key]))
 
 
 @contextmanager
 def alone(folders: Iterable[Path]) -> Iterator[None]:
-    """Hold the folders of runs; a process that wants one of them too waits, and then finds it finished."""
+    """Lock the folders of runs. Another process that needs one of them waits, then finds it finished."""
     with ExitStack() as stack:
-        # In one order, so that two processes never wait for each other.
+        # Locks are taken in sorted order, so that two processes never wait for each other.
         for folder in sorted(set(folders)):
             stack.enter_context(locked(folder))
         yield
 
 
 def finish(folder: Path, about: Mapping[str, Any]) -> None:
-    """Mark a run as finished: everything else is in its folder by now. `about` are JSON values."""
+    """Mark a run as finished, after all its other files are written. `about` holds JSON values."""
     with write_whole(folder / FINISHED_FILE) as temporary:
         temporary.write_text(json.dumps(about, indent=1), encoding="utf-8")
-    # Moments of the optimizer: three times the weights, for nothing once they are trained.
+    # The checkpoint holds the optimizer state (three times the size of the weights), which a finished run no
+    # longer needs.
     (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
 
 
 def is_finished(folder: Path, needed: Iterable[str]) -> bool:
-    """Whether a run is marked as finished. Raises CacheError if it is, but files that it needs are missing.
+    """Return whether a run is marked as finished. Raises CacheError if it is, but `needed` files are missing.
 
-    The mark of earlier versions, `run.json`, is renamed where it is found.
+    The mark of earlier versions, `run.json`, is renamed.
     """
     earlier = folder / _EARLIER_FILE
     if earlier.exists() and not (folder / FINISHED_FILE).exists():
@@ -320,5 +321,5 @@ def is_finished(folder: Path, needed: Iterable[str]) -> bool:
 
 
 def about_run(folder: Path) -> dict[str, Any]:
-    """What a finished run says of itself."""
+    """Return the description of a finished run (JSON values)."""
     return json.loads((folder / FINISHED_FILE).read_text(encoding="utf-8"))

@@ -1,1 +1,1 @@
-"""Low-rank sparse attention: what `sae` is for activations, for attention layers."""
+"""Low-rank sparse attention (Lorsa): sparse dictionaries of attention layers, as `sae` has of activations."""

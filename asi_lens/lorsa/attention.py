@@ -1,4 +1,4 @@
-"""What one attention layer of a model computes with, read out and checked against the layer itself."""
+"""Weights and rules of one attention layer of a model, read out and checked against the layer's output."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from asi_lens.inputs import models, twin
 from asi_lens.lorsa.heads import PatternConfig, QueryKeyHeads
 
 READ_SITE = "blocks.{}.attn.hook_in"
-"""What an attention layer reads: the stream after its input norm, where there is one."""
+"""Hook of an attention layer's input: the residual stream, after the layer's input norm if it has one."""
 
-# Relative error of the copy's output that rounding explains, by the dtype the model computes in.
+# Largest relative error of the copy's output that rounding explains, by the dtype of the model.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
 
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """The weights of an attention layer by query head, float64 on the CPU, and its rules.
+    """Weights of an attention layer by query head (float64, on the CPU), and its rules for patterns.
 
-    Key-value heads that query heads share (grouped queries) are repeated, one for each query head. Missing
-    biases are zeros. `cos`, `sin` as in `QueryKeyHeads`; gains are None without a query-key norm.
+    Key-value heads that query heads share (grouped queries) are repeated: one copy for each query head.
+    Missing biases are zeros. `cos` and `sin` are those of `QueryKeyHeads`. Gains are None for a layer without
+    a query-key norm.
     """
 
     W_Q: Float[Tensor, "head d_in d_head"]
@@ -49,7 +50,7 @@ class AttentionLayer:
 
     @property
     def d_in(self) -> int:
-        """Width of what the layer reads and writes."""
+        """Width of the layer's input and output."""
         return self.W_Q.shape[1]
 
     @property
@@ -59,9 +60,9 @@ class AttentionLayer:
 
     @torch.no_grad()
     def fill(self, heads: QueryKeyHeads, mean: Float[Tensor, " d_in"], scale: float) -> None:
-        """Copy queries and keys into `heads`, for inputs (x - mean) * scale instead of x.
+        """Copy queries and keys into `heads`, adapted to inputs (x - mean) * scale instead of x.
 
-        Each head goes into as many neighbors as `heads` has of them for each of the layer's.
+        Where `heads` has a multiple of the layer's heads, each head is copied into that many neighbors.
         """
         copies = heads.W_Q.shape[0] // self.n_heads
         mean = mean.to(self.W_Q)
@@ -76,7 +77,7 @@ class AttentionLayer:
 
     @torch.no_grad()
     def output(self, x: Float[Tensor, "batch position d_in"]) -> Float[Tensor, "batch position d_in"]:
-        """What the layer writes, before any norm after it, for raw inputs; float64."""
+        """Return the layer's output for raw inputs, float64, before any norm that follows the layer."""
         heads = QueryKeyHeads(self.n_heads, self.d_in, self.d_head, self.pattern, torch.float64)
         self.fill(heads, torch.zeros(self.d_in), 1.0)
         values = torch.einsum("bpd,hdv->bhpv", x.double().cpu(), self.W_V) + self.b_V[:, None]
@@ -85,12 +86,12 @@ class AttentionLayer:
 
 
 def write_site(model: nn.Module, layer: int) -> str:
-    """The hook of what the attention layer writes, before any norm after it (Gemma 2 and 3)."""
+    """Return the hook of the attention layer's output, before any norm that follows it (Gemma 2 and 3)."""
     return models.hook_name(model, models.attention_write_site(model), layer)
 
 
 def origin(model: nn.Module, layer: int) -> dict[str, Any]:
-    """Metadata of a Lorsa of `model`: its name and fingerprint, the layer, the hook it writes to."""
+    """Return metadata of a Lorsa of `model`: the model's name and fingerprint, the layer, the output hook."""
     info = models.model_info(model)
     return {
         "model": info.name,
@@ -103,12 +104,12 @@ def origin(model: nn.Module, layer: int) -> dict[str, Any]:
 def read_attention(model: nn.Module, layer: int, context: int) -> AttentionLayer:
     """Read an attention layer of a TransformerBridge, for sequences up to `context`.
 
-    The model runs once, on `context` tokens up to that layer: the rotation by position is taken from that
-    run, and the output computed from what was read must be the layer's own.
+    The model runs once, on `context` tokens up to that layer. The rotation by position is taken from that
+    run, and the output of the copy must equal the layer's own output up to rounding.
 
-    Raises UnsupportedModelError, naming what is missing, for a layer whose patterns are made otherwise
-    (without a causal mask, with ALiBi or other rotations ...); OptionError for a layer or context out of
-    range.
+    Raises UnsupportedModelError, naming the reason, for a layer that computes its patterns in another way
+    (without a causal mask, with ALiBi or other rotations ...). Raises OptionError for a layer or context out
+    of range.
     """
     info = models.model_info(model)
     if not info.causal:
@@ -168,7 +169,10 @@ def read_attention(model: nn.Module, layer: int, context: int) -> AttentionLayer
 def _run(
     model: nn.Module, attention: nn.Module, layer: int, read: str, write: str, context: int
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-    """Input and output [1 context d_in], float64, of one run; cos and sin [context rotary_dim], if any."""
+    """Run the model once; return input and output [1 context d_in], float64, and (cos, sin) or None.
+
+    cos and sin are [context rotary_dim]; None for a layer without a rotation.
+    """
     seen: dict[str, Any] = {}
 
     def keep(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -193,7 +197,7 @@ def _run(
 def _projection(
     model: nn.Module, layer: int, bridge: Any, name: str, n_groups: int, n_heads: int
 ) -> tuple[Float[Tensor, "head d_in d_head"], Float[Tensor, "head d_head"]]:
-    """Weights and biases of queries, keys or values, float64, one for each query head."""
+    """Return weights and biases of queries, keys or values, float64, repeated for each query head."""
     part = bridge._modules.get(name)
     linear: Any = None if part is None else twin.original(part)
     if not isinstance(linear, nn.Linear):
@@ -211,7 +215,7 @@ def _eps(norm: nn.Module) -> float:
 
 
 def _gain(model: nn.Module, layer: int, norm: nn.Module, d_head: int) -> Float[Tensor, " d_head"]:
-    """What a norm multiplies by: its output for ones, whose root mean square is 1 (some store gain - 1)."""
+    """Return a norm's gain: its output for ones, whose root mean square is 1. (Some norms store gain - 1.)"""
     parameter = next(norm.parameters(), torch.empty(0))
     if _eps(norm) <= 0 or parameter.numel() != d_head:
         raise _unsupported(

@@ -1,4 +1,4 @@
-"""What the units of a Lorsa attend to: where each wrote most, and from where it read that."""
+"""Contexts of a Lorsa's units: the positions where each unit wrote most, and the positions it read from."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _BLOCK = 4
 
 @torch.no_grad()
 def unit_firings(lorsa: Lorsa, pairs: SequencePairs) -> pd.DataFrame:
-    """How often each unit wrote and how strongly, over the positions that count.
+    """Return how often and how strongly each unit wrote, over the positions that count.
 
-    Columns: `unit`, `head`, `frequency` (share of positions), `mean` (of the values when it wrote).
+    Columns: `unit`, `head`, `frequency` (share of positions), `mean` (of the unit's values where it wrote).
     """
     counts = torch.zeros(lorsa.n_ov, dtype=torch.float64)
     sums = torch.zeros(lorsa.n_ov, dtype=torch.float64)
@@ -52,18 +52,18 @@ def top_contexts(
     before: int = 12,
     spaces: str = " ",
 ) -> pd.DataFrame:
-    """The `n` positions where each unit wrote most, each in another sequence.
+    """Return the `n` positions where each unit wrote most, at most one position of a sequence.
 
     Args:
-        pairs, tokens: the layer's data and the text that they were harvested from.
-        decode: ids to text, as a tokenizer's `decode`.
+        pairs, tokens: the layer's data, and the text that the data were harvested from.
+        decode: turns ids into text, as a tokenizer's `decode` does.
         before: tokens of text shown before the position.
-        spaces: what stands for line breaks.
+        spaces: replacement for line breaks.
 
-    Columns: `unit`, `head`, `value` (normalized units), `reads_from` (the token that gave most), `share`
-    (its part of the value before the choice of k; others may be negative, so it may exceed 1), `distance`
-    (positions back), `text` (up to the position, the token read in «»). Raises OptionError for a unit that
-    there is not, or text of another shape than `pairs`.
+    Columns: `unit`, `head`, `value` (normalized units), `reads_from` (the token that contributed most),
+    `share` (that token's part of the value before the choice of k; other parts may be negative, so the share
+    may exceed 1), `distance` (positions back to that token), `text` (up to the position, with that token in
+    «»). Raises OptionError for a unit that does not exist, or for text of another shape than `pairs`.
     """
     shape = (len(pairs), pairs.context)
     require(tuple(tokens.ids.shape) == shape, "tokens", tuple(tokens.ids.shape), f"of shape {shape}")
@@ -99,7 +99,7 @@ def top_contexts(
 
 
 def _strongest(lorsa: Lorsa, pairs: SequencePairs, units: Sequence[int]) -> Tensor:
-    """What each unit wrote everywhere, by size [unit sequence position]; nothing at position 0."""
+    """Return the size of each unit's value at every position, [unit sequence position]; 0 at position 0."""
     wanted = torch.tensor(list(units))
     found = []
     for block in pairs.blocks(_BLOCK):
@@ -112,7 +112,7 @@ def _strongest(lorsa: Lorsa, pairs: SequencePairs, units: Sequence[int]) -> Tens
 
 
 def _parts(lorsa: Lorsa, x: Tensor, unit: int, position: int) -> Tensor:
-    """What each position up to this one gives to a unit: A[position, source] (x_n . w_v + b_v)."""
+    """Return each source position's contribution to a unit: A[position, source] (x_n . w_v + b_v)."""
     x_n = lorsa.normalize(x)
     pattern = lorsa.heads(x_n)[0, lorsa.head_of_unit[unit], position]
     values = x_n[0] @ lorsa.W_V[unit] + lorsa.b_V[unit]

@@ -1,7 +1,7 @@
-"""What an attention layer reads and writes, in whole sequences: the data of a Lorsa.
+"""Data of a Lorsa: inputs and outputs of an attention layer, in whole sequences.
 
-Position 0 of a sequence (BOS, the attention sink) is kept, because later positions look at it, but it is in
-no statistic, no loss and no count.
+Position 0 of a sequence (BOS, the attention sink) is kept, because later positions attend to it. Statistics,
+losses and counts leave it out; the other positions are "the positions that count".
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from asi_lens.lorsa.attention import READ_SITE, origin, write_site
 
 @dataclass(frozen=True)
 class PairBatch:
-    """Inputs x and outputs y of the same sequences, raw units; its length is the positions that count."""
+    """Inputs x and outputs y of the same sequences, in raw units. The length is the number of positions that
+    count."""
 
     x: Float[Tensor, "batch position d"]
     y: Float[Tensor, "sequences positions d_out"]
@@ -43,8 +44,8 @@ class PairBatch:
 class SequencePairs:
     """Inputs and outputs [sequence position d] of one attention layer, in memory.
 
-    `pairs[a:b]` are sequences a to b, without a copy. Raises DataError for shapes that do not fit or a
-    context of 1, which holds nothing but the position that is never counted.
+    `pairs[a:b]` are sequences a to b, without a copy. Raises DataError for shapes that do not fit, or for a
+    context of 1 (position 0 alone, which does not count).
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class SequencePairs:
             )
         self.inputs, self.outputs = inputs, outputs
         self.d = inputs.shape[2]
-        """Width."""
+        """Width of inputs and outputs."""
         self.metadata: dict[str, Any] = dict(metadata or {})
 
     def __len__(self) -> int:
@@ -72,17 +73,17 @@ class SequencePairs:
 
     @property
     def context(self) -> int:
-        """Positions of a sequence, the one that is not counted included."""
+        """Positions of a sequence, position 0 included."""
         return self.inputs.shape[1]
 
     @property
     def n(self) -> int:
-        """Positions that count."""
+        """Number of positions that count, over all sequences."""
         return len(self) * (self.context - 1)
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that change with the data: over the means and variances of both sides."""
+        """16 hex digits that change with the data: a hash of the means and variances of both sides."""
         digest = hashlib.sha256(f"{len(self)} {self.context}".encode())
         for moments in (self.input_moments, self.output_moments):
             digest.update(moments.mean.cpu().numpy().tobytes())
@@ -90,19 +91,18 @@ class SequencePairs:
         return digest.hexdigest()[:16]
 
     def blocks(self, n_sequences: int) -> Iterator[PairBatch]:
-        """All sequences once, in order."""
+        """Yield all sequences once, in order, `n_sequences` at a time."""
         sides = (self.inputs.split(n_sequences), self.outputs.split(n_sequences))
         return itertools.starmap(PairBatch, zip(*sides, strict=True))
 
     def batches(
         self, batch_size: int, *, seed: int, start: int = 0, n_tokens: int | None = None
     ) -> Iterator[PairBatch]:
-        """Shuffled batches from position `start` of the stream on, until `n_tokens` (None: without end).
+        """Yield shuffled batches from position `start` of the stream to `n_tokens` (None: without end).
 
-        `batch_size`, `start` and `n_tokens` count positions, but a batch is whole sequences: as many as fit,
-        in the last one too, and one batch may reach from an epoch into the next. Each epoch has an order of
-        its own, from `seed`. Raises OptionError for a batch smaller than a sequence, or a start between
-        batches.
+        `batch_size`, `start` and `n_tokens` count positions. A batch holds as many whole sequences as fit,
+        the last batch too, and may reach from an epoch into the next. Each epoch has its own order, drawn
+        from `seed`. Raises OptionError for a batch smaller than a sequence, or a start between batches.
         """
         each = self.context - 1
         require(batch_size >= each, "batch_size", batch_size, f"a sequence of {each} positions at least")
@@ -126,7 +126,7 @@ class SequencePairs:
 
     @cached_property
     def output_moments(self) -> Moments:
-        """The same of the outputs."""
+        """Moments of the outputs at the positions that count. Raises DataError for NaN or infinity."""
         return _moments(self.outputs)
 
 
@@ -139,10 +139,11 @@ def harvest_pairs(
     batch_tokens: int = BATCH_TOKENS,
     progress: bool = True,
 ) -> SequencePairs:
-    """Run the model once and keep what the attention of `layer` reads and writes (before any norm after it).
+    """Run the model once and return the inputs and outputs of the attention of `layer`, in memory.
 
-    Takes 2 * tokens * d_model numbers of `dtype` ("bfloat16" halves them, "auto" is what the machine is fast
-    in). Raises as `harvest` and `models.hook_name` do.
+    Outputs are taken before any norm that follows the layer. The result holds 2 * tokens * d_model numbers of
+    `dtype` ("bfloat16" halves the memory, "auto" takes the machine's fast dtype). Raises as `harvest` and
+    `models.hook_name` do.
     """
     read = models.hook_name(model, READ_SITE, layer)
     d = int(models.model_info(model).d_model)
@@ -165,7 +166,9 @@ def stored_pairs(
     budget_gb: int | float = 20,
     progress: bool = True,
 ) -> SequencePairs:
-    """The same from stores in the cache, in bfloat16, which are written if they are not there yet.
+    """Return the same data as `harvest_pairs`, read from bfloat16 stores in the cache.
+
+    Stores that are missing are harvested and written first.
 
     Raises as `harvest_stores` and `models.hook_name` do.
     """
@@ -196,7 +199,7 @@ class _Kept:
 
 
 def _moments(sequences: Float[Tensor, "sequence position d"]) -> Moments:
-    """Of all positions but the first, products in float64."""
+    """Return the moments of all positions but the first, with products in float64."""
     moments = Moments.zeros(sequences.shape[2], sequences.device)
     for block in sequences.split(math.ceil(8192 / sequences.shape[1])):
         moments.update(block[:, 1:].flatten(0, 1).double())

@@ -1,4 +1,4 @@
-"""What a Lorsa reconstructs on held-out sequences, what that does to the language model, which units fire."""
+"""Evaluation of Lorsas on held-out sequences: reconstruction, losses of the language model, firing units."""
 
 from __future__ import annotations
 
@@ -41,21 +41,20 @@ def evaluate_lorsas(
     batch_tokens: int = 1024,
     progress: bool = True,
 ) -> list[Evaluation]:
-    """Numbers of Lorsas of one layer on sequences that they were not trained on, all over the positions but
-    the first.
+    """Evaluate Lorsas of one layer on sequences that none was trained on, at all positions but the first.
 
-    In the results a feature is a unit and `n_tokens` the positions counted. The clean and the ablated model
-    run once for all.
+    In the returned `Evaluation`s a feature is a unit, and `n_tokens` is the number of positions counted. The
+    clean and the ablated model run once for all Lorsas.
 
     Args:
-        model, tokens: both or none: for the losses of the language model with the reconstruction in place of
-            what the attention layer writes. A Lorsa reads what the layer reads in the same forward pass.
-        layer: of the Lorsas; by default what their metadata say.
-        batch_tokens: tokens of a forward pass; logits of all of them are held.
+        model, tokens: give both for the losses of the language model, or neither. A Lorsa reads the layer's
+            input, and its reconstruction replaces the layer's output in the same forward pass.
+        layer: layer of the Lorsas; by default the layer in their metadata.
+        batch_tokens: tokens of a forward pass; the logits of all of them are held in memory.
 
-    Raises OptionError for options that do not belong together or pairs of another width or layer; DataError
-    for outputs that never vary, values or losses that are not finite, or sequences longer than the context;
-    UnsupportedModelError for a model that does not predict next tokens.
+    Raises OptionError for options that do not go together, or for pairs of another width or layer. Raises
+    DataError for outputs that never vary, for values or losses that are not finite, and for sequences longer
+    than the context. Raises UnsupportedModelError for a model that does not predict next tokens.
     """
     require(len(lorsas) > 0, "lorsas", [], "one or more")
     require_both(model=model, tokens=tokens)

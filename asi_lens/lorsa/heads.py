@@ -1,4 +1,4 @@
-"""Query-key heads: where each position looks, by the rules of the attention layer they were copied from."""
+"""Query-key heads: attention patterns by the rules of the layer that the heads were copied from."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from asi_lens.base.errors import require, require_whole
 
 @dataclass(frozen=True)
 class PatternConfig:
-    """How scores become patterns. Raises OptionError for values that cannot be.
+    """Rules that turn scores into patterns. Raises OptionError for invalid values.
 
     Attributes:
         context: longest sequence, in positions.
-        scale: what the products of queries and keys are multiplied by.
+        scale: factor on the products of queries and keys.
         softcap: scores s become softcap * tanh(s / softcap); None is off (Gemma 2 has it).
-        window: a position sees itself and the window - 1 before it; None is all before it.
+        window: a position sees itself and the window - 1 positions before it; None is all positions before.
         rotary_dim: leading dimensions of a head that are rotated by position; 0 is none.
-        norm_eps: of the root-mean-square norm of queries and keys; None is no norm (Qwen 3, Gemma 3 have it).
+        norm_eps: epsilon of the root-mean-square norm of queries and keys (Qwen 3, Gemma 3); None without it.
     """
 
     context: int
@@ -47,11 +47,11 @@ class PatternConfig:
 
 
 class QueryKeyHeads(nn.Module):
-    """From normalized inputs to one causal pattern per head.
+    """Heads that compute one causal attention pattern each from normalized inputs.
 
-    Parameters: `W_Q`, `W_K [head d_in d_qk]`, `b_Q`, `b_K [head d_qk]`, and with a query-key norm its gains
-    `q_gain`, `k_gain [d_qk]`. Buffers: `cos`, `sin [context rotary_dim]` of the rotation by position (1 and 0
-    in a new one: no rotation). Weights are zeros until they are copied from a layer.
+    Parameters: `W_Q`, `W_K [head d_in d_qk]`, `b_Q`, `b_K [head d_qk]`, and the gains `q_gain`, `k_gain
+    [d_qk]` of a query-key norm, if there is one. Buffers: `cos`, `sin [context rotary_dim]` of the rotation
+    by position (1 and 0 in new heads: no rotation). Weights are zeros until they are copied from a layer.
     """
 
     cos: Tensor
@@ -76,7 +76,8 @@ class QueryKeyHeads(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch position d_in"]
     ) -> Float[Tensor, "batch head position position"]:
-        """The patterns: how much each position (third) takes from each position (last); rows sum to 1."""
+        """Return the patterns: the weight of each source position (last dimension) for each destination
+        position (third dimension). Rows sum to 1."""
         config, positions = self.pattern, x.shape[1]
         q = torch.einsum("bpd,hdq->bhpq", x, self.W_Q) + self.b_Q[:, None]
         k = torch.einsum("bpd,hdq->bhpq", x, self.W_K) + self.b_K[:, None]
@@ -84,7 +85,8 @@ class QueryKeyHeads(nn.Module):
             q = rms_norm(q, q.shape[-1:], self.q_gain, config.norm_eps)
             k = rms_norm(k, k.shape[-1:], self.k_gain, config.norm_eps)
         if config.rotary_dim:
-            # GPT-NeoX's, which leaves the dimensions beyond rotary_dim alone; with all of them it is Llama's.
+            # GPT-NeoX's rotation leaves the dimensions beyond rotary_dim unchanged; over all dimensions it is
+            # Llama's.
             from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 
             q, k = apply_rotary_pos_emb(q, k, self.cos[None, :positions], self.sin[None, :positions])
@@ -98,6 +100,7 @@ class QueryKeyHeads(nn.Module):
 def visible(
     positions: int, window: int | None, device: torch.device | str = "cpu"
 ) -> Bool[Tensor, "positions positions"]:
-    """Whether a position (row) sees a position (column): none after itself, none `window` or more before."""
+    """Return which positions (columns) each position (row) sees: none later than itself, and none `window` or
+    more positions earlier."""
     seen = torch.ones(positions, positions, dtype=torch.bool, device=device).tril()
     return seen if window is None else seen.triu(1 - window)

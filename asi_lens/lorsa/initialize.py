@@ -1,11 +1,12 @@
-"""How a Lorsa begins: a layer exactly, or units at random or in the active subspace of each head's values.
+"""Initial weights of a Lorsa: an exact copy of a layer, or units drawn at random or by ASI.
 
-Queries and keys always come from the layer. ASI (arXiv 2508.16929, claim C10) takes, for each original head,
-the centered values v = x W_V of that head and their top `d_init` principal directions U [d_head d_init]; a
-unit of that head draws a direction u = U c, c isotropic, reads it (w_v = W_V u) and writes what the layer
-makes of it (w_o = u W_O). Both get unit norm, then one factor on all w_v makes the first reconstruction best.
-Subspaces and projections are computed in float64. (The authors take the directions in the residual stream,
-of x W_V W_V^T, at d_init = d_head, and write w_v W_V W_O.)
+Queries and keys always come from the layer. ASI (arXiv 2508.16929, claim C10) computes, for each head of the
+layer, the top `d_init` principal directions U [d_head d_init] of the head's centered values v = x W_V. Each
+unit of that head draws a direction u = U c with isotropic c. The unit reads u (w_v = W_V u) and writes the
+layer's output for u (w_o = u W_O). Rows w_v and w_o get unit norm. Then one factor on all w_v gives the first
+reconstruction its smallest error.
+Subspaces and projections are computed in float64. (The authors take the principal directions in the residual
+stream, of x W_V W_V^T, with d_init = d_head, and write w_v W_V W_O.)
 """
 
 from __future__ import annotations
@@ -29,19 +30,19 @@ from asi_lens.sae.initialize import best_scale, fit_sums
 from asi_lens.sae.starts import STARTS, Start, find_start
 
 LORSA_METHODS = tuple(name for name, start in STARTS.items() if start.lorsas)
-"""Starts of units: Gaussian, or in the active subspace of the values of their head."""
+"""Methods for the initial units: Gaussian, or in the active subspace of the values of the unit's head."""
 
 
 @dataclass(frozen=True)
 class LorsaInitReport:
-    """What `initialize_lorsa` did, and how exact it came out.
+    """Options and measured results of one `initialize_lorsa`.
 
     Attributes:
-        d_init: dimensions of each head's active subspace; none for `random`.
-        leak_value, leak_output: largest share of the norm of a w_v (w_o) outside of what the active subspace
-            of its head is in the stream, in float64 on the weights as stored; none for `random`.
-        value_norm: norm that all w_v have (w_o have norm 1).
-        fvu: fraction of the sample's output variance that the first reconstruction leaves.
+        d_init: dimensions of each head's active subspace; None for `random`.
+        leak_value, leak_output: largest share of the norm of a w_v (w_o) outside the image of its head's
+            active subspace in the stream. Measured in float64 on the stored weights; None for `random`.
+        value_norm: norm of every w_v (every w_o has norm 1).
+        fvu: fraction of the sample's output variance that the first reconstruction leaves unexplained.
     """
 
     method: str
@@ -60,9 +61,9 @@ class LorsaInitReport:
 def from_attention(
     model: nn.Module, layer: int, context: int, *, dtype: torch.dtype = torch.float32
 ) -> Lorsa:
-    """The Lorsa that is an attention layer exactly: one unit per query head and value dimension, all on.
+    """Return the Lorsa that equals an attention layer: a unit per query head and value dimension, all active.
 
-    For sequences up to `context`. Raises as `read_attention`.
+    It takes sequences of up to `context` positions. Raises as `read_attention`.
     """
     source = read_attention(model, layer, context)
     n_ov = source.n_heads * source.d_head
@@ -71,7 +72,7 @@ def from_attention(
     source.fill(lorsa.heads, torch.zeros(source.d_in), 1.0)
     W_O = source.W_O.flatten(0, 1)
     norms = W_O.norm(dim=1, keepdim=True)
-    # A direction that is not written at all keeps its row of zeros.
+    # A direction that is never written keeps its row of zeros.
     norms = torch.where(norms > 0, norms, 1.0)
     lorsa.W_O.copy_(W_O / norms)
     lorsa.W_V.copy_(source.W_V.mT.flatten(0, 1) * norms)
@@ -98,20 +99,20 @@ def initialize_lorsa(
     """Set every weight of `lorsa` and its normalization of inputs and outputs, in place.
 
     Args:
-        model, layer: whose queries and keys are copied, and whose values and outputs ASI looks at.
-        sample: of that layer, for the means, the scales, the subspaces and the norm.
+        model, layer: the attention layer. Its queries and keys are copied; ASI uses its values and outputs.
+        sample: data of that layer, for the means, the scales, the subspaces and the norm.
         method: one of `LORSA_METHODS`. `random` draws w_v isotropically in the stream.
         d_init: dimensions of the active subspace of a head, 1 to d_qk. ASI only.
-        tied: a unit writes what its head's W_O makes of what it reads: u W_O for ASI, (w_v W_V) W_O for
-            `random`. Else w_o is drawn on its own, the same way (for `random`: isotropically in the stream).
+        tied: a unit writes the direction it reads, mapped by its head's W_O: u W_O for ASI, (w_v W_V) W_O for
+            `random`. False: w_o is drawn independently, the same way (`random`: isotropic in the stream).
         norm_search: scale w_v so that the first reconstruction of `sample` has the smallest mean squared
-            error, in closed form; else w_v have norm 1, as they do where every norm makes it worse (untied
-            units may: what they write has nothing to do with what they read).
-        center: take the means out of inputs and outputs (buffers); else b_O starts as the outputs' mean.
-        seed: of the units; by default that of the configuration.
+            error, in closed form. False: w_v have norm 1. They also have norm 1 where every factor makes the
+            error worse, which can happen for untied units (their w_o and w_v are independent).
+        center: subtract the means of inputs and outputs (buffers). False: b_O starts as the outputs' mean.
+        seed: seed of the units; by default the configuration's seed.
 
-    Raises OptionError, UnknownNameError, DataError for a sample that is not finite or never varies, and what
-    `read_attention` raises.
+    Raises OptionError, UnknownNameError, DataError for a sample that is not finite or never varies, and the
+    errors of `read_attention`.
     """
     start = find_start(method, LORSA_METHODS)
     config = lorsa.config
@@ -134,7 +135,7 @@ def initialize_lorsa(
     active = None if d_init is None else active_values(source, sample.input_moments.covariance, d_init)
     _draw_units(lorsa, source, active, tied, seed)
     if norm_search:
-        # Scaling all w_v by s takes a reconstruction less b_O to s times it: b_V is zero.
+        # b_V is zero, so scaling all w_v by s scales a reconstruction less b_O by s.
         sides = ((target - lorsa.b_O, found - lorsa.b_O) for target, found, _ in lorsa.scan(sample))
         lorsa.W_V.mul_(best_scale(*fit_sums(sides)))
     leaks = None if active is None else _leaks(lorsa, source, active)
@@ -158,7 +159,7 @@ def initialize_lorsa(
 def active_values(
     source: AttentionLayer, input_covariance: Float[Tensor, "d_in d_in"], d_init: int
 ) -> Float[Tensor, "head d_head d_init"]:
-    """Top principal directions of each head's values, orthonormal columns, float64."""
+    """Return the top principal directions of each head's values, as orthonormal columns, float64."""
     C = input_covariance.double().cpu()
     with one_thread(source.d_head):
         vectors = torch.linalg.eigh(source.W_V.mT @ C @ source.W_V).eigenvectors
@@ -167,7 +168,7 @@ def active_values(
 
 @torch.no_grad()
 def squared_error(lorsa: Lorsa, pairs: SequencePairs) -> float:
-    """Sum of the squared errors at the positions that count, raw units."""
+    """Return the sum of squared errors at the positions that count, in raw units."""
     total = 0.0
     for target, reconstruction, _ in lorsa.scan(pairs):
         total += (target.double() - reconstruction.double()).square().sum().item()
@@ -184,7 +185,7 @@ def _check_d_init(start: Start, d_init: int | None, d_head: int) -> None:
 
 
 def _set_normalization(lorsa: Lorsa, sample: SequencePairs, center: bool) -> None:
-    """Means and scales of `sample`: normalized rows have mean square norm d_in."""
+    """Set means and scales from `sample`, so that normalized rows have mean square norm d_in."""
     sides: dict[str, Moments] = {"input": sample.input_moments, "output": sample.output_moments}
     for side, moments in sides.items():
         size = moments.covariance.trace().item()
@@ -198,7 +199,7 @@ def _set_normalization(lorsa: Lorsa, sample: SequencePairs, center: bool) -> Non
 
 
 def _draw_units(lorsa: Lorsa, source: AttentionLayer, active: Tensor | None, tied: bool, seed: int) -> None:
-    """Unit rows w_v and w_o, a group for each query-key head."""
+    """Fill w_v and w_o with rows of unit norm, a group of rows for each query-key head."""
     width = lorsa.d_in if active is None else active.shape[2]
     reads = torch.empty(lorsa.n_ov, width, dtype=torch.float64)
     draw_gaussian(reads, seed)
@@ -219,7 +220,7 @@ def _draw_units(lorsa: Lorsa, source: AttentionLayer, active: Tensor | None, tie
 
 
 def _groups(lorsa: Lorsa, source: AttentionLayer) -> Iterator[tuple[int, slice]]:
-    """The layer's head and the units of each query-key head."""
+    """Yield, for each query-key head, its head of the layer and the slice of its units."""
     heads = lorsa.config.n_qk_heads
     copies, group = heads // source.n_heads, lorsa.n_ov // heads
     for head in range(heads):
@@ -227,7 +228,7 @@ def _groups(lorsa: Lorsa, source: AttentionLayer) -> Iterator[tuple[int, slice]]
 
 
 def _leaks(lorsa: Lorsa, source: AttentionLayer, active: Tensor) -> tuple[float, float]:
-    """Largest share of a row's norm outside the span of W_V U (for w_v) and of U^T W_O (for w_o)."""
+    """Return the largest share of a row's norm outside the span of W_V U (w_v) and of U^T W_O (w_o)."""
     largest = [0.0, 0.0]
     for head, rows in _groups(lorsa, source):
         spans = (source.W_V[head] @ active[head], (active[head].T @ source.W_O[head]).T)

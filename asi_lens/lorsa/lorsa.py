@@ -1,16 +1,16 @@
-"""Low-rank sparse attention (Lorsa): an attention layer as many rank-1 units, few of which write at a time.
+"""Low-rank sparse attention (Lorsa): an attention layer as many rank-1 units, of which few write at a time.
 
-Query-key heads say where each position looks, and groups of units share them. A unit reads one direction
-w_v where its head looks and writes one direction w_o:
+Query-key heads compute the attention patterns. Each head serves a group of units. A unit reads one direction
+w_v at the positions its head attends to, and writes one direction w_o:
 
     x_n  = (x - input_mean) * input_scale
     z~_i = A_h(i) (x_n . w_v_i + b_v_i)          [batch position unit], A_h(i) the pattern of its head
     z    = TopK(ReLU(z~)) over the units of a position
     y    = (sum_i z_i w_o_i + b_o) / output_scale + output_mean
 
-x is what the attention layer reads (after its input norm), y what it writes (before any norm after it). Rows
-w_o have unit norm. Normalized inputs and outputs have mean square norm d_in. z~ is held whole, [batch
-position n_ov]: this is made for thousands of units, not for a million.
+x is the attention layer's input (after its input norm), y its output (before any norm that follows). Rows w_o
+have unit norm. Normalized inputs and outputs have mean square norm d_in. z~ is held as a dense array [batch
+position n_ov], so this module suits thousands of units, not a million.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ _BLOCK = 2**25
 
 @dataclass(frozen=True)
 class LorsaConfig:
-    """What a Lorsa is. Raises OptionError or UnknownNameError for values that cannot be.
+    """Sizes and rules of a Lorsa. Raises OptionError or UnknownNameError for invalid values.
 
     Attributes:
-        d_in: width of what the layer reads and writes.
+        d_in: width of the layer's input and output.
         d_qk: width of queries and keys.
-        n_qk_heads: patterns.
-        n_ov: units, a multiple of n_qk_heads; unit i looks where head i // (n_ov / n_qk_heads) does.
+        n_qk_heads: number of query-key heads, each with a pattern.
+        n_ov: number of units, a multiple of n_qk_heads; unit i has head i // (n_ov / n_qk_heads).
         k: units that may write at one position, 1 to n_ov.
-        pattern: how queries and keys become patterns.
-        rectify: units write above zero only; else the k largest by size do, of either sign.
-        seed: of the random directions.
-        metadata: where it comes from (model, layer, hook names ...); JSON values.
+        pattern: rules that turn queries and keys into patterns.
+        rectify: only values above zero are written. False: the k values of largest size, of either sign.
+        seed: seed of the random directions.
+        metadata: origin of the Lorsa (model, layer, hook names ...); JSON values.
     """
 
     d_in: int
@@ -78,8 +78,8 @@ class LorsaConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LorsaConfig:
-        """The configuration in `values`, as `dataclasses.asdict` gives it. Raises UnknownNameError for a key
-        that it does not have."""
+        """Return the configuration in `values`, as `dataclasses.asdict` writes it. Raises UnknownNameError
+        for an unknown key."""
         for kind, given in ((cls, values), (PatternConfig, values.get("pattern", {}))):
             require_known(given, [f.name for f in fields(kind)], f"{kind.__name__} key")
         return cls(**{**values, "pattern": PatternConfig(**values["pattern"])})
@@ -97,10 +97,10 @@ class LorsaConfig:
         rectify: bool = True,
         seed: int = 0,
     ) -> LorsaConfig:
-        """The configuration for an attention layer of `model`, whose rules of patterns it takes.
+        """Return the configuration for an attention layer of `model`, with that layer's rules for patterns.
 
-        `n_qk_heads` is a multiple of the layer's query heads (each is copied that often), by default just
-        those. Raises as `read_attention` does, and OptionError.
+        `n_qk_heads` is a multiple of the number of the layer's query heads (each head is copied as often);
+        by default it is that number. Raises as `read_attention` does, and OptionError.
         """
         source = read_attention(model, layer, context)
         return config_for(
@@ -124,7 +124,7 @@ def config_for(
     seed: int = 0,
     metadata: Mapping[str, Any] | None = None,
 ) -> LorsaConfig:
-    """The configuration of a Lorsa for a layer that has been read; see `LorsaConfig.of`."""
+    """Return the configuration of a Lorsa for a layer that has been read; see `LorsaConfig.of`."""
     heads = source.n_heads if n_qk_heads is None else n_qk_heads
     multiple = heads > 0 and heads % source.n_heads == 0
     require(multiple, "n_qk_heads", n_qk_heads, f"a multiple of the layer's {source.n_heads} query heads")
@@ -134,13 +134,14 @@ def config_for(
 
 
 class Lorsa(nn.Module):
-    """Query-key heads and the units that share them.
+    """Query-key heads and the units that share the heads.
 
-    Parameters: those of `heads` (`QueryKeyHeads`), `W_V`, `W_O [n_ov d_in]`, `b_V [n_ov]`, `b_O [d_in]`.
+    Parameters: `heads` (see `QueryKeyHeads`), `W_V`, `W_O [n_ov d_in]`, `b_V [n_ov]`, `b_O [d_in]`.
     Buffers: `input_mean`, `output_mean [d_in]`, `input_scale`, `output_scale []`.
 
-    A new one has Gaussian unit rows from `config.seed` and heads without weights, which look everywhere
-    alike: `initialize_lorsa` copies them from a model; `from_attention` makes one that is a layer exactly.
+    A new Lorsa has Gaussian unit rows drawn from `config.seed`. Its heads have zero weights and attend to all
+    positions alike; `initialize_lorsa` copies heads from a model. `from_attention` returns the exact copy of
+    a layer.
     """
 
     input_mean: Tensor
@@ -164,7 +165,7 @@ class Lorsa(nn.Module):
             self.register_buffer(f"{name}_mean", torch.zeros(d_in, dtype=dtype))
             self.register_buffer(f"{name}_scale", torch.ones((), dtype=dtype))
         self.initialization: dict[str, Any] = {}
-        """How the weights began (JSON values); `initialize_lorsa` fills it."""
+        """Options of the initialization (JSON values), set by `initialize_lorsa`."""
         draw_gaussian(self.W_V.data, config.seed)
         draw_gaussian(self.W_O.data, other_stream(config.seed))
         unit_rows_(self.W_V.data)
@@ -172,7 +173,7 @@ class Lorsa(nn.Module):
 
     @property
     def d_in(self) -> int:
-        """Width of what it reads and writes."""
+        """Width of inputs and outputs."""
         return self.config.d_in
 
     @property
@@ -182,12 +183,12 @@ class Lorsa(nn.Module):
 
     @property
     def d_sae(self) -> int:
-        """The same, by the name that it has in other coders."""
+        """Number of units, under the name that other coders use."""
         return self.n_ov
 
     @property
     def target_scale(self) -> float:
-        """What the targets of `scan` are multiplied by: they are normalized."""
+        """Factor on raw targets in `scan`, which yields normalized targets."""
         return self.output_scale.double().item()
 
     @property
@@ -202,29 +203,29 @@ class Lorsa(nn.Module):
         return [unit // group for unit in range(self.n_ov)]
 
     def normalize(self, x: Num[Tensor, "batch position d_in"]) -> Float[Tensor, "batch position d_in"]:
-        """(x - input_mean) * input_scale in the weights' dtype.
+        """Return (x - input_mean) * input_scale in the weights' dtype.
 
-        Raises DataError for another width, no positions, more than the context, NaN or infinity.
+        Raises DataError for another width, no positions, more positions than the context, NaN or infinity.
         """
         self._require_sequences(x, "inputs")
         return (x.to(self.input_mean) - self.input_mean) * self.input_scale
 
     def normalize_output(self, y: Num[Tensor, "batch position d_in"]) -> Float[Tensor, "batch position d_in"]:
-        """(y - output_mean) * output_scale in the weights' dtype: the target. Raises as `normalize`."""
+        """Return the target (y - output_mean) * output_scale in the weights' dtype. Raises as `normalize`."""
         self._require_sequences(y, "outputs")
         return (y.to(self.output_mean) - self.output_mean) * self.output_scale
 
     def units(self, x: Num[Tensor, "batch position d_in"]) -> Float[Tensor, "batch position n_ov"]:
-        """z~: what each unit finds where its head looks, before the choice of k. Raises as `normalize`."""
+        """Return z~, the units' values before the choice of k. Raises as `normalize`."""
         x_n = self.normalize(x)
         patterns = self.heads(x_n)
         values = (x_n @ self.W_V.T + self.b_V).unflatten(-1, (self.config.n_qk_heads, -1))
         return (patterns @ values.transpose(1, 2)).transpose(1, 2).flatten(2)
 
     def encode(self, x: Num[Tensor, "batch position d_in"]) -> SparseCode:
-        """Units and values of raw inputs, [batch position k]; a zero value did not write.
+        """Return units and values for raw inputs, [batch position k]; a unit with value zero did not write.
 
-        Units come in no particular order. Raises DataError as `normalize` does.
+        The order of units is unspecified. Raises DataError as `normalize` does.
         """
         z = self.units(x)
         score = z.detach() if self.config.rectify else z.detach().abs()
@@ -233,26 +234,26 @@ class Lorsa(nn.Module):
         return SparseCode(indices, values.relu() if self.config.rectify else values)
 
     def decode_normalized(self, code: SparseCode) -> Float[Tensor, "batch position d_in"]:
-        """sum_i z_i w_o_i + b_o: the output in normalized units, from a code [batch position k]."""
+        """Return sum_i z_i w_o_i + b_o, the output in normalized units, from a code [batch position k]."""
         flat = SparseCode(*(part.flatten(0, 1) for part in code))
         return decode_sum(flat, self.W_O).view(*code.indices.shape[:2], -1) + self.b_O
 
     def decode(self, code: SparseCode) -> Float[Tensor, "batch position d_in"]:
-        """Raw outputs from a code [batch position k]."""
+        """Return raw outputs from a code [batch position k]."""
         return self.decode_normalized(code) / self.output_scale + self.output_mean
 
     def forward(self, x: Num[Tensor, "batch position d_in"]) -> Float[Tensor, "batch position d_in"]:
-        """What the attention layer would write, approximately, for what it reads; both in raw units."""
+        """Return the approximated output of the attention layer for its input x; both in raw units."""
         return self.decode(self.encode(x))
 
     @torch.no_grad()
     def scan(
         self, data: SequencePairs
     ) -> Iterator[tuple[Float[Tensor, "n position d_in"], Float[Tensor, "n position d_in"], SparseCode]]:
-        """Normalized targets, their reconstructions and codes at the positions that count, in order.
+        """Yield normalized targets, reconstructions and codes at the positions that count, in order.
 
-        A code is [positions k], its values are sizes. A few sequences come at a time: z~ is dense, and memory
-        bounds how many.
+        A code is [positions k], and its values are absolute values. Each block is a few sequences, because z~
+        is dense and memory bounds it.
         """
         at_once = max(1, _BLOCK // (data.context * self.n_ov))
         for block in data.blocks(at_once):
@@ -267,11 +268,11 @@ class Lorsa(nn.Module):
 
     @classmethod
     def load(cls, path: Path | str) -> Lorsa:
-        """Read such a file (see `load_lorsa`)."""
+        """Read a Lorsa from a `.safetensors` file (see `load_lorsa`)."""
         return load_lorsa(path)
 
     def extra_repr(self) -> str:
-        """For `print`."""
+        """Return the sizes that `print` shows."""
         config = self.config
         return f"d_in={config.d_in}, n_qk_heads={config.n_qk_heads}, n_ov={config.n_ov}, k={config.k}"
 
@@ -290,7 +291,7 @@ class Lorsa(nn.Module):
 
 
 def save_lorsa(lorsa: Lorsa, path: Path | str) -> None:
-    """Write a Lorsa to `path` (`.safetensors`), whole or not at all; a file that is there is replaced.
+    """Write a Lorsa to `path` (`.safetensors`) completely or not at all, replacing an existing file.
 
     Raises OptionError for another suffix, OSError naming the file if it cannot be written.
     """
@@ -300,10 +301,10 @@ def save_lorsa(lorsa: Lorsa, path: Path | str) -> None:
 
 
 def load_lorsa(path: Path | str) -> Lorsa:
-    """The Lorsa in a file of `save_lorsa`, in the dtype it was saved in, on the CPU.
+    """Return the Lorsa in a file of `save_lorsa`, in the dtype of the file, on the CPU.
 
-    Raises FileNotFoundError; OptionError for another suffix; DataError for a file that is damaged, not of a
-    Lorsa, or of another format.
+    Raises FileNotFoundError, OptionError for another suffix, and DataError for a file that is damaged, does
+    not hold a Lorsa, or has another format.
     """
     path = _checked(path)
     if not path.is_file():

@@ -1,6 +1,6 @@
-"""Training of a Lorsa on sequences: plain autograd and fused Adam, unit rows w_o, one ledger of firing.
+"""Training of a Lorsa on sequences: plain autograd, fused Adam, rows w_o of unit norm, a ledger of firings.
 
-The loss is the mean over positions (all but the first) of sum over d_in of (reconstruction - y_n)^2, in
+The loss is the mean over positions (all but the first) of the sum over d_in of (reconstruction - y_n)^2, in
 normalized units, as for a dictionary.
 """
 
@@ -30,14 +30,14 @@ from asi_lens.training.schedule import lr_factor
 
 
 class LorsaTrainer(Fits[SequencePairs, PairBatch]):
-    """Trains one Lorsa, which it holds and changes in place, on the device where it is by then.
+    """Trainer of one Lorsa: changes the Lorsa in place, on the device of the Lorsa when the trainer is made.
 
-    Of `TrainConfig`, `batch_size` and `n_tokens` count positions that are in the loss (context - 1 of each
-    sequence). Raises OptionError for options that a Lorsa does not have (`optimizer` other than "adam", AuxK,
-    bfloat16 compute) and for a Lorsa that was not initialized: heads of zeros have no gradient.
+    `batch_size` and `n_tokens` of `TrainConfig` count positions in the loss (context - 1 of each sequence).
+    Raises OptionError for options that a Lorsa does not have (`optimizer` other than "adam", AuxK, bfloat16
+    compute), and for a Lorsa that was not initialized (heads of zeros have no gradient).
 
     Attributes:
-        lorsa: the Lorsa. config: how it is trained. optimizer: of torch. ledger: firings of units.
+        lorsa: the Lorsa. config: options of training. optimizer: torch's Adam. ledger: firings of units.
     """
 
     def __init__(self, lorsa: Lorsa, config: TrainConfig | None = None):
@@ -55,7 +55,7 @@ class LorsaTrainer(Fits[SequencePairs, PairBatch]):
 
     @property
     def d_in(self) -> int:
-        """Width of the data."""
+        """Width of inputs and outputs."""
         return self.lorsa.d_in
 
     @property
@@ -65,19 +65,19 @@ class LorsaTrainer(Fits[SequencePairs, PairBatch]):
 
     @property
     def tokens(self) -> int:
-        """Positions seen that were in the loss."""
+        """Positions in the loss, over all steps so far."""
         return self.ledger.n_tokens
 
     def measure(self) -> Metrics:
-        """Nothing beside what a step says."""
+        """Return no further columns: a Lorsa logs only the results of its steps."""
         return {}
 
     def step(self, batch: PairBatch) -> StepOutput:
-        """One update on raw inputs and outputs of the layer, both [batch position d_in].
+        """Update the Lorsa on raw inputs and outputs of the layer, both [batch position d_in].
 
-        The learning rate follows `n_tokens`, in steps of the size of this one. Raises DataError for shapes
-        that do not fit, NaN or infinity, and DivergedError (naming the step) if loss or gradients are not
-        finite. Nothing has changed then.
+        The schedule of the learning rate takes `n_tokens` / (positions of this batch) as the number of steps.
+        Raises DataError for shapes that do not fit, NaN or infinity, and DivergedError (naming the step) if
+        the loss or a gradient is not finite. A step that raises changes nothing.
         """
         x, y = batch.x, batch.y
         if x.shape != y.shape or x.ndim != 3 or x.shape[1] < 2:
@@ -125,8 +125,8 @@ class LorsaTrainer(Fits[SequencePairs, PairBatch]):
 
     @torch.no_grad()
     def _finish_gradients(self) -> Float[Tensor, ""]:
-        """Take the part along the rows out of W_O's gradient (their norm is put back to 1 anyhow); returns
-        the norm of all gradients."""
+        """Remove from W_O's gradient its part along the rows, whose norm is reset to 1 anyway. Returns the
+        norm of all gradients."""
         W_O, grad = self.lorsa.W_O, self.lorsa.W_O.grad
         assert grad is not None  # every parameter is in the loss
         grad.sub_((grad * W_O).sum(1, keepdim=True) * W_O)
@@ -134,15 +134,15 @@ class LorsaTrainer(Fits[SequencePairs, PairBatch]):
 
     @staticmethod
     def _numbers(norm: Tensor, missed: Tensor, target: Tensor, code: SparseCode) -> list[float]:
-        """Gradient norm, squared error, variance and firings, in one wait for the device."""
+        """Return gradient norm, squared error, variance and firings, with one wait for the device."""
         rows = target.flatten(0, 1)
         spread = (rows - rows.mean(0)).square().sum()
         return torch.stack([norm, missed.detach(), spread, (code.values != 0).sum()]).tolist()
 
     def prepare(self, store: SequencePairs) -> None:
-        """What `fit` does first: check that `store` can be trained on.
+        """Check that `store` can be trained on. `fit` calls it first.
 
-        Raises OptionError for a longer context than the Lorsa's or a sequence longer than the batch.
+        Raises OptionError for a longer context than the Lorsa's, or a sequence longer than the batch.
         """
         longest, each = self.lorsa.config.pattern.context, store.context - 1
         require(store.context <= longest, "store", f"of context {store.context}", f"of {longest} at most")
@@ -150,7 +150,7 @@ class LorsaTrainer(Fits[SequencePairs, PairBatch]):
         require(size >= each, "batch_size", size, f"a sequence of {each} positions at least")
 
     def describe(self) -> dict[str, Any]:
-        """What a checkpoint must agree with to be continued by this trainer (JSON values)."""
+        """Return the options that a checkpoint must share for this trainer to continue it (JSON values)."""
         lorsa = self.lorsa
         return {
             "lorsa": asdict(lorsa.config),
@@ -159,7 +159,7 @@ class LorsaTrainer(Fits[SequencePairs, PairBatch]):
         }
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor that the run depends on from here: weights, moments, ledger."""
+        """Return every tensor that the rest of the run depends on: weights, moments, ledger."""
         out = {f"lorsa.{name}": tensor for name, tensor in self.lorsa.state_dict().items()}
         out |= {f"ledger.{name}": tensor for name, tensor in self.ledger.state().items()}
         for name, parameter in self.lorsa.named_parameters():
@@ -169,7 +169,7 @@ class LorsaTrainer(Fits[SequencePairs, PairBatch]):
 
     @torch.no_grad()
     def load_state(self, read: Callable[[str], Tensor]) -> None:
-        """The inverse of `state`; tensors are read one at a time."""
+        """Restore the tensors of `state`; `read` returns the tensor of a name."""
         self.lorsa.load_state_dict({name: read(f"lorsa.{name}") for name in self.lorsa.state_dict()})
         self.ledger.load_state({name: read(f"ledger.{name}") for name in self.ledger.state()})
         self._steps = int(read("steps"))

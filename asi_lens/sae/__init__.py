@@ -1,1 +1,1 @@
-"""The paper's second half: dictionaries that start in the active subspace."""
+"""Dictionaries initialized in the active subspace: the second half of the paper."""

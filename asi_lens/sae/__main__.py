@@ -11,7 +11,7 @@
     device: cpu                        # optional: cpu or cuda
     timeout_s: 600                     # optional: how long a rank waits for another
 
-A run that was stopped or killed goes on when the same command is given again, on another mesh too. Relative
+A run that was stopped or killed continues when the same command runs again, also on another mesh. Relative
 paths are relative to the file.
 """
 
@@ -40,9 +40,9 @@ from asi_lens.training.config import TrainConfig
 from asi_lens.training.mesh import Mesh, MeshConfig, RankMesh
 
 FINISHED = "sae"
-"""The folder of the trained dictionary in a run's `output`."""
+"""Name of the trained dictionary's folder in a run's `output`."""
 SAMPLE_ROWS = 8192
-"""Rows for the norm search unless the file says otherwise."""
+"""Default number of rows for the norm search."""
 _INITIALIZE = (
     *("method", "d_init", "sample", "tied", "norm_search", "b_dec", "center", "center_encoder_bias"),
     *("initial_l0", "seed"),
@@ -52,10 +52,12 @@ _FIT = ("checkpoint_every", "log_every", "windows", "loggers")
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What a run file holds, checked. Raises OptionError or UnknownNameError.
+    """Options of a run file, checked. Raises OptionError or UnknownNameError.
 
     Attributes:
-        store, output: folders. sae, initialize, train, fit: keyword arguments of what they are named after.
+        store, output: folders.
+        sae, initialize, train, mesh, fit: keyword arguments of `SAEConfig`, `initialize`, `TrainConfig`,
+            `MeshConfig` and `Trainer.fit`.
     """
 
     store: Path
@@ -88,7 +90,7 @@ class RunConfig:
 
     @classmethod
     def read(cls, path: Path | str) -> RunConfig:
-        """The configuration in a YAML file; raises as `run_files.read_yaml` too."""
+        """Return the configuration in a YAML file. Raises as `run_files.read_yaml` too."""
         known = [f.name for f in fields(cls)]
         sections = ("sae", "initialize", "train", "mesh", "fit")
         needed, folders = ("store", "sae", "output"), ("store", "output")
@@ -96,9 +98,10 @@ class RunConfig:
 
 
 def run(config: RunConfig, ranks: Ranks, progress: bool = True) -> Trainer:
-    """Train what `config` says, as one of `ranks`; the dictionary is then in `output/sae`.
+    """Train a dictionary by `config`, as one of `ranks`, and write it to `output/sae`.
 
-    Raises RankError, naming the rank, where they cannot begin together; else as `Trainer.fit`.
+    Returns the trainer. Raises RankError, naming the rank, if the ranks cannot start together; else raises
+    as `Trainer.fit`.
     """
     run_files.agree(ranks, asdict(config))
     store = ranks.together("opening the store", lambda: ActivationStore.open(config.store))
@@ -126,7 +129,7 @@ def run(config: RunConfig, ranks: Ranks, progress: bool = True) -> Trainer:
 
 
 def _shared_spectrum(store: ActivationStore, ranks: Ranks, device: str) -> Spectrum:
-    """The store's spectrum; of several ranks the first computes it, and its directions are everyone's."""
+    """Return the store's spectrum. With several ranks, the first rank computes it and shares it with all."""
     if ranks.size == 1:
         return store.spectrum
     d = store.d
@@ -140,13 +143,13 @@ def _shared_spectrum(store: ActivationStore, ranks: Ranks, device: str) -> Spect
 
 
 def export_folder(run_folder: Path | str, folder: Path | str) -> None:
-    """The dictionary of a run's newest checkpoint as a folder (`SparseAutoencoder.save`).
+    """Write the dictionary of a run's newest checkpoint to `folder`, as `SparseAutoencoder.save` does.
 
-    Its weights are mapped from disk and written a piece at a time, so that it fits into any memory. Raises as
+    Weights are mapped from disk and written in pieces, so that the export needs little memory. Raises as
     `sharded_checkpoint.mapped_weights` and `save` do.
     """
     with sharded_checkpoint.mapped_weights(Path(run_folder)) as (about, weights):
-        # Without memory: every tensor is one from the checkpoint.
+        # No memory is allocated here: every tensor is replaced by a tensor of the checkpoint.
         with torch.device("meta"):
             sae = SparseAutoencoder(SAEConfig.from_dict(about["run"]["sae"]), draw=False)
         sae.W_enc = torch.nn.Parameter(weights.pop("encoder").T)
@@ -156,7 +159,7 @@ def export_folder(run_folder: Path | str, folder: Path | str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command."""
+    """Run the command and return its exit status."""
     return run_files.command("python -m asi_lens.sae", __doc__, RunConfig.read, run, arguments)
 
 

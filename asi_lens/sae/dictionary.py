@@ -1,13 +1,13 @@
-"""The sparse autoencoder: its configuration, its parameters, and what it computes.
+"""The sparse autoencoder: configuration, parameters, encoding and decoding.
 
-Outside, activations are always raw (model units). Inside, x_n = (x - input_mean) * input_scale, whose
-mean square norm is d_in:
+Methods take and return raw activations (model units). The weights work on normalized activations x_n =
+(x - input_mean) * input_scale, whose mean square norm is d_in:
 
     pre  = (x_n - b_dec) W_enc + b_enc            [batch d_sae]
     acts = TopK(ReLU(pre))
     reconstruction = (acts W_dec + b_dec) / input_scale + input_mean
 
-Decoder rows have unit norm. `folded` gives the same function on raw activations.
+Decoder rows have unit norm. `folded` returns weights of the same function on raw activations.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ _BLOCK = 4096
 
 @dataclass(frozen=True)
 class SAEConfig:
-    """What a dictionary is. Raises OptionError or UnknownNameError for values that cannot be.
+    """Sizes and kind of a dictionary. Raises OptionError or UnknownNameError for invalid values.
 
     Attributes:
         d_in: width of the activations.
-        d_sae: features.
-        k: features that fire on one token, 1 to d_sae: at most (topk), on average (batchtopk), or as
-            `sparsity` aims at (jumprelu, relu, gated).
+        d_sae: number of features.
+        k: features that fire on one token, 1 to d_sae: at most k (topk), k on average (batchtopk), or the
+            target of `sparsity` (jumprelu, relu, gated).
         activation: name in `kinds.KINDS`.
-        seed: of the random directions.
-        d_out: width of what a transcoder writes; None is an autoencoder.
-        metadata: where the activations come from (model, site, hook_name, layer, corpus ...); JSON values.
+        seed: seed of the random directions.
+        d_out: width of a transcoder's output; None for an autoencoder.
+        metadata: origin of the activations (model, site, hook_name, layer, corpus ...); JSON values.
     """
 
     d_in: int
@@ -67,20 +67,20 @@ class SAEConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SAEConfig:
-        """The configuration in `values`. Raises UnknownNameError for a key that it does not have."""
+        """Return the configuration in `values`. Raises UnknownNameError for an unknown key."""
         require_known(values, [f.name for f in fields(cls)], "SAEConfig key")
         return cls(**values)
 
 
 class SparseAutoencoder(Weights):
-    """A dictionary of `d_sae` directions and the encoder that picks them.
+    """A dictionary of `d_sae` directions, and the encoder that picks the features of an activation.
 
     Parameters: `W_enc [d_in d_sae]`, `b_enc [d_sae]`, `W_dec [d_sae d_in]`, `b_dec [d_in]`. W_enc is a
-    transposed view: a feature's weights lie side by side in both (`encoder_rows`), so that work on the
-    rows that fired is cheap. Buffers: `input_mean [d_in]`, `input_scale []`.
+    transposed view, so a feature's weights are contiguous in encoder (`encoder_rows`) and decoder, and work
+    on the rows that fired is cheap. Buffers: `input_mean [d_in]`, `input_scale []`.
 
-    A new one has Gaussian unit directions drawn from `config.seed`, a tied encoder and zero biases
-    (`draw=False` leaves the weights undefined); `initialize` does it properly.
+    A new dictionary has Gaussian unit directions drawn from `config.seed`, a tied encoder and zero biases.
+    `draw=False` leaves the weights undefined. `initialize` sets all weights for training.
     """
 
     config: SAEConfig
@@ -89,9 +89,9 @@ class SparseAutoencoder(Weights):
     input_scale: Tensor
 
     target_scale = 1.0
-    """What the targets of `scan` are multiplied by: they are raw."""
+    """Factor on raw targets in `scan`: 1, since the targets of an autoencoder or transcoder stay raw."""
     is_transcoder = False
-    """Whether it writes something else than it reads: a `transcoder.Transcoder`."""
+    """Whether the output is another site than the input, as for a `transcoder.Transcoder`."""
 
     def __init__(self, config: SAEConfig, *, draw: bool = True, dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -111,7 +111,7 @@ class SparseAutoencoder(Weights):
         self.register_buffer("input_scale", torch.ones((), dtype=dtype))
         self.activation = KINDS[config.activation](config).to(dtype)
         self.initialization: dict[str, Any] = {"method": "random", "seed": config.seed}
-        """How the weights began (JSON values); `initialize` fills it."""
+        """Options of the initialization (JSON values), set by `initialize`."""
         if draw:
             draw_gaussian(self.W_dec.data, config.seed)
             unit_rows_(self.W_dec.data)
@@ -125,7 +125,7 @@ class SparseAutoencoder(Weights):
 
     @property
     def is_normalized(self) -> bool:
-        """Whether `set_normalization` was given anything but mean 0 and scale 1."""
+        """Whether the input normalization differs from mean 0 and scale 1."""
         return bool((self.input_scale != 1) | (self.input_mean != 0).any())
 
     @torch.no_grad()
@@ -138,7 +138,7 @@ class SparseAutoencoder(Weights):
         self.input_scale.fill_(float(scale))
 
     def normalize(self, x: Num[Tensor, "*batch d_in"]) -> Float[Tensor, "n d_in"]:
-        """x_n = (x - input_mean) * input_scale as rows, in the weights' dtype.
+        """Return x_n = (x - input_mean) * input_scale as rows, in the weights' dtype.
 
         Raises DataError if `x` is not d_in wide, is empty, or holds NaN or infinity.
         """
@@ -153,12 +153,12 @@ class SparseAutoencoder(Weights):
         return normalized
 
     def centered(self, x: Num[Tensor, "*batch d_in"]) -> Float[Tensor, "n d_in"]:
-        """What the encoder reads: x_n - b_dec as rows. Raises as `normalize`."""
+        """Return the encoder's input, x_n - b_dec, as rows. Raises as `normalize`."""
         return self.normalize(x).sub_(self.b_dec)
 
     def prepare(self, store: ActivationStore | PairedStores, *, first: bool) -> None:
-        """Before training on `store`: take its mean and scale where there are none yet, if it is the `first`
-        time. Raises OptionError for data that it cannot be trained on."""
+        """Prepare for training on `store`. On the `first` call, a dictionary without normalization takes the
+        store's mean and scale. Raises OptionError for data that the dictionary cannot be trained on."""
         if isinstance(store, PairedStores):
             raise OptionError(
                 "store='pairs' is not allowed; store must be rows of one site, for an autoencoder"
@@ -173,15 +173,15 @@ class SparseAutoencoder(Weights):
             raise DataError(f"a batch is rows [n {self.d_in}] with n at least 1, not {found}")
 
     def sides(self, batch: Tensor | Pair) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
-        """What the encoder reads of a batch, and what acts W_dec is trained to be: here the same."""
-        assert isinstance(batch, Tensor)  # `check_batch` has seen to it
+        """Return the encoder's input and the target of acts W_dec; for an autoencoder both are the same."""
+        assert isinstance(batch, Tensor)  # checked by `check_batch`
         x = self.centered(batch)
         return x, x
 
     def encode(self, x: Num[Tensor, "*batch d_in"]) -> SparseCode:
-        """Features and values of raw activations, each [*batch k]; a zero value did not fire.
+        """Return features and values for raw activations, each [*batch k]; value zero means not fired.
 
-        Features come in no particular order. Raises DataError as `normalize` does.
+        The order of features is unspecified. Raises DataError as `normalize` does.
         """
         blocks = self.centered(x).split(_BLOCK)
         codes = [self.activation.code(block, self.W_enc.T, self.b_enc) for block in blocks]
@@ -190,27 +190,27 @@ class SparseAutoencoder(Weights):
         return SparseCode(indices.view(shape), values.view(shape))
 
     def encode_dense(self, x: Num[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """The same as a dense array, zeros where nothing fired."""
+        """Return the code of raw activations as a dense array, with zeros for features that did not fire."""
         code = self.encode(x)
         dense = code.values.new_zeros(*x.shape[:-1], self.d_sae)
-        # Codes that are filled up with zeros may name a feature twice.
+        # Codes padded with zeros may name a feature twice.
         return dense.scatter_add(-1, code.indices, code.values)
 
     def decode(self, code: SparseCode) -> Float[Tensor, "*batch d_out"]:
-        """Raw activations [*batch d_in] from a code [*batch k]."""
+        """Return raw activations [*batch d_in] from a code [*batch k]."""
         flat = SparseCode(*(part.reshape(-1, part.shape[-1]) for part in code))
         normalized = decode_sum(flat, self.W_dec) + self.b_dec
         raw = normalized / self.input_scale + self.input_mean
         return raw.view(*code.indices.shape[:-1], self.d_in)
 
     def forward(self, x: Num[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        """The reconstruction of raw activations, in raw units."""
+        """Return the reconstruction of raw activations, in raw units."""
         return self.decode(self.encode(x))
 
     def scan(
         self, data: ActivationStore | PairedStores | Tensor
     ) -> Iterator[tuple[Float[Tensor, "n d_out"], Float[Tensor, "n d_out"], SparseCode]]:
-        """Targets, their reconstructions and codes [n k] of all rows in order, a few thousand at a time."""
+        """Yield targets, reconstructions and codes [n k] of all rows in order, a few thousand at a time."""
         for batch in data.split(_BLOCK) if isinstance(data, Tensor) else data.in_order(_BLOCK):
             x, target = (batch.x, batch.y) if isinstance(batch, Pair) else (batch, batch)
             code = self.encode(x)
@@ -218,12 +218,12 @@ class SparseAutoencoder(Weights):
 
     @torch.no_grad()
     def folded(self) -> dict[str, Tensor]:
-        """`W_enc [d_in d_sae]`, `b_enc`, `W_dec`, `b_dec` of the same function on raw activations.
+        """Return `W_enc [d_in d_sae]`, `b_enc`, `W_dec`, `b_dec` of the same function on raw activations.
 
-        acts = TopK(ReLU((x - b_dec) W_enc + b_enc)), reconstruction = acts W_dec + b_dec. Decoder rows
-        keep their unit norm, activations come in raw units (those inside divided by `input_scale`):
-        the convention of SAELens with `apply_b_dec_to_input` and of sparsify. Parameters of the activation
-        function come with them, by their own names. W_enc and W_dec are those here, not copies.
+        acts = TopK(ReLU((x - b_dec) W_enc + b_enc)), reconstruction = acts W_dec + b_dec. Decoder rows keep
+        unit norm, and acts are in raw units (the values of `encode` divided by `input_scale`). This is the
+        convention of SAELens with `apply_b_dec_to_input` and of sparsify. The result also holds the
+        activation function's parameters. W_enc and W_dec share memory with the dictionary's.
         """
         scale = self.input_scale
         return {
@@ -235,18 +235,18 @@ class SparseAutoencoder(Weights):
         }
 
     def save(self, folder: Path | str) -> None:
-        """Write a folder that SAELens and sparsify open too (see `formats.save_folder`)."""
+        """Write a folder that SAELens and sparsify can read too (see `formats.save_folder`)."""
         from asi_lens.sae.formats import save_folder
 
         save_folder(self, folder)
 
     @classmethod
     def load(cls, folder: Path | str) -> SparseAutoencoder:
-        """Read such a folder, or one of SAELens or sparsify (see `formats.load_folder`)."""
+        """Read a folder written by `save`, by SAELens or by sparsify (see `formats.load_folder`)."""
         from asi_lens.sae.formats import load_folder
 
         return load_folder(folder)
 
     def extra_repr(self) -> str:
-        """For `print`."""
+        """Return the sizes that `print` shows."""
         return f"d_in={self.d_in}, d_sae={self.d_sae}, k={self.k}, activation={self.config.activation!r}"

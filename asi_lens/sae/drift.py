@@ -1,7 +1,7 @@
-"""Whether features stay in the subspace that they began in: the share of each row's norm inside it.
+"""Drift of features out of the initial subspace: the share of each row's squared norm inside the subspace.
 
-Nothing constrains a dictionary after Active Subspace Initialization. Logged over training, the shares show
-whether dead features stay where they began, and whether live ones wander off (paper.md C12).
+Training does not constrain a dictionary to the subspace of Active Subspace Initialization. Shares logged over
+training show whether dead features stay in the subspace and live features leave it (paper.md C12).
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ COLUMNS = tuple(
     for name in ("decoder", "encoder")
     for quantile in ("", "_p10", "_median", "_p90")
 )
-"""What is logged."""
+"""Logged columns."""
 
 
 class Drift:
-    """Measures rows against the top `d_init` directions of a spectrum; a `Trainer` logs it as it goes.
+    """Measures rows against the top `d_init` directions of a spectrum; a `Trainer` logs the result.
 
-    One product of d_sae x d_in x d_init for each logged row and each of encoder and decoder, in float32:
-    a thousandth of the work of the steps between.
+    Each measurement takes two products of d_sae x d_in x d_init (encoder and decoder) in float32, about a
+    thousandth of the work of the steps between two measurements.
 
     Attributes:
         basis: V_active [d_in d_init], orthonormal columns.
@@ -40,13 +40,13 @@ class Drift:
 
     @torch.no_grad()
     def shares(self, sae: SparseAutoencoder) -> tuple[Float[Tensor, " d_sae"], Float[Tensor, " d_sae"]]:
-        """Share of squared norm inside, 0 to 1: of each decoder row, and of each encoder column."""
+        """Return the share of squared norm inside, 0 to 1, of each decoder row and of each encoder column."""
         basis = self.basis.to(sae.W_dec.device)
         return subspace_share(sae.W_dec.detach(), basis), subspace_share(sae.encoder_rows, basis)
 
     def __call__(self, sae: SparseAutoencoder) -> dict[str, float]:
-        """Mean and quantiles of `shares` over features, by column: `decoder_inside`, `decoder_inside_p10`,
-        `.._median`, `.._p90`, and the same of `encoder_inside`; rows of zeros are left out."""
+        """Return mean and quantiles of `shares` over features: `decoder_inside` (the mean), `.._p10`,
+        `.._median`, `.._p90`, and the same for `encoder_inside`. Rows of zeros are left out."""
         out = {}
         for name, shares in zip(("decoder", "encoder"), self.shares(sae), strict=True):
             found = shares[~shares.isnan()]
@@ -58,9 +58,9 @@ class Drift:
 
 
 def subspace_share(rows: Float[Tensor, "n d"], basis: Float[Tensor, "d r"]) -> Float[Tensor, " n"]:
-    """Share of each row's squared norm inside the span of `basis` (orthonormal columns), in its dtype.
+    """Return the share of each row's squared norm in the span of `basis` (orthonormal columns), in its dtype.
 
-    NaN for a row of zeros, which lies nowhere.
+    The share of a row of zeros is NaN.
     """
     shares = []
     for part in rows.split(_ROWS):

@@ -1,7 +1,7 @@
-"""What a dictionary reconstructs, what that does to the language model, which features fire.
+"""Evaluation of dictionaries: reconstruction, losses of the language model, features that fire.
 
-Every number is a ratio of sums over all evaluated tokens, never an average of batch averages, so that it
-does not depend on how the tokens are batched. Sums run in float64.
+Every number is a ratio of sums over all evaluated tokens, not an average of batch averages, so it does not
+depend on how the tokens are batched. Sums run in float64.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ _ROWS = 4096
 
 @dataclass(frozen=True)
 class Place:
-    """Where coders stand in a language model."""
+    """The hooks of a language model that coders read and write."""
 
     read: str
-    """Name of the hook that they read."""
+    """Name of the hook that coders read."""
     write: str
-    """Name of the hook that they write: the same one for an autoencoder."""
+    """Name of the hook that coders write; an autoencoder writes the hook that it reads."""
     layer: int
-    """The first block that takes part."""
+    """First block with one of the hooks."""
     site: str
-    """What is written, for the progress bar and errors."""
+    """Name of the written site, for the progress bar and errors."""
 
 
 @runtime_checkable
 class Targets(Protocol):
-    """Data that know the moments of what is to be written: `PairedStores`, `SequencePairs`."""
+    """Data that have the moments of the targets: `PairedStores`, `SequencePairs`."""
 
     @property
     def n(self) -> int: ...
@@ -58,21 +58,21 @@ class Targets(Protocol):
 
 @runtime_checkable
 class Coder(Protocol):
-    """What can be evaluated: an autoencoder, a transcoder, a Lorsa."""
+    """A model that can be evaluated: an autoencoder, a transcoder, a Lorsa."""
 
     @property
     def d_sae(self) -> int: ...
     @property
     def target_scale(self) -> float:
-        """What raw targets are multiplied by in `scan`."""
+        """Factor on raw targets in `scan`."""
         ...
 
     def __call__(self, x: Tensor, /) -> Tensor:
-        """Raw targets, approximately, from what is read."""
+        """Return reconstructed raw targets from raw inputs."""
         ...
 
     def scan(self, data: Any) -> Iterator[tuple[Tensor, Tensor, SparseCode]]:
-        """Targets, their reconstructions and codes [n k] of all `data`; values above zero fired."""
+        """Yield targets, reconstructions and codes [n k] of all `data`; values above zero fired."""
         ...
 
 
@@ -81,17 +81,17 @@ class Evaluation:
     """Numbers of one dictionary on held-out activations."""
 
     n_tokens: int
-    """Rows that the next four are over."""
+    """Number of rows behind `fvu`, `explained_variance`, `l0` and `dead_fraction`."""
     fvu: float
     """sum ||x - reconstruction||^2 / sum ||x - mean x||^2, with the mean of the evaluated rows."""
     explained_variance: float
-    """1 - fvu; 0 for predicting the mean, negative for worse."""
+    """1 - fvu; 0 for predicting the mean, negative for a worse reconstruction."""
     l0: float
     """Mean number of features with a value above zero."""
     dead_fraction: float
     """Share of features that fired on none of the `n_tokens`."""
     losses: SpliceLosses | None = None
-    """None where no model was given."""
+    """Losses of the language model; None without a model."""
 
 
 def evaluate(
@@ -126,18 +126,19 @@ def evaluate_together(
     batch_tokens: int = 1024,
     progress: bool = True,
 ) -> list[Evaluation]:
-    """Evaluate dictionaries of one site on rows (raw activations) that they were not trained on.
+    """Evaluate dictionaries of one site on rows (raw activations) that none was trained on.
 
     The clean and the ablated model run once for all of them.
 
     Args:
-        model, tokens: both or none: for the losses of the language model, on text it was not trained on.
-        where: (site, layer) of the dictionaries; by default what their metadata or the store's say.
-        batch_tokens: tokens of a forward pass; logits of all of them are held.
+        model, tokens: give both for the losses of the language model, or neither. The tokens are text that
+            no dictionary was trained on.
+        where: (site, layer) of the dictionaries; by default that of their or the store's metadata.
+        batch_tokens: tokens of a forward pass; the logits of all of them are held in memory.
 
-    Raises OptionError for options that do not belong together, a store of another site than the
-    dictionary's, or a width that differs; DataError for rows that never vary or are not finite, or a loss
-    that is not; UnsupportedModelError for a model that does not predict next tokens.
+    Raises OptionError for options that do not go together, a store of another site than the dictionary's, or
+    a width that differs. Raises DataError for rows that never vary or are not finite, or a loss that is not
+    finite. Raises UnsupportedModelError for a model that does not predict next tokens.
     """
     require(len(saes) > 0, "saes", [], "one or more")
     require_both(model=model, tokens=tokens)
@@ -178,17 +179,17 @@ def evaluate_transcoders(
     batch_tokens: int = 1024,
     progress: bool = True,
 ) -> list[Evaluation]:
-    """Numbers of transcoders of the same sites on tokens that none was trained on; FVU of the outputs.
+    """Evaluate transcoders of the same sites on tokens that none was trained on. The FVU is of the outputs.
 
-    The clean and the ablated model run once for all.
+    The clean and the ablated model run once for all transcoders.
 
     Args:
-        model, tokens: both or none: for the losses of the language model with what a transcoder writes in
-            place of the output site, reading the input site of the same forward pass.
+        model, tokens: give both for the losses of the language model, or neither. A transcoder reads the
+            input site, and its output replaces the output site in the same forward pass.
 
-    Raises OptionError for options that do not belong together, widths that differ, stores whose hooks are not
-    known where losses are asked for, or inputs of a later layer than the outputs; DataError for outputs that
-    never vary, or values or losses that are not finite; UnsupportedModelError for a model that does not
+    Raises OptionError for options that do not go together, widths that differ, losses on stores whose hooks
+    are not known, or inputs of a later layer than the outputs. Raises DataError for outputs that never vary,
+    and for values or losses that are not finite. Raises UnsupportedModelError for a model that does not
     predict next tokens.
     """
     require(len(saes) > 0, "saes", [], "one or more")
@@ -210,10 +211,10 @@ def evaluate_at(
     batch_tokens: int,
     progress: bool,
 ) -> list[Evaluation]:
-    """Evaluate coders of one place on data that fit them; the evaluation of every kind of coder.
+    """Evaluate coders of one place on their data. Every kind of coder is evaluated here.
 
-    With a `place`, `model` and `tokens` are given too, for the losses. Raises DataError for targets that
-    never vary, and as `hooked_losses`.
+    `place`, `model` and `tokens` are given together, for the losses, or not at all. Raises DataError for
+    targets that never vary, and as `hooked_losses`.
     """
     n = len(data) if isinstance(data, Tensor) else data.n
     require(n >= 1, "rows", n, "at least one")
@@ -233,7 +234,7 @@ def evaluate_at(
 
 @torch.inference_mode()
 def _scanned(coder: Coder, data: Any) -> tuple[float, int, float]:
-    """Squared error in raw units, number of firings, share of features that never fired."""
+    """Return squared error in raw units, number of firings, and share of features that never fired."""
     error, fired, ledger = 0.0, 0, None
     for target, reconstruction, code in coder.scan(data):
         ledger = ledger or DeadnessLedger(coder.d_sae, code.values.device)
@@ -246,9 +247,9 @@ def _scanned(coder: Coder, data: Any) -> tuple[float, int, float]:
 
 
 def _spread(data: Targets | ActivationStore | Tensor) -> tuple[Float[Tensor, " d_out"], float]:
-    """Mean of the targets, and the sum of their squared distances from it.
+    """Return the mean of the targets, and the sum of their squared distances from the mean.
 
-    Raises DataError where they never vary.
+    Raises DataError for targets that never vary.
     """
     if not isinstance(data, ActivationStore | Tensor):
         moments = data.output_moments
@@ -261,7 +262,7 @@ def _spread(data: Targets | ActivationStore | Tensor) -> tuple[Float[Tensor, " d
     for block in data.in_order(_ROWS) if isinstance(data, ActivationStore) else data.split(_ROWS):
         x = block.double()
         if shift is None:
-            # Sums around a point near the mean: nothing is lost where the mean is far from zero.
+            # Sums around a point near the mean keep their precision where the mean is far from zero.
             shift = x.mean(0)
         first = first.to(x.device) + (x - shift).sum(0)
         square = square.to(x.device) + (x - shift).square().sum()
@@ -273,7 +274,7 @@ def _spread(data: Targets | ActivationStore | Tensor) -> tuple[Float[Tensor, " d
 
 
 def _place(saes: Sequence[SparseAutoencoder], model: nn.Module, site: str, layer: int) -> Place:
-    """A site of the model. Raises OptionError for a dictionary of another width."""
+    """Return the place of a site of the model. Raises OptionError for a dictionary of another width."""
     hook, width = models.hook_name(model, site, layer), models.site_width(model, site, layer)
     for sae in saes:
         name = models.model_info(model).name
@@ -282,7 +283,7 @@ def _place(saes: Sequence[SparseAutoencoder], model: nn.Module, site: str, layer
 
 
 def _place_of_pairs(model: nn.Module, about: Mapping[str, Any]) -> Place:
-    """The two sites of `PairedStores`, from their metadata."""
+    """Return the place of the two sites of `PairedStores`, from their metadata."""
     reads = about.get("reads", {})
     for side in (reads, about):
         for key in ("site", "layer"):
@@ -297,7 +298,7 @@ def _place_of_pairs(model: nn.Module, about: Mapping[str, Any]) -> Place:
 
 
 def _where(model: nn.Module, about: Sequence[Mapping[str, Any]]) -> SiteLayer:
-    """(site, layer) that all who know it agree on."""
+    """Return the (site, layer) of the metadata. Raises OptionError if they differ or none has a site."""
     known = {models.hook_name(model, *found): found for each in about if (found := _site_layer(each))}
     if len(known) != 1:
         what = f"differ ({', '.join(known)})" if known else "are not known"
@@ -309,7 +310,7 @@ def _site_layer(metadata: Mapping[str, Any]) -> SiteLayer | None:
     site, layer, hook = (metadata.get(key) for key in ("site", "layer", "hook_name"))
     if site is not None and layer is not None:
         return str(site), int(layer)
-    # SAELens names the hook alone.
+    # SAELens records only the hook.
     match = re.match(r"blocks\.(\d+)\.", str(hook))
     return (str(hook), int(match[1])) if match else None
 

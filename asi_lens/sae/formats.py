@@ -1,19 +1,20 @@
-"""Folders of dictionaries: ours, which SAELens 6 and sparsify open too, and theirs.
+"""Folders of dictionaries: ours, which SAELens 6 and sparsify can read too, and theirs.
 
     cfg.json                   the keys of both libraries; each ignores the other's
     sae_weights.safetensors    for SAELens: W_enc [d_in d_sae], b_enc, W_dec [d_sae d_in], b_dec
     sae.safetensors            for sparsify: encoder.weight [d_sae d_in], encoder.bias, W_dec, b_dec
     asi_lens.json              our configuration, and a checksum of every other file
-    asi_lens.safetensors       what is not the same bits in sae_weights: biases before folding, input_mean,
-                               input_scale
+    asi_lens.safetensors       tensors that differ in bits from sae_weights: biases before folding,
+                               input_mean, input_scale
 
 Both libraries compute acts = TopK(ReLU((x - b_dec) W_enc + b_enc)), reconstruction = acts W_dec + b_dec on
-raw activations x: the input's centering and scaling are folded in (`SparseAutoencoder.folded`). Read, a
-folder of ours is the same dictionary to the bit. Nothing is unpickled.
+raw activations x: the input's centering and scaling are folded in (`SparseAutoencoder.folded`). A folder of
+ours is read back as the same dictionary, bit by bit. Nothing is unpickled.
 
-Where the activation function is not TopK there is nothing for sparsify, which knows no other. Transcoders do
-not take b_dec off what they read; with TopK they are for sparsify (if both sides are as wide), with ReLU,
-JumpReLU or BatchTopK for SAELens; others are for us alone. Those of other libraries are not read.
+sparsify supports TopK only, so folders of other kinds hold no file for sparsify. Transcoders do not subtract
+b_dec from their input. Transcoders with TopK are written for sparsify (if both sides have the same width),
+with ReLU, JumpReLU or BatchTopK for SAELens, and others for this package only. Transcoders of other libraries
+are not read.
 """
 
 from __future__ import annotations
@@ -39,18 +40,18 @@ FORMAT = 1
 CONFIG, SAELENS, SPARSIFY = "cfg.json", "sae_weights.safetensors", "sae.safetensors"
 OURS, OUR_WEIGHTS = "asi_lens.json", "asi_lens.safetensors"
 SAELENS_VERSION = "6.54.12"
-"""The SAELens whose format this is; any 6 reads it."""
+"""Version of SAELens whose format is written; every SAELens 6 reads it."""
 
-# Ours -> SAELens' name of what `SAEConfig.metadata` may hold.
+# Keys of `SAEConfig.metadata`: our name -> SAELens' name.
 _RENAMED = {"model": "model_name", "context": "context_size", "bos": "prepend_bos", "corpus": "dataset_path"}
-# SAELens' architectures and the kinds that they are here.
+# SAELens' architectures -> our kinds.
 _ARCHITECTURES = {kind.saelens: name for name, kind in KINDS.items() if kind.saelens and kind.saelens_reads}
 _SAELENS_KEYS = {
     *("architecture", "d_in", "d_sae", "k", "dtype", "device", "metadata"),
     *("apply_b_dec_to_input", "normalize_activations", "reshape_activations"),
     *("rescale_acts_by_decoder_norm", "finetuning_scaling_factor"),
 }
-# Of SAELens' training configurations (its checkpoints); they do not change what a dictionary computes.
+# Keys of SAELens' training configurations (its checkpoints); they do not change a dictionary's outputs.
 _TRAINING_KEYS = {
     *("decoder_init_norm", "aux_loss_coefficient", "use_sparse_activations", "l1_coefficient", "lp_norm"),
     *("l1_warm_up_steps", "l0_coefficient", "l0_warm_up_steps", "jumprelu_init_threshold", "target_l0"),
@@ -64,10 +65,10 @@ _SPARSIFY_KEYS = {
 
 
 def save_folder(sae: SparseAutoencoder, folder: Path | str) -> None:
-    """Write a dictionary, whole or not at all; a folder that already holds one is replaced.
+    """Write a dictionary completely or not at all, replacing a dictionary that is in the folder already.
 
-    Raises OptionError for a folder that holds anything else or thresholds below zero, OSError for a full disk
-    and the like.
+    Raises OptionError for a folder that holds other files or for thresholds below zero, OSError for a full
+    disk and similar failures.
     """
     folder = Path(folder)
     if folder.exists():
@@ -77,7 +78,7 @@ def save_folder(sae: SparseAutoencoder, folder: Path | str) -> None:
     folded = {name: tensor.float() for name, tensor in sae.folded().items()}
     folded = kind.to_saelens(folded, folder)
     names = kind.saelens_names
-    # Those of the activation function have left its prefix behind already.
+    # Tensors of the activation function are in `folded` without their prefix.
     theirs_of = {here.removeprefix("activation."): there for there, here in names.items()}
     folded = {theirs_of.get(name, name): tensor for name, tensor in folded.items()}
     stored = {names.get(name, name): tensor for name, tensor in folded.items()}
@@ -85,7 +86,7 @@ def save_folder(sae: SparseAutoencoder, folder: Path | str) -> None:
     norms = torch.linalg.vector_norm(folded["W_dec"], dim=1)
     with write_whole_folder(folder) as temporary:
         write_tensors(temporary / SAELENS, folded)
-        if kind.sparsify and sae.d_out == sae.d_in:  # all that sparsify has
+        if kind.sparsify and sae.d_out == sae.d_in:  # the only case that sparsify supports
             theirs = {"encoder.weight": folded["W_enc"].T, "encoder.bias": folded["b_enc"]}
             write_tensors(
                 temporary / SPARSIFY, {**theirs, "W_dec": folded["W_dec"], "b_dec": folded["b_dec"]}
@@ -106,14 +107,15 @@ def save_folder(sae: SparseAutoencoder, folder: Path | str) -> None:
 
 
 def load_folder(folder: Path | str) -> SparseAutoencoder:
-    """Read a folder of ours, of SAELens 6 (TopK, JumpReLU, standard, gated) or of sparsify (TopK).
+    """Read a dictionary from a folder of ours, of SAELens 6 (TopK, JumpReLU, standard, gated) or of sparsify.
 
-    A folder with files of SAELens and sparsify both is read as SAELens'. BatchTopK is JumpReLU there. What
-    SAELens does to the encoder (no b_dec subtracted, scores times decoder norms) is folded into the weights.
+    A folder with files of both SAELens and sparsify is read as SAELens'. SAELens stores BatchTopK as
+    JumpReLU. SAELens' options of the encoder (b_dec not subtracted, scores times decoder norms) are folded
+    into the weights.
 
-    Raises FileNotFoundError for a folder that is no dictionary, OptionError for an architecture or option
-    that is not supported, UnknownNameError for a configuration key that is not known, DataError for files
-    that are damaged, edited, or do not belong together.
+    Raises FileNotFoundError for a folder without a dictionary, OptionError for an unsupported architecture or
+    option, UnknownNameError for an unknown configuration key, DataError for files that are damaged, edited,
+    or do not belong together.
     """
     folder = Path(folder)
     if (folder / OURS).is_file():
@@ -130,7 +132,7 @@ def load_folder(folder: Path | str) -> SparseAutoencoder:
 
 
 def _shared_config(sae: SparseAutoencoder, unit_norm: bool) -> dict[str, Any] | None:
-    """`cfg.json`: the keys of SAELens and those of sparsify; none for what neither has."""
+    """Return `cfg.json`, the keys of SAELens and of sparsify; None if neither supports the dictionary."""
     config, kind, transcodes = sae.config, sae.activation, sae.is_transcoder
     for_sparsify = kind.sparsify and sae.d_out == sae.d_in
     architecture = kind.saelens_transcoder if transcodes else kind.saelens
@@ -146,7 +148,7 @@ def _shared_config(sae: SparseAutoencoder, unit_norm: bool) -> dict[str, Any] | 
         "device": "cpu",
         "apply_b_dec_to_input": not transcodes,
         "normalize_activations": "none",
-        # SAELens gets the heads' outputs as [n_heads d_head]; here they are one row.
+        # SAELens receives the heads' outputs as [n_heads d_head]; here they are one row.
         "reshape_activations": "hook_z" if hook.endswith("_z") else "none",
         "metadata": {"sae_lens_version": SAELENS_VERSION, "sae_lens_training_version": None, **metadata},
     }
@@ -222,7 +224,7 @@ def _load_saelens(folder: Path) -> SparseAutoencoder:
     if values.get("finetuning_scaling_factor"):
         raise OptionError(f"finetuning_scaling_factor in {folder} is not supported")
     d_in, d_sae = _size(values, "d_in", folder), _size(values, "d_sae", folder)
-    # 100 is SAELens' default; without TopK every feature may fire.
+    # 100 is SAELens' default. In kinds other than TopK every feature may fire.
     k = values.get("k", 100) if kind.picks_k else d_sae
     renamed = {there: here for here, there in _RENAMED.items()}
     about = {str(renamed.get(key, key)): value for key, value in metadata.items()}
@@ -268,10 +270,10 @@ def _load_sparsify(folder: Path) -> SparseAutoencoder:
 
 @torch.no_grad()
 def _filled(sae: SparseAutoencoder, tensors: Mapping[str, Tensor], folder: Path) -> SparseAutoencoder:
-    """Copy tensors into the dictionary's own, which keep their layout and dtype."""
+    """Copy tensors into the dictionary, whose tensors keep their layout and dtype. Returns the dictionary."""
     for name, into in sae.state_dict().items():
         if name not in tensors:
-            continue  # input_mean and input_scale, which only we have: 0 and 1
+            continue  # input_mean and input_scale exist only in our format; they stay 0 and 1
         _require_shapes({name: tensors[name]}, {name: tuple(into.shape)}, folder)
         into.copy_(tensors[name])
         may_be_infinite = name.removeprefix("activation.") in sae.activation.may_be_infinite
@@ -283,7 +285,7 @@ def _filled(sae: SparseAutoencoder, tensors: Mapping[str, Tensor], folder: Path)
 def _same_bits(tensor: Tensor, other: Tensor | None) -> bool:
     if other is None or other.dtype != tensor.dtype or other.shape != tensor.shape:
         return False
-    # Equal numbers with other bits are zeros of different sign. In pieces, for the signs take memory.
+    # Equal numbers differ in bits only for zeros of different sign. Pieces bound the memory for the signs.
     return all(
         torch.equal(one, two) and torch.equal(one.signbit(), two.signbit())
         for one, two in zip(pieces(tensor), pieces(other), strict=True)
@@ -339,5 +341,5 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """Memory-mapped tensors of a safetensors file."""
+    """Return memory-mapped tensors of a safetensors file."""
     return read_tensors(path, DataError)[0]

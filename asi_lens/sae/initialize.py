@@ -1,10 +1,10 @@
-"""How a dictionary begins: decoder directions, encoder, norm, biases. Every part is a switch of its own.
+"""Initialization of dictionaries: decoder directions, encoder, norm, biases, each with its own option.
 
 Active Subspace Initialization (arXiv 2508.16929): decoder directions are drawn as usual, projected on the
-top `d_init` principal directions of the centered activations and put to unit norm; the encoder starts
-tied, at the norm that makes the first reconstruction best. Nothing is constrained after that. The
-projection runs in float64 on float64 eigenvectors, so that the leak outside the subspace at step 0 is
-that of rounding the weights to their dtype.
+top `d_init` principal directions of the centered activations, and scaled to unit norm. The encoder starts
+tied, at the norm that gives the first reconstruction its smallest error. Training constrains nothing. The
+projection runs in float64 on float64 eigenvectors, so the leak outside the subspace at step 0 comes only from
+rounding the weights to their dtype.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ AUTO_SHARE = 0.8
 
 @dataclass(frozen=True)
 class InitOptions:
-    """How a dictionary began: the options of `initialize`, with d_init and seed as they came out."""
+    """Options of one `initialize`, with d_init and seed resolved."""
 
     method: str
     d_init: int | None
@@ -48,14 +48,14 @@ class InitOptions:
 
 @dataclass(frozen=True)
 class InitReport(InitOptions):
-    """What `initialize` did, and how exact it came out.
+    """Options and measured results of one `initialize`.
 
     Attributes:
-        d_init: dimensions of the active subspace; none for methods without one.
-        leak_decoder, leak_encoder: largest share of a row's norm outside the subspace, measured in
-            float64 on the weights as stored; none for methods without one.
+        d_init: dimensions of the active subspace; None for methods without a subspace.
+        leak_decoder, leak_encoder: largest share of a row's norm outside the subspace, measured in float64
+            on the stored weights; None for methods without a subspace.
         encoder_norm: mean norm of the encoder's rows (decoder rows have norm 1).
-        fvu: fraction of the sample's variance that the first reconstruction leaves unexplained; none
+        fvu: fraction of the sample's variance that the first reconstruction leaves unexplained; None
             without a sample.
     """
 
@@ -66,22 +66,22 @@ class InitReport(InitOptions):
 
 
 def auto_d_init(spectrum: Spectrum) -> int:
-    """Dimensions to start in: the smallest r whose leading singular values hold `AUTO_SHARE` of the sum.
+    """Return d_init for "auto": the smallest r whose leading singular values hold `AUTO_SHARE` of the sum.
 
-    Two things pull. A feature drawn isotropically from the top r directions starts with the mean of their
-    r eigenvalues as the variance of its pre-activation: the fewer directions, the stronger and the less
-    wasted on what never varies. A direction that is left out is learned only by features that drift into
-    it, so all that is left out together must be worth little. Worth is measured by singular values, the
-    weights whose entropy is the effective rank: by variance, one massive direction (in the residual stream
-    past a massive activation it holds over 90 %) would make all others look worthless. A flat spectrum
-    gets 0.8 d, a collapsed one as little as it needs, and nothing depends on d itself.
+    The choice of r balances two effects. A feature drawn isotropically from the top r directions starts with
+    a pre-activation variance equal to the mean of their r eigenvalues, so fewer directions give stronger
+    features. A direction outside the subspace is learned only by features that drift into it, so the
+    directions outside must matter little together. Their weight is measured by singular values (the weights
+    whose entropy is the effective rank). Variance would let a single massive direction hide all others: in
+    the residual stream after a massive activation, such a direction holds over 90 %. A flat spectrum gets
+    0.8 d, a collapsed spectrum a small r, and nothing depends on d itself.
 
-    The share is set by a sweep on the packaged model, layer 15 (4,096 features, 600k tokens, one seed): on
-    attention outputs it picks 192 of 576, where of 64 to 512 the fewest features are silent on held-out
-    rows and the held-out FVU is 1 % above its smallest (128). 64 kills features again, 512 is hardly better
-    than random. MLP outputs get 337 and residual streams 288, which were not trained; the values tried there
-    (128 to 512) were all at least as good as random, by little. One layer and one seed set the share, so this
-    sweep is no test of it.
+    `AUTO_SHARE` comes from a sweep on the packaged model, layer 15 (4,096 features, 600k tokens, one seed).
+    On attention outputs it gives 192 of 576: among 64 to 512, 192 has the fewest silent features on held-out
+    rows, and a held-out FVU 1 % above the smallest (at 128). 64 has more dead features again, 512 is hardly
+    better than random. MLP outputs get 337 and residual streams 288, which were not trained; all values tried
+    there (128 to 512) were as good as random or slightly better. One layer and one seed set the share, so
+    this sweep is not a test of it.
     """
     cumulative = spectrum.eigenvalues.clamp_min(0).sqrt().cumsum(0)
     return int((cumulative < AUTO_SHARE * cumulative[-1]).sum().item()) + 1
@@ -104,31 +104,30 @@ def initialize(
     seed: int | None = None,
     mesh: Mesh | None = None,
 ) -> InitReport:
-    """Set every weight of `sae` and its input normalization, in place.
+    """Set every weight of `sae` and its input normalization, in place. Returns a report.
 
     Args:
-        method: one of `starts.STARTS`. `asi` draws what `random` draws from the same seed, then projects.
+        method: one of `starts.STARTS`. `asi` projects the rows that `random` draws from the same seed.
             `asi_authors` takes the first d_init columns of a uniform draw as coordinates in the subspace
             and searches the norm on the authors' grid, before the encoder bias is centered.
-        spectrum: of the activations; for ASI, and for the input's mean and scale (from `sample` if there
-            is none; left as they are if there is neither).
+        spectrum: spectrum of the activations, for ASI and for the input's mean and scale. Without a
+            spectrum, mean and scale come from `sample`; without both they stay unchanged.
         d_init: dimensions of the active subspace, 1 to d_in, or "auto" (`auto_d_init`). ASI only.
         sample: raw activations, for the norm search, the encoder bias and the report.
-        tied: the encoder starts as the decoder's transpose; else it is drawn on its own, the same way.
+        tied: the encoder starts as the decoder's transpose. False: it is drawn independently, the same way.
         norm_search: scale the encoder so that the first reconstruction of `sample` has the smallest mean
-            squared error. The first reconstruction is proportional to the scale, so the best one is
-            known in closed form: what a grid over the norm would tend to (the authors' variant does
-            use their grid). Without the search the scale is 1.
-        b_dec: "mean", the mean of the normalized input (zero where `center` took it out already), or
-            "zeros".
-        center: take the mean out of the input (`input_mean`); else that is zero.
+            squared error. The first reconstruction is proportional to the scale, so the best scale has a
+            closed form, the limit of a finer and finer grid over the norm (`asi_authors` uses the authors'
+            grid). Without the search the scale is 1.
+        b_dec: "mean", the mean of the normalized input (zero if `center` subtracted it), or "zeros".
+        center: subtract the mean from the input (`input_mean`). False: `input_mean` is zero.
         center_encoder_bias: b_enc = - mean pre-activation on `sample`, so that every feature starts with
-            mean pre-activation zero; else zeros.
+            mean pre-activation zero. False: b_enc is zero.
         initial_l0: features that fire on a token of the sample, for activation functions with a threshold
             (`threshold.set_threshold`); by default the dictionary's k.
-        seed: of the directions; by default that of the configuration.
-        mesh: where `sae` has the features of one rank of several (`mesh.shard`): they get the weights that
-            they would have in the whole dictionary. Every rank gives the same spectrum and sample.
+        seed: seed of the directions; by default the configuration's seed.
+        mesh: the mesh, if `sae` holds the features of one of several ranks (`mesh.shard`). The features get
+            the same weights as in the whole dictionary. Every rank gives the same spectrum and sample.
 
     Raises OptionError, UnknownNameError, or DataError for a sample that is not finite.
     """
@@ -158,7 +157,7 @@ def _check(
     initial_l0: float | int | None,
     mesh: Mesh,
 ) -> None:
-    """Raise OptionError (UnknownNameError) for options that do not go together, or with this dictionary."""
+    """Raise OptionError (UnknownNameError) for options that do not fit each other or this dictionary."""
     method, start, kind = options.method, find_start(options.method), sae.activation
     require(options.b_dec in ("mean", "zeros"), "b_dec", options.b_dec, "'mean' or 'zeros'")
     needy = [name for name in ("norm_search", "center_encoder_bias") if getattr(options, name)]
@@ -178,7 +177,8 @@ def _check(
 
 
 def _draw_rows(sae: SparseAutoencoder, start: Start, draw: Draw, tied: bool) -> Float[Tensor, " d_sae"]:
-    """Fill decoder and encoder with unit rows; returns the products of the norms before."""
+    """Fill decoder and encoder with unit rows. Returns, for each feature, the product of the norms of its two
+    rows before normalization."""
     norms = start.fill(sae.W_dec.data, draw)
     if tied:
         sae.encoder_rows.copy_(sae.W_dec.data)
@@ -194,10 +194,10 @@ def _scale(
     l0: float | int,
     mesh: Mesh,
 ) -> None:
-    """Set encoder bias, thresholds and the norm of encoder rows, as far as a sample says how."""
+    """Set encoder bias, thresholds and norm of encoder rows, as far as the options and the sample allow."""
     search, own = options.norm_search and sample is not None, STARTS[options.method].norm
     if own is not None:
-        # Rows of norm n in both, as theirs are, give n^2 relu(x . w) w with unit w.
+        # The authors' rows have norm n in encoder and decoder, which gives n^2 relu(x . w) w with unit w.
         scale: Tensor | float = norms.to(sae.W_dec).unsqueeze(1)
         if search and sample is not None:
             scale = own(*first_fit(sae, sample, mesh))
@@ -217,9 +217,9 @@ def fit_scale(
     *,
     search: bool = True,
 ) -> None:
-    """Set thresholds for `l0` (the dictionary's k by default) where there are any, and the encoder's scale.
+    """Set thresholds for `l0` (the dictionary's k by default), if the kind has any, and the encoder's scale.
 
-    The scale is that of the smallest squared error of the first reconstruction; without `search` it stays.
+    The scale minimizes the squared error of the first reconstruction. `search=False` keeps the scale.
     """
     if sae.activation.has_threshold:
         set_threshold(sae, sample.x if isinstance(sample, Pair) else sample, sae.k if l0 is None else l0)
@@ -231,9 +231,10 @@ def fit_scale(
 
 
 def best_scale(total: float, cross: float, power: float) -> float:
-    """The factor on reconstructions r with the smallest squared error, from sums of |t|^2, t . r and |r|^2.
+    """Return the factor on reconstructions r that minimizes the squared error to targets t.
 
-    It is 1 where every factor makes the error worse.
+    `total`, `cross`, `power` are sums of |t|^2, t . r and |r|^2. The factor is 1 if every factor increases
+    the error.
     """
     return cross / power if cross > 0 else 1.0
 
@@ -241,7 +242,7 @@ def best_scale(total: float, cross: float, power: float) -> float:
 def _report(
     sae: SparseAutoencoder, options: InitOptions, active: Tensor | None, sample: Tensor | None, mesh: Mesh
 ) -> InitReport:
-    """What came out, measured on the weights as they are stored: scaling rounded the encoder once more."""
+    """Return the report, measured on the stored weights (scaling rounded the encoder once more)."""
     fvu = None
     if sample is not None:
         square, cross, power = first_fit(sae, sample, mesh)
@@ -261,7 +262,7 @@ def _report(
 def active_subspace_of(
     method: str, spectrum: Spectrum | None, d_init: int | str | None, d_in: int
 ) -> Float[Tensor, "d_in d_init"] | None:
-    """V_active, or None for starts without a subspace; raises for options that do not go together."""
+    """Return V_active, None for starts without a subspace. Raises OptionError if the options do not fit."""
     if not find_start(method).subspace:
         require(d_init is None, "d_init", d_init, f"left out for method={method!r}")
         return None
@@ -279,7 +280,7 @@ def active_subspace_of(
 def _set_input(
     sae: SparseAutoencoder, spectrum: Spectrum | None, sample: Tensor | None, center: bool
 ) -> Float[Tensor, " d_in"]:
-    """Set mean and scale of the input; returns the mean of the raw activations, float64."""
+    """Set mean and scale of the input. Returns the mean of the raw activations, float64."""
     if spectrum is not None:
         mean, variance = spectrum.mean.double().cpu(), spectrum.eigenvalues.sum().item()
     elif sample is not None:
@@ -297,7 +298,7 @@ def _set_input(
 
 
 def largest_leak(rows: Float[Tensor, "n d"], active: Float[Tensor, "d r"]) -> float:
-    """Largest share of a row's norm outside the subspace, in float64."""
+    """Return the largest share of a row's norm outside the subspace, computed in float64."""
     largest = 0.0
     for block in rows.split(DRAW_ROWS):
         exact = block.double().cpu()
@@ -310,14 +311,14 @@ def largest_leak(rows: Float[Tensor, "n d"], active: Float[Tensor, "d r"]) -> fl
 def first_fit(
     sae: SparseAutoencoder, sample: Tensor | Pair, mesh: Mesh | None = None
 ) -> tuple[float, float, float]:
-    """`fit_sums` of centered targets and what the features make of them."""
+    """Return `fit_sums` of centered targets and the features' reconstructions of them."""
     mesh, n = mesh or Mesh(), 2048
     blocks = (sample[start : start + n] for start in range(0, len(sample), n))
     return fit_sums((sae.sides(block)[1], _written(sae, block, mesh)) for block in blocks)
 
 
 def fit_sums(sides: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float, float]:
-    """Sums of |t|^2, t . r and |r|^2 over batches of targets t and their reconstructions r, float64."""
+    """Return sums of |t|^2, t . r and |r|^2 over batches of targets t and reconstructions r, in float64."""
     total = cross = power = 0.0
     for target, reconstruction in sides:
         t, r = target.double(), reconstruction.double()
@@ -333,5 +334,5 @@ def _written(sae: SparseAutoencoder, block: Tensor | Pair, mesh: Mesh) -> Float[
 
 
 def _mean_pre(sae: SparseAutoencoder, sample: Tensor) -> Float[Tensor, " d_sae"]:
-    """Mean over the sample of pre-activations without bias."""
+    """Return each feature's mean pre-activation without bias over the sample."""
     return sae.centered(sample).mean(0) @ sae.W_enc.data

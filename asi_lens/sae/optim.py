@@ -1,14 +1,15 @@
 """Adam for dictionaries, dense and row-sparse, with unit decoder rows; schedule and clipping.
 
-Three kinds, all with one step counter for the bias correction:
+Three optimizers, all with one step counter for the bias correction:
 
-- `adam`: every row moves in every step. A feature that did not fire is carried on by its momentum.
-- `sparse_adam`: rows without a pick in the step are not moved and their moments rest, as in
+- `adam`: every step moves every row. Momentum moves a feature that did not fire.
+- `sparse_adam`: a step leaves rows without a pick, and their moments, unchanged, as in
   `torch.optim.SparseAdam`.
-- `sparse_adam_decay`: not moved either, but their moments decay as if the gradient were zero, as in the
-  code of the paper's authors. The decay is made up for when a row fires again, so it costs nothing.
+- `sparse_adam_decay`: a step leaves rows without a pick unchanged, but their moments decay as if the gradient
+  were zero, as in the code of the paper's authors. The decay is applied when a row fires again, so it costs
+  nothing.
 
-Master weights and moments are in the parameters' dtype (float32), whatever the step computes in.
+Master weights and moments have the parameters' dtype (float32), independent of the compute dtype of the step.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from asi_lens.training.config import OPTIMIZERS
 BETAS = (0.9, 0.999)
 EPS = 1e-8
 
-# Elements of a weight updated at a time: what is read, summed, updated and put to unit norm then stays in
-# the CPU's cache. A GPU takes all at once.
+# Elements of a weight updated at a time on a CPU, so that reading, summing, updating and normalizing stay in
+# the cache. A GPU updates all elements at once.
 _CHUNK_ELEMENTS = 512 * 1024
 
 
 def rows_per_chunk(d_in: int, device: torch.device) -> int:
-    """Feature rows that the optimizer takes at a time."""
+    """Return the number of feature rows that the optimizer updates at a time."""
     elements = _CHUNK_ELEMENTS if device.type == "cpu" else 2**28
     return max(1, elements // d_in)
 
@@ -45,9 +46,10 @@ def gradient_norm(
     own: Mapping[str, Tensor] | None = None,
     over_features: Callable[[Tensor], Tensor] | None = None,
 ) -> Float[Tensor, ""]:
-    """L2 norm over the gradients of all parameters, the parallel part of the decoder's removed.
+    """Return the L2 norm of the gradients of all parameters, without the decoder gradient's parallel part.
 
-    `own` are those of the activation function's parameters. `over_features` adds up parts of the features.
+    `own` holds the gradients of the activation function's parameters. `over_features` sums over ranks that
+    hold different features.
     """
     total = grads.b_enc.square().sum()
     for grad in (own or {}).values():
@@ -63,16 +65,17 @@ def gradient_norm(
 
 
 def _are_few(fired: Tensor | None, n: int) -> bool:
-    """Whether it is cheaper to take the rows that fired out than to put the silent ones back."""
+    """Return whether so few rows fired that copying those rows out and back is cheaper than restoring the
+    silent rows."""
     return fired is not None and 2 * len(fired) < n
 
 
 class RowAdam:
-    """Adam on the parameters of `sae` and of its activation function, of one of `OPTIMIZERS`.
+    """Adam, in a variant of `OPTIMIZERS`, on the parameters of `sae` and of its activation function.
 
-    Gradients are summed chunk by chunk (`Gradients`), used, and forgotten: no d_sae x d_in gradient
-    exists. The decoder's gradient loses its part along the row, and rows that moved are put back to unit
-    norm. Raises UnknownNameError for another kind.
+    Gradients are summed, used and discarded chunk by chunk (`Gradients`), so a d_sae x d_in gradient never
+    exists. The part along the row is removed from the decoder's gradient, and rows that moved are scaled to
+    unit norm. Raises UnknownNameError for an unknown variant.
     """
 
     def __init__(self, sae: SparseAutoencoder, kind: str = "adam"):
@@ -86,7 +89,7 @@ class RowAdam:
             name: (torch.zeros_like(weight), torch.zeros_like(weight))
             for name, weight in self._weights().items()
         }
-        # Step of each row's last update, for the decay that it has missed.
+        # Step of each row's last update, for the decay since then.
         self._updated = torch.zeros(
             sae.d_sae if kind == "sparse_adam_decay" else 0, dtype=torch.int64, device=sae.W_dec.device
         )
@@ -110,17 +113,17 @@ class RowAdam:
         own: Mapping[str, Tensor] | None = None,
         own_lr: float | int = 1.0,
     ) -> None:
-        """One update with learning rate `lr`, gradients multiplied by `scale` (of clipping).
+        """Update all parameters with learning rate `lr`, gradients multiplied by `scale` (from clipping).
 
-        `own` are gradients of the activation function's parameters, which every kind moves as Adam does, with
-        `own_lr` times the learning rate.
+        `own` holds gradients of the activation function's parameters. Every variant updates these parameters
+        by plain Adam, with `own_lr` times the learning rate.
         """
         self.steps += 1
         weights = self._weights()
         decoder = weights["W_dec"]
         dense = self.kind == "adam"
-        # Decoder and encoder gradients are both of the weights before this step: they are sums over
-        # picks, and only the decoder's reads a weight (its own row).
+        # Both decoder and encoder gradients belong to the weights before this step: they are sums over
+        # picks, and only the decoder's gradient reads a weight (its own row).
         chunk = rows_per_chunk(decoder.shape[1], decoder.device)
         bounds = [*range(0, len(grads), chunk), len(grads)]
         edges = torch.tensor(bounds, device=grads.features.device)
@@ -155,7 +158,7 @@ class RowAdam:
             self._updated[grads.features] = self.steps
 
     def _missed_decay(self, grads: Gradients) -> Tensor | None:
-        """[2 n]: what the moments of the rows that fired have yet to be multiplied by."""
+        """Return [2 n]: the factors of missed decay on both moments of the n rows that fired."""
         if self.kind != "sparse_adam_decay":
             return None
         gap = (self.steps - 1 - self._updated[grads.features]).double()
@@ -173,9 +176,9 @@ class RowAdam:
         *,
         unit_rows: bool = False,
     ) -> None:
-        """Update rows `start` to `stop` of a weight, of which only `fired` if given.
+        """Update rows `start` to `stop` of a weight; only the rows `fired` of these, if given.
 
-        `grad` has those rows, or those that fired where they are few.
+        `grad` holds the gradient of rows `start` to `stop`, or of the rows that fired if these are few.
         """
         weight, m, v = tensors = [t[start:stop] for t in (self._weights()[name], *self._moments[name])]
         if fired is None:
@@ -191,7 +194,7 @@ class RowAdam:
             for t, new in zip(tensors, picked, strict=True):
                 t.index_copy_(0, local, new)
             return
-        # Most rows fired: update all of them where they lie, then put the few silent ones back.
+        # Most rows fired: update all rows in place, then restore the few silent rows.
         silent = torch.ones(stop - start, dtype=torch.bool, device=grad.device)
         silent[local] = False
         rest = silent.nonzero().flatten()
@@ -206,7 +209,7 @@ class RowAdam:
     def _update(
         self, weight: Tensor, m: Tensor, v: Tensor, grad: Tensor, lr: float, *, unit_rows: bool = False
     ) -> None:
-        # The function counts this step itself.
+        # `adam` adds 1 to the count itself.
         count = torch.tensor(float(self.steps - 1), device=weight.device)
         adam(
             [weight],
@@ -228,14 +231,14 @@ class RowAdam:
             weight.div_(torch.linalg.vector_norm(weight, dim=1, keepdim=True))
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors to store: moments, the step, and what the kind needs besides."""
+        """Return the tensors that a checkpoint stores: moments, the step, and each row's last update."""
         out = {"steps": torch.tensor(self.steps), "updated": self._updated}
         for name, (m, v) in self._moments.items():
             out |= {f"{name}.m": m, f"{name}.v": v}
         return out
 
     def load_state(self, read: Callable[[str], Tensor] | Mapping[str, Tensor]) -> None:
-        """The inverse of `state`; tensors are read one at a time. Raises DataError for other shapes."""
+        """Restore the tensors of `state`, one at a time. Raises DataError for other shapes."""
         fetch = read if callable(read) else read.__getitem__
         self.steps = int(fetch("steps"))
         named = {"updated": self._updated}

@@ -1,7 +1,7 @@
 """The method on one screen: Active Subspace Initialization, TopK, AuxK and Adam in plain autograd.
 
-This is what `initialize` and `Trainer` compute, as the papers write it (arXiv 2508.16929; Gao et al. 2024).
-It builds dense arrays and is for reading; the tests hold the fast step against it.
+This module computes the same as `initialize` and `Trainer`, as the papers write it (arXiv 2508.16929; Gao et
+al. 2024). It builds dense arrays and is meant for reading. The tests compare the fast step with it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch.nn import Parameter
 class Reference:
     """A TopK dictionary of `d_sae` features and its training, in float64.
 
-    `x [n d]` are activations of one site. With `d_init`, features start in the `d_init` leading principal
-    directions of `x` (ASI), else anywhere. `step` is one update on a batch.
+    `x [n d]` holds activations of one site. With `d_init`, features start in the `d_init` leading principal
+    directions of `x` (ASI), else in random directions. `step` updates the dictionary on a batch.
     """
 
     def __init__(
@@ -36,13 +36,13 @@ class Reference:
         self.mean = x.mean(0)
         self.scale = (x.shape[1] / (x - self.mean).square().sum(1).mean()).sqrt()
         x = self.normalize(x)
-        # Decoder: Gaussian directions, projected on the active subspace, of unit norm.
+        # Decoder: Gaussian directions, projected on the active subspace, scaled to unit norm.
         drawn = torch.randn(d_sae, x.shape[1], generator=torch.Generator().manual_seed(seed)).double()
         if d_init is not None:
             V = torch.linalg.eigh(x.T @ x).eigenvectors[:, -d_init:]
             drawn = drawn @ V @ V.T
         self.W_dec = Parameter(drawn / drawn.norm(dim=1, keepdim=True))
-        # Encoder: the decoder's transpose, at the norm that makes the first reconstruction best.
+        # Encoder: the decoder's transpose, at the norm that minimizes the first reconstruction's error.
         first = largest((x @ self.W_dec.T).relu(), k) @ self.W_dec
         best = (x * first).sum() / first.square().sum()
         self.W_enc = Parameter((best * self.W_dec.T).detach())
@@ -51,11 +51,11 @@ class Reference:
         self.tokens_since_fired = torch.zeros(d_sae, dtype=torch.int64)
 
     def normalize(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-        """Activations as the dictionary sees them."""
+        """Return the normalized activations that the dictionary reads."""
         return (x - self.mean) * self.scale
 
     def step(self, batch: Float[Tensor, "n d"]) -> float:
-        """Update on a batch of activations; returns the loss, which is that of the reconstruction alone."""
+        """Update on a batch of activations. Returns the loss of the reconstruction, without AuxK."""
         x = self.normalize(batch.double())
         pre = ((x - self.b_dec) @ self.W_enc + self.b_enc).relu()
         acts = largest(pre, self.k)
@@ -63,14 +63,14 @@ class Reference:
         loss = total = error.square().sum(1).mean()
         dead = self.tokens_since_fired >= self.dead_window
         if self.aux_k and dead.any():
-            # AuxK: the dead features reconstruct what the others missed.
+            # AuxK: the dead features reconstruct the error of the other features.
             e = error.detach()
             e_hat = largest(pre * dead, self.aux_k) @ self.W_dec
             share = (e - e_hat).square().sum() / (e - e.mean(0)).square().sum()
             total = loss + x.shape[1] / 32 * share
         self.optimizer.zero_grad()
         total.backward()
-        # Decoder rows keep unit norm, so the gradient along a row has no part in the step.
+        # Decoder rows keep unit norm, so the gradient's part along a row is removed.
         rows, grad = self.W_dec.data, self.W_dec.grad
         assert grad is not None
         grad -= (grad * rows).sum(1, keepdim=True) * rows
@@ -82,6 +82,6 @@ class Reference:
 
 
 def largest(pre: Float[Tensor, "n d_sae"], k: int) -> Float[Tensor, "n d_sae"]:
-    """The k largest of each row, zeros elsewhere."""
+    """Return the k largest values of each row in place, zeros elsewhere."""
     values, places = pre.topk(k, dim=1)
     return torch.zeros_like(pre).scatter(1, places, values)

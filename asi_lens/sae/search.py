@@ -1,12 +1,12 @@
-"""The top k features of a row, searched in fewer coordinates than d_in.
+"""Search for the top k features of a row in fewer coordinates than d_in.
 
-Inputs and features lie almost wholly in the leading principal directions of the inputs. So pre-activations
-are first computed from the leading `r` coordinates of both, `width` times k candidates a row are kept, and
-only those are scored exactly, in the weights' dtype. What a pick is worth is never approximated; what may
-happen is that one of the k largest is no candidate. How often it does is measured now and then (`is_due`) on
-some rows of the batch, against the exact search: where candidates hold less than `LEAST_MASS` of the mass of
-the exact picks, the search goes on to the cheapest coordinates and candidates that hold `_GOAL`, and where
-none are cheaper than the exact search it gives up and is exact from there on.
+Inputs and features lie almost completely in the leading principal directions of the inputs. So the search
+first computes pre-activations from the leading `r` coordinates of both and keeps `width` times k candidates
+of a row. Only the candidates are scored exactly, in the weights' dtype. Values of picks are therefore exact,
+but a feature of the exact top k may be missing among the candidates. Some steps (`is_due`) compare the search
+with the exact search on some rows of the batch. If the candidates hold less than `LEAST_MASS` of the mass of
+the exact picks, the search moves to the cheapest `r` and `width` that hold `_GOAL`. If none of these is
+cheaper than the exact search, the search is exact from then on.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ from asi_lens.kernels.topk import BIAS_COLUMNS, Workspace, encode_topk, merge_to
 from asi_lens.sae.dictionary import SparseAutoencoder
 
 SEARCHES = ("exact", "subspace")
-"""Every feature in all coordinates; candidates from the leading ones."""
+"""exact: score every feature in all coordinates. subspace: score candidates from the leading coordinates."""
 LEAST_MASS = 0.999
 """Share of the mass (sum of values) of the exact picks that the search must find."""
-# Where it holds less, it takes so much that it is not below again at the next measurement.
+# The share that a new choice must hold, above LEAST_MASS so that the next measurement is not below it again.
 _GOAL = 0.9995
 _MEASURE_EVERY = 100
 _MEASURED_ROWS = 256
-# Features whose coordinates are taken at a time.
+# Features whose coordinates are computed at a time.
 _REFRESHED = 2048
-# What it chooses from: multiples of so many coordinates, and of so many candidates for each pick.
+# Choices of the search: multiples of this number of coordinates, and numbers of candidates for each pick.
 _COORDINATES, _WIDTHS = 32, (2, 4, 8)
-# What a candidate's multiply-add costs (fetching its row, ranking it) in those of a matrix product, which is
-# that much faster in bfloat16. It decides what is tried first, and when to give up.
+# Cost of a candidate's multiply-add (including fetching and ranking its row) relative to a multiply-add of a
+# matrix product, which is faster in bfloat16. It sets the order of choices, and when to use the exact search.
 _CANDIDATE, _CANDIDATE_BF16 = 24, 100
 
 
 def is_due(steps: int) -> bool:
-    """Whether a search is measured after so many steps: often at first, when most changes."""
+    """Return whether the search is measured after `steps` steps: often at first, when weights change most."""
     return steps % _MEASURE_EVERY == 0 or steps & (steps - 1) == 0
 
 
 class SubspaceSearch:
-    """A search in the leading coordinates for the picks of `sae`, and how it does.
+    """A search in the leading coordinates for the picks of `sae`, and its measured quality.
 
     Attributes:
-        sae: the dictionary. dtype: of products over all of its features.
-        r: coordinates; d_in where it has given up. width: candidates for each of the k picks.
-        mass, picks: shares of the exact picks' mass, and of themselves, found when it was last measured.
+        sae: the dictionary. dtype: dtype of products over all features.
+        r: number of coordinates; d_in for an exact search. width: candidates for each of the k picks.
+        mass, picks: shares of the exact picks' mass and number that the last measurement found.
     """
 
     def __init__(
@@ -61,8 +61,8 @@ class SubspaceSearch:
         batch_size: int,
         dtype: torch.dtype,
     ):
-        """`directions` are the inputs' principal ones as columns, largest first; `batch_size` rows share what
-        it costs to take the features' coordinates. It begins with the cheapest choice, to be measured."""
+        """`directions` are the inputs' principal directions as columns, largest first. The cost of the
+        features' coordinates is shared by `batch_size` rows. The search starts with the cheapest choice."""
         self.sae, self.dtype, self.batch_size = sae, dtype, batch_size
         self.directions = directions
         self.r, self.width = self._choices()[0]
@@ -71,11 +71,11 @@ class SubspaceSearch:
 
     @property
     def is_exact(self) -> bool:
-        """Whether it has given up."""
+        """Whether the search is exact from now on."""
         return self.r == len(self.directions)
 
     def refresh(self, moved: Int[Tensor, " n"] | None = None) -> None:
-        """Take the coordinates of the encoder's rows anew: of all, or of those that moved."""
+        """Recompute the coordinates of the encoder's rows: of all rows, or of the rows `moved`."""
         encoder = self.sae.encoder_rows
         if self.is_exact:
             self._rows = None
@@ -92,7 +92,7 @@ class SubspaceSearch:
             self._rows[part, self.r] = self.sae.b_enc.data[part].to(self.dtype)
 
     def code(self, x: Float[Tensor, "batch d_in"], workspace: Workspace | None = None) -> SparseCode:
-        """TopK(ReLU(x W + b)) of centered rows."""
+        """Return the code TopK(ReLU(x W + b)) of centered rows."""
         encoder, bias, k = self.sae.encoder_rows, self.sae.b_enc.data, self.sae.k
         if self.is_exact:
             return encode_topk(x.to(self.dtype), encoder, bias, k, workspace=workspace)
@@ -106,9 +106,9 @@ class SubspaceSearch:
         return SparseCode(best.indices, best.values.relu())
 
     def measure(self, x: Float[Tensor, "batch d_in"]) -> str | None:
-        """Compare with the exact search on some rows; widen until it finds enough, or give up.
+        """Compare with the exact search on some rows, and widen the search until it finds enough mass.
 
-        Returns what changed, in words.
+        If no cheaper choice finds enough, the search becomes exact. Returns the change in words, or None.
         """
         if self.is_exact:
             self.mass = self.picks = 1.0
@@ -134,7 +134,7 @@ class SubspaceSearch:
     def _compare(self, found: SparseCode, exact: SparseCode) -> None:
         total = exact.values.sum(dtype=torch.float64)
         if not bool(total > 0):
-            self.mass = self.picks = 1.0  # nothing to be found
+            self.mass = self.picks = 1.0  # no feature fires
             return
         self.mass = (found.values.sum(dtype=torch.float64) / total).item()
         fires = exact.values > 0
@@ -142,12 +142,12 @@ class SubspaceSearch:
         self.picks = ((there & fires).sum() / fires.sum()).item()
 
     def _choices(self) -> list[tuple[int, int]]:
-        """Coordinates and candidates for each pick, the cheapest first; the last is to be exact."""
+        """Return pairs (coordinates, candidates for each pick), cheapest first. The last pair is exact."""
         d, n, batch = len(self.directions), self.sae.d_sae, self.batch_size
         candidate = _CANDIDATE_BF16 if self.dtype == torch.bfloat16 else _CANDIDATE
         costs = {
-            # Per row of the batch: products with all features, its share of taking their coordinates, and
-            # the candidates' scores.
+            # Cost of a row of the batch: products with all features, the row's share of the features'
+            # coordinates, and the candidates' scores.
             (r, width): n * r * (1 + d / batch) + candidate * width * self.sae.k * d
             for r in range(_COORDINATES, d, _COORDINATES)
             for width in _WIDTHS
@@ -158,12 +158,12 @@ class SubspaceSearch:
         return rows.to(self.dtype) @ self.directions[:, : self.r].to(self.dtype)
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors to store."""
+        """Return the tensors that a checkpoint stores."""
         found = torch.tensor([self.mass, self.picks], dtype=torch.float64)
         return {"shape": torch.tensor([self.r, self.width]), "found": found}
 
     def load_state(self, read: Callable[[str], Tensor]) -> None:
-        """The inverse of `state`; coordinates are taken when they are needed."""
+        """Restore the tensors of `state`; coordinates are computed when they are needed."""
         self.r, self.width = read("shape").tolist()
         self.mass, self.picks = read("found").tolist()
         self._rows = None

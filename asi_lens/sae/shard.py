@@ -1,4 +1,4 @@
-"""A dictionary over the ranks of a mesh: each has the features that are its own."""
+"""Dictionaries split over the ranks of a mesh: each rank holds a part of the features."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from asi_lens.training.mesh import Mesh
 
 
 def part_of(config: SAEConfig, mesh: Mesh) -> SAEConfig:
-    """The configuration of the features of one rank.
+    """Return the configuration of this rank's part of a dictionary.
 
-    Raises OptionError for a kind that does not run over ranks, features that cannot be shared out, or fewer
-    than k of them on a rank.
+    Raises OptionError for a kind that does not run over ranks, features that cannot be split evenly, or fewer
+    than k features on a rank.
     """
     if mesh.config.size > 1:
         allowed = f"{kinds_with('over_ranks')} over several ranks"
@@ -29,7 +29,7 @@ def part_of(config: SAEConfig, mesh: Mesh) -> SAEConfig:
 
 @torch.no_grad()
 def shard(sae: SparseAutoencoder, mesh: Mesh) -> SparseAutoencoder:
-    """The features of this rank of a dictionary, copied; everything else is whole.
+    """Return a dictionary with copies of this rank's features. b_dec and buffers are copied whole.
 
     Raises OptionError as `part_of` does.
     """

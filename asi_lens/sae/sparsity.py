@@ -1,9 +1,9 @@
-"""Options of how dictionaries are kept sparse in training.
+"""Options of sparsity in training.
 
-The main loss is the same for all kinds: squared error, for nested prefixes of the dictionary if `prefixes`
-says so (Matryoshka, Bussmann et al. 2025). A penalty on top aims at `k` features a token where the activation
-function itself does not see to it. What each kind adds is in its file of `kinds`. Penalties have d_out as a
-factor since the main loss, too, is d_out times a fraction of the variance.
+The main loss is the same for all kinds: squared error, also of nested prefixes of the dictionary if
+`prefixes` is given (Matryoshka, Bussmann et al. 2025). If the activation function itself does not limit the
+number of features, a penalty aims at `k` features per token. The file of each kind in `kinds` defines its
+penalty. Penalties have d_out as a factor because the main loss is d_out times a fraction of the variance.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ PENALTIES = ("l0", "tanh")
 
 @dataclass(frozen=True)
 class SparsityConfig:
-    """Options of training beyond TopK. Raises OptionError or UnknownNameError for values that cannot be.
+    """Options of training beyond TopK. Raises OptionError or UnknownNameError for invalid values.
 
     Attributes:
-        coefficient: weight of the penalty (its first value where it is steered).
-        warmup_steps: steps over which it rises linearly.
-        penalty: of JumpReLU, one of `PENALTIES`.
-        initial_l0: features a token that the target begins at, annealed linearly down to the dictionary's
-            k; None is k from the first step.
-        anneal_fraction: share of the steps that takes.
-        bandwidth: of JumpReLU's kernel, in units of normalized activations.
-        threshold_lr: factor on the learning rate of JumpReLU's thresholds. They are numbers around 1 in those
-            units, on which Adam moves weights by the learning rate in a step: an l0 that is annealed would
-            wait for them.
-        prefixes: sizes of the nested dictionaries below the whole one, ascending; none is no Matryoshka.
+        coefficient: weight of the penalty (the first value, for a steered coefficient).
+        warmup_steps: steps over which the weight rises linearly to its full value.
+        penalty: penalty of JumpReLU, one of `PENALTIES`.
+        initial_l0: first target in features per token, annealed linearly down to the dictionary's k; None is
+            k from the first step.
+        anneal_fraction: share of the steps over which the target is annealed.
+        bandwidth: width of JumpReLU's kernel, in units of normalized activations.
+        threshold_lr: factor on the learning rate of JumpReLU's thresholds. Thresholds are numbers around 1 in
+            these units, and Adam moves a weight by about the learning rate in a step, so without the factor
+            they would lag behind an annealed l0.
+        prefixes: sizes of the nested dictionaries below the whole one, ascending; empty without Matryoshka.
     """
 
     coefficient: float | int = 1.0

@@ -1,6 +1,6 @@
-"""What the language model loses with a reconstruction in place of an activation.
+"""Losses of the language model with a reconstruction in place of an activation.
 
-Sums over all predicted tokens run in float64; the clean and the ablated model run once for all dictionaries.
+Sums over all predicted tokens run in float64. The clean and the ablated model run once for all dictionaries.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
 
 Hooks = Mapping[str, models.Hook]
-"""Hooks of a forward, by name."""
+"""Hooks of a forward pass, by name."""
 
 
 @dataclass(frozen=True)
 class SpliceLosses:
-    """What the language model loses with the reconstruction in place of the activation.
+    """Losses of the language model with the reconstruction in place of the activation.
 
-    Means over all predicted tokens, in nats. Position 0 of a sequence is never edited: it was not in the
-    data of the dictionary, and the mean was measured without it.
+    Losses are means over all predicted tokens, in nats. Position 0 of a sequence is never edited, because the
+    dictionary's data and the measured mean exclude it.
     """
 
     cross_entropy: float
@@ -40,9 +40,9 @@ class SpliceLosses:
     cross_entropy_delta: float
     """Spliced minus clean; 0 for a perfect reconstruction."""
     cross_entropy_delta_error: float | None
-    """Its standard error over sequences of text, taken as independent; none for a single one."""
+    """Standard error of `cross_entropy_delta` over sequences, taken as independent; None for one sequence."""
     loss_recovered: float | None
-    """(ablated - spliced) / (ablated - clean); none where ablation changes nothing."""
+    """(ablated - spliced) / (ablated - clean); None if ablation changes nothing."""
     kl: float
     """KL(clean || spliced) of the next-token distributions, per token."""
     n_predictions: int
@@ -61,13 +61,13 @@ def hooked_losses(
     batch_tokens: int = 1024,
     progress: bool = True,
 ) -> list[SpliceLosses]:
-    """Losses of the language model under each of `spliced`, beside the clean and the ablated one.
+    """Return losses of the language model under each of `spliced`, compared with clean and ablated losses.
 
-    Hooks are of block `layer` or later: the layers below run once per batch. `site` names what they edit, for
-    the progress bar and errors.
+    All hooks are in block `layer` or later, so the blocks below run once per batch. `site` names the edited
+    site, for the progress bar and errors.
 
-    Raises UnsupportedModelError for a model that does not predict next tokens, OptionError where there is
-    nothing to predict, DataError for a loss that is not finite.
+    Raises UnsupportedModelError for a model that does not predict next tokens, OptionError if there is no
+    token to predict, DataError for a loss that is not finite.
     """
     info = models.model_info(model)
     if not info.causal:
@@ -78,7 +78,7 @@ def hooked_losses(
     require(len(tokens) >= 1, "tokens", f"{len(tokens)} sequences", "at least one sequence")
     require(batch_tokens >= 1, "batch_tokens", batch_tokens, "at least 1")
     edits = [ablated, *spliced]
-    # Sums of each sequence; the clean one first.
+    # Sums for each sequence. The first list is of the clean model.
     sums: list[list[Tensor]] = [[] for _ in range(1 + len(edits))]
     divergences = [0.0] * len(edits)
     n = len(tokens) * (tokens.context - 1)
@@ -119,9 +119,9 @@ def hooked_losses(
 
 
 def splice_through(coder: Callable[[Tensor], Tensor], read: str, write: str) -> Hooks:
-    """Hooks that put at `write` what `coder` makes of what passes `read`, position 0 left as it is.
+    """Return hooks that apply `coder` to the activation at `read` and put the result at `write`.
 
-    Where both are one hook, `coder` never sees position 0.
+    Position 0 at `write` stays unchanged. If both are the same hook, `coder` does not receive position 0.
     """
     if read == write:
         return {write: skip_first(lambda x: coder(x).to(x))}
@@ -137,14 +137,14 @@ def splice_through(coder: Callable[[Tensor], Tensor], read: str, write: str) -> 
 
 
 def _log_probabilities(logits: Float[Tensor, "batch position d"]) -> Float[Tensor, "batch predicted d"]:
-    """Of the next token after every position but the last, float32."""
+    """Return log-probabilities of the next token after every position but the last, float32."""
     return logits[:, :-1].float().log_softmax(-1)
 
 
 def _loss(
     log_p: Float[Tensor, "batch predicted d"], targets: Int[Tensor, "batch predicted"]
 ) -> Float[Tensor, " batch"]:
-    """Sum of the cross-entropies of each sequence, nats."""
+    """Return the sum of the cross-entropies of each sequence, in nats."""
     return -log_p.gather(-1, targets[..., None]).sum((1, 2), dtype=torch.float64).cpu()
 
 
@@ -153,7 +153,7 @@ def _divergence(
     log_p: Float[Tensor, "batch predicted d"],
     log_q: Float[Tensor, "batch predicted d"],
 ) -> float:
-    """Sum of KL(p || q) over all predictions, one sequence at a time: they are large."""
+    """Return the sum of KL(p || q) over all predictions, one sequence at a time to save memory."""
     parts = zip(p, log_p, log_q, strict=True)
     return sum(
         (one * (log_one - log_other)).sum(dtype=torch.float64).item() for one, log_one, log_other in parts

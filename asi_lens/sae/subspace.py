@@ -1,8 +1,8 @@
-"""Dictionaries that live in the active subspace: trained on coordinates, then put back at full width.
+"""Dictionaries inside the active subspace: trained on coordinates, then expanded to full width.
 
-About half of the directions of an attention output hold 99 % of its variance. A dictionary of the
-coordinates in them has that much less work in every product; what lies outside is reconstructed by the
-mean, which sets a floor under its FVU: the share of the variance that the subspace leaves out.
+About half of the directions of an attention output hold 99 % of its variance. A dictionary of the coordinates
+in these directions needs about half of the work in every product. The part outside the subspace is
+reconstructed by the mean, so the FVU cannot fall below the share of the variance outside.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from asi_lens.sae.dictionary import SparseAutoencoder
 
 
 class SubspaceStore(ActivationStore):
-    """The rows of a store as coordinates (x - mean) V in its top `r` principal directions; nothing is copied.
+    """Rows of a store as coordinates (x - mean) V in its top `r` principal directions, without a copy.
 
     Attributes:
         of: the store of whole rows. basis: V [d r], float64, orthonormal columns. center [d]: the mean.
-        discarded: share of the variance outside, the floor under the FVU of any dictionary in here.
+        discarded: share of the variance outside, the smallest possible FVU of a dictionary in the subspace.
     """
 
     def __init__(self, of: ActivationStore, r: int):
@@ -49,11 +49,11 @@ class SubspaceStore(ActivationStore):
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the rows and with the subspace."""
+        """Fingerprint that changes with the rows and with the subspace."""
         return hashlib.sha256(self.of.fingerprint.encode() + self.basis.numpy().tobytes()).hexdigest()[:16]
 
     def in_order(self, batch_size: int) -> Iterator[Float[Tensor, "batch r"]]:
-        """All rows once, in order."""
+        """Yield all rows once, in order."""
         return (self._coordinates(part.float()) for part in self.of.in_order(batch_size))
 
     def _read(self, index: Int[Tensor, " batch"]) -> ReadRows:
@@ -71,10 +71,10 @@ class SubspaceStore(ActivationStore):
 def expand(
     sae: SparseAutoencoder, basis: Float[Tensor, "d r"], center: Float[Tensor, " width"]
 ) -> SparseAutoencoder:
-    """The same function at full width: x is taken to center + V sae(V^T (x - center)).
+    """Return the same dictionary at full width: it maps x to center + V sae(V^T (x - center)).
 
-    Exact up to rounding, and decoder rows keep their norm. Raises OptionError for a basis whose columns are
-    not orthonormal or not as many as the dictionary is wide.
+    The result is exact up to rounding, and decoder rows keep their norm. Raises OptionError for a basis whose
+    columns are not orthonormal, or differ in number from the dictionary's width.
     """
     require(not sae.is_transcoder, "sae", "a transcoder", "an autoencoder")
     d, r = basis.shape

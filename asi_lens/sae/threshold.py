@@ -1,4 +1,4 @@
-"""One threshold for all features, for an l0."""
+"""One threshold for all features that gives a wanted l0."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from asi_lens.sae.kinds.kind import largest
 
 @torch.no_grad()
 def set_threshold(sae: SparseAutoencoder, sample: Float[Tensor, "n d_in"], l0: float | int) -> float:
-    """Set one threshold for all features, such that `l0` of them fire on a token of the sample; returns it.
+    """Set one threshold for all features so that on average `l0` features fire on a token of the sample.
 
-    It is zero where fewer have a positive pre-activation. Kinds without thresholds of their own have it taken
-    off `b_enc`. Raises OptionError for a kind with neither, or an l0 out of range.
+    Returns the threshold. It is zero if fewer features have a positive pre-activation. Kinds without own
+    thresholds subtract it from `b_enc`. Raises OptionError for a kind with neither, or an l0 out of range.
     """
     kind = sae.activation
     allowed = f"{kinds_with('has_threshold')} to have a threshold"
@@ -26,7 +26,7 @@ def set_threshold(sae: SparseAutoencoder, sample: Float[Tensor, "n d_in"], l0: f
     rows = sae.centered(sample)
     found, least = largest(rows, sae.encoder_rows, sae.b_enc.data, l0)
     below = found.values[found.values < least]
-    # Halfway to the next one, so that rounding decides nothing.
+    # Halfway to the next value, so that rounding does not change which features fire.
     threshold = float((least + below.max()) / 2) if len(below) else 0.0
     kind.set_threshold(sae.b_enc.data, threshold)
     return threshold

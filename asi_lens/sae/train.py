@@ -1,4 +1,4 @@
-"""Training dictionaries: one step, whole runs, several dictionaries on one stream of batches."""
+"""Training of a dictionary: the trainer, with its step, its stream of batches and its checkpoint state."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ from asi_lens.training.schedule import lr_factor
 
 __all__ = ["DivergedError", "SparsityConfig", "StepOutput", "TrainConfig", "Trainer"]
 
-# Rows of the first weights that a checkpoint keeps, to know its own run again.
+# Rows of the first weights that a checkpoint keeps, to recognize its own run.
 _PROBE_ROWS = 32
 
 
 class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
-    """Trains one dictionary, which it holds and changes in place, on the device where it is by then.
+    """Trainer of one dictionary: changes it in place, on its device when the trainer is made.
 
     Attributes:
-        sae: the dictionary. config: how it is trained. optimizer: moments and step. ledger: firings.
-        drift: what to measure of the weights in every logged row, if anything.
-        mesh: where its features and tokens lie. On a rank of several, `sae` has the features of that rank
-            (`mesh.shard`), and a batch is the same one on every rank, which takes its own tokens of it, or a
-            `Part` with those.
-        search: how the top k are found, one of `search.SEARCHES`; "subspace" begins with `prepare`.
+        sae: the dictionary. config: options of training. optimizer: moments and step. ledger: firings.
+        drift: measurement of the weights for every logged row, or None.
+        mesh: split of features and tokens over ranks. With several ranks, `sae` has the features of this rank
+            (`mesh.shard`). A batch is then either the same on every rank, which picks its own tokens, or a
+            `Part` with only this rank's tokens.
+        search: search for the top k, one of `search.SEARCHES`; "subspace" begins with `prepare`.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
 
     @property
     def tokens(self) -> int:
-        """Tokens seen: the position in the stream of data."""
+        """Number of tokens seen, the position in the stream of data."""
         return self.ledger.n_tokens
 
     @property
@@ -110,11 +110,11 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
 
     @torch.no_grad()
     def step(self, batch: Tensor | Pair | Part) -> StepOutput:
-        """One update on raw activations [batch d_in] (of a transcoder: on a `Pair` of those and outputs).
+        """Update on raw activations [batch d_in], or for a transcoder on a `Pair` of inputs and outputs.
 
         Raises DataError for a batch of the wrong width, without rows, or with NaN or infinity, or for weights
-        with such before the first step, and DivergedError (naming the step) if loss or gradients are not
-        finite. Nothing has changed then.
+        with NaN or infinity before the first step. Raises DivergedError (naming the step) if the loss or a
+        gradient is not finite. A step that raises changes nothing.
         """
         sae, config, mesh = self.sae, self.config, self.mesh
         if self.steps == 0:
@@ -135,7 +135,7 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
         if self.aux_k and mesh.count(len(dead)):
             term, aux_loss = self._auxiliary(x, residual, dead)
             terms.append(term)
-        # From here on all tokens of the batch, for the features of this rank.
+        # From here on: all tokens of the batch, and the features of this rank.
         code, itself = terms[0].code, goal is x
         x = mesh.whole(x, n)
         goal = x if itself else mesh.whole(goal, n)
@@ -152,7 +152,7 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
         check = mesh.over_features(_total(grads, own)) if norm is None else norm
         checks = [error, variance, aux_loss, penalty, check]
         firings = mesh.over_features((code.values > 0).sum())
-        # One wait for the device instead of one per number.
+        # One wait for the device instead of a wait for each number.
         total, spread, aux, added, size, fired = torch.stack([*checks, firings]).tolist()
         if not all(math.isfinite(number) for number in (total, aux, added, size)):
             raise DivergedError(
@@ -180,7 +180,7 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
         )
 
     def _code(self, x: Float[Tensor, "part d_in"]) -> SparseCode:
-        """The picks of centered rows."""
+        """Return the picks of centered rows."""
         if self.search == "exact":
             return self.sparsity.code(x.to(self.compute_dtype), self.steps, self._workspace)
         if self.subspace is None:
@@ -190,17 +190,17 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
         return self.subspace.code(x, self._workspace)
 
     def _auxiliary(self, x: Tensor, residual: Tensor, dead: Tensor) -> tuple[Term, Float[Tensor, ""]]:
-        """AuxK: the top aux_k dead features of each token reconstruct what the others left.
+        """Return AuxK's term and L_aux: the top aux_k dead features of each token reconstruct the error.
 
         L_aux = sum |e - e^|^2 / sum |e - mean e|^2 with e = x_n - reconstruction, held constant, and e^
-        without b_dec. The term added to the loss is aux_weight * d_out * L_aux: the main loss, too, is
-        d_out times an error over a variance, as what is reconstructed has mean square norm d_out.
+        without b_dec. The term added to the loss is aux_weight * d_out * L_aux. The main loss, too, is d_out
+        times an error over a variance, because normalized targets have mean square norm d_out.
         """
         sae, values_only = self.sae, self.sparsity.gates_apart
         code = encode_topk(
             x.to(self.compute_dtype),
             sae.encoder_rows,
-            # Closed gates would let nothing through; their values can still learn.
+            # Features with closed gates have no value; without the bias their values can still learn.
             torch.zeros_like(sae.b_enc) if values_only else sae.b_enc.data,
             self.aux_k,
             features=dead,
@@ -209,7 +209,7 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
         mesh, n = self.mesh, len(residual)
         first, last = mesh.tokens(n)
         code = mesh.pick(code, self.aux_k)
-        # residual is reconstruction - x_n, that is -e.
+        # residual is reconstruction - x_n, which is -e.
         missed = mesh.over_features(decode_sum(code, sae.W_dec.data)).add_(residual[first:last])
         code, missed = mesh.whole_code(code, n), mesh.whole(missed, n)
         spread = (residual - residual.mean(0)).square().sum()
@@ -219,21 +219,21 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
         return term, missed.square().sum() * share
 
     def prepare(self, store: ActivationStore | PairedStores) -> None:
-        """What `fit` does first: a dictionary without input normalization takes the store's."""
+        """Prepare for `fit`: a dictionary without input normalization takes the store's; a search starts."""
         self.sae.prepare(store, first=self.steps == 0)
         if self.search == "subspace" and self.subspace is None:
             directions = store.spectrum.active_subspace(self.d_in).to(self.sae.W_dec)
             self.subspace = SubspaceSearch(self.sae, directions, self.config.batch_size, self.compute_dtype)
 
     def measure(self) -> Metrics:
-        """Columns of a logged row beside those of the step: of `drift` and of the search."""
+        """Return columns of a logged row in addition to those of the step: `drift` and the search."""
         found: Metrics = {} if self.drift is None else {**self.drift(self.sae)}
         if (search := self.subspace) is not None:
             found |= {"search_r": search.r, "search_mass": search.mass, "search_picks": search.picks}
         return found
 
     def stream(self, store: ActivationStore | PairedStores, start: int) -> Iterator[Tensor | Pair | Part]:
-        """Batches from token `start` to `n_tokens`; on a rank of several, its parts of them."""
+        """Yield batches from token `start` to `n_tokens`; with several ranks, this rank's parts of them."""
         if self.mesh.config.data == 1 or isinstance(store, PairedStores):
             yield from super().stream(store, start)
             return
@@ -245,7 +245,7 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
             yield Part(rows, n)
 
     def describe(self) -> dict[str, Any]:
-        """What a checkpoint must agree with to be continued by this trainer (JSON values)."""
+        """Return the options that a checkpoint must share for this trainer to continue it (JSON values)."""
         return {
             "sae": {**asdict(self.sae.config), "d_sae": self.sae.d_sae * self.mesh.config.model},
             "train": asdict(self.config),
@@ -255,7 +255,7 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
         }
 
     def _first_weights(self) -> Tensor:
-        """A few rows of the weights that the run started from; equal ones mean the same start."""
+        """Return a few rows of the run's first weights; equal rows mean the same start."""
         if self._probe is None or self.steps == 0:
             sae, mesh = self.sae, self.mesh
             total = sae.d_sae * mesh.config.model
@@ -266,14 +266,14 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
             for weights in (sae.W_dec.data, sae.encoder_rows):
                 rows = weights.new_zeros(len(chosen), weights.shape[1])
                 rows[own] = weights[chosen[own] - first]
-                # Each row is of one rank; the others add zeros.
+                # Each row belongs to one rank; the other ranks add zeros.
                 parts.insert(0, mesh.over_features(rows))
             self._probe = torch.cat([part.flatten() for part in parts])
         return self._probe
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor that the run depends on from here; data order and learning rate follow from the
-        position and the configuration, and nothing else is random."""
+        """Return every tensor that the rest of the run depends on. Data order and learning rate follow from
+        position and configuration, and nothing else is random."""
         sae = self.sae
         out = {
             "sae.encoder": sae.encoder_rows,
@@ -295,9 +295,9 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
 
     @torch.no_grad()
     def load_state(self, read: Callable[[str], Tensor]) -> None:
-        """The inverse of `state`; tensors are read one at a time.
+        """Restore the tensors of `state`, one at a time.
 
-        Raises OptionError if the run that it is the state of began with other weights.
+        Raises OptionError if the stored run started with other weights.
         """
         sae, first, here = self.sae, read("first_weights").to(self.sae.W_dec), self._first_weights()
         if first.shape != here.shape or not torch.allclose(first, here, rtol=1e-3, atol=1e-5):
@@ -319,20 +319,20 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
 
 
 def _require_finite(sae: SparseAutoencoder) -> None:
-    """Steps keep finite weights finite, so it is enough to look once."""
+    """Raise DataError for NaN or infinity in weights. One call suffices: steps keep finite weights finite."""
     for name, weight in sae.named_parameters():
         if not bool(weight.sum().isfinite()):
             raise DataError(f"{name} holds NaN or infinity")
 
 
 def _power(rows: Tensor) -> Float[Tensor, ""]:
-    """Sum of all squares, without an array of them."""
+    """Return the sum of all squares, without an array of squares."""
     flat = rows.flatten()
     return flat @ flat
 
 
 def _total(grads: Gradients, own: Mapping[str, Tensor]) -> Tensor:
-    """A sum that is not finite if any pick's gradient is not."""
+    """Return a sum that is not finite if the gradient of a pick is not finite."""
     total = grads.b_enc.sum() + grads.b_dec.sum() + grads.parallel.sum()
     return total + sum(grad.sum() for grad in own.values())
 
@@ -347,4 +347,4 @@ def _compute_dtype(choice: str, weights: Tensor) -> torch.dtype:
 
 
 if __name__ == "__main__":
-    runpy.run_module("asi_lens.sae", run_name="__main__")  # the command's older name
+    runpy.run_module("asi_lens.sae", run_name="__main__")  # older name of the command

@@ -1,13 +1,13 @@
-"""Transcoders: dictionaries that read one site and write another, such as a layer's input and its output.
+"""Transcoders: dictionaries that read one site and write another, such as a layer's input and output.
 
-Outside, inputs and outputs are raw. Inside, each side has its own normalization, to mean square norm d_in
-and d_out:
+Methods take and return raw inputs and outputs. The weights work on normalized ones: each side has its own
+normalization, to mean square norm d_in (inputs) and d_out (outputs):
 
     pre  = x_n W_enc + b_enc                      x_n = (x - input_mean) * input_scale
     acts = the activation function of pre
     y    = (acts W_dec + b_dec) / output_scale + output_mean
 
-They are trained by `Trainer` on `PairedStores`, with every activation function, optimizer and AuxK.
+`Trainer` trains transcoders on `PairedStores`, with every activation function, optimizer and AuxK.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 class Transcoder(SparseAutoencoder):
     """A `SparseAutoencoder` whose decoder writes another site: `W_dec [d_sae d_out]`, `b_dec [d_out]`.
 
-    Buffers besides: `output_mean [d_out]`, `output_scale []`. A new one has Gaussian unit directions, drawn
-    apart for encoder and decoder; `initialize_transcoder` does it properly.
+    Further buffers: `output_mean [d_out]`, `output_scale []`. A new transcoder has Gaussian unit directions,
+    drawn separately for encoder and decoder. `initialize_transcoder` sets all weights for training.
     """
 
     is_transcoder = True
@@ -57,7 +57,7 @@ class Transcoder(SparseAutoencoder):
         self.output_scale.fill_(float(scale))
 
     def normalize_output(self, y: Num[Tensor, "*batch d_out"]) -> Float[Tensor, "n d_out"]:
-        """(y - output_mean) * output_scale as rows: the target.
+        """Return the target, (y - output_mean) * output_scale, as rows.
 
         Raises DataError if `y` is not d_out wide, or holds NaN or infinity.
         """
@@ -73,11 +73,11 @@ class Transcoder(SparseAutoencoder):
         return normalized
 
     def centered(self, x: Num[Tensor, "*batch d_in"]) -> Float[Tensor, "n d_in"]:
-        """What the encoder reads: x_n as rows."""
+        """Return the encoder's input, x_n, as rows."""
         return self.normalize(x)
 
     def prepare(self, store: ActivationStore | PairedStores, *, first: bool) -> None:
-        """See `SparseAutoencoder.prepare`; both sides."""
+        """See `SparseAutoencoder.prepare`. Normalizes both sides."""
         require(isinstance(store, PairedStores), "store", type(store).__name__, "PairedStores")
         assert isinstance(store, PairedStores)
         require(store.d_out == self.d_out, "store", f"with outputs {store.d_out} wide", f"{self.d_out} wide")
@@ -97,21 +97,21 @@ class Transcoder(SparseAutoencoder):
 
     def sides(self, batch: Tensor | Pair) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
         """See `SparseAutoencoder.sides`."""
-        assert isinstance(batch, Pair)  # `check_batch` has seen to it
+        assert isinstance(batch, Pair)  # checked by `check_batch`
         return self.normalize(batch.x), self.normalize_output(batch.y) - self.b_dec
 
     def decode(self, code: SparseCode) -> Float[Tensor, "*batch d_out"]:
-        """Raw outputs [*batch d_out] from a code [*batch k]."""
+        """Return raw outputs [*batch d_out] from a code [*batch k]."""
         flat = SparseCode(*(part.reshape(-1, part.shape[-1]) for part in code))
         raw = (decode_sum(flat, self.W_dec) + self.b_dec) / self.output_scale + self.output_mean
         return raw.view(*code.indices.shape[:-1], self.d_out)
 
     @torch.no_grad()
     def folded(self) -> dict[str, Tensor]:
-        """The same function of raw activations: acts = f(x W_enc + b_enc), y = acts W_dec + b_dec.
+        """Return weights of the same function on raw activations.
 
-        Decoder rows keep their unit norm, activations come in raw units of the output: the convention of
-        sparsify's transcoders and of SAELens'.
+        acts = f(x W_enc + b_enc), y = acts W_dec + b_dec. Decoder rows keep unit norm, and acts are in raw
+        units of the output. This is the convention of the transcoders of sparsify and SAELens.
         """
         raw = 1 / self.output_scale
         shift = (self.input_mean * self.input_scale) @ self.W_enc

@@ -1,15 +1,15 @@
-"""How a transcoder begins: what its features write, and what they read.
+"""Initialization of transcoders: the directions that features write, and the directions they read.
 
 Decoder directions are those of `initialize`: random, or in the active subspace of the *outputs* (ASI). A
-feature that writes w should fire where the output has much of w, so the encoder starts from what the inputs
-tell of that. Three ways:
+feature that writes w should fire on tokens whose output has a large part along w, so the encoder should
+predict that part from the inputs. The encoder has three starts:
 
-- `regression`: x_n -> M x_n is the best linear guess of the output (ridge regression on the store), and a
-  feature reads M^T w, the direction whose reading is that guess of the output along w.
-- `active`: drawn on its own in the active subspace of the *inputs*.
-- `random`: drawn on its own, isotropically.
+- `regression`: x_n -> M x_n is the best linear prediction of the output (ridge regression on the store). A
+  feature reads M^T w, so that its reading is the predicted output along w.
+- `active`: drawn independently in the active subspace of the *inputs*.
+- `random`: drawn independently, isotropically.
 
-Encoder rows get unit norm, then one factor makes the first reconstruction best.
+Encoder rows get unit norm. Then one factor on all rows minimizes the error of the first reconstruction.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from asi_lens.sae.starts import STARTS, Draw, find_start
 from asi_lens.sae.transcoder import Transcoder
 
 TRANSCODER_METHODS = tuple(name for name, start in STARTS.items() if start.transcoders)
-"""Starts of the decoder: Gaussian, or in the active subspace of the outputs."""
+"""Methods for the initial decoder: Gaussian, or in the active subspace of the outputs."""
 READERS = ("random", "active", "regression")
-"""What the encoder starts from."""
+"""Starts of the encoder."""
 
 # Ridge, as a share of the inputs' mean variance per direction (1 in normalized units).
 _RIDGE = 1e-2
@@ -39,15 +39,16 @@ _SAMPLE = 8192
 
 @dataclass(frozen=True)
 class TranscoderInitReport:
-    """What `initialize_transcoder` did, and how exact it came out.
+    """Options and measured results of one `initialize_transcoder`.
 
     Attributes:
-        d_init: dimensions of the outputs' active subspace; none for "random".
-        d_reads: dimensions of the inputs' active subspace; none but for reader "active".
-        leak_decoder: largest share of a decoder row's norm outside, in float64; none for "random".
-        encoder_norm: norm of the encoder's rows.
-        linear_fvu: fraction of the outputs' variance that the linear guess leaves; none but for "regression".
-        fvu: fraction of the sample's output variance that the first reconstruction leaves.
+        d_init: dimensions of the outputs' active subspace; None for "random".
+        d_reads: dimensions of the inputs' active subspace; None except for reader "active".
+        leak_decoder: largest share of a decoder row's norm outside, in float64; None for "random".
+        encoder_norm: mean norm of the encoder's rows.
+        linear_fvu: fraction of the outputs' variance that the linear prediction leaves unexplained; None
+            except for reader "regression".
+        fvu: fraction of the sample's output variance that the first reconstruction leaves unexplained.
     """
 
     method: str
@@ -72,14 +73,14 @@ def initialize_transcoder(
     initial_l0: float | int | None = None,
     seed: int | None = None,
 ) -> TranscoderInitReport:
-    """Set every weight of `sae` and the normalization of both sides, in place.
+    """Set every weight of `sae` and the normalization of both sides, in place. Returns a report.
 
     Args:
-        store: what it will be trained on: for means, scales, subspaces, the regression and the norm.
+        store: the training data, for means, scales, subspaces, the regression and the norm.
         method: one of `TRANSCODER_METHODS`. reader: one of `READERS`.
         d_init: dimensions of the outputs' active subspace, 1 to d_out, or "auto" (`auto_d_init`). ASI only.
         initial_l0: as in `initialize`.
-        seed: of the directions; by default that of the configuration.
+        seed: seed of the directions; by default the configuration's seed.
 
     Raises OptionError, UnknownNameError, or DataError for rows that never vary.
     """
@@ -133,8 +134,8 @@ def initialize_transcoder(
 
 
 def linear_guess(sae: Transcoder, store: PairedStores) -> tuple[Float[Tensor, "d_out d_in"], float]:
-    """M of the ridge regression y_n ~ M x_n over the whole store, float64, and the fraction of variance that
-    it leaves there."""
+    """Return M of the ridge regression y_n ~ M x_n over the whole store, float64, and the fraction of the
+    outputs' variance that M x_n leaves unexplained."""
     outer = torch.zeros(sae.d_out, sae.d_in, dtype=torch.float64)
     power = torch.zeros(sae.d_in, sae.d_in, dtype=torch.float64)
     total = 0.0

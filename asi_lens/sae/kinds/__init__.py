@@ -1,6 +1,6 @@
-"""The kinds of dictionary: one file for each, with all that is special about it.
+"""The kinds of dictionary. Each kind has a file with all code that is specific to it.
 
-A new kind is a file with a subclass of `kind.Kind`, and one line in `KINDS`.
+To add a kind, write a file with a subclass of `kind.Kind` and add a line to `KINDS`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ KINDS: dict[str, type[Kind]] = {
     "gated": Gated,
     "relu": ReLU,
 }
-"""Kinds by the name that `SAEConfig.activation` has for them."""
+"""Kinds by their name in `SAEConfig.activation`."""
 
 
 def kinds_with(fact: str) -> str:
-    """Names of the kinds of which `fact` (an attribute of `Kind`) is true, as errors list them."""
+    """Return, for error messages, the names of the kinds whose attribute `fact` is true."""
     *most, last = [repr(name) for name, kind in KINDS.items() if getattr(kind, fact)]
     return f"{', '.join(most)} or {last}" if most else last

@@ -11,12 +11,12 @@ from asi_lens.kernels.topk import Workspace
 from asi_lens.sae.kinds.free import Thresholded
 from asi_lens.sae.kinds.kind import Sizes, Training, largest
 
-# Share of the newest batch in the running threshold.
+# Weight of the newest batch in the running threshold.
 _NEWEST = 0.01
 
 
 class BatchTopKTraining(Training["BatchTopK"]):
-    """The k x batch largest pre-activations of the batch fire, if they are above zero. No penalty."""
+    """Training of BatchTopK: the k x batch largest pre-activations above zero fire. There is no penalty."""
 
     _least: Tensor | None = None
 
@@ -31,17 +31,17 @@ class BatchTopKTraining(Training["BatchTopK"]):
         return keep(found, kept)
 
     def after(self, l0: float, step: int) -> None:
-        """See `Training.after`; the threshold of inference follows."""
+        """See `Training.after`. Updates the threshold of inference."""
         threshold = self.kind.threshold
         if self._least is not None:
-            # The first batch sets it, unless `set_threshold` has.
+            # The first batch sets the threshold, unless `set_threshold` did.
             share = _NEWEST if bool(threshold > 0) else 1.0
             threshold.lerp_(self._least.to(threshold), share)
 
 
 class BatchTopK(Thresholded):
-    """One `threshold []` for all features: the running mean of the smallest value that fired in a batch, so
-    that inference does not depend on how tokens are batched. SAELens reads it as JumpReLU."""
+    """BatchTopK, with one `threshold []` for all features: the running mean of the smallest value that fired
+    in a batch. So inference does not depend on how tokens are batched. SAELens reads it as JumpReLU."""
 
     title = "BatchTopK"
     trained_by = BatchTopKTraining

@@ -1,6 +1,6 @@
-"""What kinds that fire on any number of features have in common.
+"""Base classes of kinds that fire on any number of features.
 
-A code is as wide as its widest row; the places that a row does not need hold zeros, which did not fire.
+A code is as wide as the row with most features. Shorter rows are padded with zeros, which did not fire.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class FiresFreely(Kind):
     def values(
         self, z: Float[Tensor, "batch d_sae"], bias: Float[Tensor, " d_sae"]
     ) -> Float[Tensor, "batch d_sae"]:
-        """Values from pre-activations z, in which `bias` is; zero where nothing fires."""
+        """Return values from pre-activations z (which include `bias`); zero for features that do not fire."""
         raise NotImplementedError
 
     def code(
@@ -45,19 +45,19 @@ class FiresFreely(Kind):
         return stack_codes(codes)
 
     def set_threshold(self, b_enc: Float[Tensor, " d_sae"], threshold: float) -> None:
-        """See `Kind.set_threshold`; without a threshold of its own, b_enc is lowered."""
+        """See `Kind.set_threshold`. Lowers b_enc, since the kind has no threshold of its own."""
         b_enc.sub_(threshold)
 
 
 class Thresholded(FiresFreely):
-    """z if z > threshold, else 0, and never below 0: what JumpReLU and BatchTopK have in common."""
+    """A kind with value z if z > threshold, else 0, and never below 0: base of JumpReLU and BatchTopK."""
 
     threshold: Tensor
 
     saelens = "jumprelu"
     saelens_transcoder = "jumprelu_transcoder"
     saelens_names: ClassVar[Mapping[str, str]] = {"threshold": "activation.threshold"}
-    # Such a feature never fires.
+    # A feature with an infinite threshold never fires.
     may_be_infinite = ("threshold",)
 
     def values(self, z: Tensor, bias: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class Thresholded(FiresFreely):
         return {"threshold": self.threshold.detach() / scale}
 
     def to_saelens(self, folded: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-        """See `Kind.to_saelens`; one threshold for each feature."""
+        """See `Kind.to_saelens`. Writes one threshold for each feature."""
         if bool((folded["threshold"] < 0).any()):
             raise OptionError(f"{folder}: thresholds below zero cannot be written; zero is the same function")
         wide = folded["threshold"].expand(len(folded["b_enc"])).contiguous()
@@ -85,6 +85,6 @@ class Thresholded(FiresFreely):
 
     @staticmethod
     def from_saelens(tensors: dict[str, Tensor], shift: Tensor | None) -> dict[str, Tensor]:
-        """See `Kind.from_saelens`; a threshold below zero is the same function as zero."""
+        """See `Kind.from_saelens`. A threshold below zero is read as zero, which is the same function."""
         name = "activation.threshold"
         return {**Kind.from_saelens(tensors, shift), name: tensors[name].clamp_min(0)}

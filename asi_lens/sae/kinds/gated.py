@@ -1,8 +1,8 @@
-"""Gated: gate and magnitude apart (Rajamanoharan et al. 2024, "Improving Dictionary Learning with Gated
+"""Gated: separate gates and magnitudes (Rajamanoharan et al. 2024, "Improving Dictionary Learning with Gated
 SAEs").
 
-Penalty, steered: c d_out / target mean_b sum_j ReLU(gate), and the squared error of what ReLU(gate)
-reconstructs with the decoder held constant, which teaches the gate.
+Penalty, with a steered coefficient c: c d_out / target mean_b sum_j ReLU(gate). A further loss trains the
+gates: the squared error of the reconstruction from ReLU(gate), with the decoder held constant.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from asi_lens.sae.sparsity import SparsityConfig
 
 
 class GatedTraining(Penalized["Gated"]):
-    """Values by the magnitudes, gates by a loss of their own."""
+    """Training of Gated: the main loss trains the magnitudes, and a loss of its own trains the gates."""
 
     gates_apart = True
     _gates: SparseCode
@@ -32,7 +32,7 @@ class GatedTraining(Penalized["Gated"]):
     def code(
         self, x: Float[Tensor, "batch d_in"], step: int, workspace: Workspace | None = None
     ) -> SparseCode:
-        """See `Training.code`; keeps the open gates for `terms`."""
+        """See `Training.code`. Keeps the open gates for `terms`."""
         fired, gates, bias = [], [], self.sae.b_enc.data
         for z in self.pre_activations(x):
             values = self.kind.magnitude(z, bias)
@@ -44,11 +44,11 @@ class GatedTraining(Penalized["Gated"]):
     def terms(
         self, code: SparseCode, goal: Float[Tensor, "part d_out"], n: int
     ) -> tuple[Float[Tensor, "batch d_out"], list[Term]]:
-        """See `Training.terms`; the last one is the gates'."""
+        """See `Training.terms`. The last term is the loss of the gates."""
         residual, terms = super().terms(code, goal, n)
         gain = self.kind.r_mag.detach().exp()[code.indices]
         terms = [term._replace(gain=gain, to_b_enc=False) for term in terms]
-        # b_dec, too, is constant there.
+        # b_dec is held constant too.
         missed = decode_sum(self._gates, self.sae.W_dec.data).sub_(goal).mul_(2 / len(goal))
         return residual, [*terms, Term(self._gates, missed, holds_b_dec=False, moves_decoder=False)]
 
@@ -58,12 +58,13 @@ class GatedTraining(Penalized["Gated"]):
         batch = len(gates.grad)
         weight = self.weight(step) / (self.target(step) * batch)
         terms[-1] = gates._replace(pull=torch.full_like(gates.code.values, weight))
-        # `grad` is 2 / batch times what the gates' reconstruction misses.
+        # `grad` is 2 / batch times the error of the gates' reconstruction.
         loss = weight * gates.code.values.sum() + gates.grad.square().sum() * (batch / 4)
         return loss, self._own_gradients(main)
 
     def _own_gradients(self, main: list[Term]) -> dict[str, Tensor]:
-        """Sums over the picks that fired: dL/d value for b_mag, times exp(r_mag) (x . w) for r_mag."""
+        """Return gradients of b_mag (sum of dL/d value over the picks that fired) and of r_mag (the same sum,
+        each summand times exp(r_mag) (x . w))."""
         b_mag, decoder = self.kind.b_mag.detach(), self.sae.W_dec.data
         out = {"r_mag": torch.zeros_like(b_mag), "b_mag": torch.zeros_like(b_mag)}
         whole, features = main[0].code.values, main[0].code.indices.flatten()
@@ -103,7 +104,7 @@ class Gated(FiresFreely):
     def magnitude(
         self, gate: Float[Tensor, "batch d_sae"], bias: Float[Tensor, " d_sae"]
     ) -> Float[Tensor, "batch d_sae"]:
-        """Values before ReLU, from the gate's pre-activations x . w + bias."""
+        """Return values before ReLU, from the gate's pre-activations x . w + bias."""
         return (gate - bias.to(gate)) * self.r_mag.exp().to(gate) + self.b_mag.to(gate)
 
     def values(self, z: Tensor, bias: Tensor) -> Tensor:
@@ -111,7 +112,7 @@ class Gated(FiresFreely):
         return relu(self.magnitude(z, bias)) * (z > 0)
 
     def folded(self, scale: Float[Tensor, ""], shift: Tensor | None = None) -> dict[str, Tensor]:
-        """See `Kind.folded`; b_enc has no part in the magnitudes, so b_mag takes the shift."""
+        """See `Kind.folded`. The magnitudes do not use b_enc, so b_mag is shifted too."""
         b_mag = self.b_mag.detach() / scale
         if shift is not None:
             b_mag = b_mag - self.r_mag.detach().exp() * shift * (1 / scale)
@@ -119,7 +120,7 @@ class Gated(FiresFreely):
 
     @staticmethod
     def from_saelens(tensors: dict[str, Tensor], shift: Tensor | None) -> dict[str, Tensor]:
-        """See `Kind.from_saelens`; the magnitudes are shifted, too."""
+        """See `Kind.from_saelens`. The magnitudes are shifted too."""
         out, name = Kind.from_saelens(tensors, shift), "activation.b_mag"
         if shift is not None:
             out[name] = out[name] + shift * tensors["activation.r_mag"].double().exp()

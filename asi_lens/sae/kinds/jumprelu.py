@@ -2,8 +2,8 @@
 
 Thresholds learn through a rectangular kernel of width `bandwidth`: d act / d threshold =
 -(threshold / bandwidth) K, d [fired] / d threshold = -(1 / bandwidth) K, where K is 1 for pre-activations
-within half a bandwidth of the threshold. Penalty `l0`: c d_out (l0 / target - 1)^2, or `tanh`:
-c d_out / target mean_b sum_j tanh(act), steered.
+within half a bandwidth of the threshold. The penalty is `l0`: c d_out (l0 / target - 1)^2, or `tanh`:
+c d_out / target mean_b sum_j tanh(act), with a steered coefficient c.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from asi_lens.sae.sparsity import SparsityConfig
 
 
 class JumpReLUTraining(Penalized["JumpReLU"]):
-    """Thresholds that learn from what lies near them."""
+    """Training of JumpReLU: thresholds learn from the pre-activations near them."""
 
     _near: SparseCode
     _acts: Tensor
@@ -29,14 +29,14 @@ class JumpReLUTraining(Penalized["JumpReLU"]):
     def code(
         self, x: Float[Tensor, "batch d_in"], step: int, workspace: Workspace | None = None
     ) -> SparseCode:
-        """See `Training.code`; keeps what is near a threshold for `penalize`."""
+        """See `Training.code`. Keeps the picks near a threshold for `penalize`."""
         threshold = self._threshold()
         fired, near, acts = [], [], []
         for z in self.pre_activations(x):
             on = (z > threshold) & (z > 0)
             fired.append(pick(on, z))
             close = (z - threshold).abs() < self.config.bandwidth / 2
-            # Ones mark what is near; zeros fill up.
+            # Ones mark pre-activations near a threshold; zeros are padding.
             near.append(pick(close, torch.ones_like(z)))
             acts.append(pick(close, z * on))
         self._near, self._acts = stack_codes(near), stack_codes(acts).values
@@ -60,7 +60,8 @@ class JumpReLUTraining(Penalized["JumpReLU"]):
         }
 
     def _threshold_gradient(self, terms: list[Term], by_count: Tensor, slope: float, width: float) -> Tensor:
-        """Sum over what is near of -(threshold / width) dL/d act - (1 / width) dL/d [fired]."""
+        """Return sums of -(threshold / width) dL/d act - (1 / width) dL/d [fired] over the picks near each
+        threshold."""
         indices, marks = self._near
         threshold = self._threshold()
         there = threshold[indices]
@@ -76,14 +77,14 @@ class JumpReLUTraining(Penalized["JumpReLU"]):
         return self.kind.threshold.detach()
 
     def after(self, l0: float, step: int) -> None:
-        """See `Training.after`; thresholds stay above zero."""
+        """See `Training.after`. Sets thresholds below zero to zero."""
         self._threshold().clamp_(min=0)
         if self.config.penalty == "tanh":
             self.steer(l0, step)
 
 
 class JumpReLU(Thresholded):
-    """A learned `threshold [d_sae]`."""
+    """JumpReLU, with a learned `threshold [d_sae]`."""
 
     title = "JumpReLU"
     trained_by = JumpReLUTraining

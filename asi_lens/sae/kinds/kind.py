@@ -1,7 +1,7 @@
-"""What a kind of dictionary consists of: `Kind`, its activation function, and `Training`, how it is trained.
+"""Interface of a kind of dictionary: `Kind`, the activation function, and `Training`, its training.
 
-Every file beside this one fills in both for one kind. The rest of the package asks the kind and never
-compares names.
+Each file beside this one implements both for one kind. The rest of the package reads attributes of the kind
+and never compares names.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from asi_lens.kernels.topk import CHUNK_BYTES, Workspace, encode_topk
 from asi_lens.sae.sparsity import SparsityConfig
 from asi_lens.training.mesh import Mesh
 
-# Largest change of a steered coefficient in one step, and of what it reacts to.
+# Rate of a steered coefficient: at most 3 % up or down in a step.
 _STEERING = 0.03
 
 
@@ -41,7 +41,7 @@ class Sizes(Protocol):
 
     @property
     def k(self) -> int:
-        """Features that fire on one token, or are aimed at."""
+        """Features that fire on one token, or the target for that number."""
 
     @property
     def d_out(self) -> int | None:
@@ -49,7 +49,7 @@ class Sizes(Protocol):
 
 
 class Weights(nn.Module):
-    """The part of a dictionary that the training of a kind reads; `SparseAutoencoder` has the rest."""
+    """The part of a dictionary that the training of a kind reads; `SparseAutoencoder` adds the rest."""
 
     config: Sizes
     activation: Kind
@@ -74,7 +74,7 @@ class Weights(nn.Module):
 
     @property
     def encoder_rows(self) -> Float[Tensor, "d_sae d_in"]:
-        """W_enc^T without gradient: contiguous, one feature per row, the same memory."""
+        """W_enc^T without gradient, contiguous, one feature per row. It shares memory with W_enc."""
         return self.W_enc.data.T
 
 
@@ -82,12 +82,12 @@ K = TypeVar("K", bound="Kind")
 
 
 class Training(Generic[K]):
-    """How a kind is trained. As it stands here: no penalty, and the picks of inference (TopK).
+    """Training of a kind. This base class has no penalty and uses the picks of inference (TopK).
 
     Attributes:
         sae: the dictionary. kind: its activation. config: the options. n_steps: steps of the whole run.
-        coefficient: weight of the penalty as it is now.
-        gates_apart: whether b_enc decides what fires and has no part in the values.
+        coefficient: current weight of the penalty.
+        gates_apart: whether b_enc decides only which features fire, and does not enter their values.
     """
 
     gates_apart = False
@@ -114,7 +114,7 @@ class Training(Generic[K]):
         return self.config.threshold_lr if self.kind.threshold_learns else 1.0
 
     def target(self, step: int) -> float:
-        """Features a token that step `step` (from 0) aims at."""
+        """Return the target of step `step` (from 0), in features per token."""
         start = self.sae.k if self.config.initial_l0 is None else self.config.initial_l0
         steps = self.config.anneal_fraction * self.n_steps
         share = min(1.0, step / steps) if steps else 1.0
@@ -123,15 +123,15 @@ class Training(Generic[K]):
     def code(
         self, x: Float[Tensor, "batch d_in"], step: int, workspace: Workspace | None = None
     ) -> SparseCode:
-        """The picks of a batch of centered rows."""
+        """Return the picks of a batch of centered rows."""
         return self.kind.code(x, self.sae.encoder_rows, self.sae.b_enc.data, workspace)
 
     def terms(
         self, code: SparseCode, goal: Float[Tensor, "part d_out"], n: int
     ) -> tuple[Float[Tensor, "batch d_out"], list[Term]]:
-        """Reconstruction minus goal, both without b_dec, and the terms of the main loss: the whole
-        dictionary, then its prefixes. They are of all `n` tokens of the batch, `code` and `goal` of this
-        rank's."""
+        """Return reconstruction minus goal (both without b_dec), and the terms of the main loss: the whole
+        dictionary, then its prefixes. `code` and `goal` are of this rank's tokens, the results of all `n`
+        tokens of the batch."""
         decoder, scale = self.sae.W_dec.data, 2 / n
         residual = self.mesh.over_features(decode_sum(code, decoder)).sub_(goal)
         code, residual = self.mesh.whole_code(code, n), self.mesh.whole(residual, n)
@@ -142,23 +142,24 @@ class Training(Generic[K]):
         return residual, terms
 
     def penalize(self, terms: list[Term], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The penalty, and gradients of the activation's own parameters; may add a pull to the first term."""
+        """Return the penalty and the gradients of the activation's own parameters. May set the `pull` of
+        `terms[0]`, the penalty's gradient on the values."""
         return terms[0].grad.new_zeros(()), {}
 
     def after(self, l0: float, step: int) -> None:
-        """What follows a step whose batch had `l0` features a token."""
+        """Update the training's state after a step whose batch had `l0` features per token."""
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors to store."""
+        """Return the tensors that a checkpoint stores."""
         return {}
 
     def load_state(self, read: Callable[[str], Tensor]) -> None:
-        """The inverse of `state`."""
+        """Restore the tensors of `state`; `read` returns the tensor of a name."""
 
 
 class Penalized(Training[K]):
-    """Training with a penalty, whose weight may be steered: in every step it is multiplied by
-    exp(0.03 (l0 / target - 1)), at most by 3 % either way."""
+    """Training with a penalty. Its coefficient may be steered: every step multiplies the coefficient by
+    exp(0.03 (l0 / target - 1)), with the change limited to about 3 % up or down."""
 
     def state(self) -> dict[str, Tensor]:
         """See `Training.state`."""
@@ -169,36 +170,37 @@ class Penalized(Training[K]):
         self.coefficient = float(read("coefficient"))
 
     def weight(self, step: int) -> float:
-        """The coefficient, warmed up, times d_out (as the main loss is d_out times a share of variance)."""
+        """Return the coefficient, warmed up, times d_out: the main loss, too, is d_out times a share of the
+        variance."""
         warm = min(1.0, (step + 1) / self.config.warmup_steps) if self.config.warmup_steps else 1.0
         return self.coefficient * warm * self.sae.d_out
 
     def pre_activations(self, x: Float[Tensor, "batch d_in"]) -> Iterator[Float[Tensor, "rows d_sae"]]:
-        """As the function of this name, in the weights' dtype."""
+        """Yield the results of the function `pre_activations` in the weights' dtype."""
         bias = self.sae.b_enc.data
         return (z.to(bias) for z in pre_activations(x, self.sae.encoder_rows, bias))
 
     def steer(self, l0: float, step: int) -> None:
-        """Change the coefficient after a step whose batch had `l0` features a token."""
+        """Change the coefficient after a step whose batch had `l0` features per token."""
         excess = l0 / self.target(step) - 1
         self.coefficient *= math.exp(_STEERING * max(-1.0, min(1.0, excess)))
 
 
 class Kind(nn.Module):
-    """An activation function: from centered inputs to the features that fire, and what is special about it.
+    """An activation function, from centered inputs to the features that fire, with the facts of its kind.
 
     Attributes:
-        title: its name in notebooks. trained_by: its training. default: options that train it well.
-        also_nested: whether notebooks have it with nested prefixes (Matryoshka), too.
+        title: name in notebooks. trained_by: class of its training. default: options that train it well.
+        also_nested: whether notebooks also train it with nested prefixes (Matryoshka).
         picks_k: whether each token gets exactly `k` features, the largest.
-        over_ranks: whether its features may lie on several ranks.
+        over_ranks: whether its features may be split over several ranks.
         has_threshold: whether thresholds or biases decide how many features fire (`set_threshold`).
-        threshold_learns: whether its own parameters learn at `SparsityConfig.threshold_lr`.
-        saelens, saelens_transcoder: SAELens' architectures for it; None where SAELens has none.
+        threshold_learns: whether `SparsityConfig.threshold_lr` applies to its own parameters.
+        saelens, saelens_transcoder: SAELens' architectures for the kind; None if SAELens has none.
         saelens_reads: whether a folder of that architecture is read as this kind.
-        saelens_names: SAELens' names of tensors and ours in `state_dict`, where they differ.
-        sparsify: whether sparsify reads it.
-        may_be_infinite: its own parameters that may hold infinity.
+        saelens_names: SAELens' names of tensors -> our names in `state_dict`, if they differ.
+        sparsify: whether sparsify reads the kind.
+        may_be_infinite: names of its own parameters that may hold infinity.
     """
 
     title: ClassVar[str]
@@ -226,39 +228,41 @@ class Kind(nn.Module):
         bias: Float[Tensor, " d_sae"],
         workspace: Workspace | None = None,
     ) -> SparseCode:
-        """Features and values of each row; encoder and bias as rows, one per feature."""
+        """Return features and values of each row. Encoder and bias have one row per feature."""
         raise NotImplementedError
 
     def set_threshold(self, b_enc: Float[Tensor, " d_sae"], threshold: float) -> None:
-        """Let only features fire whose pre-activation is above `threshold`, where `b_enc` may be changed."""
+        """Let only features with a pre-activation above `threshold` fire. May change `b_enc` in place."""
         raise NotImplementedError
 
     def rescale(self, factor: float) -> None:
-        """Follow encoder rows and b_enc that were multiplied by `factor`, so that values are, too.
+        """Adapt own parameters after encoder rows and b_enc were multiplied by `factor`, so that values are
+        multiplied by `factor` too.
 
-        The closed-form norm of `initialize` takes this for granted; a kind whose values are not proportional
-        to its pre-activations starts at another norm than the best.
+        The closed-form norm of `initialize` assumes this. A kind whose values are not proportional to its
+        pre-activations starts at a norm that is not the best.
         """
 
     def folded(self, scale: Float[Tensor, ""], shift: Tensor | None = None) -> dict[str, Tensor]:
-        """Its own parameters for values that are divided by `scale`, as `SparseAutoencoder.folded` has them.
+        """Return own parameters for values divided by `scale`, for `SparseAutoencoder.folded`.
 
-        `shift [d_sae]` is what folding takes off the pre-activations; None where the encoder's input stays.
+        `shift [d_sae]` is subtracted from the pre-activations by folding; None if the encoder's input stays.
         """
         return {}
 
     def to_saelens(self, folded: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-        """Folded tensors as SAELens stores them, still under our names.
+        """Return folded tensors with the values that SAELens stores, under our names.
 
-        Raises OptionError, naming the folder, for what cannot be written.
+        Raises OptionError, naming the folder, for tensors that SAELens' format cannot represent.
         """
         return folded
 
     @staticmethod
     def from_saelens(tensors: dict[str, Tensor], shift: Tensor | None) -> dict[str, Tensor]:
-        """SAELens' tensors, under the names of `state_dict`, for an input from which b_dec is taken off.
+        """Return SAELens' tensors under the names of `state_dict`, for an encoder input of x - b_dec.
 
-        `shift [d_sae]` is what that takes off the pre-activations; None where SAELens takes it off, too.
+        `shift [d_sae]` is the amount by which subtracting b_dec lowers the pre-activations; None if SAELens
+        subtracts b_dec too.
         """
         return tensors if shift is None else {**tensors, "b_enc": tensors["b_enc"] + shift}
 
@@ -266,7 +270,7 @@ class Kind(nn.Module):
 def pre_activations(
     x: Float[Tensor, "batch d_in"], encoder: Float[Tensor, "d_sae d_in"], bias: Float[Tensor, " d_sae"]
 ) -> Iterator[Float[Tensor, "rows d_sae"]]:
-    """x W + b in the dtype of `x`, of as many rows at a time as fit into `CHUNK_BYTES`."""
+    """Yield x W + b in the dtype of `x`, for as many rows at a time as fit into `CHUNK_BYTES`."""
     for block in x.split(max(1, CHUNK_BYTES // (4 * len(encoder)))):
         yield linear(block, encoder.to(block), bias.to(block))
 
@@ -278,9 +282,10 @@ def largest(
     mean: float | int,
     workspace: Workspace | None = None,
 ) -> tuple[SparseCode, Float[Tensor, ""]]:
-    """A code that holds the mean x batch largest pre-activations of all rows, and the least of those."""
+    """Return a code that contains the mean x batch largest pre-activations of all rows, and the smallest of
+    these."""
     wanted = round(mean * len(x))
-    # Few rows hold many times the mean: look further only if one may hold more than was looked for.
+    # Few rows hold many times the mean, so the search widens only if a row may hold more than `width`.
     width = min(len(encoder), 4 * math.ceil(mean))
     while True:
         found = encode_topk(x, encoder, bias, width, workspace=workspace)

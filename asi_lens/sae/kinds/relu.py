@@ -1,6 +1,6 @@
 """ReLU with L1 ("standard" in SAELens): every feature with a positive pre-activation fires.
 
-Penalty, steered: c d_out / target mean_b sum_j act (L1 with unit decoder rows).
+Penalty, with a steered coefficient c: c d_out / target mean_b sum_j act (L1 with unit decoder rows).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from asi_lens.sae.sparsity import SparsityConfig
 
 
 class ReLUTraining(Penalized["ReLU"]):
-    """L1, steered towards the target."""
+    """Training of ReLU: L1, steered towards the target."""
 
     def penalize(self, terms: list[Term], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """See `Training.penalize`."""
@@ -31,8 +31,8 @@ class ReLUTraining(Penalized["ReLU"]):
 
 
 class ReLU(FiresFreely):
-    """ReLU(.). A threshold is taken off b_enc: that shrinks values too, but half of all features firing at
-    first is no start either."""
+    """ReLU(.). `set_threshold` subtracts the threshold from b_enc. That shrinks values too, but without it
+    half of all features would fire at first."""
 
     title = "ReLU with L1"
     trained_by = ReLUTraining

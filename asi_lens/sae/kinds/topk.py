@@ -1,4 +1,4 @@
-"""TopK: the k largest pre-activations of each token, those below zero as zeros (Gao et al. 2024)."""
+"""TopK: the k largest pre-activations of each token, with negative values set to 0 (Gao et al. 2024)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from asi_lens.sae.kinds.kind import Kind, Sizes
 
 
 class TopK(Kind):
-    """TopK(ReLU(.)); trained with the main loss alone."""
+    """TopK(ReLU(.)), trained with the main loss alone."""
 
     title = "TopK"
     picks_k = True

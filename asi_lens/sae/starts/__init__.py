@@ -1,6 +1,6 @@
-"""Where dictionaries can begin: one file for each way of drawing directions.
+"""Starts of dictionaries: a file for each way of drawing the initial directions.
 
-A new start is a file with a function under `@start`, and its name in the import below.
+To add a start, write a file with a function under `@start` and add its name to the import below.
 """
 
 from __future__ import annotations

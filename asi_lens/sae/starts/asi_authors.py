@@ -1,4 +1,4 @@
-"""ASI in the order of its authors' code, with their search for the norm."""
+"""ASI with the steps of the authors' code, including the authors' search for the norm."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from asi_lens.sae.starts.start import Draw, set_unit, start
 
 
 def grid(total: float, cross: float, power: float) -> float:
-    """The authors' search: norm r of encoder and decoder rows from 50 values 0.1 to 5.0, then 20 values
-    from 0.09 below to 0.1 above the best. The reconstruction goes as r^2. Returns r^2.
+    """Return r^2 for the best norm r of encoder and decoder rows, by the authors' search.
+
+    The search tries 50 values 0.1 to 5.0, then 20 values from 0.09 below to 0.1 above the best of these. The
+    reconstruction is proportional to r^2. `total`, `cross`, `power` are the sums of `Start.norm`.
     """
 
     def best(norms: list[float]) -> float:
@@ -24,7 +26,8 @@ def grid(total: float, cross: float, power: float) -> float:
 
 @start("asi_authors", subspace=True, norm=grid)
 def asi_authors(rows: Float[Tensor, "n d"], draw: Draw) -> Float[Tensor, " n"]:
-    """The first d_init columns of a uniform draw, as coordinates in the active subspace."""
+    """Fill `rows` with directions whose coordinates in the active subspace are the first d_init columns of a
+    uniform draw. Returns the norms before normalization."""
     active, generator = draw.subspace, torch.Generator().manual_seed(draw.seed)
     norms = []
     for block in rows.split(DRAW_ROWS):

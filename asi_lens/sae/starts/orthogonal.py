@@ -11,12 +11,12 @@ from asi_lens.sae.starts.start import Draw, set_unit, start
 
 @start("orthogonal")
 def orthogonal(rows: Float[Tensor, "n d"], draw: Draw) -> Float[Tensor, " n"]:
-    """Sets of d rows that are orthonormal, each drawn uniformly."""
+    """Fill `rows` with orthonormal sets of d rows, each set drawn uniformly. Returns the norms before."""
     d, generator = rows.shape[1], torch.Generator().manual_seed(draw.seed)
     norms = []
     for block in rows.split(d):
         square = torch.randn(d, d, generator=generator, dtype=torch.float64)
         q, r = torch.linalg.qr(square)
-        # With the signs of R's diagonal the directions are uniform (Mezzadri 2007).
+        # Multiplying by the signs of R's diagonal makes the directions uniform (Mezzadri 2007).
         norms.append(set_unit(block, (q * r.diagonal().sign()).T[: len(block)]))
     return torch.cat(norms)

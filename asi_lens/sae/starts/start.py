@@ -1,4 +1,4 @@
-"""What a start is: a function that fills unit rows, registered with what it needs."""
+"""Interface of a start: a function that fills unit rows, registered with its requirements."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from asi_lens.kernels.draws import DRAW_ROWS
 
 @dataclass(frozen=True)
 class Draw:
-    """What directions are drawn from.
+    """Inputs of a draw of directions.
 
     Attributes:
-        seed: of the draw.
+        seed: seed of the draw.
         active: V_active [d d_init], orthonormal, float64 on the CPU; None for starts without a subspace.
-        spectrum, sample: of the raw activations, where there are any.
-        first, total: rows `first` and on of `total` are filled; by default `total` is as many as there are.
+        spectrum, sample: spectrum and sample of the raw activations, or None.
+        first, total: the rows are those from `first` on of a draw of `total` rows; by default all rows.
     """
 
     seed: int
@@ -34,27 +34,27 @@ class Draw:
 
     @property
     def subspace(self) -> Float[Tensor, "d d_init"]:
-        """V_active, of a start that needs it."""
-        assert self.active is not None  # `active_subspace_of` gives it to those
+        """V_active, for a start that needs it."""
+        assert self.active is not None  # set by `active_subspace_of` for such starts
         return self.active
 
 
 Fill = Callable[[Tensor, Draw], Tensor]
-"""Fills rows [n d] with unit directions; returns the norms [n] before, float64 on the CPU."""
+"""Fills rows [n d] with unit directions. Returns the norms [n] before normalization, float64 on the CPU."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """A way of drawing directions, and what it needs.
+    """A way of drawing directions, and its requirements.
 
     Attributes:
         fill: the function.
         subspace: whether it draws in an active subspace, and so needs a spectrum and `d_init`.
         sharded: whether it can fill a part of the rows, for a dictionary over several ranks.
-        transcoders, lorsas: whether those can begin with it, too.
-        norm: search of its own for the factor on unit encoder rows, given sums over the sample of |x|^2,
-            x . r and |r|^2 (r the first reconstruction); without a search rows keep the norms of the draw.
-            None is the best factor, in closed form.
+        transcoders, lorsas: whether transcoders and Lorsas can use it too.
+        norm: the start's own search for the factor on unit encoder rows. It takes sums over the sample of
+            |x|^2, x . r and |r|^2 (r is the first reconstruction). With `norm_search=False` rows keep the
+            norms of the draw. None: the best factor is computed in closed form.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Start:
 
 
 STARTS: dict[str, Start] = {}
-"""Starts by the name that `initialize` has for them."""
+"""Starts by their name in `initialize`."""
 
 
 def start(
@@ -79,7 +79,7 @@ def start(
     lorsas: bool = False,
     norm: Callable[[float, float, float], float] | None = None,
 ) -> Callable[[Fill], Fill]:
-    """Register a function as the start `name`, with what it needs (`Start`)."""
+    """Return a decorator that registers a function as the start `name`, with its requirements (`Start`)."""
 
     def register(fill: Fill) -> Fill:
         STARTS[name] = Start(name, fill, subspace, sharded, transcoders, lorsas, norm)
@@ -89,7 +89,7 @@ def start(
 
 
 def find_start(name: str, among: Iterable[str] | None = None) -> Start:
-    """The start of that name, of all or of some. Raises UnknownNameError, listing those."""
+    """Return the start of that name, from `among` (default: all). Raises UnknownNameError with a list."""
     known = list(STARTS if among is None else among)
     if name not in known:
         raise unknown_name("initialization method", name, known)
@@ -97,14 +97,17 @@ def find_start(name: str, among: Iterable[str] | None = None) -> Start:
 
 
 def starts_with(fact: Callable[[Start], bool]) -> str:
-    """Names of the starts for which `fact` holds, as errors list them."""
+    """Return, for error messages, the names of the starts for which `fact` holds."""
     return " or ".join(repr(name) for name, each in STARTS.items() if fact(each))
 
 
 def to_unit_norm(
     rows: Float[Tensor, "n d"], move: Callable[[Tensor], Tensor] | None = None
 ) -> Float[Tensor, " n"]:
-    """Put rows to unit norm, in float64, after `move` of [m d] float64 blocks; returns the norms before."""
+    """Apply `move` to float64 blocks [m d] of the rows, then scale the rows to unit norm.
+
+    Returns the norms before scaling.
+    """
     norms = []
     for block in rows.split(DRAW_ROWS):
         exact = block.double().cpu()
@@ -113,7 +116,7 @@ def to_unit_norm(
 
 
 def set_unit(rows: Float[Tensor, "n d"], exact: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
-    """Fill rows with the directions of `exact`; returns its norms."""
+    """Fill rows with the unit directions of `exact`. Returns the norms of `exact`."""
     norm = torch.linalg.vector_norm(exact, dim=1)
     rows.copy_(exact / norm.unsqueeze(1))
     return norm
