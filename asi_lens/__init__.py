@@ -1,4 +1,4 @@
-"""See the low-dimensional subspace that attention writes into, and train dictionaries that start in it.
+"""Show the low-dimensional subspace that attention writes into, and train dictionaries that start in it.
 
 Names are imported on first use, so that `import asi_lens` stays light (torch loads with the first
 name that needs it).
@@ -11,7 +11,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Public name -> module that holds it. One table, so that `dir(asi_lens)` and the lazy import agree.
+# Public name -> module that defines the name. `dir(asi_lens)` and the lazy import both read this table.
 _PUBLIC: dict[str, str] = {
     name: f"asi_lens.{module}"
     for module, names in {
@@ -45,7 +45,7 @@ _PUBLIC: dict[str, str] = {
     for name in names
 }
 
-# Rooms reached as attributes.
+# Subpackages ("rooms") that are attributes of `asi_lens`.
 _ROOMS = (
     "activations",
     "base",
@@ -61,7 +61,7 @@ _ROOMS = (
     "training",
 )
 
-# Modules reached as attributes, by the names that they had before there were rooms.
+# Modules that are attributes of `asi_lens` under their older names, from before the subpackages.
 _MODULES = {
     "claims": "asi_lens.results.claims",
     "collect": "asi_lens.collapse.spectra",

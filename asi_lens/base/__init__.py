@@ -1,1 +1,1 @@
-"""What every room stands on: errors, paths, whole files, the cache, ranks."""
+"""Foundations that every room uses: errors, paths, atomic file writes, the cache, ranks."""

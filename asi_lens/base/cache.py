@@ -1,4 +1,4 @@
-"""What is made once and kept: small results as JSON under a key of all they depend on, and whole folders."""
+"""The cache: small results as JSON, under a key of everything that they depend on, and whole folders."""
 
 from __future__ import annotations
 
@@ -16,23 +16,27 @@ MANIFEST = "manifest.json"
 
 
 def cached_json(kind: str, key: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
-    """The result kept under `key` in the cache folder `kind`, or `compute()`, kept; see `cached_jsons`."""
+    """Return the result cached under `key` in the folder `kind`; compute and cache a missing result.
+
+    See `cached_jsons`.
+    """
     return cached_jsons(kind, [key], lambda _: [compute()])[0]
 
 
 def cached_jsons(
     kind: str, keys: Sequence[Mapping[str, Any]], compute: Callable[[list[int]], Sequence[Any]]
 ) -> list[Any]:
-    """The results kept under `keys` in the cache folder `kind`.
+    """Return the results cached under `keys` in the cache folder `kind`, one result per key.
 
-    Those that are not there are computed at once and kept: `compute` is given their positions in `keys`.
+    One call of `compute` makes all missing results, which are then cached. Its argument is the list of the
+    missing keys' positions in `keys`; it returns one result per position.
 
-    Keys and results must be JSON values. Two processes that ask at once compute a result once. Raises
-    CacheError for a file that cannot be read: it names the file to delete.
+    Keys and results must be JSON values. If two processes ask at the same time, only one computes. Raises
+    CacheError, naming the file to delete, for a cache file that cannot be read.
     """
     paths = [cache_dir(kind) / f"{cache_key(**key)}.json" for key in keys]
     with ExitStack() as held:
-        for path in sorted(set(paths)):  # in one order everywhere, or two processes wait for each other
+        for path in sorted(set(paths)):  # every process locks in the same order: no deadlock
             held.enter_context(locked(path))
         missing = [paths.index(path) for path in dict.fromkeys(paths) if not path.exists()]
         if missing:
@@ -53,20 +57,21 @@ def _read(path: Path) -> Any:
 def cached_folder(
     folder: Path, about: Mapping[str, Any], fill: Callable[[Path], Mapping[str, Any]], repair: str
 ) -> dict[str, Any]:
-    """Return the manifest of `folder`, which is filled on first use: whole or not at all, by one process.
+    """Return the manifest of `folder`; the first call fills the folder, atomically and in one process.
 
-    The manifest (`manifest.json` in the folder) holds `about`, what `fill` returned, and under `files` the
-    size and SHA-256 of each. Later calls compare `about` and the sizes with it, not the contents.
+    The manifest (`manifest.json` in the folder) holds `about`, the values that `fill` returned, and under
+    `files` the size and SHA-256 of each file. Later calls compare `about` and the files' sizes with the
+    manifest; they do not compare the files' contents.
 
     Args:
-        about: JSON values that say what the folder holds, and in which format.
-        fill: writes the files into the empty folder that it is given.
-        repair: what the user does about a damaged folder, the end of every error's text.
+        about: JSON values that describe the folder's contents and their format.
+        fill: writes the files into an empty folder (its argument) and returns values for the manifest.
+        repair: how the user repairs a damaged folder; the last sentence of every error.
 
-    Raises CacheError for a folder that was changed or is from another version, OSError naming a folder that
-    cannot be written, and what `fill` raises.
+    Raises CacheError for a folder that was changed or is from another version, and OSError naming a folder
+    that cannot be written. Errors of `fill` pass through.
     """
-    if not folder.exists():  # before the lock: a whole cache may lie in a read-only folder
+    if not folder.exists():  # checked before the lock, as a complete cache may be read-only
         with locked(folder):
             if not folder.exists():
                 with write_whole_folder(folder) as temporary:
@@ -76,7 +81,10 @@ def cached_folder(
 
 
 def _checked(folder: Path, about: Mapping[str, Any], repair: str) -> dict[str, Any]:
-    """The manifest, if it is about the same; sizes against it. Hashes of what differs go into the error."""
+    """Return the manifest after comparing `about` and the files' sizes with it.
+
+    Raises CacheError, which states the SHA-256 of each file with another size.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         files = {str(n): (int(f["size"]), str(f["sha256"])) for n, f in manifest["files"].items()}
@@ -98,7 +106,7 @@ def _checked(folder: Path, about: Mapping[str, Any], repair: str) -> dict[str, A
 
 
 def _stamps(folder: Path) -> dict[str, dict[str, int | str]]:
-    """Size and SHA-256 of every file."""
+    """Return size and SHA-256 of every file below `folder`, by relative path."""
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     return {
         name: {"size": path.stat().st_size, "sha256": sha256_of(path)} for name, path in sorted(files.items())

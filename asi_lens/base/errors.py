@@ -1,4 +1,4 @@
-"""Errors that say what was given, what is allowed, and what probably was meant."""
+"""Errors whose texts state the given value, the allowed values, and the nearest allowed names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class AsiLensError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base class of every error that this package raises on purpose."""
 
 
 class UnknownNameError(AsiLensError, ValueError):
@@ -32,11 +32,11 @@ class FetchError(AsiLensError, RuntimeError):
 
 
 class UnsupportedModelError(AsiLensError, ValueError):
-    """A model that lacks what was asked of it."""
+    """A model that lacks a requested part (a site, a kind of layer ...)."""
 
 
 def unknown_name(kind: str, name: object, allowed: Iterable[str]) -> UnknownNameError:
-    """Build (not raise) the error for a name that is not among `allowed`, nearest names first.
+    """Return (not raise) the error for a name that is not among `allowed`; its text lists near names first.
 
     >>> str(unknown_name("site", "atn_out", ["attn_out", "mlp_out"]))
     "unknown site 'atn_out'; did you mean 'attn_out'? Known: attn_out, mlp_out"
@@ -49,25 +49,25 @@ def unknown_name(kind: str, name: object, allowed: Iterable[str]) -> UnknownName
 
 
 def require(condition: bool, key: str, value: Any, allowed: str) -> None:
-    """Raise OptionError naming the key, the value and what is allowed, unless `condition`."""
+    """Raise OptionError with the key, the value and the allowed values, unless `condition` is true."""
     if not condition:
         raise OptionError(f"{key}={value!r} is not allowed; {key} must be {allowed}")
 
 
 def require_both(**pair: Any) -> None:
-    """Raise OptionError where one of two options is given (not None) and the other is not."""
+    """Raise OptionError if one of two options is given (not None) and the other is None."""
     if len({value is None for value in pair.values()}) > 1:
         raise OptionError(f"{' and '.join(pair)} belong together: give both or neither")
 
 
 def require_whole(key: str, value: Any, least: int) -> None:
-    """Raise OptionError unless `value` is a whole number of at least `least`; True and False are none."""
+    """Raise OptionError unless `value` is an int of at least `least`; True and False are not allowed."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     require(whole and value >= least, key, value, f"a whole number of at least {least}")
 
 
 def require_known(keys: Iterable[str], known: Iterable[str], kind: str) -> None:
-    """Raise UnknownNameError for the first of `keys` that is not among `known`; `kind` says what they are."""
+    """Raise UnknownNameError for the first key that is not among `known`; `kind` says what kind of key."""
     names = list(known)
     for key in keys:
         if key not in names:

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, locks between processes, and cache keys."""
+"""Atomic writes of files and folders, locks between processes, and cache keys."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from typing import Any
 
 @contextmanager
 def write_whole(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on a clean exit it is flushed and renamed to `path`.
+    """Yield a temporary path beside `path`; on a clean exit, flush that file and rename it to `path`.
 
-    On any error, Ctrl-C included, the temporary file is removed and what stood at `path` stays.
-    An OSError (full disk, read-only folder) is re-raised with the path that could not be written.
+    On any error, Ctrl-C included, the temporary file is removed and an older file at `path` stays.
+    An OSError (full disk, read-only folder) is raised again with the path that could not be written.
     """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # The suffix stays last: writers such as numpy and plotly go by it.
+        # The suffix stays last: numpy, plotly and other writers choose the format by the suffix.
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
         os.close(handle)
     except OSError as error:
@@ -43,9 +43,9 @@ def write_whole(path: Path | str) -> Iterator[Path]:
 
 @contextmanager
 def write_whole_folder(folder: Path | str) -> Iterator[Path]:
-    """The same for a folder: filled under a temporary name, renamed at the end.
+    """Yield a temporary folder beside `folder`; on a clean exit, rename it to `folder`.
 
-    A folder that already stands at `folder` is replaced only once the new one is whole.
+    An older folder at `folder` is replaced only after the new folder is complete.
     """
     folder = Path(folder)
     try:
@@ -73,8 +73,8 @@ def write_whole_folder(folder: Path | str) -> Iterator[Path]:
 def locked(path: Path | str, busy: Exception | None = None) -> Iterator[None]:
     """Hold a lock between processes on `path` (a `.lock` file beside it).
 
-    Where another process holds it, wait for that process, or raise `busy` if it is given. The lock goes with
-    the process: a killed one leaves none behind.
+    If another process holds the lock, wait for that process, or raise `busy` if `busy` is given. The lock
+    ends with its process: a killed process does not leave a lock behind.
     """
     from filelock import FileLock, Timeout
 
@@ -95,19 +95,19 @@ def locked(path: Path | str, busy: Exception | None = None) -> Iterator[None]:
 
 
 def cache_key(**parts: Any) -> str:
-    """16 hex digits that change with any part (parts must be JSON values)."""
+    """Return 16 hex digits that change with any part (parts must be JSON values)."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def sha256_of(path: Path | str) -> str:
-    """SHA-256 of a file's bytes, read in blocks."""
+    """Return the SHA-256 of a file's bytes as hex digits; the file is read in blocks."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _cannot_write(path: Path, error: OSError) -> OSError:
-    """The error with the path that was to be written, unless it is about some other file."""
+    """Return the error with `path` in its text; an error about an unrelated file is returned as it is."""
     if not error.errno:
         return error
     if error.filename is not None:

@@ -1,4 +1,4 @@
-"""Metadata of models and data as JSON: what files can hold."""
+"""Metadata of models and data as plain JSON values, which files can hold."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from asi_lens.base.errors import OptionError
 
 
 def plain_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy in the form in which files give it back. Raises OptionError for what JSON does not have."""
+    """Return a copy as a file would return it. Raises OptionError for values that JSON cannot hold."""
     try:
         return json.loads(json.dumps(dict(metadata)))
     except (TypeError, ValueError) as error:

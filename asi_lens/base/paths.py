@@ -7,11 +7,11 @@ from pathlib import Path
 
 CACHE_VARIABLE = "ASI_LENS_CACHE"
 PUBLISHED = "published"
-"""Folder of the committed figures below `figures/`; nothing but `make publish` writes it."""
+"""Folder of the committed figures below `figures/`; only `make publish` writes there."""
 
 
 def cache_root() -> Path:
-    """The cache: `ASI_LENS_CACHE` if set, else the platform's cache folder. Not created here."""
+    """Return the cache folder: `ASI_LENS_CACHE` if set, else the platform's. Does not create the folder."""
     chosen = os.environ.get(CACHE_VARIABLE)
     if chosen:
         return Path(chosen).expanduser().resolve()
@@ -21,15 +21,18 @@ def cache_root() -> Path:
 
 
 def cache_dir(kind: str) -> Path:
-    """One folder of the cache: `downloads`, `models`, `corpora`, `moments`, `losses`, `stores`, `saes`."""
+    """Return one folder of the cache.
+
+    `kind` is `downloads`, `models`, `corpora`, `moments`, `losses`, `stores`, `saes` ...
+    """
     return cache_root() / kind
 
 
 def project_root() -> Path:
-    """The checkout: `ASI_LENS_PROJECT` if set, else the folder above the package.
+    """Return the checkout: `ASI_LENS_PROJECT` if set, else the folder above the package.
 
-    An installed (not editable) package has no notebooks beside it; the working folder is used then
-    when it holds them.
+    An installed (not editable) package has no notebooks beside it. Then the result is the nearest folder,
+    from the working folder upward, with `notebooks/` and `parameters/`, else the working folder.
     """
     chosen = os.environ.get("ASI_LENS_PROJECT")
     if chosen:
@@ -43,31 +46,32 @@ def project_root() -> Path:
 
 
 def notebooks_dir() -> Path:
-    """Source notebooks, outputs stripped."""
+    """Return the folder of the source notebooks (without outputs)."""
     return project_root() / "notebooks"
 
 
 def parameters_dir() -> Path:
-    """One YAML per model and one per profile."""
+    """Return the folder with one YAML file per model and one per profile."""
     return project_root() / "parameters"
 
 
 def figures_root() -> Path:
-    """Everything a run leaves: `ASI_LENS_FIGURES` if set, else `figures/` of the checkout."""
+    """Return the folder that runs write to: `ASI_LENS_FIGURES` if set, else `figures/` of the checkout."""
     chosen = os.environ.get("ASI_LENS_FIGURES")
     return Path(chosen).expanduser().resolve() if chosen else project_root() / "figures"
 
 
 def figures_dir(model: str, profile: str) -> Path:
-    """Figures and tables of one model under one profile.
+    """Return the folder of one model's figures and tables under one profile.
 
-    A folder or file goes by its own name; slashes of hub names become `--`.
+    A model given as a folder or file is called by that folder's or file's name. Slashes of hub names
+    become `--`.
     """
     name = Path(model).expanduser().resolve().name if Path(model).expanduser().exists() else model
     return figures_root() / name.replace("/", "--") / profile
 
 
 def published_dir(model: str, profile: str) -> Path:
-    """The committed evidence of one model under one profile: `figures/published/<model>/<profile>`."""
+    """Return the folder of one model's committed figures: `figures/published/<model>/<profile>`."""
     made = figures_dir(model, profile)
     return figures_root() / PUBLISHED / made.parent.name / made.name

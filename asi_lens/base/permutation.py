@@ -1,4 +1,4 @@
-"""A random order of n things that takes no memory: any part of it is computed when it is needed."""
+"""A random order of n items that needs no memory: each entry is computed when it is asked for."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _Words = NDArray[np.uint64]
 
 
 class Permutation:
-    """A random permutation of 0 ... n-1 that is computed entry by entry.
+    """A random permutation of 0 ... n-1, computed entry by entry; an instance never holds n numbers.
 
-    A Feistel network over pairs (a, b) of a grid of at least n cells: each round adds a hash of one half to
-    the other, which can be undone, so all rounds together are a permutation of the cells. A cell beyond n is
-    sent through again until it is not (cycle walking); there are fewer than sqrt(n) + 1 of them. Nothing of
-    size n is ever held.
+    The permutation is a Feistel network over the cells (a, b) of a grid with at least n cells. Each round
+    adds a hash of one half to the other half. A round can be undone, so all rounds together permute the
+    cells. A result of n or more is permuted again until it is below n (cycle walking); the grid has fewer
+    than sqrt(n) + 1 such cells.
     """
 
     _ROUNDS = 6
@@ -29,7 +29,7 @@ class Permutation:
         self._keys = np.random.SeedSequence(key or (0,)).generate_state(self._ROUNDS, np.uint64)
 
     def __call__(self, index: Int[np.ndarray, " batch"]) -> Int[np.ndarray, " batch"]:
-        """Where 0 <= index < n go, int64."""
+        """Return the permuted indices [batch], int64, for indices with 0 <= index < n."""
         out = self._once(index.astype(np.uint64))
         while (beyond := out >= self.n).any():
             out[beyond] = self._once(out[beyond])
@@ -47,7 +47,7 @@ class Permutation:
 
 
 def _hash(x: _Words, key: np.uint64) -> _Words:
-    """The finalizer of splitmix64 (Steele, Lea and Flood 2014) on x xor key; arrays wrap modulo 2^64."""
+    """Return splitmix64's finalizer (Steele, Lea and Flood 2014) of x xor key; arrays wrap modulo 2^64."""
     x = (x ^ key) * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

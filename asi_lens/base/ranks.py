@@ -1,9 +1,9 @@
-"""Processes that work together: who they are, what they agree on, and who is named when one is lost.
+"""Ranks (processes that work together): messages between ranks, checks, and errors that name a lost rank.
 
-They are started by `torchrun`, or by anything else that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT;
-without those there is one process, alone. Each writes a sign of life into torch.distributed's key-value
-store twice a second, with whether it is waiting for others: a process that loses its peers reads there which
-of them is gone, and which hangs.
+`torchrun` starts the ranks, or any other program that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT;
+without these variables there is a single process. Twice a second each rank writes a sign of life into
+torch.distributed's key-value store, and whether the rank is waiting for others. A rank that loses its peers
+reads there which peer died and which hangs.
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ from torch import Tensor
 
 from asi_lens.base.errors import AsiLensError, require
 
-# Seconds between two signs of life, and how long one may be late.
+# Seconds between two signs of life, and seconds without a sign after which a rank is lost.
 _BEAT, _LATE = 0.5, 2.0
 _POLL = 0.02
 Result = TypeVar("Result")
 
 
 class RankError(AsiLensError, RuntimeError):
-    """A process among several that failed, hangs, or was started with something else than the others."""
+    """A rank that failed, that hangs, or that was started with other options than the other ranks."""
 
 
 class Ranks:
-    """One process alone; see `joined` for several.
+    """The single process of a run without torchrun; see `joined` for several.
 
     Attributes:
-        rank, size: of this process, and how many there are. timeout_s: how long one waits for another.
+        rank, size: number of this process, and number of processes.
+        timeout_s: seconds that a rank waits for another rank.
     """
 
     rank, size = 0, 1
@@ -44,32 +45,36 @@ class Ranks:
 
     @contextmanager
     def talking(self) -> Iterator[None]:
-        """Around everything that waits for other ranks. Raises RankError naming the ones that are lost."""
+        """Context for code that waits for other ranks. Raises RankError naming the ranks that are lost."""
         yield
 
     def exchange(self, what: str, text: str, *, patient: bool = False) -> list[str]:
-        """What every rank says about `what`, by rank. A `patient` rank waits as long as the others `advance`.
+        """Send `text` to every rank; return every rank's text about `what`, in the order of the ranks.
 
-        Raises RankError naming a rank that says nothing within `timeout_s`.
+        A `patient` rank waits as long as the other ranks call `advance`. Raises RankError naming a rank that
+        does not answer within `timeout_s`.
         """
         return [text]
 
     def advance(self) -> None:
-        """Say that the work goes on, to ranks that wait patiently."""
+        """Signal progress to the ranks that wait in a `patient` exchange."""
 
     def share(self, tensor: Tensor) -> Tensor:
-        """Rank 0's tensor, on every rank, in place; the others give one of its shape, dtype and device."""
+        """Copy rank 0's tensor into `tensor` on every rank (same shape, dtype and device) and return it."""
         return tensor
 
     def together(self, what: str, work: Callable[[], Result]) -> Result:
-        """The result of `work` here; raises RankError on every rank if it failed on any (here: its error)."""
+        """Run `work` on every rank and return this rank's result.
+
+        If `work` failed on any rank, raises RankError on every rank, with this rank's own error as the cause.
+        """
         if self.size == 1:
             return work()
         own: Exception | None = None
         result: list[Result] = []
         try:
             result.append(work())
-        except Exception as error:  # passed on, to every rank
+        except Exception as error:  # sent to every rank below
             own = error
         said = self.exchange(what, "" if own is None else f"{type(own).__name__}: {own}")
         failed = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(said) if text)
@@ -78,7 +83,7 @@ class Ranks:
         return result[0]
 
     def require_same(self, what: str, values: Mapping[str, object]) -> None:
-        """Raise RankError, on every rank, naming what differs where the ranks' values are not the same."""
+        """Raise RankError on every rank, naming the values that differ, unless all ranks have the same."""
         every = [json.loads(said) for said in self.exchange(what, json.dumps(values, default=str))]
         differ = [
             f"{key} is {other[key]!r} on rank {rank}, {first!r} on rank 0"
@@ -91,11 +96,11 @@ class Ranks:
 
 
 class _Joined(Ranks):
-    """A rank of several."""
+    """One of several ranks."""
 
     def __init__(self, rank: int, size: int, timeout_s: float):
         self.rank, self.size, self.timeout_s = rank, size, timeout_s
-        # A connection of its own: torch's is busy while it waits for others.
+        # A separate connection: torch's own is busy while torch waits for other ranks.
         self._store = _common_store(timeout_s, "asi_lens", host=False)
         self._waiting = self._advances = 0
         self._exchanges = 0
@@ -110,7 +115,7 @@ class _Joined(Ranks):
             yield
         except RankError:
             raise
-        except RuntimeError as error:  # what torch.distributed raises
+        except RuntimeError as error:  # torch.distributed raises RuntimeError
             raise RankError(f"{self._who()} ({error})") from error
         finally:
             self._waiting -= 1
@@ -136,7 +141,7 @@ class _Joined(Ranks):
             texts = [self._store.get(key).decode() for key in said]
             self._store.set(heard[self.rank], "")
             if self.rank == 0:
-                # Without torchrun the store lives here: nobody may need it when this rank goes on, and ends.
+                # Without torchrun, rank 0 holds the store, so the others must have read before it can end.
                 self._await(what, heard)
             return texts
 
@@ -154,12 +159,12 @@ class _Joined(Ranks):
             time.sleep(_POLL)
 
     def fail(self, error: BaseException) -> None:
-        """Tell the others why this rank ends."""
+        """Write this rank's error into the store, for the other ranks' errors."""
         with suppress(RuntimeError):
             self._store.set(f"failed/{self.rank}", f"{type(error).__name__}: {error}")
 
     def end(self) -> None:
-        """No more signs of life."""
+        """Stop the signs of life."""
         self._ended.set()
 
     def _beat(self) -> None:
@@ -172,7 +177,7 @@ class _Joined(Ranks):
             self._ended.wait(_BEAT)
 
     def _failed(self) -> str:
-        """The ranks that said why they ended."""
+        """Return the errors that other ranks have written into the store, or ""."""
         others = [rank for rank in range(self.size) if self._store.check([f"failed/{rank}"])]
         said = [f"rank {rank} stopped with {self._store.get(f'failed/{rank}').decode()}" for rank in others]
         return "; ".join(said)
@@ -185,8 +190,11 @@ class _Joined(Ranks):
         return [self._store.get(key).decode().split() if self._store.check([key]) else [] for key in keys]
 
     def _who(self) -> str:
-        """Which ranks are lost: those that said so, else those without a sign of life, else those that work
-        on while the others wait."""
+        """Return a text that names the lost ranks.
+
+        Lost ranks are those that wrote an error, else those without a new sign of life, else those that
+        still work while the others wait.
+        """
         try:
             before = self._beats()
             time.sleep(_LATE)
@@ -209,30 +217,32 @@ class _Joined(Ranks):
 
 
 def _common_store(timeout_s: float, name: str, *, host: bool) -> dist.Store:
-    """The key-value store that MASTER_ADDR and MASTER_PORT lead to."""
+    """Return the key-value store at MASTER_ADDR and MASTER_PORT."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     limit = timedelta(seconds=timeout_s)
     store = dist.TCPStore(address, port, is_master=host, wait_for_workers=False, timeout=limit)
-    # torchrun starts ranks again with the store of those that failed, and what they wrote.
+    # torchrun restarts failed ranks with the same store, which still holds the failed ranks' entries.
     return dist.PrefixStore(f"{name}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 @contextmanager
 def joined(device: str = "cpu", timeout_s: float | int = 600) -> Iterator[Ranks]:
-    """This process among those that torchrun started (gloo on CPUs, NCCL on GPUs), or alone without torchrun.
+    """Yield this process's `Ranks`: joined to the others that torchrun started, or a single process.
+
+    Ranks communicate by gloo on CPUs and by NCCL on GPUs.
 
     Args:
-        timeout_s: how long a rank waits for the others before it gives up, naming the one that is lost; the
-            error comes up to 2 s later.
+        timeout_s: seconds that a rank waits for the others. After that (and up to 2 s more) the rank raises
+            RankError naming the lost rank.
 
-    An error on one rank ends the others too, with a RankError that says which and why.
+    An error on one rank ends the other ranks too, with a RankError that names the rank and its error.
     """
     require(timeout_s > 0, "timeout_s", timeout_s, "above 0")
     if "WORLD_SIZE" not in os.environ:
         yield Ranks()
         return
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    # torchrun holds the store itself.
+    # torchrun usually holds the store; without torchrun, rank 0 holds it.
     host = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     store = _common_store(timeout_s, "torch", host=host)
     backend = "nccl" if device.startswith("cuda") else "gloo"
@@ -241,7 +251,7 @@ def joined(device: str = "cpu", timeout_s: float | int = 600) -> Iterator[Ranks]
     ranks = _Joined(rank, size, float(timeout_s))
     try:
         yield ranks
-        # The store must outlive whoever still reads it.
+        # The store must exist until every rank has finished reading it.
         with ranks.talking():
             dist.barrier()
     except RankError:

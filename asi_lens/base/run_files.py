@@ -1,4 +1,4 @@
-"""Commands that are given one YAML file and may run in several processes: `sae.run` and `harvest_run`."""
+"""Commands that read one YAML file and can run in several processes: `sae.run` and `harvest_run`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from asi_lens.base.ranks import Ranks, joined
 
 @runtime_checkable
 class RunFile(Protocol):
-    """What such a file holds."""
+    """Options that every run file has."""
 
     @property
     def device(self) -> str:
@@ -26,7 +26,7 @@ class RunFile(Protocol):
 
     @property
     def timeout_s(self) -> float | int:
-        """How long a process waits for another."""
+        """Seconds that a process waits for another process."""
         ...
 
 
@@ -40,10 +40,13 @@ def read_yaml(
     sections: Sequence[str],
     folders: Sequence[str],
 ) -> dict[str, Any]:
-    """The keys and values of a file: `sections` hold keys and values too, `folders` are relative to it.
+    """Return the keys and values of a YAML file.
 
-    Raises DataError for what is no such file, UnknownNameError for another key than those `known`,
-    OptionError for one that is missing or no section.
+    Values under `sections` must be mappings. Values under `folders` are returned as paths relative to the
+    file's folder.
+
+    Raises DataError for a file that cannot be read or is not a mapping, UnknownNameError for a key that is
+    not in `known`, and OptionError for a missing key of `needed` or a section that is not a mapping.
     """
     import yaml
 
@@ -64,27 +67,27 @@ def read_yaml(
 
 
 def require_machine(device: str, timeout_s: float | int) -> None:
-    """Raise OptionError for a device or a time limit that cannot be."""
+    """Raise OptionError for an invalid device or time limit."""
     require(device in ("cpu", "cuda"), "device", device, "'cpu' or 'cuda'")
     number = isinstance(timeout_s, int | float) and not isinstance(timeout_s, bool)
     require(number and timeout_s > 0, "timeout_s", timeout_s, "seconds above 0")
 
 
 def device_here(device: str) -> str:
-    """The GPU of this process among those of its machine, or the CPU."""
+    """Return this process's device: "cuda:<LOCAL_RANK>", which becomes torch's current GPU, or "cpu"."""
     if device != "cuda":
         return device
     import torch
 
     here = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    torch.cuda.set_device(here)  # or NCCL and kernels that name no GPU would all use the first one
+    torch.cuda.set_device(here)  # else NCCL and kernels without a device would use GPU 0
     return here
 
 
 def agree(ranks: Ranks, values: Mapping[str, object]) -> None:
-    """Raise RankError, on every rank, where they run other versions or were given other files.
+    """Raise RankError on every rank if the ranks have different versions or different options.
 
-    Folders need not be the same: they may be mounted in different places.
+    Paths are not compared: folders may be mounted in different places.
     """
     names = ("asi_lens", "torch", "safetensors", "numpy")
     versions = {"python": platform.python_version(), **{name: version(name) for name in names}}
@@ -100,7 +103,7 @@ def command(
     run: Callable[[Config, Ranks, bool], object],
     arguments: Sequence[str] | None = None,
 ) -> int:
-    """`python -m name file.yaml`, by `torchrun` too. Returns 0, or 1 after saying what is wrong."""
+    """Run `python -m name file.yaml`, also under `torchrun`. Returns 0, or 1 after printing the error."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog=name, description=text, formatter_class=form)
     parser.add_argument("file", type=Path, help="the YAML file")

@@ -1,7 +1,7 @@
-"""Safetensors files: read with errors of ours that name the file, written whole, or piece by piece.
+"""Read safetensors files, with errors that name the file, and write them atomically or piece by piece.
 
-The format: the header's length (8 bytes, little-endian), a JSON header with dtype, shape and place of each
-tensor, then their bytes (https://github.com/huggingface/safetensors).
+The format: the header's length (8 bytes, little-endian), a JSON header with dtype, shape and offsets of each
+tensor, then the tensors' bytes (https://github.com/huggingface/safetensors).
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ DTYPES = {
     torch.float64: "F64",
     torch.int64: "I64",
 }
-"""Dtypes that can be written, with the format's names for them."""
+"""Dtypes that can be written, and their names in the format."""
 _PIECE_BYTES = 16 * 2**20
 
 
 @contextmanager
 def opened(path: Path, error: type[AsiLensError], repair: str = "") -> Iterator[Any]:
-    """Yield the open file (`safe_open`). Its tensors are mapped from disk: they are read where they are used.
+    """Yield the open file (`safe_open`). Its tensors are mapped from disk and read only when they are used.
 
-    Raises `error`, with the file's name, the reason and `repair` (what the user does about it), for a file
-    that is missing, damaged or cut off, that lacks a tensor asked for, or whose header is not the JSON that
+    Raises `error` with the file's name, the reason and `repair` (how the user repairs the file) if the file
+    is missing, damaged or truncated, if it lacks a requested tensor, or if its header is not the JSON that
     the caller expects.
     """
 
@@ -62,9 +62,9 @@ def read_tensors(
     names: Sequence[str] = (),
     about: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors of a file (those named, or all), mapped from disk, and its metadata.
+    """Return the tensors of a file (all, or the given `names`), mapped from disk, and the file's metadata.
 
-    Raises `error` as `opened` does, and where an entry of `about` is not in the metadata.
+    Raises `error` as `opened` does, and also if an entry of `about` is not in the metadata.
     """
     with opened(path, error, repair) as file:
         found = dict(file.metadata() or {})
@@ -76,18 +76,18 @@ def read_tensors(
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a file, whole or not at all. Raises OSError naming the file if it cannot be written."""
-    # On a GPU the tensors are copied; on a CPU they are written from where they lie.
+    """Write a file atomically. Raises OSError naming the file if it cannot be written."""
+    # Tensors on a GPU are copied to the CPU first; contiguous CPU tensors are not copied.
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with write_whole(path) as temporary:
         try:
             save_file(stored, temporary, metadata=dict(metadata))
-        except SafetensorError as error:  # its way to say that the disk is full
+        except SafetensorError as error:  # for example on a full disk
             raise OSError(f"cannot write {path}: {error}") from error
 
 
 def header(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> bytes:
-    """Everything before the tensors' bytes, which follow in this order, row-major and without gaps."""
+    """Return all bytes before the tensors' bytes, which follow in this order, row-major and without gaps."""
     table: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (dtype, shape) in tensors.items():
@@ -99,19 +99,19 @@ def header(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> bytes:
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    """A tensor's bytes, row-major, copied only if they do not lie so on the CPU."""
+    """Return a tensor's bytes, row-major; a contiguous CPU tensor is not copied."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def pieces(tensor: Tensor) -> Iterable[Tensor]:
-    """Its rows in views of about 16 MiB."""
+    """Return a tensor's rows as views of about 16 MiB each."""
     rows = tensor.reshape(1) if tensor.ndim == 0 else tensor
     row_bytes = max(1, rows[:1].numel() * rows.dtype.itemsize)
     return rows.split(max(1, _PIECE_BYTES // row_bytes))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file; transposed and strided tensors are straightened a piece at a time."""
+    """Write a safetensors file; transposed and strided tensors are made contiguous one piece at a time."""
     with path.open("wb") as file:
         file.write(header({name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}))
         for tensor in tensors.values():

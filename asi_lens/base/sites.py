@@ -1,6 +1,6 @@
-"""The sites of a model that have a short name: what each is called, where it lies, and how figures show it.
+"""Sites of a model with a short name: their TransformerLens hooks, and their labels and colors in figures.
 
-A new site is one entry here. Full hook names work everywhere without one.
+A new site is one entry here. Full hook names need no entry.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ class Site:
     """One site.
 
     Attributes:
-        template: its TransformerLens hook, with `{}` for the layer.
-        label, color, marker: its name in figures, and the looks that it has in each of them.
-        in_stream: whether it is as wide as the residual stream.
-        templates: hooks of architectures where `template` is another thing, by the start of their name.
+        template: TransformerLens hook of the site, with `{}` for the layer.
+        label, color, marker: name, color and marker of the site, the same in every figure.
+        in_stream: whether the site is as wide as the residual stream.
+        templates: hooks of architectures in which `template` is a different activation; keys are the start
+            of the architecture's name.
     """
 
     template: str
@@ -28,15 +29,15 @@ class Site:
     templates: Mapping[str, str] = field(default_factory=dict)
 
     def hook(self, architecture: str) -> str:
-        """The template of an architecture."""
+        """Return the hook template for an architecture."""
         special = [name for start, name in self.templates.items() if architecture.startswith(start)]
         return special[0] if special else self.template
 
 
-# Colors are Okabe and Ito's, which stay apart under color blindness.
+# Colors of Okabe and Ito, which remain distinct under color blindness.
 SITES: dict[str, Site] = {
-    # TransformerLens calls a BERT layer's stream after attention and its norm `hook_attn_out`; what attention
-    # itself adds to the stream is the output of its projection.
+    # In a BERT layer, TransformerLens's `hook_attn_out` is the stream after attention and its norm. Attention
+    # adds the output of its projection to the stream.
     "attn_out": Site(
         "blocks.{}.hook_attn_out",
         "attention output",
@@ -48,5 +49,6 @@ SITES: dict[str, Site] = {
     "resid_post": Site("blocks.{}.hook_resid_post", "residual stream", "#009E73", "diamond"),
     "z": Site("blocks.{}.attn.hook_z", "concatenated heads z", "#CC79A7", "triangle-up", in_stream=False),
 }
-"""What attention and the MLP add to the residual stream, the stream after a layer, and the heads' outputs
-before W_O, side by side [n_heads * d_head]; in the order of every legend."""
+"""Sites by short name, in the order of every legend: the outputs of attention and the MLP, which are added to
+the residual stream; the stream after a layer; and the heads' concatenated outputs before W_O
+[n_heads * d_head]."""

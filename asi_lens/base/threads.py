@@ -1,7 +1,7 @@
-"""Several processes at work on one machine's cores, as the notebooks of `make figures JOBS=2`.
+"""Sharing of one machine's cores between processes, such as the notebooks of `make figures JOBS=2`.
 
-Products of a model's pass are large: threads of several processes share the cores well, if those that wait
-for others sleep. Steps of training are short: there they would wait for each other most of the time.
+A forward pass is dominated by large matrix products, so several processes can share the cores if idle threads
+sleep. Training steps are short: threads would mostly wait, so each process gets its own share of the cores.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ _JOBS = "ASI_LENS_JOBS"
 
 
 def cores() -> int | None:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use, or None if it is not known."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def share_cores(jobs: int) -> None:
-    """Tell processes started from here that there are `jobs` of them at a time."""
+    """Set environment variables for child processes, `jobs` of which run at the same time."""
     os.environ[_JOBS] = str(jobs)
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # GNU's OpenMP, which PyTorch has on Linux
-    os.environ.setdefault("KMP_BLOCKTIME", "0")  # LLVM's, which it has elsewhere
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # GNU's OpenMP (PyTorch on Linux)
+    os.environ.setdefault("KMP_BLOCKTIME", "0")  # LLVM's OpenMP (PyTorch elsewhere)
 
 
 @contextmanager
 def short_steps() -> Iterator[None]:
-    """PyTorch has no more threads inside than this process' share of the cores."""
+    """Limit PyTorch inside the context to this process's share of the cores (number of threads)."""
     import torch
 
     before = torch.get_num_threads()

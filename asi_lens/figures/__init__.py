@@ -1,4 +1,4 @@
-"""A table in, a plotly figure out. Every builder is a name of the room; so is `save`."""
+"""Builders of figures (each takes a table and returns a plotly figure), and `save`; all are names here."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""One builder per figure: a table as its CSV has it in, a plotly figure out.
+"""One builder per figure of the collapse: takes a table as in its CSV, returns a plotly figure.
 
-Builders only draw: no numbers are made here beyond means and ranges over what the table holds.
-`save` writes a figure to disk.
+Builders only draw: they compute only means and ranges of the table's numbers. `save` writes a figure to disk.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ from asi_lens.figures.style import (
 )
 from asi_lens.results.rows import LossRow, RankRow, SpectrumRow
 
-# Loss recovered below this is off the figure: far worse than ablation is all the same.
+# Values of loss recovered below this are not drawn: how far a value is below ablation does not matter.
 _LOWEST = -0.5
 
 
 def rank_curves(table: pd.DataFrame) -> go.Figure:
-    """Effective rank / width over layers, a line per site, a panel per model (C1, C2).
+    """Draw effective rank / width over layers, a line per site, a panel per model (C1, C2).
 
     Takes `RankRow`s. Lines are means over corpora, bands their range.
     """
@@ -53,10 +52,10 @@ def rank_curves(table: pd.DataFrame) -> go.Figure:
 
 
 def spectra(table: pd.DataFrame, layers: Sequence[int] | None = None) -> go.Figure:
-    """Relative singular values on a log axis against i / d, a panel per layer, a row per model (C1).
+    """Draw relative singular values (log axis) against i / d, a panel per layer, a row per model (C1).
 
-    Takes `SpectrumRow`s of one corpus; `layers` are those to show of each model that has them, else
-    up to four spread over its depth.
+    Takes `SpectrumRow`s of one corpus. `layers` are the layers to draw of each model that has them; by
+    default up to four layers are spread over the model's depth.
     """
     need(table, SpectrumRow)
     single(table, "corpus", "spectra")
@@ -78,7 +77,7 @@ def spectra(table: pd.DataFrame, layers: Sequence[int] | None = None) -> go.Figu
                 curve(
                     figure, line, "index_fraction", "relative_singular_value", site, row, col, markers=False
                 )
-    # Numerically zero directions would stretch the axis over many empty decades.
+    # Singular values that are numerically zero would stretch the axis over many empty decades.
     lowest = max(1e-6, float(table.relative_singular_value[table.relative_singular_value > 0].min()))
     bottom = math.floor(math.log10(lowest) * 2) / 2
     decades = range(math.floor(bottom), 1)
@@ -90,9 +89,9 @@ def spectra(table: pd.DataFrame, layers: Sequence[int] | None = None) -> go.Figu
 
 
 def rank_heatmap(table: pd.DataFrame) -> go.Figure:
-    """Effective rank / width, mean over layers, of models (rows) on corpora; a panel per site (C2).
+    """Draw effective rank / width, mean over layers, models (rows) x corpora, a panel per site (C2).
 
-    Takes `RankRow`s. Pairs that were not measured stay empty.
+    Takes `RankRow`s. Cells of pairs that were not measured are empty.
     """
     need(table, RankRow)
     shown, models, corpora = sites(table), order(table, "model"), order(table, "corpus")
@@ -129,10 +128,10 @@ def rank_heatmap(table: pd.DataFrame) -> go.Figure:
 
 
 def rank_vs_tokens(table: pd.DataFrame) -> go.Figure:
-    """Effective rank / width against tokens in the covariance, a line per site, a panel per model.
+    """Draw effective rank / width against tokens in the covariance, a line per site, a panel per model.
 
-    Takes `RankRow`s at several `n_tokens`: shows how far a rank is from its large-sample limit. The
-    dotted line is n = 20 d. Lines are means over layers and corpora, bands their range.
+    Takes `RankRow`s at several `n_tokens`. The figure shows how far a rank is from its large-sample limit.
+    The dotted line is n = 20 d. Lines are means over layers and corpora, bands their range.
     """
     need(table, RankRow)
     models = order(table, "model")
@@ -148,7 +147,7 @@ def rank_vs_tokens(table: pd.DataFrame) -> go.Figure:
         line = {"color": GREY, "dash": "dot", "width": 1.2}
         figure.add_vline(x=enough, line=line, row=1, col=col)
         figure.add_annotation(
-            x=math.log10(enough),  # plotly places annotations of a log axis by the exponent
+            x=math.log10(enough),  # on a log axis, plotly takes the exponent as an annotation's position
             y=0.02,
             text=f"20 d = {enough:,}",
             xanchor="left",
@@ -167,10 +166,10 @@ def rank_vs_tokens(table: pd.DataFrame) -> go.Figure:
 
 
 def downstream_loss(table: pd.DataFrame) -> go.Figure:
-    """Loss recovered against the share of directions kept, a line per site, a panel per model (C3).
+    """Draw loss recovered against the share of directions kept, a line per site, a panel per model (C3).
 
-    Takes `LossRow`s. Solid: principal directions; dashed: as many random ones. Lines are means over
-    layers, bands (principal only) their range. What lies below -0.5 is cut off and counted below.
+    Takes `LossRow`s. Solid lines: principal directions; dashed lines: as many random directions. Lines are
+    means over layers, bands (principal only) their range. Values below -0.5 are cut off and counted below.
     """
     need(table, LossRow)
     table = table[table.loss_recovered.notna()]

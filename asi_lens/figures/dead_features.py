@@ -1,8 +1,8 @@
-"""One builder per figure of trained dictionaries: a table as its CSV has it in, a plotly figure out.
+"""One builder per figure of trained dictionaries: takes a table as in its CSV, returns a plotly figure.
 
-As in `figures`, builders only draw. Their tables are `DeadFeatureRow`s of both splits: `train` rows over
-training, `held_out` rows at its end. What was not measured has no panel. A share of dead features has
-its window in the title of its axis, and two windows are never drawn as one.
+As in `collapse`, builders only draw. The tables are `DeadFeatureRow`s of both splits: `train` rows over
+training, `held_out` rows at its end. Columns that were not measured have no panel. The axis title of a share
+of dead features states the window; shares of two windows are never drawn as one.
 """
 
 from __future__ import annotations
@@ -49,24 +49,24 @@ __all__ = [
     "learning_rates",
 ]
 
-# Methods that some builders look for.
+# Methods that some builders need by name.
 _RANDOM, _ASI, _AUTOMATIC = "random", "ASI", "ASI, automatic d_init"
 _EDGE = {"width": 1, "color": "white"}
 
 
 def dead_feature_curves(table: pd.DataFrame, noun: str = "features") -> go.Figure:
-    """Dead features and FVU over training, and where each method ends on held-out text (C7, C9, C10).
+    """Draw dead features and FVU over training, and each method's held-out numbers at the end (C7, C9, C10).
 
     Takes `DeadFeatureRow`s of one model, text, site, layer and size. Lines are means over seeds, bands
-    their range; at the end a dot per seed, a bar and a number at the mean. The window is the largest
-    that is shorter than every run; curves begin when it has passed, since nothing can be dead before.
-    The axis of FVU spans the second half of training: the first points are huge. `noun` says what dies.
+    their range. The end has a dot per seed, and a bar and a number at the mean. The window is the largest
+    that is shorter than every run. Curves begin after one window, since no feature can be dead before. The
+    axis of FVU spans the second half of training, since the first values are huge. `noun`: what can be dead.
     """
     check(table, DeadFeatureRow, "dead_feature_curves", "model", "corpus", "site", "layer", "d_sae")
     train = table[table.split == "train"]
     window, end = window_of(train, whole=False), train.tokens.max()
     full = train[(train.dead_window_tokens == window) & (train.tokens >= window)]
-    # A moment has a row for each window, all with its FVU.
+    # Each point in training has one row per window; these rows have the same FVU.
     fvu = train[train.fvu.notna()].drop_duplicates([*RUN, "tokens"])
     shown, limits = [dead_panel(full, window, noun)], None
     if len(fvu):
@@ -90,11 +90,11 @@ def dead_feature_curves(table: pd.DataFrame, noun: str = "features") -> go.Figur
 
 
 def d_init_sweep(table: pd.DataFrame) -> go.Figure:
-    """Silent features, FVU and loss on held-out text against d_init, a line per site (C8).
+    """Draw silent features, FVU and loss on held-out text against d_init, a line per site (C8).
 
     Takes `DeadFeatureRow`s of one model, text and size. Lines are means over layers and seeds, bands
-    their range. Dashed: the mean of the method "random" at that site. Stars: a row each of the method
-    "ASI, automatic d_init". Other rows without a d_init are not drawn.
+    their range. Dashed lines: the mean of the method "random" at the site. Stars: rows of the method
+    "ASI, automatic d_init", one star per row. Other rows without a d_init are not drawn.
     """
     check(table, DeadFeatureRow, "d_init_sweep", "model", "corpus", "d_sae", swept="d_init")
     held = table[(table.split == "held_out") & (table.d_init.notna() | (table.method == _RANDOM))]
@@ -137,10 +137,10 @@ def d_init_sweep(table: pd.DataFrame) -> go.Figure:
 
 
 def dictionary_size(table: pd.DataFrame) -> go.Figure:
-    """Dead features at the end of training, and what held-out text shows, against d_sae (C7).
+    """Draw dead features at the end of training, and held-out numbers, against d_sae (C7).
 
-    Takes `DeadFeatureRow`s of one model, text, site and layer. A line per method: means over seeds,
-    bands their range. The window of training is the largest that all runs share.
+    Takes `DeadFeatureRow`s of one model, text, site and layer. Each method has a line (means over seeds) and
+    a band (their range). The window in training is the largest that all runs share.
     """
     check(table, DeadFeatureRow, "dictionary_size", "model", "corpus", "site", "layer")
     x_title, title = "features in the dictionary, d_sae", "Dead features by dictionary size"
@@ -148,10 +148,10 @@ def dictionary_size(table: pd.DataFrame) -> go.Figure:
 
 
 def learning_rates(table: pd.DataFrame) -> go.Figure:
-    """Dead features at the end of training, and what held-out text shows, against the learning rate.
+    """Draw dead features at the end of training, and held-out numbers, against the learning rate.
 
-    Takes `DeadFeatureRow`s of one model, text, site, layer and size. A line per method: means over seeds,
-    bands their range. The window of training is the largest that all runs share.
+    Takes `DeadFeatureRow`s of one model, text, site, layer and size. Each method has a line (means over
+    seeds) and a band (their range). The window in training is the largest that all runs share.
     """
     check(table, DeadFeatureRow, "learning_rates", "model", "corpus", "site", "layer", "d_sae", swept="lr")
     x_title, title = "learning rate after warm-up", "Dead features by learning rate"
@@ -159,11 +159,11 @@ def learning_rates(table: pd.DataFrame) -> go.Figure:
 
 
 def layers_and_sites(table: pd.DataFrame) -> go.Figure:
-    """Silent features against the rank of the activations, and random against ASI (C6, C11).
+    """Draw silent features against the rank of the activations, and random against ASI (C6, C11).
 
     Takes `RankedDeadFeatureRow`s of one model, text and size; draws held-out rows of the methods "random"
-    and "ASI", means over seeds. Left: random, a mark per layer with its number. Right: a thin line per
-    layer, bars and numbers at the means. On the axis of square roots tenths and tens can both be read.
+    and "ASI", means over seeds. Left panel: random, a numbered mark per layer. Right panel: a thin line per
+    layer, bars and numbers at the means. The axis shows square roots, so both 0.1 % and 10 % can be read.
     """
     check(table, RankedDeadFeatureRow, "layers_and_sites", "model", "corpus", "d_sae")
     table = table[table.method.isin([_RANDOM, _ASI])]

@@ -1,6 +1,7 @@
-"""One builder per figure of other kinds of dictionaries: a table as its CSV has it in, a figure out.
+"""One builder per figure of other kinds of dictionaries: takes a table as in its CSV, returns a figure.
 
-As in `sae_figures`. Here methods differ in the activation function or its schedule as well as in the start.
+The rules are those of `dead_features`. Here methods differ in the activation function or its schedule, and
+in the start.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ _STARTS = {"random": ("random", "circle"), "asi": ("ASI", "diamond")}
 
 
 def jumprelu_schedule(table: pd.DataFrame) -> go.Figure:
-    """Dead features, l0 and drift over training, and where each schedule ends on held-out text (C12).
+    """Draw dead features, l0 and drift over training, and each schedule's held-out numbers (C12).
 
-    Takes `DriftRow`s of one model, text, site, layer and size. Lines are means over seeds, bands their range;
-    below a dot per seed, a bar and a number at the mean. Drift is the mean over features; it is measured in
-    the same subspace for all.
+    Takes `DriftRow`s of one model, text, site, layer and size. Lines are means over seeds, bands their range.
+    The lower row has a dot per seed, and a bar and a number at the mean. Drift is a mean over features, in
+    the same subspace for all schedules.
     """
     name = "jumprelu_schedule"
     check(table, DriftRow, name, "model", "corpus", "site", "layer", "d_sae", "d_active")
@@ -65,10 +66,10 @@ def jumprelu_schedule(table: pd.DataFrame) -> go.Figure:
 
 
 def dictionaries(table: pd.DataFrame) -> go.Figure:
-    """Silent features, FVU and loss on held-out text of every kind of dictionary, random start and ASI.
+    """Draw silent features, FVU and loss on held-out text of every kind of dictionary, random start and ASI.
 
-    Takes `DictionaryRow`s of one model, text, site, layer and size. A dot per seed, a bar and a number at the
-    mean.
+    Takes `DictionaryRow`s of one model, text, site, layer and size. Each seed has a dot, each mean a bar and
+    a number.
     """
     name = "dictionaries"
     check(table, DictionaryRow, name, "model", "corpus", "site", "layer", "d_sae")
@@ -83,7 +84,7 @@ def dictionaries(table: pd.DataFrame) -> go.Figure:
         values = panel.rows[panel.column]
         low = min(0, values.min()) if panel.column != "fvu" else values.min()
         room = (values.max() - low) or 1
-        # Room above for the numbers.
+        # The range leaves space for the numbers above the dots.
         figure.update_yaxes(range=[low - 0.05 * room, values.max() + 0.18 * room], row=row, col=col)
         for x, kind in enumerate(kinds):
             for side, (start, (said, symbol)) in zip((-1, 1), _STARTS.items(), strict=True):
@@ -116,12 +117,12 @@ def _dots(
     first: bool,
     where: dict[str, Any],
 ) -> None:
-    """A dot per seed around `x`, a bar and a number at the mean."""
+    """Add a dot per seed around `x`, and a bar and a number at the mean."""
     tone, mean = METHOD_COLORS[name], float(rows[y].mean())
     quiet: dict[str, Any] = {"showlegend": False, "hoverinfo": "skip", **where}
     line = {"color": tone, "width": 4}
     figure.add_scatter(x=[x - 0.13, x + 0.13], y=[mean, mean], mode="lines", line=line, **quiet)
-    # Above the dots: beside them the next kind's numbers would be in the way.
+    # The number is above the dots: beside the dots it would overlap the next kind's number.
     number = {"text": [f"{mean:.3g}<br>\u00a0"], "textposition": "top center", "textfont": {"size": 11}}
     figure.add_scatter(x=[x], y=[float(rows[y].max())], mode="text", **number, **quiet)
     figure.add_scatter(

@@ -1,4 +1,4 @@
-"""Figures of the output projection: what each change to it does to the rank, and how heads overlap."""
+"""Figures of the output projection: its effect on the rank under each change, and the heads' overlap."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VARIANT_LABELS = {
     "orthogonal_heads": "heads made orthogonal",
     "sum_of_heads": "sum of the heads' ranks",
 }
-# What each group of rows changes; a gap parts them.
+# Groups of variants by the changed part, drawn with a gap between groups.
 _GROUPS = (
     ("z", "attn_out"),
     ("flat_spectrum", "random_orthogonal", "gaussian"),
@@ -33,11 +33,11 @@ _GROUPS = (
 
 
 def wo_ablation(table: pd.DataFrame) -> go.Figure:
-    """Effective rank of what attention writes under each change to W_O, its input or its heads (C4, C5).
+    """Draw the effective rank of attention's output under changes to W_O, its input or its heads (C4, C5).
 
-    Takes `OutputProjectionRow`s. A row per variant in the order that tells the story, a dot per layer
-    (mean over draws; its color is the depth), a bar and a number at the mean; dashed lines mark the
-    means before and after W_O. A panel per model.
+    Takes `OutputProjectionRow`s. Each model has a panel, each variant a row (in the order of `VARIANTS`), and
+    each layer a dot (mean over draws; the color is the depth). A bar and a number mark a row's mean; dashed
+    lines mark the means before and after W_O.
     """
     need(table, OutputProjectionRow)
     for variant in table.variant.unique():
@@ -75,10 +75,11 @@ def wo_ablation(table: pd.DataFrame) -> go.Figure:
 
 
 def head_overlap(table: pd.DataFrame, layers: Sequence[int] | None = None) -> go.Figure:
-    """Mean cosine of the principal angles between heads' output subspaces, a panel per layer (C5).
+    """Draw the mean cosine of principal angles between heads' output subspaces, a panel per layer (C5).
 
-    Takes `HeadOverlapRow`s of one model; `layers` are those to show, else up to four spread over its
-    depth. The diagonal (a head with itself) is left out; the subtitle gives the level of chance.
+    Takes `HeadOverlapRow`s of one model. `layers` are the layers to draw; by default up to four layers are
+    spread over the model's depth. The diagonal (a head with itself) is left out. The subtitle states the
+    chance level.
     """
     need(table, HeadOverlapRow)
     single(table, "model", "head_overlap")
@@ -123,10 +124,10 @@ def head_overlap(table: pd.DataFrame, layers: Sequence[int] | None = None) -> go
 
 
 def _strip(figure: go.Figure, dots: pd.Series, y: float, col: int, *, color: str | None) -> None:
-    """Dots by layer in a row at height `y`, a bar at their mean; a line down the panel in `color`."""
+    """Add a dot per layer at height `y`, a bar at the dots' mean, and a vertical line in `color`."""
     where = {"row": 1, "col": col}
     mean = float(dots.mean())
-    # A fixed spread by depth keeps the dots of 30 layers apart: random jitter would differ per run.
+    # A fixed offset by depth separates the dots of 30 layers; random jitter would differ between runs.
     depth = dots.index.to_numpy()
     figure.add_scatter(
         x=dots.to_numpy(),

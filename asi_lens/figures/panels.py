@@ -1,4 +1,4 @@
-"""What figures of trained dictionaries share: panels of `DeadFeatureRow`s, their titles and checks."""
+"""Parts of all figures of trained dictionaries: panels of `DeadFeatureRow`s, their titles and checks."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from asi_lens.figures.parts import curve, panels
 from asi_lens.figures.style import label, need, setting, single, sites
 from asi_lens.results.rows import Row
 
-# What tells one dictionary from another.
+# Columns that identify a dictionary.
 RUN = ["model", "corpus", "site", "layer", "method", "d_init", "d_sae", "k", "lr", "seed"]
 FVU = "fraction of variance<br>unexplained"
 DELTA = "loss with the reconstruction<br>minus without (nats / token)"
 
 
 class Panel(NamedTuple):
-    """A column of some rows, under a title and beside the title of its axis."""
+    """A panel's title, the title of its y axis, and the column and rows that it shows."""
 
     title: str
     y: str
@@ -28,9 +28,10 @@ class Panel(NamedTuple):
 
 
 def check(table: pd.DataFrame, row_type: type[Row], builder: str, *one: str, swept: str = "") -> None:
-    """Raise DataError for another table, one with several values of `one`, or two recipes of one name.
+    """Raise DataError if the table cannot be drawn as one figure.
 
-    They are two if they differ in another option than the one that the figure sweeps over.
+    The table must have the columns of `row_type`, a single value in each column of `one`, and no two recipes
+    with the same name. Recipes are different if they differ in an option other than `swept`.
     """
     need(table, row_type)
     for column in one:
@@ -42,12 +43,15 @@ def check(table: pd.DataFrame, row_type: type[Row], builder: str, *one: str, swe
 
 
 def ends(rows: pd.DataFrame) -> pd.DataFrame:
-    """The last rows of every run."""
+    """Return the last rows of every run."""
     return rows[rows.tokens == rows.groupby(RUN, dropna=False).tokens.transform("max")]
 
 
 def window_of(train: pd.DataFrame, *, whole: bool) -> int:
-    """The largest window that all runs end with; as long as a run only if `whole` or for want of others."""
+    """Return the largest window (tokens) that all runs end with.
+
+    A window as long as a run is returned only if `whole`, or if there is no shorter window.
+    """
     last_rows = ends(train)
     last = last_rows.tokens.min()
     shared = [set(rows.dead_window_tokens) for _, rows in last_rows.groupby(RUN, dropna=False)]
@@ -63,7 +67,7 @@ def dead_panel(train: pd.DataFrame, window: int, noun: str = "features") -> Pane
 
 
 def held_out_panels(table: pd.DataFrame, builder: str, noun: str = "features") -> list[Panel]:
-    """Panels of what was measured on held-out text at the end of each run."""
+    """Return panels of the numbers measured on held-out text at the end of each run."""
     held = ends(table[table.split == "held_out"])
     single(held, "dead_window_tokens", builder)
     window = int(held.dead_window_tokens.max()) if len(held) else 0
@@ -77,13 +81,13 @@ def held_out_panels(table: pd.DataFrame, builder: str, noun: str = "features") -
 
 
 def grid(title: str, subtitle: str, rows: list[list[Panel]]) -> tuple[go.Figure, dict]:
-    """Empty panels with y axes, and the row and column of each panel by its title."""
+    """Return a figure of empty panels with y axes, and the row and column of each panel by its title."""
     figure = panels(title, subtitle, [[p.title for p in row] for row in rows], shared_y=False, left=96)
     place = {panel.title: (i, j) for i, row in enumerate(rows, 1) for j, panel in enumerate(row, 1)}
     for panel in [panel for row in rows for panel in row]:
         row, col = place[panel.title]
         figure.update_yaxes(title_text=panel.y, row=row, col=col)
-        if panel.column != "fvu":  # differences in FVU are small beside it; the others are read from zero
+        if panel.column != "fvu":  # FVU differs little between methods; other axes include zero
             values = panel.rows[panel.column]
             low, high = min(0, values.min()), max(0, values.max())
             room = (high - low) or 1
@@ -92,7 +96,7 @@ def grid(title: str, subtitle: str, rows: list[list[Panel]]) -> tuple[go.Figure,
 
 
 def subtitle_of(table: pd.DataFrame, what: str, noun: str = "features") -> str:
-    """The setting with sites, layers, sizes and length of training, and `what` the marks are over."""
+    """Return the setting with sites, layers, sizes and length of training; `what` describes the marks."""
     layers = ", ".join(str(n) for n in sorted(table.layer.unique()))
     tokens = sorted({int(n) for n in ends(table).tokens})
     parts = [label(site) for site in sites(table) if table.site.nunique() == 1]
@@ -104,7 +108,7 @@ def subtitle_of(table: pd.DataFrame, what: str, noun: str = "features") -> str:
 
 
 def method_curves(figure: go.Figure, panel: Panel, x: str, looks: dict, row: int, col: int) -> None:
-    """A line per method, with marks where there are few."""
+    """Add a line per method, with markers if there are few points."""
     few = panel.rows[x].nunique() <= 25
     for method, look in looks.items():
         line = panel.rows[panel.rows.method == method]

@@ -1,4 +1,4 @@
-"""The parts that the figures share: panels, lines with bands, dots with bars, axes."""
+"""Parts of all figures: panels, lines with bands, dots with bars, axes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from plotly.subplots import make_subplots
 from asi_lens.figures.style import GREY, TEMPLATE, color, label, marker
 
 _RIGHT, _LEVEL_MARGIN = 24, 92
-# Below this width in pixels a page scrolls a panel sideways instead of squeezing it.
+# Smallest width of a panel in pixels; a narrower page scrolls sideways.
 _PANEL_WIDTH = 220
-# Share of the plot between panels that have each a y axis of its own, and what it takes in pixels.
+# Space between panels with separate y axes: as a share of the plot, and in pixels.
 _OWN_AXIS, _OWN_AXIS_WIDTH = 0.11, 84
 # Heights in pixels above the plot: title and subtitle, a row of legend, a row of panel titles.
 _HEAD, _LEGEND, _PANEL_TITLE = 76, 32, 24
@@ -33,7 +33,7 @@ def panels(
     bottom: int = 62,
     plot: int = 340,
 ) -> go.Figure:
-    """Empty panels, a list of titles per row; one panel alone shows no title.
+    """Return a figure of empty panels; `titles` has a list per row. A single panel shows no title.
 
     Panels of a row have one y axis, unless `shared_y` is false. `left` and `bottom` are margins, `plot`
     is the height of a row, in pixels.
@@ -86,10 +86,10 @@ def curve(
     markers: bool = True,
     look: tuple[str, str] | None = None,
 ) -> None:
-    """A site's line: mean of `y` at each `x`, with a band where several rows share an `x`.
+    """Add a site's line: mean of `y` at each `x`, with a band (range) if several rows share an `x`.
 
-    A single `x` has a bar in place of the band, which would have no width.
-    With a `look` (color and marker) it is the line of a method, or of whatever else `site` names.
+    With a single `x`, an error bar replaces the band, which would have no width. With a `look` (color and
+    marker), `site` may be the name of a method or of anything else.
     """
     stats = part.groupby(x)[y].agg(["mean", "min", "max"]).reset_index()
     tone, symbol = look or (color(site), marker(site))
@@ -126,7 +126,7 @@ def curve(
 
 
 def _range(stats: pd.DataFrame) -> dict:
-    """From the smallest to the largest, as the error bars of a trace."""
+    """Return the error bars of a trace, from the smallest to the largest value."""
     up, down = stats["max"] - stats["mean"], stats["mean"] - stats["min"]
     return {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "thickness": 1.5, "width": 4}
 
@@ -142,7 +142,7 @@ def bar(
     right: bool = True,
     **where: int | str,
 ) -> None:
-    """A thick bar around `x` at height `y`, a number at its right end, or else its left."""
+    """Add a thick bar around `x` at height `y`, with a number at its right (or left) end."""
     figure.add_scatter(
         x=[x - half, x + half],
         y=[y, y],
@@ -160,7 +160,7 @@ def bar(
 def strips(
     figure: go.Figure, table: pd.DataFrame, y: str, looks: dict[str, tuple[str, str]], row: int, col: int
 ) -> None:
-    """Per method of `looks` a dot for each row, by seed, and a bar and a number at the mean."""
+    """Add, for each method of `looks`, a dot per row (by seed), and a bar and a number at the mean."""
     told = {trace.name for trace in figure.data if trace.showlegend}
     for x, (method, (tone, symbol)) in enumerate(looks.items()):
         rows = table[table.method == method].sort_values("seed")
@@ -194,7 +194,7 @@ def strips(
 
 
 def in_lines(method: str, among: int) -> str:
-    """A method's name under its strip: broken at its parts, and within them where many stand in a row."""
+    """Return a method's name with line breaks between its parts, and within parts if `among` is large."""
     parts = method.replace(" + ", "\n+ ").replace(", ", ",\n").split("\n")
     width = 10 if among > 4 else 99
     lines = [line for part in parts for line in textwrap.wrap(part, width, break_long_words=False)]
@@ -202,7 +202,7 @@ def in_lines(method: str, among: int) -> str:
 
 
 def root_y(figure: go.Figure, highest: float) -> None:
-    """A y axis from 0 to `highest` percent for marks placed at the square roots of their values."""
+    """Set a y axis from 0 to `highest` percent for marks placed at the square roots of their values."""
     top = highest**0.5 or 1.0
     ticks = [0.0]
     for value in (0.01, 0.1, 0.5, 1, 2, 5, 10, 20, 40, 60, 80, 100):
@@ -216,9 +216,9 @@ def root_y(figure: go.Figure, highest: float) -> None:
 
 
 def log_x(figure: go.Figure, title: str, values: pd.Series, *, among: pd.Series | None = None) -> list[float]:
-    """A log axis in every panel with ticks at `values`, as far as they fit; returns its ends.
+    """Set a log x axis in every panel, with ticks at those `values` that fit; return the ends of the axis.
 
-    It spans `among`, too.
+    The axis spans `values` and `among`.
     """
     places = sorted({math.log10(value) for value in values})
     every = [*places, *(math.log10(value) for value in (values if among is None else among))]
@@ -240,7 +240,7 @@ def log_x(figure: go.Figure, title: str, values: pd.Series, *, among: pd.Series 
 
 
 def level(figure: go.Figure, y: float, text: str, cols: int) -> None:
-    """A dotted horizontal line in every panel of the first row, named in the margin at its right end."""
+    """Add a dotted horizontal line to every panel of the first row, with its name in the right margin."""
     for col in range(1, cols + 1):
         figure.add_hline(y=y, line={"color": GREY, "dash": "dot", "width": 1.2}, row=1, col=col)
     axis = "" if cols == 1 else str(cols)
@@ -256,14 +256,14 @@ def level(figure: go.Figure, y: float, text: str, cols: int) -> None:
         showarrow=False,
         font={"size": 12, "color": "#555"},
     )
-    # The part of the panel that the wider margin takes is given back to narrow pages.
+    # The wider margin narrows the panels, so the page's smallest width grows by the same number of pixels.
     more = _LEVEL_MARGIN - figure.layout.margin.r
     figure.layout.margin.r = _LEVEL_MARGIN
     figure.layout.meta = {**figure.layout.meta, "min_width": figure.layout.meta["min_width"] + more}
 
 
 def color_scale(title: str, low: float | int, high: float | int, *, step: float | int = 0.1) -> dict:
-    """A color axis from `low` to `high`, both moved out to a multiple of `step`."""
+    """Return a color axis from `low` to `high`, both rounded outward to a multiple of `step`."""
     bar = {
         "title": {"text": f"{title}<br> ", "font": {"size": 13}},
         "thickness": 14,

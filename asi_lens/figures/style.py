@@ -1,7 +1,7 @@
-"""The house style of the figures: colors, markers, names, and what a table says about itself.
+"""Style of all figures: colors, markers, names, and subtitles computed from a table.
 
-Colors are Okabe and Ito's, which stay apart under color blindness; a site has the same color and
-marker in every figure, and so has a method of training dictionaries.
+Colors are those of Okabe and Ito, which remain distinct under color blindness. A site, or a method of
+training dictionaries, has the same color and marker in every figure.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ METHOD_COLORS = {
 }
 GREY = "#777777"
 _METHOD_MARKERS = dict(zip(METHOD_COLORS, ("circle", "square", "diamond", "triangle-up"), strict=True))
-# Other methods take these by order, so that no two of a figure look the same.
+# Looks of other methods, assigned in order, so that no two methods of a figure look the same.
 _SPARE_METHODS = (
     ("#8C6D00", "cross"),
     ("#009E73", "x"),
@@ -61,7 +61,7 @@ TEMPLATE = go.layout.Template(
 
 
 def setting(table: pd.DataFrame, *, tokens: bool = True, what: str = "") -> str:
-    """Model, text, tokens and seeds of a table in a line, and `what` its marks are over."""
+    """Return a line with model, text, tokens and seeds of a table; `what` describes its marks."""
     parts = []
     for column, plural in (("model", "models"), ("corpus", "texts")):
         names = [str(name) for name in table[column].dropna().unique()]
@@ -77,14 +77,14 @@ def setting(table: pd.DataFrame, *, tokens: bool = True, what: str = "") -> str:
 
 
 def over(table: pd.DataFrame, *names: str) -> str:
-    """ "mean and range over layers", of the columns among `layer`, `corpus`, `seed` that vary; else ""."""
+    """Return "mean and range over layers" (all columns of `names` that vary), or "" if no column varies."""
     words = {"layer": "layers", "corpus": "texts", "seed": "seeds"}
     varying = [words[name] for name in names if table[name].nunique() > 1]
     return f"mean and range over {' and '.join(varying)}" if varying else ""
 
 
 def need(table: pd.DataFrame, row_type: type[Row]) -> None:
-    """Raise DataError unless `table` has rows, and every column of `row_type`."""
+    """Raise DataError unless `table` has rows and every column of `row_type`."""
     missing = [name for name in columns(row_type) if name not in table.columns]
     if missing:
         raise DataError(f"not a table of {row_type.__name__}: columns {', '.join(missing)} are missing")
@@ -93,14 +93,14 @@ def need(table: pd.DataFrame, row_type: type[Row]) -> None:
 
 
 def single(table: pd.DataFrame, column: str, builder: str) -> None:
-    """Raise DataError if `column` has several values, of which a figure can show one."""
+    """Raise DataError if `column` has several values: the figure can show only one."""
     if table[column].nunique() > 1:
         names = ", ".join(str(name) for name in table[column].unique())
         raise DataError(f"{builder} draws one {column}, the table has {names}: choose one")
 
 
 def pick(layers: Iterable[int], wanted: Sequence[int] | None) -> list[int]:
-    """The wanted layers, or up to four spread evenly from the first to the last of those there are.
+    """Return the wanted layers, or up to four of `layers`, spread evenly from the first to the last.
 
     Raises UnknownNameError for a wanted layer that the table does not have.
     """
@@ -116,23 +116,23 @@ def pick(layers: Iterable[int], wanted: Sequence[int] | None) -> list[int]:
 
 
 def order(table: pd.DataFrame, column: str) -> list[str]:
-    """Values of a column in the order in which they come."""
+    """Return the values of a column in order of first appearance."""
     return [str(value) for value in table[column].unique()]
 
 
 def sites(table: pd.DataFrame) -> list[str]:
-    """Sites of a table, in the order of every legend."""
+    """Return the sites of a table, in the order of every legend."""
     there = order(table, "site")
     return [site for site in COLORS if site in there] + sorted(site for site in there if site not in COLORS)
 
 
 def label(site: str) -> str:
-    """A site in words; a full hook name stands for itself."""
+    """Return a site's label; a full hook name is returned as it is."""
     return SITE_LABELS.get(site, site)
 
 
 def methods(table: pd.DataFrame) -> dict[str, tuple[str, str]]:
-    """Color and marker of the methods of a table, in the order of every legend."""
+    """Return (color, marker) of each method of a table, in the order of every legend."""
     there = order(table, "method")
     spare = [method for method in there if method not in METHOD_COLORS]
     known = {name: (METHOD_COLORS[name], _METHOD_MARKERS[name]) for name in METHOD_COLORS if name in there}
@@ -140,16 +140,16 @@ def methods(table: pd.DataFrame) -> dict[str, tuple[str, str]]:
 
 
 def marker(site: str) -> str:
-    """A site's marker; any other hook has a cross."""
+    """Return a site's marker; other hooks have a cross."""
     return SITES[site].marker if site in SITES else "cross"
 
 
 def color(site: str) -> str:
-    """A site's color; any other hook has one by its name, so that it keeps it from figure to figure."""
+    """Return a site's color; the color of any other hook depends only on its name, in every figure."""
     return COLORS.get(site) or _SPARE_COLORS[sum(site.encode()) % len(_SPARE_COLORS)]
 
 
 def left_margin(labels: Iterable[str], size: int = 13) -> int:
-    """Pixels that the longest of some tick labels needs, on the wide side."""
+    """Return the width in pixels of the longest tick label, rather too wide than too narrow."""
     plain = [text.replace("<sub>", "").replace("</sub>", "") for text in labels]
     return round(24 + 0.56 * size * max(map(len, plain)))

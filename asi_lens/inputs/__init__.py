@@ -1,1 +1,1 @@
-"""Weights and text: where they come from, and the model that both meet in."""
+"""Weights and text: downloads, files and hub names; models, tokens, and forward passes with hooks."""

@@ -1,12 +1,12 @@
 """Text to packed tokens: `load_tokens`.
 
-Documents are tokenised without special tokens, each is followed by the tokenizer's end-of-sequence
-token, and the one long stream is cut into rows of `context` tokens. With `prepend_bos` position 0 of a
-row is the beginning-of-sequence token and the text fills the other `context - 1`. Row i of a corpus does
-not depend on how many rows are asked for, so `offset` gives text that no other rows have seen.
+Documents are tokenised without special tokens. An end-of-sequence token follows each document, and the
+resulting stream is cut into rows of `context` tokens. With `prepend_bos`, position 0 of a row is the
+beginning-of-sequence token and the text fills the other `context - 1` positions. Row i of a corpus does not
+depend on the number of requested rows, so `offset` gives text that is in no earlier row.
 
-Packed tokens are cached. A cache file that is truncated, changed or from another version raises
-CacheError and says what to delete; it is never read in part or replaced unasked.
+Packed tokens are cached. A cache file that is truncated, changed or from another version raises CacheError
+naming the file to delete; such a file is never read in part or replaced without asking.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ __all__ = ["Tokens", "corpus_names", "load_tokens"]
 
 _FORMAT = "1"
 _PIECE = 1 << 18
-"""Characters of a document tokenised at once: bounds the memory, whatever the document's length."""
+"""Characters of a document tokenised at once, which bounds the memory for documents of any length."""
 _BATCH = 1 << 20
 """Characters tokenised per call."""
 
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """Packed token ids with where they come from. `tokens[a:b]` are sequences a to b."""
+    """Packed token ids and their origin. `tokens[a:b]` are sequences a to b."""
 
     ids: Int[Tensor, "sequence position"]
     """int64, on the CPU."""
@@ -58,11 +58,11 @@ class Tokens:
     context: int
     """Positions per sequence."""
     fingerprint: str = ""
-    """16 hex digits of the ids themselves; left empty, it is computed."""
+    """16 hex digits of the ids; computed if empty."""
     bos: bool = True
     """Whether position 0 of every sequence is the beginning-of-sequence token."""
     content: str = ""
-    """Fingerprint of the corpus that the rows were taken from; empty where it cannot be known."""
+    """Fingerprint of the corpus that the rows were taken from; "" if not known."""
 
     def __post_init__(self) -> None:
         require(
@@ -78,7 +78,7 @@ class Tokens:
 
     @property
     def n_tokens(self) -> int:
-        """All positions, BOS included."""
+        """Number of all positions, BOS included."""
         return self.ids.numel()
 
     def __len__(self) -> int:
@@ -86,13 +86,13 @@ class Tokens:
         return self.ids.shape[0]
 
     def __getitem__(self, rows: slice) -> Tokens:
-        """Some of the sequences, with their own fingerprint."""
+        """Return a slice of the sequences, with its own fingerprint."""
         if not isinstance(rows, slice):
             raise OptionError(f"tokens[{rows!r}]: take sequences by a slice, tokens[:8], or use tokens.ids")
         return Tokens(self.ids[rows], self.corpus, self.tokenizer, self.context, "", self.bos, self.content)
 
     def batches(self, batch_size: int) -> Iterator[Int[Tensor, "batch position"]]:
-        """The ids in order, `batch_size` sequences at a time; the last batch may be smaller."""
+        """Yield the ids in order, `batch_size` sequences at a time; the last batch may be smaller."""
         require(batch_size >= 1, "batch_size", batch_size, "at least 1")
         for start in range(0, len(self), batch_size):
             yield self.ids[start : start + batch_size]
@@ -111,31 +111,32 @@ def load_tokens(
     name: str | None = None,
     offset: int = 0,
 ) -> Tokens:
-    """Text packed into sequences of token ids.
+    """Return text packed into sequences of token ids.
 
     Args:
         source: a packaged corpus (`corpus_names()`), a `.txt`, `.md`, `.py`, `.csv`, `.jsonl` or `.parquet`
-            file, a folder of those, a hub dataset "owner/name" or "owner/name@revision" (streamed), a
-            `datasets` object, or a list of strings. See `asi_lens.inputs.documents` for what a document is.
-        model_or_tokenizer: a model as `load_model` gives it, or a Hugging Face tokenizer. With a model the
-            context is checked against the model's own.
-        n_tokens: positions in all, BOS included; rounded down to whole sequences.
+            file, a folder of such files, a hub dataset "owner/name" or "owner/name@revision" (streamed), a
+            `datasets` object, or a list of strings. `asi_lens.inputs.documents` defines a document.
+        model_or_tokenizer: a model from `load_model`, or a Hugging Face tokenizer. `context` is checked
+            against the context length of a model.
+        n_tokens: total number of positions, BOS included; rounded down to whole sequences.
         context: positions per sequence.
         prepend_bos: start every sequence with the tokenizer's BOS (else its EOS, else its CLS) token.
-        seed: shuffles the documents; None keeps the corpus' own order. A hub stream is shuffled through a
+        seed: shuffles the documents; None keeps the order of the corpus. A hub stream is shuffled through a
             buffer of 10,000 documents.
         column: column of a table that holds the text.
         split, name: split and configuration of a hub dataset.
-        offset: sequences to skip first. Rows [0, n) and rows from offset n on share no text position, which
-            is how a held-out set is made (same corpus, context and seed).
+        offset: number of sequences to skip first. Rows [0, n) and rows from offset n on share no text
+            position, so they can be a training set and a held-out set (same corpus, context and seed).
 
     Returns:
         Tokens with ids of shape (n_tokens // context, context).
 
     Raises:
-        DataError: fewer tokens in the corpus than asked (it says how many there are), no text, not UTF-8.
+        DataError: the corpus has fewer tokens than requested (the error states how many), no text, or bytes
+            that are not UTF-8.
         OptionError: an argument out of range, a context longer than the model's.
-        UnknownNameError: no such corpus, column or split.
+        UnknownNameError: an unknown corpus, column or split.
         FetchError, CacheError, OSError: from downloads and the cache.
     """
     tokenizer, limit, d_vocab = _tokenizer_and_limits(model_or_tokenizer)
@@ -186,7 +187,7 @@ def _integer(key: str, value: Any, least: int, why: str = "") -> int:
 
 
 def _tokenizer_and_limits(given: Any) -> tuple[PreTrainedTokenizerBase, int, int | None]:
-    """(tokenizer, longest context, size of the model's vocabulary if it is a model)."""
+    """Return (tokenizer, longest context, size of a model's vocabulary; None for a tokenizer)."""
     from transformers import PreTrainedTokenizerBase
 
     if isinstance(given, PreTrainedTokenizerBase):
@@ -203,7 +204,7 @@ def _tokenizer_and_limits(given: Any) -> tuple[PreTrainedTokenizerBase, int, int
 
 
 class _Packing:
-    """How documents become rows: the tokenizer, its first and separating tokens, the row length."""
+    """Options of packing: the tokenizer, the first and separating tokens of rows, the row length."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, context: int, prepend_bos: bool) -> None:
         def first(*names: str) -> int | None:
@@ -220,7 +221,7 @@ class _Packing:
         self.tokenizer_name = f"{type(tokenizer).__name__}:{_tokenizer_fingerprint(tokenizer)}"
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        # split_special_tokens: "<|endoftext|>" written in a document is text, not a command.
+        # split_special_tokens: "<|endoftext|>" in a document is text, not a special token.
         return self.tokenizer(
             texts,
             add_special_tokens=False,
@@ -236,12 +237,12 @@ _fingerprints: weakref.WeakKeyDictionary[Any, tuple[int, str]] = weakref.WeakKey
 
 def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     known = _fingerprints.get(tokenizer)
-    if known is not None and known[0] == len(tokenizer):  # len changes when tokens are added
+    if known is not None and known[0] == len(tokenizer):  # the length changes if tokens were added
         return known[1]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         text = backend.to_str()
-        # Truncation and padding come first in it; they are the last caller's and not used here.
+        # Truncation and padding come first in the text; they depend on the last caller and are not used here.
         text = text[text.index('"added_tokens"') :]
     else:
         text = json.dumps([type(tokenizer).__qualname__, sorted(tokenizer.get_vocab().items())])
@@ -251,7 +252,7 @@ def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _pieces(document: str) -> Iterator[str]:
-    """The document in pieces of bounded length, cut after a line end or before a space where there is one."""
+    """Yield the document in pieces of bounded length, cut after a line end or before a space if possible."""
     start = 0
     while len(document) - start > _PIECE:
         stop = start + _PIECE
@@ -264,7 +265,7 @@ def _pieces(document: str) -> Iterator[str]:
 
 
 def _pack(corpus: Corpus, packing: _Packing, rows: int, offset: int, seed: int | None) -> np.ndarray:
-    """(rows, context) int32, from the tokens of as many documents as that takes."""
+    """Return int32 ids [rows context] from as many documents as needed."""
     from tqdm import tqdm
 
     needed = (offset + rows) * packing.text
@@ -297,7 +298,7 @@ def _pack(corpus: Corpus, packing: _Packing, rows: int, offset: int, seed: int |
 
 
 def _batches(documents: Iterator[str]) -> Iterator[tuple[list[str], list[bool]]]:
-    """(texts, whether each ends its document), about `_BATCH` characters at a time."""
+    """Yield (texts, whether each text ends its document), about `_BATCH` characters at a time."""
     texts: list[str] = []
     ends: list[bool] = []
     size = 0
@@ -315,9 +316,9 @@ def _batches(documents: Iterator[str]) -> Iterator[tuple[list[str], list[bool]]]
 
 
 def _cached(path: Path, key: str, pack: Callable[[], np.ndarray]) -> np.ndarray:
-    """The ids in the cache, or those of `pack`, kept there."""
+    """Return the cached ids; the first call caches the ids that `pack` returns."""
     about = {"format": _FORMAT, "key": key}
-    if not path.exists():  # before the lock: the cache may lie in a read-only folder
+    if not path.exists():  # checked before the lock, as the cache may be read-only
         with locked(path):
             if not path.exists():
                 ids = pack()

@@ -1,11 +1,11 @@
 """Text as a stream of documents: packaged corpora, files, folders, `datasets` objects, lists, hub names.
 
-What a document is: one row of a table (`.csv`, `.jsonl`, `.parquet`, `datasets`), one string of a
-list, one whole file otherwise (`.txt`, `.md`, `.py`): nothing is cut at blank lines, so a text keeps
-its length. A folder is its readable files, sorted by path. Documents without text are passed over.
+A document is one row of a table (`.csv`, `.jsonl`, `.parquet`, `datasets`), one string of a list, or one
+whole file (`.txt`, `.md`, `.py`). Files are not cut at blank lines, so a text keeps its length. A folder
+gives its readable files, sorted by path. Documents without text are skipped.
 
-Tables are read by pandas, pyarrow and json, not by `datasets.load_dataset`: its errors name no line of the
-file, and rows before a damaged line are not reached.
+pandas, pyarrow and json read the tables. `datasets.load_dataset` is not used: its errors do not name the line
+of the file, and it does not return the rows before a damaged line.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ _SHUFFLE_BUFFER = 10_000
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents in a fixed order. Opened by `open_corpus`; nothing is read until `documents` is used."""
+    """Documents in a fixed order, from `open_corpus`. Nothing is read before `documents` is iterated."""
 
     name: str
     fingerprint: str | None
-    """Identifies the content (pinned hashes, file hashes, commit of the hub); None if it cannot be known."""
+    """Identifies the content (pinned hashes, file hashes, commit of the hub); None if not known."""
     rows: Callable[[], Iterable[Any]]
     shuffled: Callable[[int], Iterable[Any]] | None = None
-    """For streams too long to hold: their own shuffle."""
+    """Own shuffle of a stream that does not fit into memory."""
 
     def documents(self, seed: int | None = None) -> Iterator[str]:
-        """Documents with text, in order or shuffled by `seed`. Raises DataError for a row that is no text."""
+        """Yield documents with text, in order or shuffled by `seed`. Raises DataError for other types."""
         if seed is None:
             rows = self.rows()
         elif self.shuffled is not None:
@@ -57,19 +57,19 @@ class Corpus:
 
 
 def corpus_names() -> list[str]:
-    """Names of the packaged corpora, which need nothing but a Python package index."""
+    """Return the names of the packaged corpora, which need only a Python package index."""
     return [name for name, source in SOURCES.items() if source.kind == "corpus"]
 
 
 def open_corpus(
     source: Any, *, column: str = "text", split: str = "train", name: str | None = None
 ) -> Corpus:
-    """Documents of `source`: a packaged name, a path, a hub name ("owner/name", "owner/name@revision"), a
-    `datasets` object or a list of strings.
+    """Return the documents of `source`: a packaged name, a path, a hub name ("owner/name" or
+    "owner/name@revision"), a `datasets` object or a list of strings.
 
-    `split` and `name` (the configuration) are for hub names and dataset dictionaries. A path that exists
-    goes before a hub name. Raises UnknownNameError, OptionError, DataError (no such file, nothing
-    readable), FetchError (hub not reached).
+    `split` and `name` (the configuration) are for hub names and dataset dictionaries. A name that is both
+    an existing path and a hub name is read as a path. Raises UnknownNameError, OptionError, DataError (a
+    missing file, no readable file), FetchError (hub not reached).
     """
     if type(source).__module__.partition(".")[0] == "datasets":
         return _from_datasets(source, column, split, name)
@@ -106,7 +106,7 @@ def _packaged(name: str, column: str) -> Corpus:
                 yield from _csv(path, column)
         elif source.layout == "lines":
             for path in sorted(folder.glob("*.txt")):
-                # Not splitlines(): that also cuts at separators that may stand inside a line.
+                # Not splitlines(), which also cuts at separators inside a line.
                 yield from _decoded(path).replace("\r\n", "\n").split("\n")
         else:
             for _, path in _listing(folder):
@@ -140,7 +140,7 @@ def _from_path(source: str | Path, column: str) -> Corpus:
 
 
 def _listing(folder: Path) -> list[tuple[str, Path]]:
-    """(path in the folder, file) of every readable file, sorted the same way on every system."""
+    """Return (path in the folder, file) of every readable file, in the same order on every system."""
     found = ((p.relative_to(folder).as_posix(), p) for p in folder.rglob("*") if p.is_file())
     return sorted(
         (shown, p) for shown, p in found if p.suffix.lower() in _READERS and not p.name.startswith(".")
@@ -171,7 +171,7 @@ def _from_datasets(source: Any, column: str, split: str, name: str | None) -> Co
     if source.column_names is not None and column not in source.column_names:
         raise unknown_name("column", column, source.column_names)
     info = getattr(source.info, "dataset_name", None) or type(source).__name__
-    # An IterableDataset has no fingerprint: what it yields is known only once it was read.
+    # An IterableDataset has no fingerprint: its content is known only after reading.
     fingerprint = getattr(source, "_fingerprint", None)
     return Corpus(str(info), fingerprint, lambda: _column(source, column), _own_shuffle(source, column))
 
@@ -209,19 +209,19 @@ def _from_hub(source: str, column: str, split: str, name: str | None) -> Corpus:
         except ValueError as error:
             if isinstance(error, AsiLensError):
                 raise
-            # How datasets says that a configuration is missing or does not exist.
+            # datasets raises ValueError for a missing or unknown configuration.
             raise OptionError(f"name={name!r} is not allowed for {repo!r}: {error}") from error
 
     return Corpus(repo, f"{repo}@{pinned}/{name or ''}/{split}", rows, rows)
 
 
 def _hub_commit(repo: str, revision: str | None) -> str:
-    """The commit that the name stands for now, so that cached tokens belong to one content."""
+    """Return the current commit of the hub name, so that cached tokens belong to one content."""
     from huggingface_hub import HfApi
 
     try:
         return str(HfApi().dataset_info(repo, revision=revision, timeout=30).sha)
-    except Exception as error:  # the hub's client raises httpx, OS and its own errors without a common base
+    except Exception as error:  # httpx, OS and hub errors, which have no common base
         raise _not_reached(repo, error) from error
 
 
@@ -247,7 +247,7 @@ def _decoded(path: Path) -> str:
 
 
 def _undecodable(path: Path) -> DataError:
-    """The error for a file that is not UTF-8, with the place of the first bad byte."""
+    """Return the error for a file that is not UTF-8, with the position of the first bad byte."""
     decoder, read = codecs.getincrementaldecoder("utf-8")("strict"), 0
     with path.open("rb") as file:
         while True:

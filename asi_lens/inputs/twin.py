@@ -1,10 +1,10 @@
-"""The module tree that a forward runs on, and where each TransformerLens hook lies in it.
+"""The module tree that a forward pass runs on, and the place of each TransformerLens hook in the tree.
 
-A TransformerBridge wraps every Hugging Face module and computes attention itself, step by step, so that
-each step can be hooked: about 0.7 of the speed of the model that it wraps. Most hooks are simply the
-input or the output of a Hugging Face module, so for those a *plain twin* is run instead: the same
-modules without the wrappers, sharing every parameter and buffer, with fused attention. What its hooks
-see is by construction what forward hooks on the plain Hugging Face model see.
+A TransformerBridge wraps every Hugging Face module and computes attention step by step, so that each step can
+be hooked; it has about 0.7 of the speed of the wrapped model. Most hooks are the input or the output of a
+Hugging Face module. For these hooks a *plain twin* runs instead: the same modules without the wrappers, with
+the same (shared) parameters and buffers, and with fused attention. By construction, the twin's hooks get the
+same activations as forward hooks on the plain Hugging Face model.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ Side = Literal["in", "out"]
 
 @dataclass
 class Runner:
-    """Something that can be called on token ids, with hooks by TransformerLens name."""
+    """A model or plain twin that can be called on token ids, with the modules of TransformerLens's hooks."""
 
     blocks: list[nn.Module]
-    """One module per layer; its output, or the first entry of it, is the residual stream."""
+    """One module per layer; its output, or the output's first entry, is the residual stream."""
     places: dict[str, tuple[nn.Module, Side]]
-    """Hook name -> module, and whether its input or its output is meant."""
+    """Hook name -> (module, whether the hook is the module's input or output)."""
     root: Any = None
-    """The plain twin; None where the model itself is called (it owns this runner, not the reverse)."""
+    """The plain twin; None if the model itself is called (the model owns this runner, not the reverse)."""
     hook_points: list[nn.Module] = field(default_factory=list)
-    """Every HookPoint of the model, to see whether somebody hooked it."""
+    """Every HookPoint of the model, to detect hooks that the user added."""
     processed: bool = False
-    """Whether the bridge was in compatibility mode (weights processed, hooks renamed) when this was made."""
+    """Whether the bridge was in compatibility mode (weights processed, hooks renamed) at the creation."""
 
     def call(self, model: Any, ids: Tensor, logits: bool) -> Tensor | None:
-        """Run on ids [batch position] to the end; logits [batch position d_vocab] if asked."""
+        """Run on ids [batch position] to the end; return logits [batch position d_vocab], or None."""
         if self.root is None:
             return model(ids, return_type="logits" if logits else None)
         if not logits:
@@ -55,7 +55,7 @@ _RUNNERS: WeakKeyDictionary[nn.Module, tuple[Runner, Runner | None]] = WeakKeyDi
 
 
 def kind_of(model: object) -> Literal["bridge", "hooked"] | None:
-    """`bridge` for a TransformerBridge, `hooked` for a HookedTransformer (TransformerLens 3), else None."""
+    """Return `bridge` (TransformerBridge), `hooked` (TransformerLens 3's HookedTransformer) or None."""
     for base in type(model).__mro__:
         if base.__module__.partition(".")[0] == "transformer_lens":
             if base.__name__ == "TransformerBridge":
@@ -66,7 +66,7 @@ def kind_of(model: object) -> Literal["bridge", "hooked"] | None:
 
 
 def runners(model: nn.Module) -> tuple[Runner, Runner | None]:
-    """The runner over the model's own hook points, and the plain twin's where there can be one."""
+    """Return the runner with the model's own hook points, and the plain twin's runner, or None."""
     processed = bool(getattr(model, "compatibility_mode", False))
     if model not in _RUNNERS or _RUNNERS[model][0].processed != processed:
         own = _own_runner(model, processed)
@@ -75,9 +75,9 @@ def runners(model: nn.Module) -> tuple[Runner, Runner | None]:
 
 
 def runner_for(model: nn.Module, hooks: Iterator[str] | list[str]) -> Runner:
-    """The fastest runner that reaches all `hooks`.
+    """Return the fastest runner that reaches all `hooks`.
 
-    Hooks that somebody added to the model itself stay in force: then the model is what runs.
+    If the user added hooks to the model itself, the model runs, so that these hooks are called.
     """
     own, twin = runners(model)
     if twin is None or any(_hooked_by_somebody(point) for point in own.hook_points):
@@ -86,13 +86,13 @@ def runner_for(model: nn.Module, hooks: Iterator[str] | list[str]) -> Runner:
 
 
 def _hooked_by_somebody(point: Any) -> bool:
-    # TransformerLens 4 hooks some points itself, only to make others fire
+    # TransformerLens 4 itself hooks some points, only to call other hooks
     owners = (getattr(handle.user_hook, "__module__", None) for handle in point.fwd_hooks)
     return any(not str(owner).startswith("transformer_lens.") for owner in owners)
 
 
 def original(module: nn.Module) -> nn.Module:
-    """The Hugging Face module inside a bridge component (or the module itself)."""
+    """Return the Hugging Face module inside a bridge component (or the module itself)."""
     while (inside := module._modules.get("_original_component")) is not None:
         module = inside
     return module
@@ -117,7 +117,7 @@ def _own_runner(model: Any, processed: bool) -> Runner:
 def _plain_runner(model: Any, own: Runner) -> Runner | None:
     source = model.original_model
     device_map = getattr(source, "hf_device_map", None) or {}
-    # Processed weights live in the wrappers; a dispatched model's modules carry their own `forward`.
+    # Processed weights are in the wrappers; the modules of a dispatched model have their own `forward`.
     if own.processed or len(set(map(str, device_map.values()))) > 1:
         return None
     if any("forward" in vars(module) for module in source.modules()) or not hasattr(source, "base_model"):
@@ -129,7 +129,7 @@ def _plain_runner(model: Any, own: Runner) -> Runner | None:
 
     component_of: dict[int, tuple[nn.Module, Side]] = {}
     for component in model.modules():
-        # A component without a name of its own borrows its parent's module: its hooks are not that module's.
+        # A component without its own name uses its parent's module; its hooks are not hooks of that module.
         if "_original_component" not in component._modules or getattr(component, "name", None) is None:
             continue
         module = twins.get(id(original(component)))
@@ -146,9 +146,9 @@ def _plain_runner(model: Any, own: Runner) -> Runner | None:
 
 
 def _twin(module: nn.Module, twins: dict[int, nn.Module], configs: dict[int, Any]) -> nn.Module:
-    """Copy the tree without wrappers and hooks; parameter and buffer tables are shared, not copied.
+    """Return a copy of the tree without wrappers and hooks; parameter and buffer tables are shared.
 
-    Sharing the tables (not only the tensors) keeps the twin right when weights are replaced or moved.
+    Shared tables (not only shared tensors) keep the twin correct if weights are replaced or moved.
     """
     module = original(module)
     if id(module) in twins:
@@ -177,7 +177,7 @@ def _twin(module: nn.Module, twins: dict[int, nn.Module], configs: dict[int, Any
 
 
 def _use_fused_attention(root: Any) -> None:
-    """Fused attention for the twin, unless the architecture cannot (soft-capped scores) or chose its own."""
+    """Turn on fused attention, unless the architecture cannot (soft-capped scores) or has its own choice."""
     configs = {
         id(m.__dict__["config"]): m.__dict__["config"] for m in root.modules() if "config" in m.__dict__
     }

@@ -1,1 +1,1 @@
-"""Runs the notebooks and shows what they left; the only room that knows them."""
+"""Runs the notebooks and shows their results. No other subpackage uses the notebooks."""

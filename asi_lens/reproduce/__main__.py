@@ -1,8 +1,8 @@
 """Run the notebooks that are out of date and build the gallery: `python -m asi_lens.reproduce`.
 
-A notebook is out of date when its source, its parameters, the package's source, a package that makes
-numbers or pictures, or one of the files it left has changed. Expensive results are cached by the package
-itself, so that running a notebook again, to restyle a figure say, does not run the model.
+A notebook is out of date if a change was made to its source, its parameters, the source of asi_lens, the
+version of a package that makes numbers or images, or one of the notebook's output files. asi_lens caches
+expensive results, so running a notebook again (for example to restyle a figure) does not run the model.
 """
 
 from __future__ import annotations
@@ -42,15 +42,16 @@ def reproduce(
     force: bool = False,
     jobs: int = 1,
 ) -> Path:
-    """Run what is out of date, `jobs` notebooks at a time; returns the gallery's page.
+    """Run the notebooks that are out of date, `jobs` at a time; return the path of the gallery's page.
 
-    The gallery is built anew after every notebook. Stops at the first failure (NotebookError, with the
-    failing cell's error and the executed notebook's path), when those at work are done; the next call goes on
-    from there. Raises UnknownNameError or OptionError before anything runs.
+    The gallery is built anew after every notebook. After a failure no further notebook starts; when the
+    running notebooks have ended, NotebookError is raised, with the failing cell's error and the path of the
+    executed notebook. The next call continues from there. Raises UnknownNameError or OptionError before any
+    notebook runs.
     """
     require_whole("jobs", jobs, 1)
     folder = figures_dir(model, profile)
-    # All parameters first: a mistake in the last notebook's must not show after an hour.
+    # All parameters are checked first, so that an error in the last notebook's is not found after an hour.
     plans = {
         name: merged_parameters(name, model=model, profile=profile, output_folder=folder, given=given)
         for name in choose(notebooks)
@@ -80,7 +81,7 @@ def reproduce(
 
 @contextmanager
 def _drawing_later(folder: Path) -> Iterator[None]:
-    """Images of all notebooks are drawn together at the end, also when one of them has failed."""
+    """Draw the images of all notebooks together at the end of the context, also after a failure."""
     os.environ[drawing.LATER] = "1"
     try:
         yield
@@ -89,12 +90,12 @@ def _drawing_later(folder: Path) -> Iterator[None]:
         raise
     else:
         draw_images(folder)
-    finally:  # whoever presses Ctrl-C does not wait for images: the next run draws them
+    finally:  # after Ctrl-C no images are drawn: the next run draws them
         del os.environ[drawing.LATER]
 
 
 def draw_images(folder: Path) -> None:
-    """Draw the images of a folder that are missing, and note in the sidecars which are there now."""
+    """Draw the missing images of a folder, and record in the sidecars which images exist now."""
     found = read_sidecars(folder)
     figures = {
         folder / f"{stem}.png": one for each in found.values() for stem, one in each["figures"].items()
@@ -116,7 +117,7 @@ def _run(
     executing: Execute,
     show: Callable[[], None],
 ) -> None:
-    """Run a notebook if it is out of date, and record what it left."""
+    """Run a notebook if it is out of date, and record its output files."""
     key = key_of(name, parameters)
     why = "asked for" if force else out_of_date(folder, name, key)
     if not why:
@@ -131,7 +132,7 @@ def _run(
         board.stopped(name)
         raise
     _time(folder, name, board.finished(name), times)
-    # What an earlier run left and this one does not is of other numbers.
+    # Output files of an earlier run that this run did not write again show other numbers.
     for path in set(before) - set(left_by(folder, name)):
         path.unlink(missing_ok=True)
     record(folder, name, key)
@@ -139,7 +140,7 @@ def _run(
 
 
 def _times(folder: Path, name: str) -> dict[str, Any]:
-    """What the sidecar says of earlier runs' time; nothing where it cannot be read."""
+    """Return the times of earlier runs from the sidecar; {} if the sidecar cannot be read."""
     try:
         found = read_sidecar(folder, name) or {}
     except CacheError:
@@ -148,8 +149,10 @@ def _times(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _time(folder: Path, name: str, seconds: float, before: Mapping[str, Any]) -> None:
-    """Put the time of a run into the notebook's sidecar, and the longest one under the same parameters: a run
-    from warm caches takes seconds, the longest tells what the numbers cost."""
+    """Write the time of a run and the longest time with the same parameters into the notebook's sidecar.
+
+    A run from warm caches takes seconds; the longest time is the cost of the numbers.
+    """
     found = read_sidecar(folder, name)
     if found is None:
         raise AsiLensError(f"{name} has left no {name}.json; its last cell must be `page.done()`")
@@ -161,7 +164,7 @@ def _time(folder: Path, name: str, seconds: float, before: Mapping[str, Any]) ->
 
 
 def _expected(folders: Sequence[Path], name: str) -> float | None:
-    """Seconds that the notebook took last, in the first of the folders that knows."""
+    """Return the seconds of the notebook's last run, from the first folder that has them, or None."""
     for folder in folders:
         try:
             found = read_sidecar(folder, name) or {}
@@ -173,12 +176,12 @@ def _expected(folders: Sequence[Path], name: str) -> float | None:
 
 
 def _side_by_side(todo: Sequence[Callable[[], None]], jobs: int) -> None:
-    """Run them in order, `jobs` at a time; after a failure nothing more begins."""
+    """Run the functions in order, `jobs` at a time; after a failure no further function starts."""
     with ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(run) for run in todo]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
-        finally:  # Ctrl-C, too
+        finally:  # also after Ctrl-C
             pool.shutdown(cancel_futures=True)
         for future in futures:
             if not future.cancelled():
@@ -187,7 +190,7 @@ def _side_by_side(todo: Sequence[Callable[[], None]], jobs: int) -> None:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Keep any other run out of `folder`."""
+    """Lock `folder` against other runs inside the context."""
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -203,12 +206,12 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def missing_images(folder: Path) -> dict[str, str]:
-    """Figures without a PNG and why."""
+    """Return the reason for each figure without a PNG, by stem."""
     return {stem: entry["reason"] for stem, entry in figures_of(folder).items() if not entry["png"]}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m asi_lens.reproduce", description=__doc__)
     parser.add_argument(
         "--model", default="smollm2-135m", help="a packaged name, hub name, folder or .gguf file"

@@ -1,6 +1,6 @@
-"""What a person sees of a run: which notebooks run, how far each is, and how long the rest takes.
+"""Display of a run: the running notebooks, the progress of each, and the remaining time.
 
-On a terminal every running notebook has a line of its own below the log; elsewhere only the log is printed.
+On a terminal every running notebook has its own line below the log; elsewhere only the log is printed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Board:
     """The log of a run and, on a terminal, a line per running notebook."""
 
     def __init__(self, expected: Mapping[str, float | None]):
-        """`expected`: seconds that each notebook may take, None where nothing is known of it."""
+        """`expected`: seconds that each notebook may take; None if not known."""
         self._expected = dict(expected)
         self._total = len(expected)
         self._began: dict[str, float] = {}
@@ -29,14 +29,14 @@ class Board:
         self._lock = RLock()
 
     def up_to_date(self, name: str) -> None:
-        """The notebook does not have to run."""
+        """Log that the notebook is up to date and does not run."""
         with self._lock:
             del self._expected[name]
             self._count += 1
             self._log(f"[{self._count}/{self._total}] {name}: up to date")
 
     def running(self, name: str, why: str) -> None:
-        """The notebook begins."""
+        """Log that the notebook starts, and why; add its line."""
         with self._lock:
             self._began[name] = time.monotonic()
             self._log(f"{name}: running ({why})")
@@ -44,14 +44,14 @@ class Board:
                 self._lines[name] = _line(name)
 
     def tell(self, name: str, text: str) -> None:
-        """The newest of what the notebook says of its progress."""
+        """Show the notebook's newest progress text on its line."""
         with self._lock:
             line = self._lines.get(name)
-            if line is not None:  # a bar of nothing counts as false
+            if line is not None:  # a bar without a total is false
                 line.set_description_str(f"  {name}: {text}"[: line.ncols or 100])
 
     def finished(self, name: str) -> float:
-        """The notebook is done; returns its seconds."""
+        """Log that the notebook is done; return its seconds."""
         with self._lock:
             seconds = time.monotonic() - self._began[name]
             self._done[name] = seconds
@@ -63,16 +63,17 @@ class Board:
             return seconds
 
     def stopped(self, name: str) -> None:
-        """The notebook runs no more; its line goes."""
+        """Remove the line of a notebook that does not run any more."""
         with self._lock:
             line = self._lines.pop(name, None)
             if line is not None:
                 line.close()
 
     def seconds_left(self) -> float | None:
-        """Seconds that the rest takes if nothing overlaps more than so far; None if nothing is left or known.
+        """Return the remaining seconds, or None if no notebook is left or no notebook is done.
 
-        A notebook that nothing is known of counts as the mean of those that are done.
+        The estimate assumes that notebooks overlap as much as before. A notebook without expected seconds
+        counts as the mean of the finished notebooks.
         """
         now = time.monotonic()
         todo = [name for name in self._expected if name not in self._done]
@@ -95,14 +96,14 @@ class Board:
 
 
 class Bars(io.TextIOBase):
-    """A stream for progress bars that tells the newest line to whoever shows it."""
+    """A stream for progress bars that passes the newest line to the function `tell`."""
 
     def __init__(self, tell: Tell):
         self._tell = tell
         self.text = ""
 
     def write(self, text: str) -> int:
-        """Take what a bar prints; carriage returns begin a new line."""
+        """Take the printed text of a bar; carriage returns begin a new line."""
         last = [part for part in text.replace("\r", "\n").split("\n") if part.strip()][-1:]
         if last:
             self.text = last[0].strip()
@@ -111,7 +112,7 @@ class Bars(io.TextIOBase):
 
 
 def duration(seconds: float) -> str:
-    """`3 min 5 s`, `41 s`."""
+    """Return a duration in words: `3 min 5 s`, `41 s`."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 

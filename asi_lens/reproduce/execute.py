@@ -1,4 +1,4 @@
-"""Run one notebook with papermill, in a kernel that is this interpreter for certain."""
+"""Run one notebook with papermill, in a kernel that is certainly this interpreter."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from asi_lens.base.threads import share_cores
 from asi_lens.reproduce.board import Bars, Board, Tell
 
 Execute = Callable[[Path, Mapping[str, Any], Path, Tell], None]
-"""Runs a notebook with parameters, leaves its executed copy, tells how far it is."""
+"""A function that runs a notebook with parameters, writes its executed copy and reports the progress."""
 
 _KERNEL = "asi_lens_run"
-_START_TIMEOUT = 300  # seconds; papermill's 60 can trip on a loaded machine
-# glibc gives freed memory of this size (bytes) back to the system, to ask for it again in the next layer of a
-# pass: a tenth of a harvest's time on a CPU is page faults.
+_START_TIMEOUT = 300  # seconds; papermill's default of 60 can be too short on a loaded machine
+# glibc returns freed blocks of this size (bytes) to the system, and requests them again in the next layer of
+# a pass. With glibc's own limit, the resulting page faults take a tenth of a harvest's time on a CPU.
 _KEPT = {"MALLOC_MMAP_THRESHOLD_": str(2**28), "MALLOC_TRIM_THRESHOLD_": str(2**28)}
 
 
@@ -36,12 +36,12 @@ class NotebookError(AsiLensError, RuntimeError):
 def execute(
     notebook: Path, parameters: Mapping[str, Any], executed: Path, tell: Tell = lambda text: None
 ) -> None:
-    """Run `notebook` headless with this interpreter and leave the executed copy at `executed`.
+    """Run `notebook` headless with this interpreter and write the executed copy to `executed`.
 
-    `tell` is given a line of text whenever a cell is done or the notebook's own progress bar moves.
-    Until the end the copy has a temporary name, so that the one of a run that was stopped is never taken
-    for a whole one. Raises NotebookError (cell, error and the copy's path) when a cell fails or the kernel
-    dies, KeyboardInterrupt when either process is interrupted.
+    `tell` gets a line of text whenever a cell is done or the notebook's progress bar moves. Until the end the
+    copy has a temporary name, so that the copy of a stopped run is never mistaken for a complete copy. Raises
+    NotebookError (cell, error and the copy's path) if a cell fails or the kernel dies, and KeyboardInterrupt
+    if either process is interrupted.
     """
     name = notebook.stem
     partial = executed.with_name(f"{name}.part.ipynb")
@@ -52,7 +52,7 @@ def execute(
         tell(f"{cells.text} · {own.text}" if own.text else cells.text)
 
     with _own_kernel(), warnings.catch_warnings():
-        # papermill and its libraries warn about their own use of each other.
+        # papermill and its libraries warn about each other; the user cannot act on these warnings.
         warnings.simplefilter("ignore")
         import papermill
         from papermill.exceptions import PapermillExecutionError
@@ -80,7 +80,7 @@ def execute(
             ) from error
         except OSError:
             raise
-        except Exception as error:  # the kernel did not start, or died (out of memory, say)
+        except Exception as error:  # the kernel did not start, or died (e.g. out of memory)
             if partial.is_file():
                 partial.replace(executed)
             raise NotebookError(
@@ -92,9 +92,9 @@ def execute(
 
 @contextmanager
 def executing_in(jobs: int, board: Board) -> Iterator[Execute]:
-    """`execute`, in this process or in one of `jobs` others: papermill is not made for threads.
+    """Yield `execute`, which runs in this process, or in `jobs` processes, as papermill is not thread-safe.
 
-    What notebooks in other processes tell goes to `board`.
+    Progress of notebooks in other processes is shown on `board`.
     """
     if jobs == 1:
         yield execute
@@ -122,7 +122,7 @@ _told: Any = None
 
 
 def _begin(jobs: int, told: Any) -> None:
-    """First act of a process that runs notebooks."""
+    """Initialize a process that runs notebooks."""
     global _told
     _told = told
     share_cores(jobs)
@@ -134,11 +134,11 @@ def _execute_there(notebook: Path, parameters: Mapping[str, Any], executed: Path
 
 @contextmanager
 def _own_kernel() -> Iterator[None]:
-    """A kernel that is this Python for certain: an installed `python3` kernel may be another one."""
-    # -P: no file beside the notebook takes the place of a module that the kernel starts with.
+    """Make papermill use this Python as the kernel: an installed `python3` kernel may be another Python."""
+    # -P: a file beside the notebook cannot replace a module that the kernel imports at its start.
     module = [sys.executable, "-P", "-m", "asi_lens.reproduce.kernel"]
     spec = {
-        # Without the level every start warns of TCP on this machine alone.
+        # At other levels every start warns about TCP, which is used only on this machine.
         "argv": [*module, "-f", "{connection_file}", "--log-level=ERROR"],
         "display_name": "asi_lens run",
         "language": "python",

@@ -1,6 +1,6 @@
-"""The gallery, one page that works from disk: claims first, then every figure, interactive.
+"""The gallery: one page that works from disk, with the claims first and then every figure, interactive.
 
-The page is made from what runs left (sidecars, the figures' pages and images) and holds nothing of its own.
+The page is built only from files of runs: sidecars, and the figures' pages and images.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ _DATA = re.compile(r'<script type="application/json" id="figure-data">(.*?)</scr
 
 @dataclass
 class Figure:
-    """One figure of a run, as far as it is there."""
+    """One figure of a run: the texts, and those of its files that exist."""
 
     stem: str
     title: str
     subtitle: str
     caption: str
     data: str
-    """The figure as JSON safe inside a script tag; empty where its page is not there (a fresh clone)."""
+    """The figure as JSON that is safe inside a script tag; "" if its page is missing (a fresh clone)."""
     png: str
-    """Relative URL of the image; empty where there is none."""
+    """Relative URL of the image; "" if there is no image."""
     csv: str
-    """Relative URL of the table of the same name; empty where there is none."""
+    """Relative URL of the table of the same name; "" if there is no such table."""
     reason: str
 
 
 @dataclass
 class Evidence:
-    """What one notebook says about one claim."""
+    """One notebook's verdict on one claim."""
 
     notebook: str
     verdict: str
@@ -56,20 +56,20 @@ class Evidence:
 
 @dataclass
 class Claim:
-    """One claim of the paper: one verdict from all notebooks that tested it."""
+    """One claim of the paper, with the evidence of all notebooks that tested it."""
 
     name: str
     evidence: list[Evidence]
 
     @property
     def verdict(self) -> str:
-        """See `verdicts.combined`."""
+        """One verdict from all evidence; see `judging.combined`."""
         return combined([one.verdict for one in self.evidence])
 
 
 @dataclass
 class Run:
-    """Everything that one model under one profile has left."""
+    """All results of one model under one profile."""
 
     model: str
     profile: str
@@ -83,7 +83,7 @@ class Run:
 
     @property
     def claims(self) -> list[Claim]:
-        """Claims that were put to the test, C2 before C10."""
+        """Tested claims, C2 before C10."""
         found: dict[str, list[Evidence]] = {}
         for notebook, sidecar in self.notebooks.items():
             for one in sidecar["verdicts"]:
@@ -100,7 +100,7 @@ class Run:
 
     @property
     def id(self) -> str:
-        """Usable as an HTML id."""
+        """A name that can be used as an HTML id."""
         return re.sub(r"[^\w-]+", "-", self.url)
 
     def _evidence(self, notebook: str, one: dict[str, Any]) -> Evidence:
@@ -119,8 +119,11 @@ class Run:
 
 
 def find_runs(root: Path, newest: Path | None = None) -> list[Run]:
-    """Runs below a figures folder: the newest first, then the default model and the larger profiles; what is
-    published stands after what was run here."""
+    """Return the runs below a figures folder.
+
+    The newest run is first, then the default model and the larger profiles. Published runs are after local
+    runs.
+    """
     runs = []
     for base in (root, root / PUBLISHED):
         for folder in sorted(base.glob("*/*/")):
@@ -145,9 +148,9 @@ def find_runs(root: Path, newest: Path | None = None) -> list[Run]:
 
 
 def build_gallery(root: Path, newest: Path | None = None) -> Path:
-    """Write `<root>/index.html` from every run below `root`, that of `newest` first; returns its path.
+    """Write `<root>/index.html` from every run below `root`, the run in `newest` first; return its path.
 
-    Raises CacheError for a sidecar that is damaged.
+    Raises CacheError for a damaged sidecar.
     """
     import jinja2
 
@@ -183,7 +186,7 @@ def _figure(root: Path, folder: Path, stem: str, entry: dict[str, Any]) -> Figur
 
 
 def main() -> int:
-    """Build the gallery anew from what runs have left."""
+    """Build the gallery anew from the files of all runs."""
     argparse.ArgumentParser(
         prog="python -m asi_lens.reproduce.gallery", description=main.__doc__
     ).parse_args()

@@ -1,6 +1,7 @@
 """The kernel of notebooks that run headless: `python -P -m asi_lens.reproduce.kernel -f connection_file`.
 
-IPython's own, for notebooks that read their caches: there, starting and ending are most of the time.
+The kernel is IPython's, with a faster start and end, which take most of the time of a notebook whose results
+are cached.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ def main() -> None:
     """Run the kernel until it is shut down."""
     from ipykernel import kernelapp
 
-    # Collections while modules are imported find nothing and take a tenth of the time.
+    # Garbage collections during imports find nothing and take a tenth of the time.
     gc.set_threshold(10_000, 10, 10)
-    # What is still there at the end goes with the process: to look for cycles in it takes two seconds.
+    # The last collection at exit would search all remaining objects for cycles, which takes two seconds.
     atexit.register(gc.freeze)
-    # A manager interrupts the kernel before it shuts it down: no error, and nothing that a reader can act on.
+    # A kernel manager interrupts the kernel before the shutdown; this is not an error, so it is not logged.
     logging.getLogger("IPKernelApp").addFilter(lambda record: "KeyboardInterrupt" not in record.getMessage())
-    sys.path.insert(0, "")  # for cells, as in Jupyter: -P kept it from what is imported here
+    sys.path.insert(0, "")  # for cells, as in Jupyter; -P left it out for the imports above
     kernelapp.launch_new_instance()
 
 

@@ -1,8 +1,8 @@
-"""Parameters of a notebook: its own defaults, then the profile's, the model's, and those given by hand.
+"""Parameters of a notebook: its defaults, overridden by the profile's, the model's, and the command line's.
 
-A profile (`parameters/<profile>.yaml`) has a section `common` for every notebook and one per notebook. A
-model file (`parameters/<model>.yaml`) is flat and holds `model`. A key that a notebook does not have is an
-error: papermill by itself would only warn, and run with something else than was asked for.
+A profile (`parameters/<profile>.yaml`) has a section `common` for every notebook and a section per notebook.
+A model file (`parameters/<model>.yaml`) is flat and holds `model`. A key that a notebook does not have is an
+error; papermill would only warn and run with other parameters than requested.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from asi_lens.base.errors import DataError, OptionError, unknown_name
 from asi_lens.base.paths import parameters_dir
 from asi_lens.results.parameters_cell import notebook_defaults, notebook_names
 
-# What the runner itself sets in every notebook.
+# Parameters that the runner sets in every notebook.
 ALWAYS = ("model", "profile", "output_folder", "seed")
 PAPER = "paper"
 GROUPS: dict[str, range] = {PAPER: range(14), "beyond": range(14, 100), "all": range(100)}
-"""Groups of notebooks by their numbers: the paper's figures, what goes beyond the paper, both."""
+"""Groups of notebooks by their numbers: the paper's figures, the figures beyond the paper, all figures."""
 
 
 def choose(names: Sequence[str] | None) -> list[str]:
-    """The named notebooks in their order. A number such as `01` is enough; a name of `GROUPS` is all of them.
+    """Return the chosen notebooks in their order.
 
-    None is the group `paper`. Raises UnknownNameError.
+    `names` are notebooks' names, numbers such as `01`, or names of `GROUPS`; None is the group `paper`.
+    Raises UnknownNameError.
     """
     known = notebook_names()
     chosen = set()
@@ -40,17 +41,17 @@ def choose(names: Sequence[str] | None) -> list[str]:
 
 
 def profile_names() -> list[str]:
-    """Parameter files with a section `common`."""
+    """Return the names of the parameter files with a section `common`."""
     return sorted(p.stem for p in parameters_dir().glob("*.yaml") if "common" in _read(p))
 
 
 def merged_parameters(
     notebook: str, *, model: str, profile: str, output_folder: Path, given: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """All parameters that a notebook will run with, its own defaults included.
+    """Return all parameters that a notebook will run with, including its own defaults.
 
-    Raises UnknownNameError for a profile, a section or a key that does not exist, OptionError for a
-    notebook without a cell tagged `parameters` or without one of the keys that the runner sets.
+    Raises UnknownNameError for an unknown profile, section or key, and OptionError for a notebook without a
+    cell tagged `parameters` or without one of the keys that the runner sets.
     """
     defaults = notebook_defaults(notebook)
     missing = [key for key in ALWAYS if key not in defaults]
@@ -64,10 +65,10 @@ def merged_parameters(
         if section != "common" and section not in notebook_names():
             raise unknown_name(f"section of {path.name}", section, ["common", *notebook_names()])
     model_file = parameters_dir() / f"{model}.yaml"
-    # A model may be a path or a hub name: those have no file here.
+    # A model given as a path or a hub name has no parameter file.
     of_model = _read(model_file) if "/" not in model and model_file.is_file() else {}
     if not of_model and Path(model).expanduser().exists():
-        model = str(Path(model).expanduser().resolve())  # notebooks run in a folder of their own
+        model = str(Path(model).expanduser().resolve())  # notebooks run in another working folder
     layers = {
         f"{path.name}, common": sections.get("common") or {},
         f"{path.name}, {notebook}": sections.get(notebook) or {},
@@ -87,7 +88,7 @@ def merged_parameters(
 
 
 def parse_given(pairs: Sequence[str]) -> dict[str, Any]:
-    """`key=value` from the command line, values read as YAML. Raises OptionError."""
+    """Return the `key=value` pairs of the command line, with values read as YAML. Raises OptionError."""
     import yaml
 
     out = {}

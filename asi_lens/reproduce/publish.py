@@ -1,7 +1,7 @@
-"""Publish what a run has left: `python -m asi_lens.reproduce.publish --profile quick`.
+"""Publish the results of a run: `python -m asi_lens.reproduce.publish --profile quick`.
 
-Copies tables, images and sidecars to `figures/published/<model>/<profile>`, which is committed, and writes
-the README's section from everything that is published. Nothing else writes there.
+The command copies tables, images and sidecars to `figures/published/<model>/<profile>`, which is committed,
+and writes the README's section from all published results. Only this command writes to `figures/published`.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from asi_lens.reproduce.gallery import DEFAULT_MODEL, Claim, Run, build_gallery,
 from asi_lens.results.sidecar import files_of, join, read_sidecars, write_sidecar
 
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
-# Profiles that the README's table is made of, the best evidence first.
+# Profiles of the README's table, the best evidence first.
 BEST = ("gpu", "full", "quick")
-# Profiles that are too small, or too private, to stand for anything.
+# Profiles that are too small, or too private, to support a claim.
 _NOT_PUBLISHED = ("smoke",)
 _KEPT = (".csv", ".png")
 
 
 def publish(model: str, profile: str, notebooks: Sequence[str] | None = None) -> Path:
-    """Replace the published files of the notebooks that have run (all by default); returns their folder.
+    """Replace the published files of the notebooks that have run (all by default); return their folder.
 
-    Raises DataError where nothing was run, an image is missing, or the profile makes no claims.
+    Raises DataError if no notebook was run, if an image is missing, or if the profile makes no claims.
     """
     if profile in _NOT_PUBLISHED:
         raise DataError(f"profile {profile} makes no claims; there is nothing in it to publish")
@@ -59,16 +59,16 @@ def publish(model: str, profile: str, notebooks: Sequence[str] | None = None) ->
 
 
 def _longest(one: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, float]:
-    """The longest time of a notebook under the same parameters: a run from warm caches tells no costs."""
+    """Return the longest time of a notebook with the same parameters, its cost without warm caches."""
     key = "longest_wall_time_s"
     same = key in one and key in before and one.get("timed_key") == before.get("timed_key")
     return {key: max(one[key], before[key])} if same else {}
 
 
 def readme_section(root: Path) -> str:
-    """One row per claim in Markdown, of the default model, each from the best published profile.
+    """Return a Markdown table of the default model, a row per claim, each from the best published profile.
 
-    Raises DataError where nothing of the default model is published.
+    Raises DataError if no result of the default model is published.
     """
     claims = best_claims(_best(root))
     lines = ["| claim | paper | here | verdict |", "|---|---|---|---|"]
@@ -91,9 +91,9 @@ def readme_section(root: Path) -> str:
 
 
 def evidence_page(root: Path) -> str:
-    """All claims of the default model in Markdown: numbers with their spread, budget and figure.
+    """Return all claims of the default model in Markdown: numbers with their spread, budget and figure.
 
-    It stands in the folder of what is published. Raises as `readme_section`.
+    The page belongs into the folder of the published results. Raises as `readme_section`.
     """
     lines = [
         f"# What came out on {DEFAULT_MODEL}",
@@ -126,7 +126,10 @@ def _best(root: Path) -> list[Run]:
 
 
 def best_claims(best: Sequence[Run]) -> list[tuple[Claim, list[str]]]:
-    """Claims with evidence, each notebook's from the first run that has it, and those runs' profiles."""
+    """Return pairs of a claim and the profiles of its evidence.
+
+    Each notebook's evidence is from the first run of `best` that has it.
+    """
     found: dict[str, dict[str, tuple[int, Run, Claim]]] = {}
     out = []
     for rank, run in enumerate(best):
@@ -143,11 +146,9 @@ def best_claims(best: Sequence[Run]) -> list[tuple[Claim, list[str]]]:
 
 
 def update_readme(readme: Path | None = None) -> bool:
-    """Put `readme_section` between the README's markers, and write the page of evidence.
+    """Write `readme_section` between the README's markers, and write the page of evidence.
 
-    Returns whether the README has changed.
-
-    Raises DataError for a README without its markers.
+    Returns whether the README has changed. Raises DataError for a README without its markers.
     """
     readme = project_root() / "README.md" if readme is None else readme
     text = readme.read_text(encoding="utf-8")
@@ -168,12 +169,12 @@ def _write(path: Path, text: str) -> None:
 
 
 def _cell(text: str) -> str:
-    """Text for a cell of a Markdown table."""
+    """Return text escaped for a cell of a Markdown table."""
     return " ".join(html.escape(text, quote=False).replace("|", "\\|").split())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m asi_lens.reproduce.publish", description=__doc__)
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--profile", default="quick")

@@ -1,4 +1,4 @@
-"""Which notebooks are out of date: a digest of all that a notebook depends on, and of what it left."""
+"""Detection of outdated notebooks, by digests of a notebook's dependencies and of its output files."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from asi_lens.results.sidecar import files_of, read_sidecar, sidecar_path
 
 STATE_FILE = ".state.json"
 TIMES = ("wall_time_s", "longest_wall_time_s", "timed_key")
-"""What the runner adds to a sidecar."""
+"""Keys that the runner adds to a sidecar."""
 
 
 def key_of(name: str, parameters: Mapping[str, Any]) -> dict[str, str]:
-    """Changes with whatever could change what the notebook leaves, by cause."""
-    # No notebook uses this room: a change to it runs nothing again.
+    """Return a digest for each possible cause of a change in the notebook's output."""
+    # Notebooks do not use `reproduce`, so a change to it does not make a notebook outdated.
     room = Path(__file__).resolve().parent
     sources = {
         path.relative_to(room.parent).as_posix(): sha256_of(path)
@@ -37,7 +37,7 @@ def key_of(name: str, parameters: Mapping[str, Any]) -> dict[str, str]:
 
 
 def out_of_date(folder: Path, name: str, key: Mapping[str, str]) -> str:
-    """Why the notebook has to run; empty if it does not."""
+    """Return why the notebook has to run; "" if it is up to date."""
     entry = _state(folder).get(name)
     if not isinstance(entry, dict) or not isinstance(entry.get("key"), dict):
         return "not run yet"
@@ -53,7 +53,7 @@ def out_of_date(folder: Path, name: str, key: Mapping[str, str]) -> str:
 
 
 def left_by(folder: Path, name: str) -> list[Path]:
-    """Everything that the notebook's last whole run left in the folder, its sidecar included."""
+    """Return the files that the notebook's last complete run wrote into the folder, sidecar included."""
     try:
         found = read_sidecar(folder, name)
     except CacheError:
@@ -66,7 +66,7 @@ def left_by(folder: Path, name: str) -> list[Path]:
 
 
 def record(folder: Path, name: str, key: Mapping[str, str]) -> None:
-    """Note that the notebook has just run under `key`, and what it left."""
+    """Record that the notebook has just run under `key`, with digests of its output files."""
     with locked(folder / STATE_FILE):
         state = _state(folder)
         state[name] = {
@@ -78,7 +78,7 @@ def record(folder: Path, name: str, key: Mapping[str, str]) -> None:
 
 
 def _digest(path: Path) -> str:
-    """Of a file; of a sidecar without what the runner adds to it: times, and whether images are drawn."""
+    """Return the digest of a file; of a sidecar, without the keys that the runner adds (times, images)."""
     if path.suffix != ".json":
         return sha256_of(path)
     try:
@@ -92,7 +92,7 @@ def _digest(path: Path) -> str:
 
 
 def _code(notebook: Path) -> list[str]:
-    """Code cells only: prose, outputs and what an editor notes down change no result."""
+    """Return the code cells only, since prose, outputs and editors' metadata do not change results."""
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
 
@@ -101,6 +101,6 @@ def _state(folder: Path) -> dict[str, Any]:
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        # Nothing is lost with it: the notebooks run again, from their caches.
+        # A damaged record is ignored: the notebooks run again, from their caches.
         return {}
     return state if isinstance(state, dict) else {}

@@ -1,4 +1,4 @@
-"""What a notebook leaves on disk: tables, claims, figures, provenance. Rows are names of the room itself."""
+"""Files that a notebook writes: tables, claims, figures, provenance. Row types are names of this package."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _OTHERS = ("LOSSES", "VARIANTS", "columns", "frame", "read_rows", "write_rows")
 
 
 def __getattr__(name: str) -> Any:
-    """`results.RankRow` and its like, imported on first use: pandas comes with them."""
+    """Return a row type such as `results.RankRow`, imported on first use (the import loads pandas)."""
     if name.endswith("Row") or name in _OTHERS:
         return getattr(importlib.import_module("asi_lens.results.rows"), name)
     raise AttributeError(f"module 'asi_lens.results' has no attribute {name!r}")

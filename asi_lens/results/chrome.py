@@ -1,9 +1,9 @@
-"""The browser that draws static images: where it is, how it is started, and how to get one.
+"""The browser that draws static images: find, start or download a Chrome.
 
 Plotly's kaleido drives a Chrome. `python -m asi_lens.results.chrome` (part of `make setup`) uses an installed
-one, else downloads one as `plotly_get_chrome` does. Where neither works it says what to install: no module of
-this package installs system packages. Without a Chrome, figures still come out as HTML and tables, and the
-reason is told.
+Chrome, else downloads one as `plotly_get_chrome` does. If neither works, the command prints what to install:
+no module of this package installs system packages. Without a Chrome, figures are still written as HTML and
+tables, and the reason for the missing images is printed.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-# A browser named by hand wins. BROWSER_PATH is the variable that kaleido itself reads.
+# A browser set in one of these variables comes first. kaleido itself reads BROWSER_PATH.
 VARIABLES = ("BROWSER_PATH", "CHROME")
-# Tried when the browser that kaleido would pick does not start (Ubuntu's `chromium-browser` may be a
+# Names to try if the browser that kaleido would choose does not start (Ubuntu's `chromium-browser` may be a
 # stub that only asks for a snap).
 _NAMES = ("google-chrome", "google-chrome-stable", "chromium", "chromium-browser", "chrome", "microsoft-edge")
 _INSTALL = "install one (Debian: `apt-get install chromium`; Ubuntu: Google's own package)"
@@ -30,10 +30,9 @@ _RETRY = f"run `python -m asi_lens.results.chrome` to download one, {_INSTALL}, 
 
 
 def chrome_or_reason() -> tuple[str | None, str]:
-    """The path and "", or None and a sentence that says why there is none.
+    """Return (path of a Chrome, ""), or (None, the reason why no Chrome was found).
 
-    A browser named in `BROWSER_PATH` or `CHROME` is taken or refused: when it does not start, no
-    other one is used in its place.
+    If `BROWSER_PATH` or `CHROME` names a browser that does not start, no other browser is tried.
     """
     for variable in VARIABLES:
         named = os.environ.get(variable)
@@ -53,16 +52,16 @@ def chrome_or_reason() -> tuple[str | None, str]:
 
 
 def kaleido_options(chrome: str) -> dict[str, Any]:
-    """What `kaleido.Kaleido(...)`, `start_sync_server(...)` and `kopts=` need to draw with `chrome`.
+    """Return the options of `kaleido.Kaleido(...)`, `start_sync_server(...)` and `kopts=` for `chrome`.
 
-    No sandbox, since Chrome refuses one to root (containers, CI) and the only page it opens is our
-    own; no MathJax, since kaleido would load it from a server.
+    The sandbox is off, since Chrome as root (containers, CI) does not start with a sandbox, and Chrome opens
+    only our own page. MathJax is off, since kaleido would load MathJax from a server.
     """
     return {"path": chrome, "enable_sandbox": False, "mathjax": False}
 
 
 def can_draw(chrome: str) -> str:
-    """Draw a small figure with `chrome`: "" when a PNG came out, else what went wrong."""
+    """Draw a small figure with `chrome`; return "" if the result is a PNG, else the reason."""
     import kaleido
 
     figure = {"data": [{"type": "scatter", "y": [0, 1]}], "layout": {"title": {"text": "asi_lens"}}}
@@ -71,7 +70,7 @@ def can_draw(chrome: str) -> str:
         try:
             kaleido.write_fig_sync(figure, path=path, kopts={**kaleido_options(chrome), "timeout": 60})
             drawn = path.read_bytes()
-        except Exception as error:  # whatever a broken browser does, setup goes on and tells
+        except Exception as error:  # setup continues after any error of a broken browser
             return f"{chrome} cannot draw: {type(error).__name__}: {error}"
     return "" if drawn.startswith(b"\x89PNG\r\n") else f"{chrome} wrote something that is no PNG"
 
@@ -86,7 +85,7 @@ def _candidates() -> list[str]:
 
 @functools.cache
 def _starts(path: str) -> bool:
-    """Whether `path --version` works: a download without its system libraries fails here."""
+    """Return whether `path --version` works; it fails if Chrome's system libraries are missing."""
     if platform.system() == "Windows":  # chrome.exe opens a window on --version
         return Path(path).is_file()
     try:
@@ -99,11 +98,11 @@ def _starts(path: str) -> bool:
 
 
 def _download() -> str:
-    """Fetch Chrome for Testing to where kaleido looks for it; "" or the reason it failed."""
+    """Download Chrome for Testing into kaleido's folder; return "", or the reason for the failure."""
     import kaleido
 
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)  # the download sets none: a network that drops packets would hang it
+    socket.setdefaulttimeout(30)  # the download sets no timeout and would hang if packets are lost
     try:
         path = str(kaleido.get_chrome_sync())
     except Exception as error:  # no network, an unsupported machine, a full disk
@@ -115,8 +114,11 @@ def _download() -> str:
 
 
 def main() -> int:
-    """Find or fetch a Chrome, prove that it draws, and tell. Always 0: PNGs are not worth a failed setup."""
-    warnings.simplefilter("ignore")  # kaleido's own remarks on Ubuntu would bury what is told below
+    """Find or download a Chrome, draw a test figure and print the result.
+
+    Always returns 0: missing PNGs are not a reason for a failed setup.
+    """
+    warnings.simplefilter("ignore")  # kaleido's warnings on Ubuntu would hide the lines printed below
     chrome, reason = chrome_or_reason()
     reasons = [reason]
     if chrome is None and not any(os.environ.get(variable) for variable in VARIABLES):

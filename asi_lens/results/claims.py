@@ -1,6 +1,6 @@
-"""The claims table: what the paper says, what came out here, and how it is judged.
+"""The claims table: the paper's claims, our values, and the verdicts.
 
-Its rows are written and read by `tables`; the tables that claims are judged by are in `results`.
+`tables` writes and reads the rows; `rows` has the tables that the verdicts are computed from.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CLAIMS_FILE = "claims.csv"
 
 @dataclass(frozen=True)
 class ClaimRow(Row):
-    """One claim of the paper against what came out here (`claims.csv`)."""
+    """One claim of the paper with our value and verdict (`claims.csv`)."""
 
     claim: str
     """`C1`, `C2`, ..."""
@@ -30,12 +30,12 @@ class ClaimRow(Row):
     paper_value: str
     our_value: str
     spread: str
-    """Over seeds, layers or corpora; says which."""
+    """Spread of our value, and over what: seeds, layers or corpora."""
     budget: str
-    """Model, text, tokens ... behind our value."""
+    """Model, text, tokens ... that our value was measured with."""
     verdict: Told
     notebook: str
-    """Name of the notebook that tested it, as `01_rank_curves`."""
+    """Name of the notebook that tested the claim, such as `01_rank_curves`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,7 +44,7 @@ class ClaimRow(Row):
 
 
 def rows_of(verdicts: Sequence[Mapping[str, Any]], notebook: str) -> list[ClaimRow]:
-    """Rows of the claims table from the verdicts in a notebook's sidecar."""
+    """Return rows of the claims table for the verdicts in a notebook's sidecar."""
     rows = []
     for one in verdicts:
         numbers = [Number(**number) for number in one["numbers"]]
@@ -65,11 +65,11 @@ def rows_of(verdicts: Sequence[Mapping[str, Any]], notebook: str) -> list[ClaimR
 
 
 def read_claims(folder: Path | str) -> list[ClaimRow]:
-    """The claims table of a folder, sorted; empty if there is none."""
+    """Return the rows of a folder's claims table, sorted by claim; [] if the folder has no claims table."""
     path = Path(folder) / CLAIMS_FILE
     return sorted(read_rows(path, ClaimRow), key=claim_order) if path.exists() else []
 
 
 def claim_order(row: ClaimRow) -> tuple[int, str]:
-    """Sorting key: C2 before C10."""
+    """Return a sorting key that puts C2 before C10."""
     return int(row.claim[1:]), row.notebook

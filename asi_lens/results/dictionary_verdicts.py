@@ -1,6 +1,6 @@
-"""Claims C6 to C12: which features die, and what Active Subspace Initialization (ASI) does about it.
+"""Verdicts on claims C6 to C12: dead features, and how Active Subspace Initialization (ASI) prevents them.
 
-See `verdicts` for what all claims' functions share.
+See `verdicts` for rules that all claims' functions share.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ SITES = ["attn_out", "mlp_out", "resid_post"]
 
 
 def rank_points(table: pd.DataFrame) -> pd.DataFrame:
-    """Return what C6 correlates, of `RankedDeadFeatureRow`s: a row per (site, layer), mean over seeds.
+    """Return the points that C6 correlates: one row per (site, layer), means over seeds.
 
-    Columns: `effective_rank_fraction`, and `dead_fraction` of the random start on held-out text.
+    Takes `RankedDeadFeatureRow`s. Columns of the result: `effective_rank_fraction`, and `dead_fraction` of
+    the random start on held-out text.
     """
     measures = ["effective_rank_fraction", "dead_fraction"]
     held = _held_out(table, [*PLACE, "method"], measures)
@@ -38,10 +39,10 @@ def rank_points(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def c6(table: pd.DataFrame) -> Verdict | None:
-    """The lower the effective rank of a site, the more features are dead (the paper's abstract, a figure).
+    """C6: sites of lower effective rank have more dead features (the paper's abstract, a figure).
 
-    Of `RankedDeadFeatureRow`s. Holds if the whole 95 % interval of Spearman's correlation over the points
-    (`rank_points`) is below zero. It cannot be judged where ranks or silent features do not vary.
+    Takes `RankedDeadFeatureRow`s. Holds if the whole 95 % interval of Spearman's correlation over the points
+    (`rank_points`) is below zero. Cannot be judged if ranks or shares of silent features do not vary.
     """
     points = rank_points(table)
     if points.empty:
@@ -64,11 +65,11 @@ def c6(table: pd.DataFrame) -> Verdict | None:
 
 
 def c7(table: pd.DataFrame, dead_window: int) -> Verdict | None:
-    """ASI cures dead features, at lower reconstruction error and delta LM loss (abstract, figures).
+    """C7: ASI prevents dead features and lowers reconstruction error and delta LM loss (abstract, figures).
 
-    Of `DeadFeatureRow`s. Holds if in every seed ASI has fewer dead features than the random start, in
+    Takes `DeadFeatureRow`s. Holds if in every seed ASI has fewer dead features than the random start, in
     training and on held-out text, a lower FVU, a lower KL, and a loss that is not higher (by two standard
-    errors). It does not hold if one of these fails in every seed.
+    errors). Does not hold if one of these conditions fails in every seed.
     """
     ends = _ends(table, dead_window, ["random", "ASI"])
     if ends is None:
@@ -87,9 +88,9 @@ def c7(table: pd.DataFrame, dead_window: int) -> Verdict | None:
 
 
 def c7_by_size(table: pd.DataFrame) -> Verdict | None:
-    """The larger the dictionary, the more features a random start leaves dead; ASI cures it (a figure).
+    """C7: a random start has more dead features in larger dictionaries; ASI prevents them (a figure).
 
-    Of `DeadFeatureRow`s. Holds if at every size and seed ASI leaves fewer features silent on held-out text
+    Takes `DeadFeatureRow`s. Holds if at every size and seed ASI has fewer silent features on held-out text
     than the random start, and the random start's silent share grows from the smallest to the largest size.
     """
     held = _held_out(table, ["d_sae", "seed", "method"], ["dead_fraction"])
@@ -119,12 +120,12 @@ def c7_by_size(table: pd.DataFrame) -> Verdict | None:
 
 
 def good_d_init(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the automatic `d_init` of each (site, layer) beside the good range, of `DeadFeatureRow`s.
+    """Return the automatic `d_init` and the good range of `d_init`, one row per (site, layer).
 
-    A swept value is good if (means over seeds) it leaves at most half as many features silent as the random
-    start, at no higher FVU. Columns: `d_init` and what held-out text shows of the automatic choice; the same
-    of the random start; `good d_init, min`, `good d_init, max` (NaN where no value is good); `inside the good
-    range`.
+    Takes `DeadFeatureRow`s. A swept value is good if (means over seeds) it leaves at most half as many silent
+    features as the random start and its FVU is not higher. Columns of the result: `d_init` and the held-out
+    numbers of the automatic choice; the held-out numbers of the random start; `good d_init, min` and
+    `good d_init, max` (NaN if no value is good); `inside the good range`.
     """
     measures = ["dead_fraction", "fvu", "cross_entropy_delta"]
     held = _held_out(table, [*PLACE, "method"], ["d_init", *measures])
@@ -139,10 +140,10 @@ def good_d_init(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def c8(table: pd.DataFrame) -> Verdict | None:
-    """`d_init` has a wide good range; near d_model it does nothing, too small hurts (a figure).
+    """C8: `d_init` has a wide good range; near d_model ASI has no effect, too small a value harms (a figure).
 
-    Of `DeadFeatureRow`s, on attention outputs, means over layers and seeds. Holds if the good values (as of
-    `good_d_init`) span at least a factor of two, the largest value tried is not good, and the smallest
+    Takes `DeadFeatureRow`s of attention outputs; uses means over layers and seeds. Holds if the good values
+    (as in `good_d_init`) span at least a factor of two, the largest swept value is not good, and the smallest
     reconstructs worse than the best.
     """
     held = _held_out(table, ["site", "layer", "seed", "method"], ["d_init", "dead_fraction", "fvu"])
@@ -175,11 +176,11 @@ def c8(table: pd.DataFrame) -> Verdict | None:
 
 
 def c9(table: pd.DataFrame, dead_window: int) -> Verdict | None:
-    """AuxK helps less than ASI; ASI with a sparse Adam is best (a figure).
+    """C9: AuxK helps less than ASI; ASI with a sparse Adam is best (a figure).
 
-    Of `DeadFeatureRow`s. Holds if in every seed AuxK leaves more dead features than ASI, and sparse Adam
-    fewer than Adam, both in training and on held-out text. It does not hold if one of these fails in every
-    seed.
+    Takes `DeadFeatureRow`s. Holds if in every seed AuxK leaves more dead features than ASI, and sparse Adam
+    fewer than Adam, both in training and on held-out text. Does not hold if one of these conditions fails in
+    every seed.
     """
     methods = ["random + AuxK", "ASI", "ASI + sparse Adam"]
     ends = _ends(table, dead_window, methods)
@@ -206,11 +207,11 @@ def c9(table: pd.DataFrame, dead_window: int) -> Verdict | None:
 
 
 def c10(table: pd.DataFrame, dead_window: int) -> Verdict | None:
-    """ASI carries over to Lorsa: hardly any dead units (a figure of the paper).
+    """C10: ASI also works for Lorsa: hardly any dead units (a figure of the paper).
 
-    Of `DeadFeatureRow`s. Holds if in every seed ASI leaves fewer dead units than the random start, in
-    training and on held-out text, at an FVU that is not higher. It does not hold if one of these fails in
-    every seed.
+    Takes `DeadFeatureRow`s. Holds if in every seed ASI leaves fewer dead units than the random start, in
+    training and on held-out text, and its FVU is not higher. Does not hold if one of these conditions fails
+    in every seed.
     """
     ends = _ends(table, dead_window, ["random", "ASI"])
     if ends is None:
@@ -228,10 +229,10 @@ def c10(table: pd.DataFrame, dead_window: int) -> Verdict | None:
 
 
 def c11(table: pd.DataFrame) -> Verdict | None:
-    """ASI is vital on attention outputs, marginal on MLP outputs and residual streams (a figure).
+    """C11: ASI is vital on attention outputs, marginal on MLP outputs and residual streams (a figure).
 
-    Of `DeadFeatureRow`s. Holds if ASI takes away more silent features (in points of percent, mean over
-    layers) on attention outputs than on every other site, and at least half of those that there are on
+    Takes `DeadFeatureRow`s. Holds if ASI removes more silent features (in percentage points, mean over
+    layers) on attention outputs than on every other site, and at least half of the silent features on
     attention outputs.
     """
     held = _held_out(table, [*PLACE, "method"], ["dead_fraction"])
@@ -262,11 +263,11 @@ def c11(table: pd.DataFrame) -> Verdict | None:
 
 
 def c12(table: pd.DataFrame) -> Verdict | None:
-    """ASI loses its benefit for JumpReLU annealed down from a high l0: features drift out (a figure).
+    """C12: ASI loses its benefit for JumpReLU annealed down from a high l0: features drift out (a figure).
 
-    Of `DriftRow`s. Holds if in every seed ASI takes away less than half as many silent features from a high
-    l0 as from a low one, and its decoder rows end with a smaller share of their norm in the active subspace.
-    It does not hold if one of the two fails in every seed.
+    Takes `DriftRow`s. Holds if in every seed ASI removes less than half as many silent features when training
+    starts at a high l0 as at a low l0, and if the decoder rows of the high l0 end with a smaller share of
+    their norm in the active subspace. Does not hold if one of the two conditions fails in every seed.
     """
     held = _held_out(table, ["method", "seed"], ["dead_fraction", "decoder_inside"])
     methods = [f"{start}, {when}" for start in ("random", "ASI") for when in ("low l0", "high l0")]
@@ -298,9 +299,9 @@ def _held_out(table: pd.DataFrame, keys: list[str], measures: list[str]) -> pd.D
 
 
 def _ends(table: pd.DataFrame, dead_window: int, methods: list[str]) -> list[pd.DataFrame] | None:
-    """Return `final_numbers` by seed, a table per method; None unless all methods are there.
+    """Return `final_numbers` by seed, one table per method; None unless the table has all methods.
 
-    A seed that one of them lacks is a row of NaN.
+    A seed that a method lacks is a row of NaN in that method's table.
     """
     final = final_numbers(table, dead_window)
     if not set(methods) <= set(final.index.unique("method")):
@@ -311,7 +312,7 @@ def _ends(table: pd.DataFrame, dead_window: int, methods: list[str]) -> list[pd.
 
 
 def _every_seed(parts: pd.DataFrame, *measured: pd.DataFrame) -> bool | None:
-    """Return `in_every_seed`; None where a number behind the parts was not measured."""
+    """Return `in_every_seed` of `parts`; None if one of the `measured` numbers is NaN."""
     return None if any(one.isna().any(axis=None) for one in measured) else in_every_seed(parts)
 
 

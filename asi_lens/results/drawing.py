@@ -1,8 +1,8 @@
 """Still images of figures, drawn by a Chrome through kaleido.
 
-Starting Chrome and reading plotly.js into it takes seconds, a drawing tenths of one. A notebook alone keeps
-one browser for all its images. A run of many notebooks sets `LATER`: figures are then put down as JSON, and
-`draw_later` draws those of a folder together when the run is done, or on another machine.
+Starting Chrome and loading plotly.js takes seconds; drawing one figure takes tenths of a second. A single
+notebook keeps one browser for all its images. A run of many notebooks sets `LATER`: figures are then saved as
+JSON, and `draw_later` draws all figures of a folder together after the run, or on another machine.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from asi_lens.base.files import write_whole
 from asi_lens.results.chrome import chrome_or_reason, kaleido_options
 
 LATER = "ASI_LENS_DRAW_LATER"
-"""Environment variable: not empty where images are drawn at the end of a run."""
+"""Environment variable: not empty if images are drawn at the end of a run."""
 WAITING = "not drawn yet"
 SCALE = 2
 """Pixels of the PNG for each pixel of the layout."""
@@ -29,10 +29,10 @@ _serving = False
 
 
 def draw(figure: Mapping[str, Any], png: Path) -> str:
-    """Write `png` of a figure as plotly's JSON has it; returns why there is none, else "".
+    """Draw a figure (plotly's JSON) into the file `png`; return "", or the reason why there is no image.
 
-    An older image is removed where none could be drawn: it would show other numbers. With `LATER` set the
-    figure waits for `draw_later` instead.
+    If the figure cannot be drawn, an older image is removed, since it would show other numbers. If `LATER` is
+    set, the figure is saved for `draw_later` instead.
     """
     if os.environ.get(LATER):
         png.unlink(missing_ok=True)
@@ -48,16 +48,17 @@ def draw(figure: Mapping[str, Any], png: Path) -> str:
             import kaleido
 
             return _write(png, kaleido.calc_fig_sync(figure, opts=_options(figure)))
-        except Exception as error:  # a browser fails in many ways; the figure's page still stands
+        except Exception as error:  # a browser fails in many ways; the figure's page is written anyway
             reason = _told(chrome, error)
     png.unlink(missing_ok=True)
     return reason
 
 
 def draw_later(pngs: list[Path]) -> dict[Path, str]:
-    """Draw the figures that wait for their images, with one browser; returns why for each that has none.
+    """Draw the saved figures of `pngs` with one browser; return the reason of each ("" if it was drawn).
 
-    Those that are not waiting are left out. Raises DataError for a waiting figure that cannot be read.
+    The result has no entry for an image without a saved figure. Raises DataError for a saved figure that
+    cannot be read.
     """
     figures = {png: _read(_waiting(png)) for png in pngs if _waiting(png).is_file()}
     chrome, reason = chrome_or_reason()
@@ -78,13 +79,13 @@ async def _draw_all(figures: Mapping[Path, Mapping[str, Any]], chrome: str) -> d
                     _waiting(png).unlink()
                 except Exception as error:
                     reasons[png] = _told(chrome, error)
-    except Exception as error:  # it did not start, or did not end well: what is drawn stays
+    except Exception as error:  # the browser failed to start or to end: drawn images stay
         reasons = {png: reasons.get(png, _told(chrome, error)) for png in figures}
     return reasons
 
 
 def _serve(chrome: str) -> None:
-    """Start the browser that stays, once a process."""
+    """Start the browser that this process keeps, on the first call."""
     global _serving
     if not _serving:
         import kaleido

@@ -1,8 +1,7 @@
-"""Figures on disk: an interactive page, and a still image where a Chrome is found.
+"""Figures on disk: an interactive page, and a still image if a Chrome is found.
 
-Pages share one local copy of plotly.js, so that they work without a network and stay small. Title,
-subtitle and caption are set as text that wraps: in the page as HTML, in the image as lines broken
-to its width.
+Pages share one local copy of plotly.js, so pages are small and work without a network. Title, subtitle and
+caption wrap: in the page as HTML text, in the image as lines broken to the image's width.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ CONFIG = {
     "responsive": True,
     "displaylogo": False,
     "modeBarButtonsToRemove": ["select2d", "lasso2d"],
-    # plotly.js would offer to upload the figure.
+    # Removes plotly.js's offer to upload the figure.
     "showSendToCloud": False,
     "plotlyServerURL": "",
 }
 WIDTH = 1000
-"""Width of the PNG's layout, in pixels, unless the figure sets its own."""
+"""Width of the PNG's layout in pixels, for figures without their own width."""
 
-# Average width of a character over the font's size: 0.50 in DejaVu Sans, the widest of our fonts, and a
-# little more, since lines differ. Bold is wider.
+# Average width of a character over the font's size. DejaVu Sans, the widest of our fonts, has 0.50; the value
+# here is a little larger, since lines differ. Bold is wider.
 _CHARACTER, _BOLD = 0.53, 1.15
 _TITLE_SIZE, _SUBTITLE_SIZE, _CAPTION_SIZE = 20, 14, 13
 _LINE = 1.35
@@ -84,23 +83,22 @@ if (window.Plotly) {{
 
 
 class SavedFigure(NamedTuple):
-    """What `save` wrote."""
+    """Files that `save` wrote."""
 
     png: Path | None
-    """The still image; None where it could not be drawn."""
+    """The still image; None if it could not be drawn."""
     html: Path
     """The interactive page."""
     reason: str
-    """Why there is no PNG; empty where there is one."""
+    """Why there is no PNG; "" if there is a PNG."""
 
 
 def save(figure: go.Figure, stem: Path | str, *, caption: str) -> SavedFigure:
-    """Write `<stem>.html` and `<stem>.png`.
+    """Write `<stem>.html` and `<stem>.png`; return their paths.
 
-    The caption tells model, text, tokens and seed, as far as the subtitle does not. Without a Chrome
-    that draws, the PNG is left out (an older one is removed, since it would show other numbers) and
-    the reason is returned; see `drawing.draw`. `layout.meta["min_width"]` is the width in pixels below which
-    the page scrolls the plot sideways.
+    The caption states model, text, tokens and seed, unless the subtitle does. If no Chrome can draw, no PNG
+    is written (an older PNG is removed, since it would show other numbers) and the result holds the reason;
+    see `drawing.draw`. On a page narrower than `layout.meta["min_width"]` pixels the plot scrolls sideways.
     """
     stem = Path(stem)
     title, _ = _titles(figure)
@@ -120,11 +118,11 @@ def save(figure: go.Figure, stem: Path | str, *, caption: str) -> SavedFigure:
 
 
 def page_text(figure: go.Figure, *, caption: str, plotly_js: str) -> str:
-    """The interactive page as text, drawing with the plotly.js at URL `plotly_js`."""
+    """Return the interactive page as HTML text; the page loads plotly.js from the URL `plotly_js`."""
     title, subtitle = _titles(figure)
     bare = go.Figure(figure)
     bare.update_layout(autosize=True, width=None)
-    bare.layout.title = None  # update_layout would merge it
+    bare.layout.title = None  # update_layout would merge an empty title with the old title
     if figure.layout.margin.t is not None:
         bare.update_layout(margin_t=max(40, figure.layout.margin.t - _title_height(figure)))
     data = '{"config":' + json.dumps(CONFIG) + "," + bare.to_json()[1:]
@@ -142,9 +140,9 @@ def page_text(figure: go.Figure, *, caption: str, plotly_js: str) -> str:
 
 
 def for_paper(figure: go.Figure, caption: str) -> go.Figure:
-    """The figure with title, subtitle and caption broken into lines that fit its width.
+    """Return a copy of the figure with title, subtitle and caption broken into lines that fit its width.
 
-    The plot keeps its size: the figure grows by what the text needs.
+    The plot keeps its size; the figure grows by the height of the text.
     """
     paper = go.Figure(figure)
     width = figure.layout.width or WIDTH
@@ -170,7 +168,7 @@ def for_paper(figure: go.Figure, caption: str) -> go.Figure:
         margin={"t": grown_top, "b": grown_bottom},
     )
     paper.layout.title = None
-    # Annotations are placed from the plot's corners, so the margins must be what they are told to be.
+    # Annotations are placed relative to the plot's corners, so plotly must not change the margins.
     paper.update_xaxes(automargin=False)
     paper.update_yaxes(automargin=False)
     common = {"xref": "paper", "yref": "paper", "xanchor": "left", "align": "left", "showarrow": False}
@@ -187,14 +185,14 @@ def for_paper(figure: go.Figure, caption: str) -> go.Figure:
 
 
 def rich(text: str) -> str:
-    """Text for HTML: escaped, but for the few tags (b, i, sub, sup) that plotly knows too."""
+    """Return text escaped for HTML, except the few tags (b, i, sub, sup) that plotly also supports."""
     return re.sub(r"&lt;(/?(?:b|i|sub|sup))&gt;", r"<\1>", html.escape(text))
 
 
 def shared_plotly_js(folder: Path) -> Path:
-    """The local plotly.js for figures of `folder`, written if it is absent or of another version.
+    """Return the path of the local plotly.js for figures of `folder`; write a missing or outdated copy.
 
-    One copy serves everything below the project's figures folder; a folder elsewhere has its own.
+    Folders below the project's figures folder share one copy; a folder elsewhere has its own copy.
     """
     from plotly.offline import get_plotlyjs
 
@@ -224,7 +222,7 @@ def _wrap(text: str, width: int, size: int) -> list[str]:
 
 
 def _with_suffix(stem: Path, suffix: str) -> Path:
-    return stem.with_name(stem.name + suffix)  # with_suffix would eat the ".1" of a name
+    return stem.with_name(stem.name + suffix)  # with_suffix would replace the ".1" of a name
 
 
 def _relative_url(path: Path, folder: Path) -> str:

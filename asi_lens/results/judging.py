@@ -1,4 +1,4 @@
-"""How claims are judged: verdicts with their numbers, and the statistics that several claims share.
+"""Verdicts with their numbers, and statistics that several claims share.
 
 The rule of each claim is in `verdicts`.
 """
@@ -23,23 +23,24 @@ Values: TypeAlias = pd.Series | np.ndarray | Sequence[float | int]
 Outcome = Literal["supported", "partly supported", "not supported", "not testable here"]
 
 OUTCOMES: tuple[str, ...] = typing.get_args(Outcome)
-"""What can be said of a claim."""
+"""All possible outcomes of a claim."""
 MOST_NUMBERS = 4
-"""A verdict tells no more numbers than these."""
+"""Largest number of `Number`s in a verdict."""
 
 
 @dataclass(frozen=True)
 class Number:
     """One measured number of a verdict, with its spread.
 
-    Raises OptionError for a number that is not finite, for half a spread, and for `low` above `high`.
+    Raises OptionError for a number that is not finite, for only one of `low` and `high`, and for `low` above
+    `high`.
     """
 
     name: str
-    """What was measured, as `attn_out` or `random, silent held out`."""
+    """Name of the measured quantity, such as `attn_out` or `random, silent held out`."""
     value: float
     low: float | None = None
-    """Lower end of the spread; none where there is one value only."""
+    """Lower end of the spread; None if there is only one value."""
     high: float | None = None
     """Upper end of the spread."""
     percent: bool = False
@@ -56,17 +57,17 @@ class Number:
 
     @property
     def text(self) -> str:
-        """The number and its spread: `34.6 % (33.9 to 35.2 %)`, or 3 significant digits, `0.51`."""
+        """Return the number and its spread: `34.6 % (33.9 to 35.2 %)`, or `0.51` (3 significant digits)."""
         return f"{self.middle} ({self.range})" if self.range else self.middle
 
     @property
     def middle(self) -> str:
-        """The number alone: `34.6 %`."""
+        """Return the number without its spread: `34.6 %`."""
         return self._told()[0] + self._unit
 
     @property
     def range(self) -> str:
-        """The spread alone: `33.9 to 35.2 %`; empty where there is none."""
+        """Return only the spread: `33.9 to 35.2 %`; "" if there is no spread."""
         told = self._told()
         return f"{told[1]} to {told[2]}{self._unit}" if len(told) == 3 else ""
 
@@ -81,7 +82,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one table says about one claim of the paper.
+    """The result of testing one claim of the paper on one table.
 
     Raises OptionError for a claim that is not `C1`, `C2`, ..., and for more than four numbers.
     """
@@ -91,13 +92,13 @@ class Verdict:
     statement: str
     paper_value: str
     numbers: tuple[Number, ...]
-    """At most four: those that decide."""
+    """At most four numbers, which decide the verdict."""
     over: str
-    """What the spread is over, as `3 seeds`."""
+    """Values that the spread covers, such as `3 seeds`."""
     holds: bool | Literal["partly"] | None
-    """Whether the claim holds; none where seeds disagree or it cannot be judged."""
+    """Whether the claim holds; None if seeds disagree or the claim cannot be judged."""
     budget: str = ""
-    """Model, text, tokens ... behind the numbers."""
+    """Model, text, tokens ... that the numbers were measured with."""
 
     def __post_init__(self) -> None:
         require(re.fullmatch(r"C[1-9]\d*", self.claim) is not None, "claim", self.claim, "C1, C2, ...")
@@ -105,7 +106,7 @@ class Verdict:
         require(n <= MOST_NUMBERS, f"{self.claim}: numbers", n, f"at most {MOST_NUMBERS}")
 
     def verdict(self, profile: str) -> Outcome:
-        """Return the verdict in words. A `smoke` run is too small to give one."""
+        """Return the verdict in words. A `smoke` run is too small for a verdict."""
         if profile == "smoke" or self.holds is None:
             return "not testable here"
         if self.holds == "partly":
@@ -116,8 +117,8 @@ class Verdict:
 def combined(verdicts: Sequence[str]) -> str:
     """Return one verdict for a claim that several notebooks tested.
 
-    Notebooks that could not test it do not count. The verdict of the others, if they agree; else `partly
-    supported`. Raises UnknownNameError for a word that is not in `OUTCOMES`.
+    Notebooks that could not test the claim do not count. If the other notebooks agree, the result is their
+    verdict, else `partly supported`. Raises UnknownNameError for a word that is not in `OUTCOMES`.
     """
     require_known(verdicts, OUTCOMES, "verdict")
     found = set(verdicts) - {"not testable here"}
@@ -127,7 +128,7 @@ def combined(verdicts: Sequence[str]) -> str:
 
 
 def taken(table: pd.DataFrame, keys: Sequence[str], measures: Sequence[str]) -> pd.DataFrame:
-    """Return the named columns of a table, `measures` as floats (NaN where nothing was measured).
+    """Return the columns `keys` and `measures` of a table; measures are floats (NaN if not measured).
 
     Raises DataError naming the columns that the table lacks.
     """
@@ -140,9 +141,9 @@ def taken(table: pd.DataFrame, keys: Sequence[str], measures: Sequence[str]) -> 
 def spread(
     name: str, values: pd.Series, *, value: float | None = None, percent: bool = False
 ) -> tuple[Number, ...]:
-    """Return the mean of `values` (or the given `value`) with their range, as one Number in a tuple.
+    """Return the mean of `values` (or the given `value`) with their range, as a tuple of one Number.
 
-    One value has no range. The tuple is empty where nothing was measured.
+    A single value has no range. The tuple is empty if nothing was measured.
     """
     values = values.dropna()
     shown = float(values.mean()) if value is None else value
@@ -154,7 +155,7 @@ def spread(
 
 
 def single(name: str, value: float, *, percent: bool = False) -> tuple[Number, ...]:
-    """Return `value` as one Number without a spread in a tuple, which is empty for NaN."""
+    """Return `value` as a tuple of one Number without a spread; the tuple is empty for NaN."""
     return spread(name, pd.Series([value], dtype=float), percent=percent)
 
 
@@ -164,9 +165,9 @@ def counted(n: int, noun: str) -> str:
 
 
 def in_every_seed(better: pd.DataFrame) -> bool | None:
-    """Return whether a claim of several parts holds: a row per seed, a column per part.
+    """Return whether a claim of several parts holds. `better` has a row per seed and a column per part.
 
-    True if every part holds in every seed, False if one fails in every seed; None if it depends on the seed.
+    True if every part holds in every seed, False if a part fails in every seed, else None (seeds disagree).
     """
     if bool(better.all(axis=None)):
         return True
@@ -174,10 +175,10 @@ def in_every_seed(better: pd.DataFrame) -> bool | None:
 
 
 def final_numbers(table: pd.DataFrame, dead_window: int) -> pd.DataFrame:
-    """Return the end of every run of a table of `DeadFeatureRow`s, by method and seed.
+    """Return the numbers at the end of every run, a row per method and seed, from `DeadFeatureRow`s.
 
     Columns: `dead_in_training` (over the last `dead_window` tokens), and on held-out text `silent_held_out`,
-    `fvu`, `l0`, `cross_entropy_delta`, `cross_entropy_delta_error`, `kl`. NaN where nothing was measured.
+    `fvu`, `l0`, `cross_entropy_delta`, `cross_entropy_delta_error`, `kl`. NaN if not measured.
     """
     who = ["method", "seed"]
     keys = [*who, "split", "tokens", "dead_window_tokens"]
@@ -192,11 +193,12 @@ def final_numbers(table: pd.DataFrame, dead_window: int) -> pd.DataFrame:
 
 
 def loss_is_higher(numbers: pd.DataFrame, others: pd.DataFrame) -> pd.Series:
-    """Return whether the language model loses more, by more than two standard errors of the difference.
+    """Return, per row, whether the loss in `numbers` exceeds that in `others` by two standard errors.
 
-    Both are rows of `final_numbers` of the same runs' index. Dictionaries of all seeds are judged on the same
-    text, so that seeds may agree about a difference which other text would not show: the error is over
-    sequences of text. It is that of independent samples, an upper bound where losses rise and fall together.
+    Both are rows of `final_numbers` with the same index. Dictionaries of all seeds are evaluated on the same
+    text, so all seeds may show a difference that other text would not show. Therefore the standard error of
+    the difference is over sequences of text. Its formula is for independent samples, which is an upper bound
+    for losses that rise and fall together.
     """
     delta, error = (
         [table[column] for table in (numbers, others)]
@@ -206,10 +208,10 @@ def loss_is_higher(numbers: pd.DataFrame, others: pd.DataFrame) -> pd.Series:
 
 
 def rank_correlation(x: Values, y: Values, seed: int = 0) -> tuple[float, float, float]:
-    """Return Spearman's rank correlation, and a 95 % percentile interval from 2,000 resamplings of points.
+    """Return (Spearman's rank correlation, low, high): a 95 % percentile interval of 2,000 resamplings.
 
-    NaN for fewer than 3 points, and where `x` or `y` does not vary; draws in which one of them does not are
-    left out. Raises OptionError for unequal numbers.
+    All are NaN for fewer than 3 points, and if `x` or `y` does not vary; resamplings in which `x` or `y` does
+    not vary are left out. Raises OptionError if `x` and `y` differ in length.
     """
     require(len(x) == len(y), "x and y", f"{len(x)} and {len(y)} values", "equally many")
     points = np.stack([np.asarray(x, dtype=float), np.asarray(y, dtype=float)])
@@ -226,7 +228,7 @@ def rank_correlation(x: Values, y: Values, seed: int = 0) -> tuple[float, float,
 
 
 def _spearman(x: Float[np.ndarray, "rows n"], y: Float[np.ndarray, "rows n"]) -> Float[np.ndarray, " rows"]:
-    """Return the correlation of the ranks, row by row; NaN for a row that does not vary."""
+    """Return the correlation of the ranks [rows], row by row; NaN for a row that does not vary."""
     ranks = [pd.DataFrame(part).rank(axis=1).to_numpy() for part in (x, y)]
     a, b = (part - part.mean(1, keepdims=True) for part in ranks)
     norms = np.sqrt((a**2).sum(1) * (b**2).sum(1))
@@ -234,7 +236,10 @@ def _spearman(x: Float[np.ndarray, "rows n"], y: Float[np.ndarray, "rows n"]) ->
 
 
 def _significant(values: Sequence[float]) -> list[str]:
-    """Return all with the decimals that give the largest 3 significant digits, fewer where all end in 0."""
+    """Return all values as text with the same decimals: enough for 3 significant digits of the largest.
+
+    Decimals that are 0 in all values are left out.
+    """
     largest = max(abs(value) for value in values)
     decimals = max(0, 2 - math.floor(math.log10(largest))) if largest else 0
     while decimals and all(_fixed(value, decimals).endswith("0") for value in values):

@@ -1,4 +1,4 @@
-"""The cell of a notebook that holds its parameters: names and defaults, all of them literals."""
+"""The cell of a notebook that defines its parameters: names and literal defaults."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from asi_lens.base.paths import notebooks_dir
 
 
 def notebook_names() -> list[str]:
-    """Names of all notebooks, in the order of their numbers."""
+    """Return the names of all notebooks, in the order of their numbers."""
     return sorted(path.stem for path in notebooks_dir().glob("[0-9]*.ipynb"))
 
 
 def notebook_path(notebook: str) -> Path:
-    """The source of a notebook. Raises UnknownNameError."""
+    """Return the path of a notebook's source. Raises UnknownNameError."""
     path = notebooks_dir() / f"{notebook}.ipynb"
     if not path.is_file():
         raise unknown_name("notebook", notebook, notebook_names())
@@ -24,9 +24,9 @@ def notebook_path(notebook: str) -> Path:
 
 
 def notebook_defaults(notebook: str) -> dict[str, Any]:
-    """Parameters of a notebook and their defaults, from its cell tagged `parameters`.
+    """Return a notebook's parameters and their defaults, from its cell tagged `parameters`.
 
-    Raises UnknownNameError for the notebook, OptionError where a default is no literal.
+    Raises UnknownNameError for an unknown notebook, and OptionError for a default that is not a literal.
     """
     import papermill
 

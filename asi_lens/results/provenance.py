@@ -1,4 +1,4 @@
-"""Where numbers come from: versions, commit and machine, as a notebook's sidecar records them."""
+"""Provenance of numbers for a notebook's sidecar: versions, commit and machine."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ PACKAGES = (
     "gguf",
     "safetensors",
 )
-"""Packages whose version can change a number or a picture."""
+"""Packages whose version can change a number or an image."""
 
 
 def told_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters as a record tells them: paths below the project relative to it, no folder for output."""
+    """Return parameters for a record: paths below the project relative to it, without the output folder."""
     return {key: _relative(value) for key, value in parameters.items() if key != "output_folder"}
 
 
 def versions() -> dict[str, str]:
-    """Version of Python and of each of `PACKAGES` that is installed."""
+    """Return the versions of Python and of the installed `PACKAGES`."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -45,9 +45,9 @@ def versions() -> dict[str, str]:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Commit of the checkout and whether sources differ from it; None outside git.
+    """Return the checkout's commit and whether the sources differ from it; None outside git.
 
-    Figures and README do not count as differing: they are what a run makes.
+    Changed figures and a changed README do not count, since a run writes them.
     """
     commit = _git("rev-parse", "--verify", "HEAD")
     if commit is None:
@@ -57,7 +57,7 @@ def git_state() -> dict[str, Any] | None:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, memory (GiB) and what torch can use of them. No host name."""
+    """Return processor, cores, memory (GiB) and the devices that torch can use, without the host name."""
     import torch
 
     facts: dict[str, Any] = {
@@ -73,7 +73,7 @@ def machine() -> dict[str, Any]:
 
 
 def _relative(value: Any) -> Any:
-    """Paths below the project without its folder, so that a record tells nothing of the machine."""
+    """Return `value` with paths below the project made relative, so that a record hides local folders."""
     if isinstance(value, Path):
         value = str(value)
     if isinstance(value, str) and Path(value).is_absolute() and Path(value).is_relative_to(project_root()):

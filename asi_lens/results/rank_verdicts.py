@@ -1,6 +1,6 @@
-"""Claims C1 to C5: how few directions attention writes into, what they cost, where that comes from.
+"""Verdicts on claims C1 to C5: the low rank of attention outputs, its effect on the loss, and its cause.
 
-See `verdicts` for what all claims' functions share.
+See `verdicts` for rules that all claims' functions share.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ SITES = ["attn_out", *OTHERS]
 
 
 def c1(table: pd.DataFrame, model: str, corpus: str) -> Verdict | None:
-    """Attention outputs have a lower effective rank than MLP outputs and residual streams.
+    """C1: attention outputs have a lower effective rank than MLP outputs and residual streams.
 
-    Of `RankRow`s. Holds if attention outputs have the lowest mean over layers of the three sites, and lie
-    below both others in at least three quarters of the layers. The levels, 60 % and 90 %, are in the paper's
-    abstract; they are not part of the rule. Raises UnknownNameError for a model or text not in the table.
+    Takes `RankRow`s. Holds if attention outputs have the lowest mean over layers of the three sites, and lie
+    below both other sites in at least three quarters of the layers. The levels in the paper's abstract, 60 %
+    and 90 %, are not part of the rule. Raises UnknownNameError for a model or text not in the table.
     """
     for key, value in (("model", model), ("corpus", corpus)):
         known = taken(table, [key], [])[key]
@@ -49,10 +49,10 @@ def c1(table: pd.DataFrame, model: str, corpus: str) -> Verdict | None:
 
 
 def c2(table: pd.DataFrame) -> Verdict | None:
-    """The collapse holds across model families and kinds of text (the paper's abstract).
+    """C2: the collapse holds across model families and kinds of text (the paper's abstract).
 
-    Of `RankRow`s. Holds if attention outputs have the lowest mean over layers on every model and text. One
-    model alone cannot tell.
+    Takes `RankRow`s. Holds if attention outputs have the lowest mean over layers on every model and text.
+    Cannot be judged from one model.
     """
     ranks = _ranks(table)
     if ranks is None:
@@ -79,11 +79,11 @@ def c2(table: pd.DataFrame) -> Verdict | None:
 
 
 def directions_needed(table: pd.DataFrame, target: float) -> pd.DataFrame:
-    """Return the share of the width that recovers `target` of the loss, layer x site, of `LossRow`s.
+    """Return the share of the width that recovers `target` of the loss, layer x site, from `LossRow`s.
 
-    The smallest share at which the curve of principal directions reaches the target, interpolated in log r
-    between measured points. A curve above the target at its first point counts as that point; one that stays
-    at exactly the target counts as the last point there. NaN where the loss recovered was not measured.
+    The share is the smallest at which the curve of principal directions reaches the target, interpolated in
+    log r between measured points. For a curve above the target at its first point, the result is that point;
+    for a curve that stays exactly at the target, the last point there. NaN if the loss was not measured.
     """
     require(0 < target <= 1, "target", target, "above 0 and at most 1")
     table = taken(table, ["site", "layer", "subspace"], ["rank_fraction", "loss_recovered"])
@@ -94,10 +94,10 @@ def directions_needed(table: pd.DataFrame, target: float) -> pd.DataFrame:
 
 
 def c3(table: pd.DataFrame, target: float) -> Verdict | None:
-    """The loss recovers with fewer directions for attention (a figure of the paper).
+    """C3: the loss recovers with fewer directions for attention (a figure of the paper).
 
-    Of `LossRow`s. Holds if attention needs fewer directions for `target` of the loss than every other site on
-    the mean over layers, and at two thirds of the layers or more; see `directions_needed`.
+    Takes `LossRow`s. Holds if attention needs fewer directions for `target` of the loss than every other
+    site, in the mean over layers and in at least two thirds of the layers; see `directions_needed`.
     """
     needed = directions_needed(table, target)
     others = needed.columns.drop("attn_out", errors="ignore")
@@ -122,16 +122,17 @@ def c3(table: pd.DataFrame, target: float) -> Verdict | None:
 
 
 def projection_ranks(table: pd.DataFrame) -> pd.DataFrame:
-    """Return effective rank over width, layer x variant (mean over draws), of `OutputProjectionRow`s."""
+    """Return effective rank over width, layer x variant (mean over draws), from `OutputProjectionRow`s."""
     table = taken(table, ["layer", "variant"], ["effective_rank_fraction"])
     ranks = table.groupby(["layer", "variant"]).effective_rank_fraction.mean().unstack("variant")
     return ranks[[variant for variant in VARIANTS if variant in ranks]]
 
 
 def drop_taken_back(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the share of the drop from `z` to the attention output that each variant takes back.
+    """Return the share of the drop from `z` to the attention output that each variant undoes.
 
-    Layer x variant, without `z` and `attn_out`, of `OutputProjectionRow`s. NaN where there is no drop.
+    Takes `OutputProjectionRow`s. The result is layer x variant, without `z` and `attn_out`; NaN if the layer
+    has no drop.
     """
     ranks = projection_ranks(table)
     drop = ranks.z - ranks.attn_out
@@ -140,11 +141,11 @@ def drop_taken_back(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def c4(table: pd.DataFrame, ranks: pd.DataFrame) -> Verdict | None:
-    """The output projection makes the collapse (first versions of the paper; the last one names C5).
+    """C4: the output projection causes the collapse (early versions of the paper; the last version says C5).
 
-    Of `OutputProjectionRow`s, and the `RankRow`s of `mlp_out` of the same model and text. Holds if `z` lies
-    above the attention output in every layer and the mean drop is more than half of the distance between the
-    means of attention and MLP outputs.
+    Takes `OutputProjectionRow`s, and the `RankRow`s of `mlp_out` of the same model and text. Holds if `z`
+    lies above the attention output in every layer and the mean drop is more than half of the distance between
+    the means of attention and MLP outputs.
     """
     about = ["model", "corpus"]
     same = taken(table, about, []).drop_duplicates()
@@ -173,10 +174,11 @@ def c4(table: pd.DataFrame, ranks: pd.DataFrame) -> Verdict | None:
 
 
 def c5(table: pd.DataFrame, overlaps: pd.DataFrame) -> Verdict | None:
-    """The squeeze comes from overlap among the heads' output subspaces (abstract of the last version).
+    """C5: the collapse comes from overlap among the heads' output subspaces (abstract of the last version).
 
-    Of `OutputProjectionRow`s; `HeadOverlapRow`s are told beside them. Holds if orthogonal heads, with their
-    own singular values kept, take back more than half of the mean drop from `z` to the attention output.
+    Takes `OutputProjectionRow`s, and `HeadOverlapRow`s for the overlap that the verdict reports. Holds if
+    orthogonal heads with the same singular values undo more than half of the mean drop from `z` to the
+    attention output.
     """
     angles = taken(overlaps, [], ["mean_cosine", "random_mean_cosine"])
     wide = projection_ranks(table)
@@ -216,7 +218,7 @@ def _share_needed(curve: pd.DataFrame, target: float) -> float:
     curve = curve.dropna(subset="loss_recovered").sort_values("rank_fraction")
     if curve.empty:
         return math.nan
-    # Loss recovered may dip by noise: the running maximum is the curve's upper envelope.
+    # The loss recovered may fall by noise; the running maximum is the curve's upper envelope.
     reached = np.maximum.accumulate(curve.loss_recovered.to_numpy())
     steps = np.log([*curve.rank_fraction, 1.0])
     return math.exp(np.interp(target, [*reached, max(1.0, reached[-1])], steps))

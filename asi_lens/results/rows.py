@@ -1,7 +1,7 @@
-"""What a notebook leaves: the rows of every table.
+"""Row types of every table that a notebook writes.
 
-They are checked, written and read by `tables`; where and how they were made is in `provenance`, what they say
-about the paper's claims in `claims`.
+`tables` checks, writes and reads the rows. `provenance` records where and how the rows were made, `claims`
+holds the claims' verdicts on them.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ Variant = Literal[
 Split = Literal["train", "held_out"]
 
 VARIANTS: tuple[str, ...] = typing.get_args(Variant)
-"""Rows of the W_O ablation, in the order in which its figure tells them (paper, C4 and C5)."""
+"""Variants of the W_O ablation, in the order of its figure (paper, C4 and C5)."""
 LOSSES: tuple[str, ...] = ("cross_entropy_delta", "cross_entropy_delta_error", "kl")
-"""Columns of what the language model loses, and so names of `sae.splice.SpliceLosses`."""
+"""Columns of the language model's losses; also names of `sae.splice.SpliceLosses`."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class RankRow(Row):
     n_tokens: int
     """Tokens in the covariance."""
     effective_rank: float
-    """exp of the entropy (nats) of singular values over their sum (Roy & Vetterli 2007)."""
+    """exp of the entropy (nats) of the singular values divided by their sum (Roy & Vetterli 2007)."""
     effective_rank_fraction: float
     """`effective_rank / d`."""
     intrinsic_dimension_99: int
@@ -90,7 +90,7 @@ class SpectrumRow(Row):
     d: int
     n_tokens: int
     index: int
-    """Place in descending order, from 1."""
+    """Position in descending order, from 1."""
     index_fraction: float
     """`index / d`."""
     relative_singular_value: float
@@ -99,7 +99,7 @@ class SpectrumRow(Row):
 
 @dataclass(frozen=True)
 class LossRow(Row):
-    """Cross-entropy with a site kept on a subspace only (`02_downstream_loss.csv`)."""
+    """Cross-entropy with a site truncated to a subspace (`02_downstream_loss.csv`)."""
 
     model: str
     corpus: str
@@ -108,35 +108,35 @@ class LossRow(Row):
     site: str
     layer: int
     subspace: Subspace
-    """`principal`: the top directions of the covariance; `random`: as many random ones."""
+    """`principal`: the top directions of the covariance; `random`: the same number of random directions."""
     seed: int | None
-    """Seed of the random subspace; none for the principal one."""
+    """Seed of the random subspace; None for the principal subspace."""
     rank: int
-    """Directions kept; the rest stays at the mean."""
+    """Number of kept directions; all other directions are set to the mean."""
     rank_fraction: float
     """`rank / d`."""
     cross_entropy: float
     """Nats per token with the site truncated."""
     cross_entropy_clean: float
-    """Nats per token of the untouched model."""
+    """Nats per token of the unchanged model."""
     cross_entropy_mean_ablated: float
     """Nats per token with the site at its mean."""
     loss_recovered: float | None
-    """(mean ablated - truncated) / (mean ablated - clean); none where the ablation costs nothing."""
+    """(mean ablated - truncated) / (mean ablated - clean); None if the ablation does not raise the loss."""
 
 
 @dataclass(frozen=True)
 class OutputProjectionRow(Row):
-    """Effective rank of what a layer's attention writes, under one change (`03_wo_ablation.csv`)."""
+    """Effective rank of a layer's attention output under one change (`03_wo_ablation.csv`)."""
 
     model: str
     corpus: str
     n_tokens: int
     layer: int
     variant: Variant
-    """What is measured or changed; see `VARIANTS`."""
+    """The measured or changed part; see `VARIANTS`."""
     seed: int | None
-    """Seed of the draw; none where nothing is drawn."""
+    """Seed of the draw; None if nothing is drawn."""
     effective_rank_fraction: float
     """Effective rank over d_model (over the width of z for `z`)."""
 
@@ -147,7 +147,7 @@ class HeadOverlapRow(Row):
 
     model: str
     corpus: str | None
-    """Text behind the subspaces; none where they come from the weights alone."""
+    """Text that the subspaces were computed from; None if only the weights were used."""
     n_tokens: int | None
     layer: int
     head_a: int
@@ -157,31 +157,31 @@ class HeadOverlapRow(Row):
     largest_cosine: float
     """Cosine of the smallest principal angle."""
     covariance_cosine: float
-    """Cosine between the covariances of what the two heads write: overlap weighed by use."""
+    """Cosine between the covariances of the two heads' outputs: overlap weighted by use."""
     random_mean_cosine: float
     """`mean_cosine` of two random subspaces of the same size."""
 
 
 @dataclass(frozen=True)
 class DeadFeatureRow(Row):
-    """One moment in the training of one dictionary (`04_dead_feature_curves.csv` and later)."""
+    """Measurements at one point in one dictionary's training (`04_dead_feature_curves.csv` and later)."""
 
     model: str
     corpus: str
     site: str
     layer: int
     method: str
-    """Name of the recipe, as the figure's legend has it."""
+    """Name of the recipe, as in the figure's legend."""
     init: str
     """`random`, `orthogonal`, `asi` ..."""
     d_init: int | None
-    """Dimensions of the active subspace; none where the initialization has none."""
+    """Dimensions of the active subspace; None if the initialization does not use an active subspace."""
     optimizer: str
     aux_k: int
-    """Dead features in the auxiliary loss; 0 is off."""
+    """Number of dead features in the auxiliary loss; 0 turns the loss off."""
     d_sae: int
     k: int | None
-    """Features per token; none for activations without a fixed k."""
+    """Features per token; None for activations without a fixed k."""
     lr: float
     seed: int
     tokens: int
@@ -189,24 +189,24 @@ class DeadFeatureRow(Row):
     split: Split
     """`train`: on the training stream; `held_out`: on text that no dictionary was trained on."""
     dead_window_tokens: int
-    """A feature is dead that fired on none of so many tokens: the last ones of training, or all held-out
-    ones."""
+    """A feature is dead if it fired on none of this many tokens: the last tokens of training, or all held-out
+    tokens."""
     dead_fraction: float
     fvu: float | None
-    """Fraction of variance unexplained; none where it was not measured."""
+    """Fraction of variance unexplained; None if not measured."""
     l0: float | None
-    """Mean number of active features per token; none where it was not measured."""
+    """Mean number of active features per token; None if not measured."""
     cross_entropy_delta: float | None
-    """Nats per token that splicing in the reconstruction costs; none where it was not measured."""
+    """Increase of the loss (nats per token) when the reconstruction is spliced in; None if not measured."""
     cross_entropy_delta_error: float | None
-    """Its standard error over sequences; which text was taken is in it, seeds of the dictionary are not."""
+    """Standard error of `cross_entropy_delta` over sequences: covers the choice of text, not the seeds."""
     kl: float | None
     """KL(clean || spliced) of the next-token distributions, nats per token."""
 
 
 @dataclass(frozen=True)
 class RankedDeadFeatureRow(DeadFeatureRow):
-    """A `DeadFeatureRow` beside the rank of the activations (`07_layers_and_sites.csv`)."""
+    """A `DeadFeatureRow` with the rank of the activations (`07_layers_and_sites.csv`)."""
 
     effective_rank_fraction: float
     """Effective rank over width of the activations that the dictionary was trained on."""
@@ -214,22 +214,22 @@ class RankedDeadFeatureRow(DeadFeatureRow):
 
 @dataclass(frozen=True)
 class DriftRow(DeadFeatureRow):
-    """A `DeadFeatureRow` beside where the rows of the weights lie (`08_jumprelu_schedule.csv`)."""
+    """A `DeadFeatureRow` with the share of the weights in a subspace (`08_jumprelu_schedule.csv`)."""
 
     activation: str
     """`topk`, `jumprelu` ..."""
     initial_l0: float | None
-    """Features per token that training began at; none for the aim from the first step."""
+    """Features per token at the start of training; None if the final value applies from the first step."""
     d_active: int
-    """Dimensions of the subspace that the next columns are about: `d_init`, or what it would have been."""
+    """Dimensions of the active subspace of the next columns: `d_init`, or the `d_init` that ASI would use."""
     decoder_inside: float
     """Mean over features of the share of a decoder row's squared norm in the active subspace."""
     decoder_inside_p10: float
-    """Its 10 % quantile over features."""
+    """10 % quantile of this share over features."""
     decoder_inside_median: float
     decoder_inside_p90: float
     encoder_inside: float
-    """The same of encoder columns."""
+    """The same mean for encoder columns."""
     encoder_inside_p10: float
     encoder_inside_median: float
     encoder_inside_p90: float
@@ -240,6 +240,6 @@ class DictionaryRow(DeadFeatureRow):
     """A `DeadFeatureRow` of one kind of dictionary (`10_dictionaries.csv`)."""
 
     dictionary: str
-    """Kind, as the figure names it."""
+    """Kind of dictionary, as in the figure."""
     activation: str
     """`topk`, `jumprelu` ..."""

@@ -1,8 +1,8 @@
-"""What a notebook leaves beside its tables and figures: one JSON file, its sidecar.
+"""The sidecar: one JSON file that a notebook writes beside its tables and figures.
 
-It holds how the numbers were made (parameters, seeds, sources, versions, commit, machine), which files came
-out, the figures' captions and the verdicts. Only the notebook writes it, so a run replaces its own files and
-nothing else. `join` makes the folder's `claims.csv` and `run.json` of all sidecars.
+The sidecar records how the numbers were made (parameters, seeds, sources, versions, commit, machine), the
+names of the written files, the figures' captions and the verdicts. Each notebook writes only its own sidecar,
+so a run replaces only its own files. `join` writes `claims.csv` and `run.json` from all sidecars of a folder.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ _KEYS = {"notebook", "parameters", "seeds", "sources", "figures", "tables", "ver
 
 
 def sidecar_path(folder: Path | str, notebook: str) -> Path:
-    """`<folder>/<notebook>.json`."""
+    """Return `<folder>/<notebook>.json`."""
     return Path(folder) / f"{notebook}.json"
 
 
 def write_sidecar(folder: Path | str, content: Mapping[str, Any]) -> Path:
-    """Write the sidecar of `content["notebook"]`. Raises DataError for what JSON does not have."""
+    """Write the sidecar of `content["notebook"]`; return its path. Raises DataError for non-JSON values."""
     path = sidecar_path(folder, content["notebook"])
     _write(path, {"format": FORMAT, **content})
     return path
 
 
 def read_sidecar(folder: Path | str, notebook: str) -> dict[str, Any] | None:
-    """The sidecar of a notebook; None if there is none.
+    """Return the sidecar of a notebook; None if there is no sidecar.
 
     Raises CacheError for a file that is damaged or of another format: delete it and run the notebook again.
     """
@@ -52,13 +52,13 @@ def read_sidecar(folder: Path | str, notebook: str) -> dict[str, Any] | None:
 
 
 def read_sidecars(folder: Path | str) -> dict[str, dict[str, Any]]:
-    """All sidecars of a folder by notebook, in the notebooks' order. Raises as `read_sidecar`."""
+    """Return all sidecars of a folder by notebook, in the notebooks' order. Raises as `read_sidecar`."""
     names = sorted(path.stem for path in Path(folder).glob("[0-9]*_*.json"))
     return {name: found for name in names if (found := read_sidecar(folder, name)) is not None}
 
 
 def files_of(sidecar: Mapping[str, Any]) -> list[str]:
-    """Names of the tables, pages and images that a notebook has left, sorted, without the sidecar."""
+    """Return the sorted names of the tables, pages and images of a sidecar, without the sidecar itself."""
     names = [f"{stem}.csv" for stem in sidecar["tables"]]
     for stem, figure in sidecar["figures"].items():
         names += [f"{stem}.html", *([f"{stem}.png"] if figure["png"] else [])]
@@ -66,12 +66,12 @@ def files_of(sidecar: Mapping[str, Any]) -> list[str]:
 
 
 def figures_of(folder: Path | str) -> dict[str, dict[str, Any]]:
-    """All figures of a folder by stem: title, subtitle, caption, whether there is a PNG, and why not."""
+    """Return all figures of a folder by stem: title, subtitle, caption, whether there is a PNG, why not."""
     return {stem: one for found in read_sidecars(folder).values() for stem, one in found["figures"].items()}
 
 
 def join(folder: Path | str) -> None:
-    """Write `claims.csv` and `run.json` of all sidecars; without a verdict no `claims.csv` is left."""
+    """Write `claims.csv` and `run.json` from all sidecars; without verdicts, `claims.csv` is removed."""
     folder = Path(folder)
     found = read_sidecars(folder)
     rows = [row for name, one in found.items() for row in rows_of(one["verdicts"], name)]

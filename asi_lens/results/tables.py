@@ -1,8 +1,7 @@
 """Tidy CSV files of typed rows.
 
-A row checks itself when it is made, so that every table holds what its header says: a NaN, an
-infinity or a text where a number belongs is an error at the line that made it, not in a figure
-weeks later.
+A row checks its values when it is created. A NaN, an infinity, or text in a number's column is therefore an
+error at the line that created the row, not in a figure weeks later.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """Base of every row: values are checked against the annotations, numpy scalars become Python's.
+    """Base class of rows: checks values against the annotations, converts numpy scalars to Python's.
 
-    Raises OptionError for a value of the wrong type or outside its Literal, DataError for a NaN or
-    an infinity. In a field that may be None, NaN is taken as None; an infinity never is.
+    Raises OptionError for a value of the wrong type or outside its Literal, and DataError for a NaN or an
+    infinity. A NaN in a field that may be None becomes None; an infinity does not.
     """
 
     def __post_init__(self) -> None:
@@ -42,14 +41,14 @@ R = TypeVar("R", bound=Row)
 
 
 def columns(row_type: type[Row]) -> list[str]:
-    """Column names of a table, in order."""
+    """Return the column names of a table, in order."""
     return list(_fields(row_type))
 
 
 def write_rows(path: Path | str, rows: Iterable[Row]) -> Path:
-    """Write rows of one type to `path` as CSV, whole or not at all; floats with 9 digits.
+    """Write rows of one type to `path` as CSV, atomically and with 9 digits per float; return the path.
 
-    Raises DataError if there is no row, or rows of two types.
+    Raises DataError for no rows, or for rows of two types.
     """
     rows = list(rows)
     if not rows:
@@ -67,10 +66,10 @@ def write_rows(path: Path | str, rows: Iterable[Row]) -> Path:
 
 
 def read_rows(path: Path | str, row_type: type[R]) -> list[R]:
-    """Read what `write_rows` wrote.
+    """Return the rows of a file that `write_rows` wrote.
 
-    Raises DataError for unknown or missing columns, and for a cell that is not what its column
-    holds (file, line and column named).
+    Raises DataError for unknown or missing columns, and, naming file, line and column, for a cell that does
+    not fit its column.
     """
     path = Path(path)
     kinds = _fields(row_type)
@@ -111,7 +110,7 @@ def _read_row(path: Path, line: int, row_type: type[R], kinds: dict[str, _Kind],
 
 
 def frame(rows: Sequence[Row]) -> pd.DataFrame:
-    """The rows as a DataFrame, as the figures take them (an absent value is NaN or None)."""
+    """Return the rows as a DataFrame for the figures (a missing value is NaN or None)."""
     import pandas as pd
 
     if not rows:
@@ -121,7 +120,7 @@ def frame(rows: Sequence[Row]) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class _Kind:
-    """What one column may hold."""
+    """Allowed values of one column."""
 
     base: type
     optional: bool

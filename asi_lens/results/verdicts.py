@@ -1,8 +1,8 @@
-"""The paper's claims, a function each: the table of a notebook in, a verdict out.
+"""One function per claim of the paper: takes a notebook's table, returns a verdict.
 
-A table is a DataFrame of the rows that the notebook's CSV holds. A claim's function returns None where the
-table lacks what the claim compares, such as a method that was not trained. It raises DataError, naming the
-column, for a table without a column that the rule needs. Where a number that the rule compares was not
+A table is a DataFrame with the rows of the notebook's CSV. A claim's function returns None if the table lacks
+rows that the claim compares, for example a method that was not trained. The function raises DataError, naming
+the column, if the table lacks a column that the rule needs. If a number that the rule compares was not
 measured (NaN), the verdict's `holds` is None. The paper is arXiv 2508.16929.
 """
 
