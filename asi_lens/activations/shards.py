@@ -23,7 +23,7 @@ from torch import Tensor
 
 from asi_lens.activations.moments import Moments
 from asi_lens.base.errors import CacheError, DataError
-from asi_lens.base.files import sha256_of, write_whole
+from asi_lens.base.files import sha256_of, write_text
 from asi_lens.base.safetensors_io import read_tensors, save_tensors
 
 FORMAT = 1
@@ -66,8 +66,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json` atomically."""
-        with write_whole(folder / MANIFEST) as temporary:
-            temporary.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+        write_text(folder / MANIFEST, json.dumps(asdict(self), indent=1))
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from asi_lens.base.errors import CacheError
-from asi_lens.base.files import cache_key, locked, sha256_of, write_whole, write_whole_folder
+from asi_lens.base.files import cache_key, locked, sha256_of, write_text, write_whole_folder
 from asi_lens.base.paths import cache_dir
 
 MANIFEST = "manifest.json"
@@ -42,8 +42,7 @@ def cached_jsons(
         if missing:
             for position, result in list(zip(missing, compute(missing), strict=True)):
                 text = json.dumps({"key": dict(keys[position]), "result": result}, indent=1)
-                with write_whole(paths[position]) as temporary:
-                    temporary.write_text(text, encoding="utf-8")
+                write_text(paths[position], text)
         return [_read(path) for path in paths]
 
 

@@ -41,6 +41,12 @@ def write_whole(path: Path | str) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path | str, text: str) -> None:
+    """Write a text file in UTF-8, whole or not at all; see `write_whole`."""
+    with write_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 @contextmanager
 def write_whole_folder(folder: Path | str) -> Iterator[Path]:
     """Yield a temporary folder beside `folder`; on a clean exit, rename it to `folder`.

@@ -165,7 +165,7 @@ def lorsa_budget(
     d_init = ", ".join(str(one) for one in sorted({one.d_init for one in runs if one.d_init}))
     seeds = sorted({one.seed for one in runs})
     parts = [
-        f"{info.name} ({info.weights}, {info.dtype})",
+        info.label,
         str(pairs.metadata["corpus"]),
         f"attention of layer {config.metadata['layer']} (width {config.d_in})",
         f"{config.n_ov:,} units under {config.n_qk_heads} heads, k {config.k}",

@@ -24,7 +24,7 @@ from asi_lens.experiments.runs import TrainedRun, train_recipes
 from asi_lens.inputs.corpora import Tokens, load_tokens
 from asi_lens.inputs.models import load_model, model_info
 from asi_lens.results import provenance
-from asi_lens.results.figure_files import save
+from asi_lens.results.figure_files import save, titles
 from asi_lens.results.parameters_cell import notebook_defaults
 from asi_lens.results.rows import DeadFeatureRow
 from asi_lens.results.sidecar import write_sidecar
@@ -82,7 +82,7 @@ class Page:
         """Return the parameters' model, or the model called `name`, in the `dtype` of the parameters."""
         self._model = load_model(self["model"] if name is None else name, dtype=self["dtype"])
         info = model_info(self._model)
-        self._sources[f"{info.name} ({info.weights}, {info.dtype})"] = info.fingerprint
+        self._sources[info.label] = info.fingerprint
         return self._model
 
     def load_tokens(
@@ -178,7 +178,7 @@ class Page:
         """Return model, text, number of tokens (or the words in `more`) and context in words: the budget of a
         notebook that trains nothing."""
         info = model_info(model)
-        parts = [f"{info.name} ({info.weights}, {info.dtype})", tokens.corpus]
+        parts = [info.label, tokens.corpus]
         parts += [*(more or [f"{tokens.n_tokens:,} tokens"]), f"context {self['context']}"]
         self._budget = ", ".join(parts)
         return self._budget
@@ -211,10 +211,10 @@ class Page:
         """
         stem = self._stem(stem)
         saved = save(figure, self.folder / stem, caption=caption)
-        title = figure.layout.title
+        title, subtitle = titles(figure)
         self._figures[stem] = {
-            "title": title.text or "",
-            "subtitle": (title.subtitle.text if title.subtitle else "") or "",
+            "title": title,
+            "subtitle": subtitle,
             "caption": caption,
             "png": saved.png is not None,
             "reason": saved.reason,

@@ -128,7 +128,7 @@ def budget(model: nn.Module, runs: Sequence[TrainedRun], data: Split, *, losses:
     sizes, ks = ({getattr(run.config, name) for run in runs} for name in ("d_sae", "k"))
     train, lrs = runs[0].train, dict.fromkeys(f"{run.train.lr:g}" for run in runs)
     parts = [
-        f"{info.name} ({info.weights}, {info.dtype})",
+        info.label,
         data.train_tokens.corpus,
         f"{', '.join(sites)} of layer{'s' * (len(layers) > 1)} {_numbers(layers)} (width {store.d})",
         f"{_numbers(sizes)} features, k {_numbers(ks)}",

@@ -20,7 +20,7 @@ import torch
 from asi_lens.activations.pairs import PairedStores
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import CacheError, require
-from asi_lens.base.files import cache_key, locked, write_whole
+from asi_lens.base.files import cache_key, locked, write_text
 from asi_lens.base.paths import cache_dir
 from asi_lens.experiments.held_out import AnyRun
 from asi_lens.experiments.recipes import Recipe, find_recipe
@@ -294,8 +294,7 @@ def alone(folders: Iterable[Path]) -> Iterator[None]:
 
 def finish(folder: Path, about: Mapping[str, Any]) -> None:
     """Mark a run as finished, after all its other files are written. `about` holds JSON values."""
-    with write_whole(folder / FINISHED_FILE) as temporary:
-        temporary.write_text(json.dumps(about, indent=1), encoding="utf-8")
+    write_text(folder / FINISHED_FILE, json.dumps(about, indent=1))
     # The checkpoint holds the optimizer state (three times the size of the weights), which a finished run no
     # longer needs.
     (folder / CHECKPOINT_FILE).unlink(missing_ok=True)

@@ -98,6 +98,11 @@ class ModelInfo:
     causal: bool
     """True for left-to-right language models; False for encoders, which do not predict the next token."""
 
+    @property
+    def label(self) -> str:
+        """Name, precision of the weights and dtype, for captions and records."""
+        return f"{self.name} ({self.weights}, {self.dtype})"
+
 
 _ORIGINS: WeakKeyDictionary[nn.Module, tuple[str, str]] = WeakKeyDictionary()
 

@@ -19,18 +19,27 @@ from threading import Lock
 from typing import Any
 
 from asi_lens.base.errors import AsiLensError, CacheError, require_whole
-from asi_lens.base.files import cache_key
+from asi_lens.base.files import cache_key, locked
 from asi_lens.base.paths import figures_dir, figures_root, published_dir
 from asi_lens.reproduce.board import Board
 from asi_lens.reproduce.execute import Execute, executing_in
 from asi_lens.reproduce.gallery import build_gallery
 from asi_lens.reproduce.parameters import choose, merged_parameters, parse_given
-from asi_lens.reproduce.staleness import TIMES, key_of, left_by, out_of_date, record
+from asi_lens.reproduce.staleness import key_of, left_by, out_of_date, record
 from asi_lens.results import drawing
 from asi_lens.results.parameters_cell import notebook_path
-from asi_lens.results.sidecar import figures_of, join, read_sidecar, read_sidecars, write_sidecar
+from asi_lens.results.sidecar import (
+    figures_in,
+    figures_of,
+    join,
+    longest_time,
+    read_sidecar,
+    read_sidecars,
+    write_sidecar,
+)
 
 EXECUTED = ".executed"
+_showing = Lock()
 
 
 def reproduce(
@@ -58,16 +67,10 @@ def reproduce(
     }
     known = (folder, published_dir(model, profile))
     board = Board({name: _expected(known, name) for name in plans})
-    showing = Lock()
-
-    def show() -> None:
-        with showing:
-            join(folder)
-            build_gallery(figures_root(), newest=folder)
-
-    with _alone(folder), _drawing_later(folder), executing_in(jobs, board) as executing:
+    busy = AsiLensError(f"another run is at work in {folder}; wait for it or stop it")
+    with locked(folder / ".reproduce", busy), _drawing_later(folder), executing_in(jobs, board) as executing:
         todo = [
-            partial(_run, folder, name, parameters, board, force, executing, show)
+            partial(_run, folder, name, parameters, board, force, executing)
             for name, parameters in plans.items()
         ]
         if jobs == 1:
@@ -75,31 +78,40 @@ def reproduce(
                 run()
         else:
             _side_by_side(todo, jobs)
-    show()
     return figures_root() / "index.html"
 
 
 @contextmanager
 def _drawing_later(folder: Path) -> Iterator[None]:
-    """Draw the images of all notebooks together at the end of the context, also after a failure."""
+    """Draw and show the images of all notebooks at the end of the context, also after a failure."""
     os.environ[drawing.LATER] = "1"
     try:
         yield
     except Exception:
-        draw_images(folder)
+        draw_and_show(folder)
         raise
     else:
-        draw_images(folder)
+        draw_and_show(folder)
     finally:  # after Ctrl-C no images are drawn: the next run draws them
         del os.environ[drawing.LATER]
+
+
+def draw_and_show(folder: Path) -> Path:
+    """Draw the missing images of a folder and build the gallery; return the path of the gallery's page."""
+    draw_images(folder)
+    return _show(folder)
+
+
+def _show(folder: Path) -> Path:
+    with _showing:
+        join(folder)
+        return build_gallery(figures_root(), newest=folder)
 
 
 def draw_images(folder: Path) -> None:
     """Draw the missing images of a folder, and record in the sidecars which images exist now."""
     found = read_sidecars(folder)
-    figures = {
-        folder / f"{stem}.png": one for each in found.values() for stem, one in each["figures"].items()
-    }
+    figures = {folder / f"{stem}.png": one for stem, one in figures_in(found).items()}
     reasons = drawing.draw_later([png for png, one in figures.items() if not one["png"]])
     for png, reason in reasons.items():
         figures[png] |= {"png": not reason, "reason": reason}
@@ -115,7 +127,6 @@ def _run(
     board: Board,
     force: bool,
     executing: Execute,
-    show: Callable[[], None],
 ) -> None:
     """Run a notebook if it is out of date, and record its output files."""
     key = key_of(name, parameters)
@@ -123,7 +134,7 @@ def _run(
     if not why:
         board.up_to_date(name)
         return
-    before, times = left_by(folder, name), _times(folder, name)
+    before, earlier = left_by(folder, name), _earlier(folder, name)
     board.running(name, why)
     try:
         executed = folder / EXECUTED / f"{name}.ipynb"
@@ -131,48 +142,36 @@ def _run(
     except BaseException:
         board.stopped(name)
         raise
-    _time(folder, name, board.finished(name), times)
+    _time(folder, name, board.finished(name), earlier)
     # Output files of an earlier run that this run did not write again show other numbers.
     for path in set(before) - set(left_by(folder, name)):
         path.unlink(missing_ok=True)
     record(folder, name, key)
-    show()
+    _show(folder)
 
 
-def _times(folder: Path, name: str) -> dict[str, Any]:
-    """Return the times of earlier runs from the sidecar; {} if the sidecar cannot be read."""
+def _earlier(folder: Path, name: str) -> dict[str, Any]:
+    """Return the sidecar of an earlier run; {} if there is none or it cannot be read."""
     try:
-        found = read_sidecar(folder, name) or {}
+        return read_sidecar(folder, name) or {}
     except CacheError:
         return {}
-    return {key: found[key] for key in TIMES if key in found}
 
 
 def _time(folder: Path, name: str, seconds: float, before: Mapping[str, Any]) -> None:
-    """Write the time of a run and the longest time with the same parameters into the notebook's sidecar.
-
-    A run from warm caches takes seconds; the longest time is the cost of the numbers.
-    """
+    """Write the time of a run and the longest time with the same parameters into the notebook's sidecar."""
     found = read_sidecar(folder, name)
     if found is None:
         raise AsiLensError(f"{name} has left no {name}.json; its last cell must be `page.done()`")
-    wall = round(seconds, 1)
     key = cache_key(parameters=found["parameters"], sources=found["sources"])
-    same = before.get("timed_key") == key
-    longest = max(wall, before.get("longest_wall_time_s", 0.0)) if same else wall
-    write_sidecar(folder, {**found, "wall_time_s": wall, "longest_wall_time_s": longest, "timed_key": key})
+    timed = {**found, "wall_time_s": round(seconds, 1), "timed_key": key}
+    write_sidecar(folder, {**timed, "longest_wall_time_s": longest_time(timed, before)})
 
 
 def _expected(folders: Sequence[Path], name: str) -> float | None:
     """Return the seconds of the notebook's last run, from the first folder that has them, or None."""
-    for folder in folders:
-        try:
-            found = read_sidecar(folder, name) or {}
-        except CacheError:
-            continue
-        if "wall_time_s" in found:
-            return float(found["wall_time_s"])
-    return None
+    times = (_earlier(folder, name).get("wall_time_s") for folder in folders)
+    return next((float(seconds) for seconds in times if seconds is not None), None)
 
 
 def _side_by_side(todo: Sequence[Callable[[], None]], jobs: int) -> None:
@@ -186,23 +185,6 @@ def _side_by_side(todo: Sequence[Callable[[], None]], jobs: int) -> None:
         for future in futures:
             if not future.cancelled():
                 future.result()
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Lock `folder` against other runs inside the context."""
-    from filelock import FileLock, Timeout
-
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".reproduce.lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise AsiLensError(f"another run is at work in {folder}; wait for it or stop it") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def missing_images(folder: Path) -> dict[str, str]:
@@ -237,10 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [name for name in chosen.notebooks.split(",") if name]
     try:
         if chosen.draw:
-            folder = figures_dir(chosen.model, chosen.profile)
-            draw_images(folder)
-            join(folder)
-            page = build_gallery(figures_root(), newest=folder)
+            page = draw_and_show(figures_dir(chosen.model, chosen.profile))
         else:
             page = reproduce(
                 chosen.model,

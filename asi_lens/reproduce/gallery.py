@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from asi_lens.base.files import locked, write_whole
+from asi_lens.base.files import locked, write_text
 from asi_lens.base.paths import PUBLISHED, figures_root
 from asi_lens.results.figure_files import rich, shared_plotly_js
-from asi_lens.results.sidecar import files_of, read_sidecars, sidecar_path
+from asi_lens.results.sidecar import figures_in, files_of, read_sidecars, sidecar_path
 from asi_lens.results.verdicts import Number, combined
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -45,6 +45,7 @@ class Evidence:
     """One notebook's verdict on one claim."""
 
     notebook: str
+    profile: str
     verdict: str
     statement: str
     paper_value: str
@@ -108,6 +109,7 @@ class Run:
         named = [figure for figure in own if re.search(rf"\b{one['claim']}\b", figure.caption)]
         return Evidence(
             notebook,
+            self.profile,
             one["verdict"],
             one["statement"],
             one["paper_value"],
@@ -134,8 +136,9 @@ def find_runs(root: Path, newest: Path | None = None) -> list[Run]:
                 continue
             url = folder.relative_to(root).as_posix()
             run = Run(folder.parent.name, folder.name, folder, url, base != root, sidecars)
-            told = {stem: one for found in sidecars.values() for stem, one in found["figures"].items()}
-            run.figures = [_figure(root, folder, stem, entry) for stem, entry in sorted(told.items())]
+            run.figures = [
+                _figure(root, folder, stem, entry) for stem, entry in sorted(figures_in(sidecars).items())
+            ]
             runs.append(run)
     order = {name: i for i, name in enumerate(_PROFILES)}
 
@@ -169,8 +172,7 @@ def build_gallery(root: Path, newest: Path | None = None) -> Path:
     with locked(root / ".gallery"):
         runs = find_runs(root, newest)
         text = environment.get_template("gallery.html.j2").render(runs=runs, plotly_js=script.name)
-        with write_whole(page) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(page, text)
     return page
 
 

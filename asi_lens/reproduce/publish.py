@@ -10,15 +10,14 @@ import argparse
 import html
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from asi_lens.base.errors import AsiLensError, DataError
-from asi_lens.base.files import write_whole
+from asi_lens.base.files import write_text, write_whole
 from asi_lens.base.paths import PUBLISHED, figures_dir, figures_root, project_root, published_dir
-from asi_lens.reproduce.gallery import DEFAULT_MODEL, Claim, Run, build_gallery, find_runs
-from asi_lens.results.sidecar import files_of, join, read_sidecars, write_sidecar
+from asi_lens.reproduce.gallery import DEFAULT_MODEL, Claim, Evidence, Run, build_gallery, find_runs
+from asi_lens.results.sidecar import files_of, join, longest_time, read_sidecars, write_sidecar
 
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
 # Profiles of the README's table, the best evidence first.
@@ -53,16 +52,11 @@ def publish(model: str, profile: str, notebooks: Sequence[str] | None = None) ->
         for file in kept:
             with write_whole(target / file) as temporary:
                 shutil.copyfile(source / file, temporary)
-        write_sidecar(target, {**one, **_longest(one, before.get(name, {}))})
+        if "timed_key" in one:  # a notebook that ran without the runner has no times
+            one = {**one, "longest_wall_time_s": longest_time(one, before.get(name, {}))}
+        write_sidecar(target, one)
     join(target)
     return target
-
-
-def _longest(one: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, float]:
-    """Return the longest time of a notebook with the same parameters, its cost without warm caches."""
-    key = "longest_wall_time_s"
-    same = key in one and key in before and one.get("timed_key") == before.get("timed_key")
-    return {key: max(one[key], before[key])} if same else {}
 
 
 def readme_section(root: Path) -> str:
@@ -70,15 +64,14 @@ def readme_section(root: Path) -> str:
 
     Raises DataError if no result of the default model is published.
     """
-    claims = best_claims(_best(root))
     lines = ["| claim | paper | here | verdict |", "|---|---|---|---|"]
-    for claim, profiles in claims:
+    for claim in best_claims(_best(root)):
         first = claim.evidence[0]
         numbers = "; ".join(f"{number.name} {number.middle}" for number in first.numbers[:3])
         sources = "; ".join(
-            f"[{one.notebook[:2]}](notebooks/{one.notebook}.ipynb) {profile}"
+            f"[{one.notebook[:2]}](notebooks/{one.notebook}.ipynb) {one.profile}"
             + (f": {one.verdict}" if one.verdict != claim.verdict else "")
-            for one, profile in zip(claim.evidence, profiles, strict=True)
+            for one in claim.evidence
         )
         cells = (
             f"**{claim.name}** {_cell(first.statement)}",
@@ -101,13 +94,15 @@ def evidence_page(root: Path) -> str:
         "Each claim of the paper, from the best run of every notebook that tests it.",
         "`make publish` writes this page.",
     ]
-    for claim, profiles in best_claims(_best(root)):
+    for claim in best_claims(_best(root)):
         lines += ["", f"## {claim.name}: {claim.verdict}"]
-        for one, profile in zip(claim.evidence, profiles, strict=True):
-            source = (
-                f"[{one.notebook}](../../notebooks/{one.notebook}.ipynb), profile {profile}: {one.verdict}"
-            )
-            lines += ["", f"{_cell(one.statement)}. Paper: {_cell(one.paper_value)}. {source}.", ""]
+        for one in claim.evidence:
+            source = f"[{one.notebook}](../../notebooks/{one.notebook}.ipynb), profile {one.profile}"
+            lines += [
+                "",
+                f"{_cell(one.statement)}. Paper: {_cell(one.paper_value)}. {source}: {one.verdict}.",
+                "",
+            ]
             lines += [f"| | here | spread over {_cell(one.over)} |", "|---|---|---|"]
             for number in one.numbers:
                 lines.append(f"| {_cell(number.name)} | {number.middle} | {number.range} |")
@@ -125,24 +120,15 @@ def _best(root: Path) -> list[Run]:
     return best
 
 
-def best_claims(best: Sequence[Run]) -> list[tuple[Claim, list[str]]]:
-    """Return pairs of a claim and the profiles of its evidence.
-
-    Each notebook's evidence is from the first run of `best` that has it.
-    """
-    found: dict[str, dict[str, tuple[int, Run, Claim]]] = {}
-    out = []
-    for rank, run in enumerate(best):
+def best_claims(best: Sequence[Run]) -> list[Claim]:
+    """Return the claims of several runs, each notebook's evidence from the first run that has it."""
+    found: dict[str, list[Evidence]] = {}
+    for run in best:
         for claim in run.claims:
-            for one in claim.evidence:
-                found.setdefault(claim.name, {}).setdefault(
-                    one.notebook, (rank, run, Claim(claim.name, [one]))
-                )
-    for name in sorted(found, key=lambda name: int(name[1:])):
-        parts = sorted(found[name].items(), key=lambda part: (part[1][0], part[0]))
-        evidence = [claim.evidence[0] for _, (_, _, claim) in parts]
-        out.append((Claim(name, evidence), [run.profile for _, (_, run, _) in parts]))
-    return out
+            known = found.setdefault(claim.name, [])
+            have = {one.notebook for one in known}
+            known += [one for one in claim.evidence if one.notebook not in have]
+    return [Claim(name, found[name]) for name in sorted(found, key=lambda name: int(name[1:]))]
 
 
 def update_readme(readme: Path | None = None) -> bool:
@@ -155,17 +141,12 @@ def update_readme(readme: Path | None = None) -> bool:
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
         raise DataError(f"{readme} needs one {BEGIN} and one {END} after it")
     before, rest = text.split(BEGIN)
-    _write(figures_root() / PUBLISHED / "README.md", evidence_page(figures_root()))
+    write_text(figures_root() / PUBLISHED / "README.md", evidence_page(figures_root()))
     new = f"{before}{BEGIN}\n\n{readme_section(figures_root())}\n\n{END}{rest.split(END)[1]}"
     if new == text:
         return False
-    _write(readme, new)
+    write_text(readme, new)
     return True
-
-
-def _write(path: Path, text: str) -> None:
-    with write_whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def _cell(text: str) -> str:

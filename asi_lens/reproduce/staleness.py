@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from asi_lens.base.errors import CacheError
-from asi_lens.base.files import cache_key, locked, sha256_of, write_whole
+from asi_lens.base.files import cache_key, locked, sha256_of, write_text
 from asi_lens.results import provenance
 from asi_lens.results.parameters_cell import notebook_path
 from asi_lens.results.sidecar import files_of, read_sidecar, sidecar_path
@@ -73,8 +73,7 @@ def record(folder: Path, name: str, key: Mapping[str, str]) -> None:
             "key": key,
             "files": {path.name: _digest(path) for path in left_by(folder, name) if path.suffix != ".png"},
         }
-        with write_whole(folder / STATE_FILE) as temporary:
-            temporary.write_text(json.dumps(state, indent=1), encoding="utf-8")
+        write_text(folder / STATE_FILE, json.dumps(state, indent=1))
 
 
 def _digest(path: Path) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from asi_lens.base.errors import DataError
-from asi_lens.base.files import write_whole
+from asi_lens.base.files import write_text, write_whole
 from asi_lens.results.chrome import chrome_or_reason, kaleido_options
 
 LATER = "ASI_LENS_DRAW_LATER"
@@ -38,8 +38,7 @@ def draw(figure: Mapping[str, Any], png: Path) -> str:
         png.unlink(missing_ok=True)
         waiting = _waiting(png)
         waiting.parent.mkdir(parents=True, exist_ok=True)
-        with write_whole(waiting) as temporary:
-            temporary.write_text(json.dumps(figure), encoding="utf-8")
+        write_text(waiting, json.dumps(figure))
         return WAITING
     chrome, reason = chrome_or_reason()
     if chrome is not None:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import plotly.graph_objects as go
 
 from asi_lens.base.errors import require
-from asi_lens.base.files import locked, write_whole
+from asi_lens.base.files import locked, write_text
 from asi_lens.base.paths import figures_root
 from asi_lens.results.drawing import draw
 
@@ -101,7 +101,7 @@ def save(figure: go.Figure, stem: Path | str, *, caption: str) -> SavedFigure:
     see `drawing.draw`. On a page narrower than `layout.meta["min_width"]` pixels the plot scrolls sideways.
     """
     stem = Path(stem)
-    title, _ = _titles(figure)
+    title, _ = titles(figure)
     require(
         bool(title),
         "figure.layout.title.text",
@@ -111,7 +111,7 @@ def save(figure: go.Figure, stem: Path | str, *, caption: str) -> SavedFigure:
     require(bool(caption.strip()), "caption", caption, "a text")
     page = _with_suffix(stem, ".html")
     script = shared_plotly_js(stem.parent)
-    _write_text(page, page_text(figure, caption=caption, plotly_js=_relative_url(script, stem.parent)))
+    write_text(page, page_text(figure, caption=caption, plotly_js=_relative_url(script, stem.parent)))
     png = _with_suffix(stem, ".png")
     reason = draw(json.loads(for_paper(figure, caption).to_json()), png)
     return SavedFigure(None if reason else png, page, reason)
@@ -119,7 +119,7 @@ def save(figure: go.Figure, stem: Path | str, *, caption: str) -> SavedFigure:
 
 def page_text(figure: go.Figure, *, caption: str, plotly_js: str) -> str:
     """Return the interactive page as HTML text; the page loads plotly.js from the URL `plotly_js`."""
-    title, subtitle = _titles(figure)
+    title, subtitle = titles(figure)
     bare = go.Figure(figure)
     bare.update_layout(autosize=True, width=None)
     bare.layout.title = None  # update_layout would merge an empty title with the old title
@@ -148,7 +148,7 @@ def for_paper(figure: go.Figure, caption: str) -> go.Figure:
     width = figure.layout.width or WIDTH
     margin = figure.layout.margin
     left, top, bottom = margin.l or 80, margin.t or 80, margin.b or 70
-    title, subtitle = _titles(figure)
+    title, subtitle = titles(figure)
     room = width - 2 * _PAD
     title_lines = _wrap(title, round(room / _BOLD), _TITLE_SIZE)
     subtitle_lines = _wrap(subtitle, room, _SUBTITLE_SIZE)
@@ -202,17 +202,18 @@ def shared_plotly_js(folder: Path) -> Path:
     text = get_plotlyjs()
     with locked(path.with_name(".plotly")):
         if not path.exists() or path.read_text(encoding="utf-8") != text:
-            _write_text(path, text)
+            write_text(path, text)
     return path
 
 
-def _titles(figure: go.Figure) -> tuple[str, str]:
+def titles(figure: go.Figure) -> tuple[str, str]:
+    """Return the title and the subtitle of a figure; "" where it has none."""
     title = figure.layout.title
     return title.text or "", (title.subtitle.text if title.subtitle else "") or ""
 
 
 def _title_height(figure: go.Figure) -> int:
-    title, subtitle = _titles(figure)
+    title, subtitle = titles(figure)
     return round(_LINE * (_TITLE_SIZE * bool(title) + _SUBTITLE_SIZE * bool(subtitle)))
 
 
@@ -227,8 +228,3 @@ def _with_suffix(stem: Path, suffix: str) -> Path:
 
 def _relative_url(path: Path, folder: Path) -> str:
     return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
-
-
-def _write_text(path: Path, text: str) -> None:
-    with write_whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from asi_lens.base.errors import CacheError, DataError
-from asi_lens.base.files import write_whole
+from asi_lens.base.files import write_text
 from asi_lens.results.claims import CLAIMS_FILE, claim_order, rows_of
 from asi_lens.results.tables import write_rows
 
@@ -65,9 +65,25 @@ def files_of(sidecar: Mapping[str, Any]) -> list[str]:
     return sorted(names)
 
 
+def figures_in(sidecars: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return all figures of some sidecars by stem: title, subtitle, caption, and whether there is a PNG."""
+    return {stem: one for sidecar in sidecars.values() for stem, one in sidecar["figures"].items()}
+
+
 def figures_of(folder: Path | str) -> dict[str, dict[str, Any]]:
-    """Return all figures of a folder by stem: title, subtitle, caption, whether there is a PNG, why not."""
-    return {stem: one for found in read_sidecars(folder).values() for stem, one in found["figures"].items()}
+    """Return all figures of a folder by stem; see `figures_in`."""
+    return figures_in(read_sidecars(folder))
+
+
+def longest_time(sidecar: Mapping[str, Any], before: Mapping[str, Any]) -> float:
+    """Return the longest seconds of a notebook with the same parameters, in a sidecar and an earlier sidecar.
+
+    A run from warm caches takes seconds; the longest time is the cost of the numbers.
+    """
+    key = "longest_wall_time_s"
+    mine: float = sidecar[key if key in sidecar else "wall_time_s"]
+    same = sidecar["timed_key"] == before.get("timed_key")
+    return max(mine, before.get(key, 0.0)) if same else mine
 
 
 def join(folder: Path | str) -> None:
@@ -89,5 +105,4 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
         text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise DataError(f"{path}: only JSON values can be recorded ({error})") from error
-    with write_whole(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_text(path, text + "\n")

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from asi_lens.base import safetensors_io
 from asi_lens.base.errors import CacheError
-from asi_lens.base.files import write_whole
+from asi_lens.base.files import write_text
 from asi_lens.base.ranks import RankError
 from asi_lens.training.checkpoint import (
     CHECKPOINT_FILE,
@@ -71,8 +71,7 @@ def write(folder: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any],
         rows = {name: tensor.shape[0] for name, tensor in state.items()}
         scalars = [name for name, tensor in tensors.items() if tensor.ndim == 0]
         text = json.dumps({"format": FORMAT, **about, "rows": rows, "scalars": scalars}, allow_nan=False)
-        with write_whole(unfinished / ABOUT) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(unfinished / ABOUT, text)
         shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)
         _sync(folder)

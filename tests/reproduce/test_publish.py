@@ -127,7 +127,10 @@ def test_the_readme_gets_one_row_a_claim_of_the_best_evidence(root: Path) -> Non
     )
     assert "**partly supported**" in rows["C2"]
     found = best_claims([run for run in find_runs(root) if run.published])
-    assert [profiles for _, profiles in found] == [["full", "quick"], ["full", "quick"]]
+    assert [[one.profile for one in claim.evidence] for claim in found] == [
+        ["full", "quick"],
+        ["full", "quick"],
+    ]
 
 
 def test_the_command_publishes_and_updates_the_readme(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
