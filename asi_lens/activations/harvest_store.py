@@ -24,6 +24,7 @@ from asi_lens.activations import shards
 from asi_lens.activations.harvest import BATCH_TOKENS, SiteLayer, harvest, places
 from asi_lens.activations.shard_writer import ShardWriter, join_parts
 from asi_lens.activations.store import ActivationStore
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import CacheError, DataError, OptionError, require
 from asi_lens.base.files import cache_key, locked
 from asi_lens.base.paths import cache_dir
@@ -40,6 +41,7 @@ _CONTENT = ("weights_fingerprint", "model_dtype", "tokens_fingerprint", "drop_fi
 _IDENTITY = (*_CONTENT, "hook_name", "layer")
 
 
+@checked
 def harvest_store(
     model: nn.Module,
     tokens: Tokens,
@@ -71,6 +73,7 @@ def harvest_store(
     )[where]
 
 
+@checked
 def harvest_stores(
     model: nn.Module,
     tokens: Tokens,

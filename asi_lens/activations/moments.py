@@ -14,6 +14,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import DataError, OptionError, require
 
 # Columns of a block of the product. Only blocks on and above the diagonal are computed, which saves 3/8 of
@@ -23,6 +24,7 @@ _BLOCK = 192
 _FEW = 16
 
 
+@checked
 @dataclass
 class Moments:
     """Running moments of rows of width `d`.

@@ -14,12 +14,14 @@ from torch import Tensor
 from asi_lens.activations.harvest_store import ActivationStore
 from asi_lens.activations.moments import Moments
 from asi_lens.activations.spectrum import Spectrum
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import OptionError, require
 
 # Fields that agree in two stores of the same tokens of the same model.
 _SHARED = ("model", "weights_fingerprint", "tokens_fingerprint", "drop_first")
 
 
+@checked
 @dataclass(frozen=True)
 class Pair:
     """Raw inputs and outputs of the same tokens; the length is the number of tokens."""
@@ -34,6 +36,7 @@ class Pair:
         return Pair(self.x[part], self.y[part])
 
 
+@checked
 class PairedStores:
     """Two stores of the same tokens, row by row: the inputs and the target outputs of a transcoder.
 

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from asi_lens.activations.moments import Moments
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import DataError, require
 
 # With fewer rows per dimension the measured rank is visibly below its limit.
@@ -45,6 +46,7 @@ def entropy_rank(singular_values: Float[Tensor, " d"]) -> float:
     return math.exp(-torch.special.xlogy(p, p).sum().item())
 
 
+@checked
 class Spectrum:
     """Eigenvalues of the covariance of centred activations, with ranks and subspaces computed from them.
 
@@ -221,6 +223,7 @@ def covariance_eigenvalues(covariance: Float[Tensor, "d d"]) -> Float[Tensor, " 
     return values.where(values > len(values) * torch.finfo(torch.float64).eps * values[0], 0.0)
 
 
+@checked
 def effective_rank_limit(n: Sequence[int], ranks: Sequence[float]) -> float:
     """Return the effective rank that a growing sample tends to, from ranks measured on nested samples.
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from asi_lens.activations import shards
 from asi_lens.activations.moments import Moments
 from asi_lens.activations.spectrum import Spectrum
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import DataError, OptionError, require
 from asi_lens.base.permutation import Permutation
 
@@ -40,6 +41,7 @@ class ReadRows(NamedTuple):
     order: Int[Tensor, " batch"]
 
 
+@checked
 class ActivationStore:
     """Rows `[n d]` of one site, in the order of their tokens.
 

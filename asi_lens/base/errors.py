@@ -6,6 +6,9 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+_SHOWN = 120
+"""Characters of a value in an error's text."""
+
 
 class AsiLensError(Exception):
     """Base class of every error that this package raises on purpose."""
@@ -48,10 +51,21 @@ def unknown_name(kind: str, name: object, allowed: Iterable[str]) -> UnknownName
     return UnknownNameError(f"unknown {kind} {name!r}; {hint}Known: {known or 'none'}")
 
 
+def shown(value: object) -> str:
+    """Return a value for an error's text: its repr, cut to 120 characters; shape and dtype of an array."""
+    kind = type(value).__name__
+    if hasattr(value, "shape") and hasattr(value, "dtype") and not isinstance(value, type):
+        return f"{kind} of shape {tuple(value.shape)} and dtype {value.dtype}"
+    if hasattr(value, "state_dict") and not isinstance(value, type):  # the repr of a model fills pages
+        return f"{kind}(...)"
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 4]} ..."
+
+
 def require(condition: bool, key: str, value: Any, allowed: str) -> None:
     """Raise OptionError with the key, the value and the allowed values, unless `condition` is true."""
     if not condition:
-        raise OptionError(f"{key}={value!r} is not allowed; {key} must be {allowed}")
+        raise OptionError(f"{key}={shown(value)} is not allowed; {key} must be {allowed}")
 
 
 def require_both(**pair: Any) -> None:

@@ -21,6 +21,7 @@ from asi_lens.activations.harvest import BATCH_TOKENS, SiteLayer, harvest, place
 from asi_lens.activations.moments import Moments
 from asi_lens.activations.spectrum import Spectrum, warn_if_few
 from asi_lens.base.cache import cached_json
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import CacheError, require
 from asi_lens.base.files import cache_key, locked
 from asi_lens.base.paths import cache_dir
@@ -50,6 +51,7 @@ class MomentsConsumer:
         self.moments[where] = new
 
 
+@checked
 class Spectra(Mapping[SiteLayer, Spectrum]):
     """Spectra by (site, layer), as in `spectra["attn_out", 15]`, with their model and corpus."""
 
@@ -110,10 +112,11 @@ class Spectra(Mapping[SiteLayer, Spectrum]):
         return f"Spectra({self.model.name} on {self.corpus}: {len(self)} spectra of {', '.join(sites)})"
 
 
+@checked
 def collect_spectra(
     model: nn.Module,
     tokens: Tokens,
-    sites: Iterable[str] = models.SITES,
+    sites: str | Iterable[str] = models.SITES,
     layers: Sequence[int] | None = None,
     *,
     drop_first: bool = True,
@@ -143,10 +146,11 @@ def collect_spectra(
     return Spectra(spectra, info, tokens.corpus)
 
 
+@checked
 def rank_growth(
     model: nn.Module,
     tokens: Tokens,
-    sites: Iterable[str],
+    sites: str | Iterable[str],
     layers: Sequence[int],
     *,
     steps: int = 5,

@@ -16,6 +16,7 @@ from asi_lens.activations.harvest import SiteLayer
 from asi_lens.activations.pairs import PairedStores
 from asi_lens.activations.split import Split, harvest_split
 from asi_lens.activations.store import ActivationStore
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import OptionError, require, require_whole
 from asi_lens.base.paths import figures_dir
 from asi_lens.experiments import rows as run_rows
@@ -33,6 +34,7 @@ from asi_lens.results.verdicts import Verdict
 from asi_lens.training.config import TrainConfig
 
 
+@checked
 class Page:
     """A run of a notebook: parameters, loaded sources, written files.
 

@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import (
     CacheError,
     DataError,
@@ -74,6 +75,7 @@ _OLD_HUB_NAMES = {
 }
 
 
+@checked
 @dataclass(frozen=True)
 class ModelInfo:
     """Description of a model, for captions, table columns and cache keys."""
@@ -107,6 +109,7 @@ class ModelInfo:
 _ORIGINS: WeakKeyDictionary[nn.Module, tuple[str, str]] = WeakKeyDictionary()
 
 
+@checked
 def load_model(
     model: str | Path | nn.Module,
     *,
@@ -292,6 +295,7 @@ def _load_error(source: str | Path, name: str, error: OSError) -> Exception:
     )
 
 
+@checked
 def model_info(model: nn.Module) -> ModelInfo:
     """Return name, shape, precision and fingerprint of a model."""
     cfg: Any = model.cfg

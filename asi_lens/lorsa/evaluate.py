@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import OptionError, require, require_both
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
@@ -16,6 +17,7 @@ from asi_lens.lorsa.lorsa import Lorsa
 from asi_lens.sae.evaluate import Evaluation, Place, evaluate_at
 
 
+@checked
 def evaluate_lorsa(
     lorsa: Lorsa,
     pairs: SequencePairs,

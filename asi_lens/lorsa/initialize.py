@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from asi_lens.activations.moments import Moments
 from asi_lens.activations.spectrum import one_thread
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import OptionError, require
 from asi_lens.kernels.draws import draw_gaussian, other_stream, unit_rows_
 from asi_lens.lorsa.attention import AttentionLayer, origin, read_attention
@@ -57,6 +58,7 @@ class LorsaInitReport:
     fvu: float
 
 
+@checked
 @torch.no_grad()
 def from_attention(
     model: nn.Module, layer: int, context: int, *, dtype: torch.dtype = torch.float32
@@ -82,6 +84,7 @@ def from_attention(
     return lorsa
 
 
+@checked
 @torch.no_grad()
 def initialize_lorsa(
     lorsa: Lorsa,

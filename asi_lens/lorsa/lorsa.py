@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Float, Num
 from torch import Tensor, nn
 
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import DataError, OptionError, require, require_known, require_whole
 from asi_lens.base.metadata import plain_metadata
 from asi_lens.base.safetensors_io import opened, save_tensors
@@ -42,6 +43,7 @@ _HEADER = "asi_lens_lorsa"
 _BLOCK = 2**25
 
 
+@checked
 @dataclass(frozen=True)
 class LorsaConfig:
     """Sizes and rules of a Lorsa. Raises OptionError or UnknownNameError for invalid values.
@@ -133,6 +135,7 @@ def config_for(
     )
 
 
+@checked
 class Lorsa(nn.Module):
     """Query-key heads and the units that share the heads.
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from asi_lens.activations.pairs import Pair, PairedStores
 from asi_lens.activations.store import ActivationStore
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import DataError, OptionError, require, require_known, require_whole
 from asi_lens.base.metadata import plain_metadata
 from asi_lens.kernels.codes import SparseCode, stack_codes
@@ -35,6 +36,7 @@ from asi_lens.sae.kinds.kind import Weights
 _BLOCK = 4096
 
 
+@checked
 @dataclass(frozen=True)
 class SAEConfig:
     """Sizes and kind of a dictionary. Raises OptionError or UnknownNameError for invalid values.
@@ -72,6 +74,7 @@ class SAEConfig:
         return cls(**values)
 
 
+@checked
 class SparseAutoencoder(Weights):
     """A dictionary of `d_sae` directions, and the encoder that picks the features of an activation.
 

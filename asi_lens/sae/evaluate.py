@@ -19,6 +19,7 @@ from asi_lens.activations.harvest import SiteLayer
 from asi_lens.activations.harvest_store import ActivationStore
 from asi_lens.activations.moments import Moments
 from asi_lens.activations.pairs import PairedStores
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import DataError, OptionError, require, require_both
 from asi_lens.collapse.interventions import mean_ablate, skip_first
 from asi_lens.inputs import models
@@ -76,6 +77,7 @@ class Coder(Protocol):
         ...
 
 
+@checked
 @dataclass(frozen=True)
 class Evaluation:
     """Numbers of one dictionary on held-out activations."""
@@ -94,6 +96,7 @@ class Evaluation:
     """Losses of the language model; None without a model."""
 
 
+@checked
 def evaluate(
     sae: SparseAutoencoder,
     rows: ActivationStore | Float[Tensor, "n d_in"],
@@ -116,6 +119,7 @@ def evaluate(
     )[0]
 
 
+@checked
 def evaluate_together(
     saes: Sequence[SparseAutoencoder],
     rows: ActivationStore | Float[Tensor, "n d_in"],
@@ -156,6 +160,7 @@ def evaluate_together(
     return evaluate_at(saes, rows, place, model, tokens, batch_tokens=batch_tokens, progress=progress)
 
 
+@checked
 def evaluate_transcoder(
     sae: Transcoder,
     store: PairedStores,

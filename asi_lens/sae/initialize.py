@@ -19,6 +19,7 @@ from torch import Tensor
 
 from asi_lens.activations.pairs import Pair
 from asi_lens.activations.spectrum import Spectrum
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import OptionError, require
 from asi_lens.kernels.draws import DRAW_ROWS, other_stream
 from asi_lens.kernels.gradients import decode_sum
@@ -87,6 +88,7 @@ def auto_d_init(spectrum: Spectrum) -> int:
     return int((cumulative < AUTO_SHARE * cumulative[-1]).sum().item()) + 1
 
 
+@checked
 @torch.no_grad()
 def initialize(
     sae: SparseAutoencoder,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from asi_lens.activations.pairs import Pair, PairedStores
 from asi_lens.activations.store import ActivationStore
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import DataError, require
 from asi_lens.kernels.codes import SparseCode
 from asi_lens.kernels.draws import draw_gaussian, other_stream, unit_rows_
@@ -27,6 +28,7 @@ from asi_lens.kernels.gradients import decode_sum
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 
 
+@checked
 class Transcoder(SparseAutoencoder):
     """A `SparseAutoencoder` whose decoder writes another site: `W_dec [d_sae d_out]`, `b_dec [d_out]`.
 

@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from asi_lens.activations.pairs import PairedStores
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import require, unknown_name
 from asi_lens.kernels.draws import other_stream, unit_rows_
 from asi_lens.sae.initialize import active_subspace_of, auto_d_init, first_fit, fit_scale, largest_leak
@@ -62,6 +63,7 @@ class TranscoderInitReport:
     fvu: float
 
 
+@checked
 @torch.no_grad()
 def initialize_transcoder(
     sae: Transcoder,

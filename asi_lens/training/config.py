@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import require, require_known, require_whole, unknown_name
 
 OPTIMIZERS = ("adam", "sparse_adam", "sparse_adam_decay")
 """Names of optimizers; `sae.optim` describes how each treats rows that did not fire."""
 
 
+@checked
 @dataclass(frozen=True)
 class TrainConfig:
     """Options of a training run. Raises OptionError or UnknownNameError for invalid values.

@@ -14,6 +14,7 @@ from typing import Any, Generic, cast
 
 from tqdm.auto import tqdm
 
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import DataError, OptionError, require
 from asi_lens.base.threads import short_steps
 from asi_lens.training import sharded_checkpoint
@@ -301,6 +302,7 @@ class Fits(Generic[Store, Batch]):
         dead, mesh = self.mesh.count(len(self.ledger.dead(window))), self.mesh
         return dead / (len(self.ledger.counts) * mesh.config.model)
 
+    @checked
     def fit(
         self,
         store: Store,
