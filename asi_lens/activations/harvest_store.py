@@ -8,7 +8,6 @@ killed resumes at the last complete shard and ends with the same bytes. Several 
 from __future__ import annotations
 
 import errno
-import re
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
@@ -26,7 +25,7 @@ from asi_lens.activations.shard_writer import ShardWriter, join_parts
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base.doors import checked
 from asi_lens.base.errors import CacheError, DataError, OptionError, require
-from asi_lens.base.files import cache_key, locked
+from asi_lens.base.files import cache_key, file_name, locked
 from asi_lens.base.paths import cache_dir
 from asi_lens.base.ranks import Ranks
 from asi_lens.inputs import models
@@ -292,8 +291,7 @@ def _origins(
 
 def _cached(origin: Mapping[str, Any], dtype: str) -> Path:
     key = cache_key(format=shards.FORMAT, dtype=dtype, **{name: origin[name] for name in _CONTENT})
-    # Names may be paths or hub names: only letters, digits, dot and dash are kept, so no subfolder is made.
-    parent = re.sub(r"[^\w.-]+", "-", f"{origin['model']}-{origin['corpus']}-{key}")
+    parent = file_name(origin["model"], origin["corpus"], key=key)
     return cache_dir("stores") / parent / f"{origin['site']}.{origin['layer']}"
 
 

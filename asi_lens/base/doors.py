@@ -78,17 +78,17 @@ def _checking(function: Callable[..., Any]) -> Callable[..., Any]:
         if kinds is None:  # late: annotations may name classes that are defined below the function
             kinds = _kinds_of(function)
         positional, named, rest, more = kinds
-        fitted = [
-            value if kind is None else _fitted(name, value, kind)
+        given = [
+            value if kind is None else fitted(name, value, kind)
             for (name, kind), value in zip(positional, args, strict=False)
         ]
         others = args[len(positional) :]
-        fitted += others if rest is None else [_fitted(rest[0], value, rest[1]) for value in others]
+        given += others if rest is None else [fitted(rest[0], value, rest[1]) for value in others]
         for name, value in options.items():
             kind = named.get(name, more)
             if kind is not None:
-                options[name] = _fitted(name, value, kind)
-        return function(*fitted, **options)
+                options[name] = fitted(name, value, kind)
+        return function(*given, **options)
 
     return door
 
@@ -112,7 +112,8 @@ def _kinds_of(function: Callable[..., Any]) -> Any:
     return positional, named, rest, more
 
 
-def _fitted(name: str, value: Any, kind: Kind) -> Any:
+def fitted(name: str, value: Any, kind: Kind) -> Any:
+    """Return a value as its kind has it. Raises OptionError or DataError (see `checked`)."""
     found = kind.fit(value)
     if found is _NO:
         wrong_array = kind.of_arrays and hasattr(value, "shape") and hasattr(value, "dtype")

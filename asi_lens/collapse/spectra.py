@@ -8,7 +8,6 @@ the model runs only for the new sites.
 from __future__ import annotations
 
 import itertools
-import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from asi_lens.activations.spectrum import Spectrum, warn_if_few
 from asi_lens.base.cache import cached_json
 from asi_lens.base.doors import checked
 from asi_lens.base.errors import CacheError, require
-from asi_lens.base.files import cache_key, locked
+from asi_lens.base.files import cache_key, file_name, locked
 from asi_lens.base.paths import cache_dir
 from asi_lens.base.safetensors_io import read_tensors, save_tensors
 from asi_lens.inputs import models
@@ -257,9 +256,7 @@ def _key(info: models.ModelInfo, tokens: Tokens, drop_first: bool, batch_tokens:
 
 def _folder(info: models.ModelInfo, tokens: Tokens, drop_first: bool, batch_tokens: int) -> Path:
     key = cache_key(**_key(info, tokens, drop_first, batch_tokens))
-    name = f"{info.name}-{tokens.corpus}-{key}"
-    # Names may be paths or hub names: only letters, digits, dot and dash are kept, so no subfolder is made.
-    return cache_dir("moments") / re.sub(r"[^\w.-]+", "-", name)
+    return cache_dir("moments") / file_name(info.name, tokens.corpus, key=key)
 
 
 def _file(folder: Path, where: SiteLayer) -> Path:

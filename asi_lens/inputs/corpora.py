@@ -12,7 +12,6 @@ naming the file to delete; such a file is never read in part or replaced without
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from asi_lens.base.doors import checked
 from asi_lens.base.errors import CacheError, DataError, OptionError, require
-from asi_lens.base.files import cache_key, locked
+from asi_lens.base.files import cache_key, file_name, locked
 from asi_lens.base.paths import cache_dir
 from asi_lens.base.safetensors_io import read_tensors, save_tensors
 from asi_lens.inputs.documents import Corpus, corpus_names, open_corpus
@@ -167,8 +166,7 @@ def load_tokens(
             offset=offset,
             seed=seed,
         )
-        slug = re.sub(r"[^\w.-]+", "-", corpus.name)[:60]
-        path = cache_dir("corpora") / f"{slug}-{key}.safetensors"
+        path = cache_dir("corpora") / f"{file_name(corpus.name[:60], key=key)}.safetensors"
         ids = _cached(path, key, pack)
     if d_vocab is not None and int(ids.max()) >= d_vocab:
         raise DataError(f"the tokenizer gives token {int(ids.max())}, but the model knows {d_vocab} tokens")

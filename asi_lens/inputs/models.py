@@ -30,6 +30,7 @@ from asi_lens.base.errors import (
     require,
     unknown_name,
 )
+from asi_lens.base.files import existing, plain_name
 from asi_lens.base.paths import cache_root
 from asi_lens.inputs import gguf, twin
 from asi_lens.inputs.hooks import (
@@ -144,16 +145,16 @@ def load_model(
     if name in SOURCES and SOURCES[name].kind == "model":
         folder, weights = gguf.dequantized(fetch(name) / str(SOURCES[name].main))
         return boot(folder, name, weights)
-    path = Path(model).expanduser()
-    if path.is_file():
+    path = existing(model)
+    if path is not None and path.is_file():
         require(path.suffix == ".gguf", "model", name, "a folder if it is not a `.gguf` file")
         folder, weights = gguf.dequantized(path)
-        return boot(folder, path.stem, weights)
-    if path.is_dir():
+        return boot(folder, plain_name(path).removesuffix(path.suffix), weights)
+    if path is not None and path.is_dir():
         if not (path / "config.json").is_file():
             raise DataError(f"{path} is not a Hugging Face model folder: it has no config.json")
-        return boot(path, path.resolve().name)
-    if name.count("/") == 1 and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and path.suffix != ".gguf":
+        return boot(path, plain_name(path))
+    if name.count("/") == 1 and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not name.endswith(".gguf"):
         return boot(name, name)
     if name in _OLD_HUB_NAMES:
         return boot(_OLD_HUB_NAMES[name], name)

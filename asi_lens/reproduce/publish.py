@@ -12,6 +12,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 from asi_lens.base.errors import AsiLensError, DataError
 from asi_lens.base.files import write_text, write_whole
@@ -108,7 +109,8 @@ def evidence_page(root: Path) -> str:
                 lines.append(f"| {_cell(number.name)} | {number.middle} | {number.range} |")
             lines += ["", f"*{_cell(one.budget)}.*"]
             if one.figure is not None and one.figure.png:
-                lines += ["", f"![{_cell(one.figure.title)}]({one.figure.png.removeprefix(f'{PUBLISHED}/')})"]
+                url = quote(one.figure.png.removeprefix(f"{PUBLISHED}/"))
+                lines += ["", f"![{_cell(one.figure.title)}]({url})"]
     return "\n".join(lines) + "\n"
 
 

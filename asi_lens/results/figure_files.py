@@ -13,6 +13,7 @@ import re
 import textwrap
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 import plotly.graph_objects as go
 
@@ -227,4 +228,4 @@ def _with_suffix(stem: Path, suffix: str) -> Path:
 
 
 def _relative_url(path: Path, folder: Path) -> str:
-    return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
+    return quote(Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix())
