@@ -26,6 +26,7 @@ from asi_lens.activations.store import ActivationStore
 from asi_lens.base.doors import checked
 from asi_lens.base.errors import CacheError, DataError, OptionError, require
 from asi_lens.base.files import cache_key, file_name, locked
+from asi_lens.base.metadata import plain_metadata
 from asi_lens.base.paths import cache_dir
 from asi_lens.base.ranks import Ranks
 from asi_lens.inputs import models
@@ -146,7 +147,11 @@ def _harvest(
         raise DataError(
             f"no rows to store from {len(tokens)} sequences of {tokens.context} with drop_first={drop_first}"
         )
-    origins = _origins(model, tokens, list(chosen), drop_first)
+    # Values that no manifest can hold are found before a shard is written, not after.
+    origins = {
+        where: plain_metadata(origin)
+        for where, origin in _origins(model, tokens, list(chosen), drop_first).items()
+    }
     folders = {where: folder or _cached(origins[where], dtype) for where, folder in chosen.items()}
     size = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
     # Shards hold whole forward batches: a pass that resumes cuts the text into the same batches.

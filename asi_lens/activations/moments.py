@@ -124,6 +124,8 @@ class Moments:
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> Moments:
         """Inverse of `state`. Raises DataError if shapes do not fit together."""
+        if missing := {"n", "mean", "scatter"} - set(state):
+            raise DataError(f"a state of moments without {', '.join(sorted(missing))}")
         mean, packed = state["mean"].double(), state["scatter"].double()
         d = mean.shape[0]
         if packed.shape != (d * (d + 1) // 2,):

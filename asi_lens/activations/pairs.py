@@ -89,7 +89,11 @@ class PairedStores:
         return Pair(self.inputs.sample(n, seed), self.outputs.sample(n, seed))
 
     def in_order(self, batch_size: int) -> Iterator[Pair]:
-        """Yield all tokens once, in order."""
+        """Return an iterator over all tokens, once and in order."""
+        require(batch_size >= 1, "batch_size", batch_size, "at least 1")
+        return self._in_order(batch_size)
+
+    def _in_order(self, batch_size: int) -> Iterator[Pair]:
         for start in range(0, self.n, batch_size):
             index = torch.arange(start, min(start + batch_size, self.n))
             yield Pair(self.inputs.rows(index), self.outputs.rows(index))

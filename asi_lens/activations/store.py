@@ -65,6 +65,7 @@ class ActivationStore:
         folder: Path | None = None,
         checksums: Sequence[str] = (),
     ):
+        require(len(rows) > 0, "rows", rows, "one matrix [n d] or more")
         self._rows = list(rows)
         self._bounds = list(itertools.accumulate((len(part) for part in rows), initial=0))
         self._moments = moments

@@ -12,6 +12,7 @@ import collections.abc
 import functools
 import inspect
 import math
+import os
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -156,7 +157,8 @@ def kind_of(hint: Any) -> Kind:
 
 def _whole(value: Any) -> Any:
     if isinstance(value, Integral) and not isinstance(value, bool):
-        return value if type(value) is int else int(value)
+        number = value if type(value) is int else int(value)
+        return number if -(2**63) <= number < 2**63 else _NO  # tensors and files hold 64 bits
     if getattr(value, "ndim", None) == 0 and "int" in str(getattr(value, "dtype", "")):
         return int(value)
     return _NO
@@ -186,6 +188,7 @@ def _text(value: Any) -> Any:
     return value if isinstance(value, str) else _NO
 
 
+_NAMES = {"a device": "'auto', 'cpu' or 'cuda'"}
 _PLAIN: dict[Any, Kind] = {
     Any: Kind("anything", lambda value: value),
     object: Kind("anything", lambda value: value),
@@ -198,7 +201,29 @@ _PLAIN: dict[Any, Kind] = {
 }
 
 
+def _path_text(value: Any) -> Any:
+    """Take a text that the file system can take as a name."""
+    try:
+        return value if isinstance(value, str) and value and b"\0" not in os.fsencode(value) else _NO
+    except UnicodeEncodeError:
+        return _NO
+
+
+def _device_text(value: Any) -> Any:
+    import torch
+
+    try:
+        return value if isinstance(value, str) and (value == "auto" or torch.device(value)) else _NO
+    except RuntimeError:
+        return _NO
+
+
 def _any_of(kinds: list[Kind]) -> Kind:
+    texts = [kind.text for kind in kinds]
+    for other, text in (("a path", _path_text), ("a device", _device_text)):
+        if other in texts and "text" in texts:
+            kinds[texts.index("text")] = Kind(_NAMES.get(other, other), text)
+
     def fit(value: Any) -> Any:
         found = [kind.fit(value) for kind in kinds]
         # A kind that takes the value as it is comes first: 1 stays an int for int | float.
@@ -209,8 +234,6 @@ def _any_of(kinds: list[Kind]) -> Kind:
     texts = list(dict.fromkeys(kind.text for kind in kinds))
     if {"a number", "a whole number"} <= set(texts):
         texts.remove("a whole number")
-    if {"text", "a path"} <= set(texts):
-        texts.remove("text")
     return Kind(" or ".join(texts), fit, any(kind.of_arrays for kind in kinds))
 
 
@@ -220,10 +243,10 @@ def _many(container: Any, item: Kind) -> Kind:
     def fit(value: Any) -> Any:
         if hasattr(value, "tolist") and getattr(value, "ndim", 0) == 1 and not item.of_arrays:
             value = value.tolist()
-        sequence = isinstance(value, collections.abc.Sequence | collections.abc.Set)
-        if isinstance(value, _TEXT) or not (sequence or (endless and isinstance(value, Iterable))):
+        sequence = isinstance(value, collections.abc.Sequence)
+        if isinstance(value, (*_TEXT, Mapping)) or getattr(value, "ndim", 1) == 0:
             return _NO
-        if isinstance(value, Mapping):
+        if not (sequence or (endless and isinstance(value, Iterable))):
             return _NO
         given = value if sequence else list(value)
         found = [item.fit(one) for one in given]
@@ -265,6 +288,10 @@ def _mapping(key: Kind, item: Kind) -> Kind:
     return Kind(f"a mapping from {key.text} to {item.text}", fit)
 
 
+def _own(value: Any) -> Mapping[str, Any]:
+    return getattr(value, "__dict__", {})
+
+
 def _instance(kind: Any) -> Kind:
     name = getattr(kind, "__name__", str(kind))
     arrays = hasattr(kind, "dim_str")  # a shape of jaxtyping
@@ -273,7 +300,13 @@ def _instance(kind: Any) -> Kind:
         name = f"{kind.array_type.__name__} [{kind.dim_str.strip()}] of {numbers}"
     article = "an" if name[0] in "AEIOU" else "a"
 
+    # A Protocol's isinstance would compute its properties, such as the hash of a store.
+    parts = [base for base in getattr(kind, "__mro__", ()) if getattr(base, "_is_protocol", False)]
+    names = [one for base in parts for one in (*vars(base), *inspect.get_annotations(base)) if one[0] != "_"]
+
     def fit(value: Any) -> Any:
+        if names:
+            return value if all(hasattr(type(value), one) or one in _own(value) for one in names) else _NO
         return value if isinstance(value, kind) else _NO
 
     return Kind(f"{article} {name}", fit, arrays or name in ("Tensor", "ndarray"))

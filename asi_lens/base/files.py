@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from asi_lens.base.errors import DataError
+
 _NAME_BYTES = 140
 """Most bytes of a file name made of names that a user chose.
 
@@ -78,9 +80,17 @@ def write_whole(path: Path | str) -> Iterator[Path]:
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Write a text file in UTF-8, whole or not at all; see `write_whole`."""
+    """Write a text file in UTF-8, whole or not at all; see `write_whole`.
+
+    Raises DataError for a text with half of a surrogate pair, which no file can hold.
+    """
+    try:
+        data = text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        part = text[max(0, error.start - 20) : error.start + 1]
+        raise DataError(f"{path}: {part!r} ends in half of a surrogate pair, which is not text") from error
     with write_whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(data)
 
 
 @contextmanager

@@ -202,11 +202,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def _as_given(model: nn.Module, dtype: str | torch.dtype, device: str | torch.device) -> nn.Module:
-    if twin.kind_of(model) is None:
-        raise OptionError(
-            f"model={type(model).__name__}(...) is not allowed; an object is a TransformerBridge or a "
-            "HookedTransformer (a Hugging Face model: TransformerBridge.boot_transformers(..., hf_model=m))"
-        )
+    twin.require_model(model)
     parameter = next(model.parameters())
     if dtype != "auto":
         require(
@@ -299,6 +295,7 @@ def _load_error(source: str | Path, name: str, error: OSError) -> Exception:
 @checked
 def model_info(model: nn.Module) -> ModelInfo:
     """Return name, shape, precision and fingerprint of a model."""
+    twin.require_model(model)
     cfg: Any = model.cfg
     name, weights = _ORIGINS.get(model, (str(cfg.model_name), "as given"))
     if str(cfg.normalization_type).endswith("Pre") or getattr(model, "compatibility_mode", False):

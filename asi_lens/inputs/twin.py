@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from asi_lens.base.errors import UnsupportedModelError
+from asi_lens.base.errors import OptionError, UnsupportedModelError
 
 Side = Literal["in", "out"]
 
@@ -65,8 +65,19 @@ def kind_of(model: object) -> Literal["bridge", "hooked"] | None:
     return None
 
 
+def require_model(model: nn.Module) -> None:
+    """Raise OptionError for a module that is not a model of TransformerLens."""
+    if kind_of(model) is None:
+        raise OptionError(
+            f"model={type(model).__name__}(...) is not allowed; model must be a TransformerBridge or a "
+            "HookedTransformer (load_model returns one; for a Hugging Face model: "
+            "TransformerBridge.boot_transformers(..., hf_model=m))"
+        )
+
+
 def runners(model: nn.Module) -> tuple[Runner, Runner | None]:
     """Return the runner with the model's own hook points, and the plain twin's runner, or None."""
+    require_model(model)
     processed = bool(getattr(model, "compatibility_mode", False))
     if model not in _RUNNERS or _RUNNERS[model][0].processed != processed:
         own = _own_runner(model, processed)

@@ -94,6 +94,7 @@ class SequencePairs:
 
     def blocks(self, n_sequences: int) -> Iterator[PairBatch]:
         """Yield all sequences once, in order, `n_sequences` at a time."""
+        require(n_sequences >= 1, "n_sequences", n_sequences, "at least 1")
         sides = (self.inputs.split(n_sequences), self.outputs.split(n_sequences))
         return itertools.starmap(PairBatch, zip(*sides, strict=True))
 
@@ -107,6 +108,7 @@ class SequencePairs:
         from `seed`. Raises OptionError for a batch smaller than a sequence, or a start between batches.
         """
         each = self.context - 1
+        require(seed >= 0, "seed", seed, "at least 0")
         require(batch_size >= each, "batch_size", batch_size, f"a sequence of {each} positions at least")
         n, n_sequences = len(self), batch_size // each
         require(start % (n_sequences * each) == 0, "start", start, f"a multiple of {n_sequences * each}")

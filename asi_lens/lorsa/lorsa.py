@@ -26,7 +26,7 @@ from jaxtyping import Float, Num
 from torch import Tensor, nn
 
 from asi_lens.base.doors import checked
-from asi_lens.base.errors import DataError, OptionError, require, require_known, require_whole
+from asi_lens.base.errors import DataError, OptionError, require, require_keys, require_known, require_whole
 from asi_lens.base.metadata import plain_metadata
 from asi_lens.base.safetensors_io import opened, save_tensors
 from asi_lens.kernels.codes import SparseCode
@@ -82,7 +82,9 @@ class LorsaConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> LorsaConfig:
         """Return the configuration in `values`, as `dataclasses.asdict` writes it. Raises UnknownNameError
         for an unknown key."""
-        for kind, given in ((cls, values), (PatternConfig, values.get("pattern", {}))):
+        require_keys(values, ("d_in", "d_qk", "n_qk_heads", "n_ov", "k", "pattern"), "LorsaConfig")
+        require(isinstance(values["pattern"], Mapping), "pattern", values["pattern"], "keys and values")
+        for kind, given in ((cls, values), (PatternConfig, values["pattern"])):
             require_known(given, [f.name for f in fields(kind)], f"{kind.__name__} key")
         return cls(**{**values, "pattern": PatternConfig(**values["pattern"])})
 

@@ -80,7 +80,7 @@ def _read(notebook: str) -> dict[str, tuple[Any, Any]]:
 
 def _type_of(defaults: list[Any]) -> Any:
     """Return the type that all of `defaults` have, as an annotation."""
-    hints = []
+    hints: list[Any] = []
     for default in defaults:
         if isinstance(default, list | tuple):
             hints.append(list[_type_of(list(default))])  # type: ignore[misc]

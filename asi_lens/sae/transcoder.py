@@ -99,7 +99,8 @@ class Transcoder(SparseAutoencoder):
 
     def sides(self, batch: Tensor | Pair) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
         """See `SparseAutoencoder.sides`."""
-        assert isinstance(batch, Pair)  # checked by `check_batch`
+        self.check_batch(batch)
+        assert isinstance(batch, Pair)
         return self.normalize(batch.x), self.normalize_output(batch.y) - self.b_dec
 
     def decode(self, code: SparseCode) -> Float[Tensor, "*batch d_out"]:

@@ -285,6 +285,7 @@ class _Stop:
         raise KeyboardInterrupt
 
 
+@checked
 class Fits(Generic[Store, Batch]):
     """Shared methods of trainers: a whole run of one trainer."""
 
@@ -302,7 +303,6 @@ class Fits(Generic[Store, Batch]):
         dead, mesh = self.mesh.count(len(self.ledger.dead(window))), self.mesh
         return dead / (len(self.ledger.counts) * mesh.config.model)
 
-    @checked
     def fit(
         self,
         store: Store,
