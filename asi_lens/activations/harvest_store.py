@@ -147,11 +147,7 @@ def _harvest(
         raise DataError(
             f"no rows to store from {len(tokens)} sequences of {tokens.context} with drop_first={drop_first}"
         )
-    # Values that no manifest can hold are found before a shard is written, not after.
-    origins = {
-        where: plain_metadata(origin)
-        for where, origin in _origins(model, tokens, list(chosen), drop_first).items()
-    }
+    origins = _origins(model, tokens, list(chosen), drop_first)
     folders = {where: folder or _cached(origins[where], dtype) for where, folder in chosen.items()}
     size = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
     # Shards hold whole forward batches: a pass that resumes cuts the text into the same batches.
@@ -283,15 +279,12 @@ def _origins(
         "bos": tokens.bos,
         "drop_first": drop_first,
     }
-    return {
-        (site, layer): {
-            **shared,
-            "site": site,
-            "layer": layer,
-            "hook_name": models.hook_name(model, site, layer),
-        }
-        for site, layer in wheres
+    own = {
+        where: {"site": where[0], "layer": where[1], "hook_name": models.hook_name(model, *where)}
+        for where in wheres
     }
+    # Values that no manifest can hold are found here, before a shard is written.
+    return {where: plain_metadata({**shared, **parts}) for where, parts in own.items()}
 
 
 def _cached(origin: Mapping[str, Any], dtype: str) -> Path:
