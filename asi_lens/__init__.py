@@ -72,6 +72,7 @@ _MODULES = {
     "dictionary_figures": "asi_lens.figures.kinds",
     "errors": "asi_lens.base.errors",
     "files": "asi_lens.base.files",
+    "foreign": "asi_lens.sae.foreign",
     "harvest": "asi_lens.activations.harvest",
     "interventions": "asi_lens.collapse.interventions",
     "lorsa_comparison": "asi_lens.experiments.lorsa_runs",
