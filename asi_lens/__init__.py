@@ -33,6 +33,8 @@ _PUBLIC: dict[str, str] = {
         "sae.sparsity": ("SparsityConfig",),
         "sae.train": ("Trainer",),
         "sae.evaluate": ("Evaluation", "evaluate", "evaluate_together", "evaluate_transcoder"),
+        "sae.features": ("Features",),
+        "sae.browse": ("browse",),
         "sae.transcoder": ("Transcoder",),
         "sae.transcoder_init": ("initialize_transcoder",),
         "lorsa.lorsa": ("Lorsa", "LorsaConfig"),
