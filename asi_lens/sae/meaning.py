@@ -102,11 +102,10 @@ def ablation_effects(
     Raises OptionError for a feature that does not exist or a dictionary that does not say its site, DataError
     for a loss that is not finite, and the errors of `models.forward`.
     """
-    about = sae.config.metadata
-    site, layer = about.get("site"), about.get("layer")
-    require(
-        site is not None and layer is not None, "sae", "without a site", "trained on a site that it states"
-    )
+    site, layer = (sae.config.metadata.get(key) for key in ("site", "layer"))
+    if site is None or layer is None:
+        raise OptionError("sae='without a site' is not allowed; sae must be trained on a site that it states")
+    layer = int(layer)
     for feature in features:
         require_whole("features", feature, 0)
         require(feature < sae.d_sae, "features", feature, f"from 0 to {sae.d_sae - 1}")
