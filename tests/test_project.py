@@ -49,7 +49,7 @@ ROOMS = (
     "reproduce",  # runs the notebooks
 )
 # Beside the rooms: the lazy public names, and the older name of a command.
-DOORS = ("__init__", "harvest_run")
+DOORS = ("__init__", "__main__", "harvest_run")
 # Bound when they are called, so that `save` and `load` are methods: the only circle that stays.
 LATE = {("sae.dictionary", "sae.formats")}
 # Modules without a test of their name, and the file that tests them.

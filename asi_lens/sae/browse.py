@@ -1,7 +1,13 @@
-"""Cards of features, drawn: `browse` in a notebook, `write_page` as a file that opens without a server."""
+"""Cards of features, drawn: `browse` in a notebook, `write_page` as a file that opens without a server.
+
+`python -m asi_lens.sae.browse DICTIONARY --model MODEL --corpus CORPUS` writes such a page of a dictionary's
+most frequent, median and rarest features. The dictionary is a folder of asi_lens, SAELens or sparsify.
+"""
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -12,9 +18,10 @@ from torch import nn
 from asi_lens.activations.harvest_store import harvest_store
 from asi_lens.activations.pairs import PairedStores
 from asi_lens.activations.store import ActivationStore
-from asi_lens.base.errors import OptionError, require
+from asi_lens.base.errors import AsiLensError, OptionError, require
 from asi_lens.base.files import write_text
-from asi_lens.inputs.corpora import Tokens
+from asi_lens.inputs.corpora import Tokens, load_tokens
+from asi_lens.inputs.models import load_model
 from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.features import Card, Features
 
@@ -161,3 +168,35 @@ def _template() -> Any:
     )
     environment.filters["visible"] = lambda text: text.replace("\n", "↵")
     return environment.get_template("features.html.j2")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command. Returns 0, or 1 after printing the error."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "python -m asi_lens.sae.browse", description=__doc__, formatter_class=form
+    )
+    parser.add_argument("dictionary", type=Path, help="folder of the dictionary")
+    parser.add_argument("--model", required=True, help="as `load_model`")
+    parser.add_argument("--corpus", required=True, help="as `load_tokens`")
+    parser.add_argument("--tokens", type=int, default=65_536, help="tokens of the corpus to look at")
+    parser.add_argument("--context", type=int, default=256, help="tokens per sequence")
+    parser.add_argument("--features", type=int, default=8, help="features per group")
+    parser.add_argument("--output", type=Path, default=Path("features.html"), help="file to write")
+    given = parser.parse_args(arguments)
+    try:
+        sae = SparseAutoencoder.load(given.dictionary)
+        model = load_model(given.model)
+        tokens = load_tokens(given.corpus, model, given.tokens, context=given.context)
+        features = Features(sae, _harvested(sae, tokens, model), tokens, model)
+        caption = f"{features.site}, {tokens.ids.numel():,} tokens"
+        groups = features.choice(given.features)
+        print(write_page(given.output, features, groups, f"Features of {given.dictionary.name}", caption))
+    except (AsiLensError, OSError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

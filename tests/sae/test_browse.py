@@ -13,7 +13,7 @@ from small_stores import OPTIONS
 import asi_lens as al
 from asi_lens.base.errors import OptionError
 from asi_lens.inputs.corpora import Tokens
-from asi_lens.sae.browse import Browser, card_html, write_page
+from asi_lens.sae.browse import Browser, card_html, main, write_page
 from asi_lens.sae.features import Card, Context, Features
 
 pytestmark = pytest.mark.filterwarnings("ignore::asi_lens.activations.spectrum.FewTokensWarning")
@@ -117,3 +117,19 @@ def test_browse_takes_text_or_a_store(
     nameless = al.SparseAutoencoder(al.SAEConfig(features.sae.d_in, 40, 3))
     with pytest.raises(OptionError, match="does not say its site"):
         al.browse(nameless, tiny_tokens, tiny_llama)
+
+
+def test_the_command_writes_a_page(
+    features: Features, tiny_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("ASI_LENS_CACHE", str(tmp_path / "cache"))
+    features.sae.save(tmp_path / "sae")
+    (tmp_path / "text.txt").write_text("abc def ghi. " * 80)
+    out = tmp_path / "page.html"
+    arguments = [str(tmp_path / "sae"), "--model", str(tiny_folder("llama")), "--output", str(out)]
+    arguments += ["--corpus", str(tmp_path / "text.txt"), "--context", "16", "--features", "2"]
+    assert main([*arguments, "--tokens", "256"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(out)
+    assert "Features of sae" in Texts(out.read_text(encoding="utf-8")).texts
+    assert main([*arguments, "--tokens", "100000000"]) == 1
+    assert "Error" in capsys.readouterr().err
