@@ -336,6 +336,23 @@ DOORS: dict[str, Callable[[World], Made]] = {
     "Trainer.step": _of(_at("trainer"), "step", batch=lambda w: w.rows[:32]),
     "Trainer.prepare": _of(_at("trainer"), "prepare", store=_at("store")),
     "Trainer.load_state": _of(_at("trainer"), "load_state", read=_read_from(_at("trainer"))),
+    "Features": _al(
+        "Features", sae=lambda w: w.sae(d_in=24), store=_at("harvested"), **RUN, d_init=_is(4), top=_is(2),
+        sampled=_is(2), seed=_is(0),
+    ),
+    "Features.card": _of(_at("features"), "card", feature=_is(0), n_logits=_is(2), n_similar=_is(2)),
+    "Features.contexts": _of(
+        _features, "contexts", feature=_is(0), which=_is("top"), before=_is(2), after=_is(2)
+    ),
+    "Features.similar": _of(_at("features"), "similar", feature=_is(0), n=_is(2)),
+    "Features.written": _of(_at("features"), "written", feature=_is(0)),
+    "Features.logit_effect": _of(_at("features"), "logit_effect", feature=_is(0)),
+    "Features.search": _of(_at("features"), "search", text=_is("a"), n=_is(2)),
+    "Features.choice": _of(_at("features"), "choice", n=_is(2)),
+    "Features.word": _of(_at("features"), "word", token=_is(5)),
+    "browse": _al(
+        "browse", sae=lambda w: w.sae(d_in=24), store_or_tokens=_at("harvested"), model=MODEL, tokens=TOKENS
+    ),
     "Page": _al("Page", notebook=_is("03_page"), namespace=_at("namespace")),
     "Page.load_model": _of(PAGE_OF, "load_model", name=lambda w: str(w.folder)),
     "Page.load_tokens": _of(

@@ -84,6 +84,11 @@ class World:
         return al.collect_spectra(self.model, self.tokens, ["attn_out"], [1], progress=False)
 
     @cached_property
+    def features(self) -> Any:
+        sae = self.sae(d_in=24, metadata=self.harvested.metadata)
+        return al.Features(sae, self.harvested, self.tokens, self.model, top=2, sampled=2, progress=False)
+
+    @cached_property
     def pairs(self) -> Any:
         return al.harvest_pairs(self.model, self.tokens, 1, progress=False)
 
