@@ -70,6 +70,15 @@ def checked(door: Door) -> Door:
     return door
 
 
+def check_options(door: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Check values for parameters of a checked function, without a call. Raises as the function would."""
+    named = _kinds_of(door)[1]
+    for name, value in options.items():
+        kind = named.get(name)
+        if kind is not None:
+            fitted(name, value, kind)
+
+
 def _checking(function: Callable[..., Any]) -> Callable[..., Any]:
     kinds: Any = None
 
