@@ -13,7 +13,7 @@ import torch
 
 from asi_lens.base.cache import MANIFEST
 from asi_lens.base.errors import CacheError, DataError, UnsupportedModelError
-from asi_lens.inputs import gguf, models
+from asi_lens.inputs import gguf, models, twin
 
 pytestmark = pytest.mark.model_facing
 
@@ -106,7 +106,7 @@ def test_weights_and_tokenizer_come_through(tmp_path: Path) -> None:
     assert (info.name, info.weights) == ("tiny", "4-bit weights, dequantised")
     assert (info.architecture, info.n_kv_heads, info.d_head) == ("LlamaForCausalLM", N_KV_HEADS, D_HEAD)
     names = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "ffn_down": "mlp.down_proj"}
-    weights = dict(models.twin.runners(model)[1].root.named_parameters())
+    weights = dict(twin.runners(model).plain.root.named_parameters())
     for ours, theirs in names.items():
         found = weights[f"model.layers.1.{theirs}.weight"].detach().numpy()
         np.testing.assert_array_equal(found, expected[f"blk.1.{ours}"])
