@@ -258,7 +258,7 @@ def _record(
 def _record_all(
     model: nn.Module, runner: twin.Runner, ids: Tensor
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Return `_record` of `identities.wanted`, and mark places whose tensors are changed after their hooks."""
+    """Return `_record` of `identities.wanted`, and mark places whose tensors change after their hooks."""
     wanted = identities.wanted(runner)
     kept: dict[str, tuple[Tensor, int, Tensor | None]] = {}
 
