@@ -242,3 +242,72 @@ def build(name: str, folder: Path, seed: int = 0) -> Path:
     model.save_pretrained(folder)
     tiny_models.tokenizer().save_pretrained(folder)
     return folder
+
+
+def load(folder: Path) -> Any:
+    """The model in `folder` in float32, or the UnsupportedModelError that says why it is refused."""
+    from asi_lens.base.errors import UnsupportedModelError
+    from asi_lens.inputs import models
+
+    try:
+        return models.load_model(folder, dtype="float32", device="cpu")
+    except UnsupportedModelError as error:
+        return error
+
+
+def summary(model: Any) -> str:
+    """What a model (as `load` returns it) offers: its sites, or why it is refused. One cell of the table."""
+    from asi_lens.inputs import models, verify
+
+    if isinstance(model, Exception):
+        unknown = "Could not determine supported architecture" in str(model)
+        return "not bridged" if unknown else "refused: TransformerLens cannot bridge it"
+    found = verify.verify(model)
+    if found.failure:
+        two = "two ways" in found.failure
+        return f"refused: {'two ways to compute attention differ' if two else 'the model does not run'}"
+    layers = range(N_LAYERS)
+    at = {site: [layer for layer in layers if (site, layer) in found.sites] for site in models.SITES}
+    whole = [site for site in models.SITES if len(at[site]) == N_LAYERS]
+    part = [f"{site} of some layers" for site in models.SITES if 0 < len(at[site]) < N_LAYERS]
+    sites = "all" if len(whole) == len(models.SITES) else ", ".join([*whole, *part])
+    return sites + ("; only hooks at modules" if verify.own_error(model) else "")
+
+
+def table(path: Path) -> dict[str, dict[str, str]]:
+    """Cells of the table in a page, by name and by version of TransformerLens."""
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    head, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    return {row[0].strip("`"): dict(zip(head[2:], row[2:], strict=True)) for row in rows}
+
+
+def column() -> str:
+    """The head of the installed TransformerLens's column."""
+    import importlib.metadata
+
+    return "TransformerLens " + ".".join(importlib.metadata.version("transformer-lens").split(".")[:2])
+
+
+def write(path: Path) -> None:
+    """Write the installed TransformerLens's column of the table in `path` anew.
+
+    `python tests/architectures.py` does so for `docs/architectures.md`.
+    """
+    import tempfile
+
+    columns = ("TransformerLens 3.5", "TransformerLens 4.3")
+    known = table(path)
+    lines = [f"| | class | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
+    with tempfile.TemporaryDirectory() as root:
+        for name, (kind, _) in CONFIGS.items():
+            cells = {**dict.fromkeys(columns, ""), **known.get(name, {})}
+            cells[column()] = summary(load(build(name, Path(root, name))))
+            lines.append(f"| `{name}` | {kind} | {' | '.join(cells[one] for one in columns)} |")
+    text = path.read_text(encoding="utf-8")
+    start = text.index("| | class |") if "| | class |" in text else len(text)
+    end = text.find("\n\n", start)
+    path.write_text(text[:start] + "\n".join(lines) + (text[end:] if end >= 0 else "\n"), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write(Path(__file__).resolve().parent.parent / "docs" / "architectures.md")

@@ -59,6 +59,7 @@ TESTED_ELSEWHERE = {
     "figures.panels": "figures/test_dead_features.py",
     "figures.parts": "figures/test_dead_features.py",
     "figures.style": "figures/test_collapse.py",
+    "inputs.gguf_rules": "inputs/test_gguf.py",
     "inputs.identities": "inputs/test_verify.py",
     "inputs.own_tokens": "inputs/test_fingerprint.py",
     "inputs.passes": "inputs/test_hooks.py",

@@ -255,6 +255,70 @@ def test_hooks_that_the_user_added_stay_in_force(tiny_folder: Any, ids: torch.Te
     assert not torch.allclose(hooked, clean, atol=1e-2)
 
 
+def _loss(model: Any, ids: torch.Tensor) -> float:
+    logits = models.forward(model, ids, {}, logits=True)
+    return float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
+
+
+def test_hooks_of_pytorch_after_the_first_use_are_called(tiny_folder: Any, ids: torch.Tensor) -> None:
+    model = models.load_model(tiny_folder("llama"), dtype="float32", device="cpu")
+    clean = _loss(model, ids)
+    block = twin.original(model.blocks[1])
+    handles = [
+        block.register_forward_hook(lambda module, inputs, output: output + 3.0),
+        block.self_attn.register_forward_pre_hook(lambda module, inputs: None),
+    ]
+    with torch.inference_mode():
+        logits = model(ids)
+    expected = float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
+    assert _loss(model, ids) == pytest.approx(expected, rel=1e-5)
+    assert abs(expected - clean) > 1e-3
+    found, _ = recorded(model, ids, {"x": "blocks.1.hook_resid_post", "y": "blocks.2.hook_resid_pre"})
+    torch.testing.assert_close(found["x"], found["y"])
+    for handle in handles:
+        handle.remove()
+    assert _loss(model, ids) == clean
+
+
+def test_modules_exchanged_after_the_first_use_are_used(tiny_folder: Any, ids: torch.Tensor) -> None:
+    model = models.load_model(tiny_folder("llama"), dtype="float32", device="cpu")
+    clean = _loss(model, ids)
+
+    class Nothing(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.zeros_like(x)
+
+    block = twin.original(model.blocks[1])
+    before = block.mlp
+    block.mlp = Nothing()
+    edited = _loss(model, ids)
+    block.mlp = before
+    ablated = models.forward(model, ids, {"blocks.1.hook_mlp_out": torch.zeros_like}, logits=True)
+    expected = torch.nn.functional.cross_entropy(ablated[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert edited == pytest.approx(float(expected), rel=1e-5)
+    assert _loss(model, ids) == clean != edited
+
+
+@pytest.mark.parametrize("edit", ["scaling", "eps", "forward", "activation"])
+def test_attributes_changed_after_the_first_use_count(tiny_folder: Any, ids: torch.Tensor, edit: str) -> None:
+    model = models.load_model(tiny_folder("llama"), dtype="float32", device="cpu")
+    clean = _loss(model, ids)
+    block = twin.original(model.blocks[1])
+    mlp, attention = twin.original(block.mlp), twin.original(block.self_attn)
+    if edit == "scaling":
+        attention.scaling *= 4
+    elif edit == "eps":
+        twin.original(block.input_layernorm).variance_epsilon = 10.0
+    elif edit == "forward":
+        mlp.down_proj.forward = lambda x: torch.zeros(*x.shape[:-1], 24)
+    else:
+        mlp.act_fn = torch.nn.Identity()
+    changed = _loss(model, ids)
+    assert abs(changed - clean) > 1e-3
+    fresh = models.load_model(model)
+    assert _loss(fresh, ids) == changed
+
+
 def test_the_model_follows_its_weights(tiny_folder: Any, ids: torch.Tensor) -> None:
     model = models.load_model(tiny_folder("gpt2"), dtype="float32", device="cpu")
     before = models.model_info(model).fingerprint
