@@ -29,7 +29,6 @@ from asi_lens.figures.panels import (
 from asi_lens.figures.parts import bar, curve, log_x, panels, root_y, strips
 from asi_lens.figures.style import (
     GREY,
-    METHOD_COLORS,
     color,
     label,
     marker,
@@ -39,15 +38,6 @@ from asi_lens.figures.style import (
     sites,
 )
 from asi_lens.results.rows import DeadFeatureRow, RankedDeadFeatureRow
-
-__all__ = [
-    "METHOD_COLORS",
-    "d_init_sweep",
-    "dead_feature_curves",
-    "dictionary_size",
-    "layers_and_sites",
-    "learning_rates",
-]
 
 # Methods that some builders need by name.
 _RANDOM, _ASI, _AUTOMATIC = "random", "ASI", "ASI, automatic d_init"

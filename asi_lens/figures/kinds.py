@@ -27,8 +27,6 @@ from asi_lens.figures.parts import strips
 from asi_lens.figures.style import METHOD_COLORS, methods, order, over
 from asi_lens.results.rows import DictionaryRow, DriftRow
 
-__all__ = ["dictionaries", "jumprelu_schedule"]
-
 _STARTS = {"random": ("random", "circle"), "asi": ("ASI", "diamond")}
 
 

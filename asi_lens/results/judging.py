@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from functools import wraps
+from typing import Literal, NamedTuple, ParamSpec, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -20,7 +21,9 @@ from asi_lens.base.errors import DataError, OptionError, require, require_known
 from asi_lens.results.rows import LOSSES
 
 Values: TypeAlias = pd.Series | np.ndarray | Sequence[float | int]
+Holds: TypeAlias = bool | Literal["partly"] | None
 Outcome = Literal["supported", "partly supported", "not supported", "not testable here"]
+Given = ParamSpec("Given")
 
 OUTCOMES: tuple[str, ...] = typing.get_args(Outcome)
 """All possible outcomes of a claim."""
@@ -95,7 +98,7 @@ class Verdict:
     """At most four numbers, which decide the verdict."""
     over: str
     """Values that the spread covers, such as `3 seeds`."""
-    holds: bool | Literal["partly"] | None
+    holds: Holds
     """Whether the claim holds; None if seeds disagree or the claim cannot be judged."""
     budget: str = ""
     """Model, text, tokens ... that the numbers were measured with."""
@@ -112,6 +115,42 @@ class Verdict:
         if self.holds == "partly":
             return "partly supported"
         return "supported" if self.holds else "not supported"
+
+
+class UntestedError(Exception):
+    """The table lacks rows that a claim compares, so there is no verdict on the claim."""
+
+
+class Found(NamedTuple):
+    """Result of a claim's rule; see the attributes of the same names of `Verdict`."""
+
+    numbers: Sequence[Number]
+    over: str
+    holds: Holds
+
+
+Rule: TypeAlias = Callable[Given, Found]
+Judge: TypeAlias = Callable[Given, Verdict | None]
+
+
+def claim(name: str, statement: str, paper_value: str) -> Callable[[Rule[Given]], Judge[Given]]:
+    """Decorate the rule of the claim `name`: the decorated function returns a Verdict.
+
+    The decorated function returns None if the rule raises `UntestedError`.
+    """
+
+    def decorate(rule: Rule[Given]) -> Judge[Given]:
+        @wraps(rule)
+        def judge(*args: Given.args, **kwargs: Given.kwargs) -> Verdict | None:
+            try:
+                numbers, over, holds = rule(*args, **kwargs)
+            except UntestedError:
+                return None
+            return Verdict(name, statement, paper_value, tuple(numbers), over, holds)
+
+        return judge
+
+    return decorate
 
 
 def combined(verdicts: Sequence[str]) -> str:
@@ -139,24 +178,23 @@ def taken(table: pd.DataFrame, keys: Sequence[str], measures: Sequence[str]) -> 
 
 
 def spread(
-    name: str, values: pd.Series, *, value: float | None = None, percent: bool = False
-) -> tuple[Number, ...]:
-    """Return the mean of `values` (or the given `value`) with their range, as a tuple of one Number.
+    name: str, values: pd.Series | float, *, value: float | None = None, percent: bool = False
+) -> list[Number]:
+    """Return the mean of `values` (or the given `value`) with their range, as a list of one Number.
 
-    A single value has no range. The tuple is empty if nothing was measured.
+    A single value has no range. The list is empty if nothing was measured.
     """
-    values = values.dropna()
+    values = pd.Series(values, dtype=float).dropna()
     shown = float(values.mean()) if value is None else value
     if values.empty or math.isnan(shown):
-        return ()
-    if len(values) == 1:
-        return (Number(name, shown, percent=percent),)
-    return (Number(name, shown, float(values.min()), float(values.max()), percent),)
+        return []
+    low, high = (float(values.min()), float(values.max())) if len(values) > 1 else (None, None)
+    return [Number(name, shown, low, high, percent)]
 
 
-def single(name: str, value: float, *, percent: bool = False) -> tuple[Number, ...]:
-    """Return `value` as a tuple of one Number without a spread; the tuple is empty for NaN."""
-    return spread(name, pd.Series([value], dtype=float), percent=percent)
+def spreads(values: Mapping[str, pd.Series | float], *, percent: bool = False) -> list[Number]:
+    """Return the `spread` of each entry of `values`, by name; what was not measured is left out."""
+    return [number for name, one in values.items() for number in spread(name, one, percent=percent)]
 
 
 def counted(n: int, noun: str) -> str:
@@ -172,6 +210,50 @@ def in_every_seed(better: pd.DataFrame) -> bool | None:
     if bool(better.all(axis=None)):
         return True
     return False if bool((~better).all(axis=0).any()) else None
+
+
+def if_known(holds: bool | np.bool_ | None, *measured: pd.DataFrame | pd.Series | float) -> bool | None:
+    """Return `holds` as a bool; None if one of the `measured` numbers is NaN, or if `holds` is None."""
+    unknown = holds is None or any(np.isnan(np.asarray(one, dtype=float)).any() for one in measured)
+    return None if unknown else bool(holds)
+
+
+def by_seed(numbers: Sequence[Number], better: pd.DataFrame, *measured: pd.DataFrame) -> Found:
+    """Return the result of a claim that every seed decides: see `in_every_seed` and `if_known`."""
+    return Found(numbers, counted(len(better), "seed"), if_known(in_every_seed(better), *measured))
+
+
+def held_out(table: pd.DataFrame, keys: Sequence[str], measures: Sequence[str]) -> pd.DataFrame:
+    """Return the held-out rows of `DeadFeatureRow`s, with the columns of `taken`, `split` among them."""
+    table = taken(table, [*keys, "split"], measures)
+    return table[table.split == "held_out"]
+
+
+def by_method(
+    table: pd.DataFrame, keys: Sequence[str], measures: Sequence[str], methods: Sequence[str]
+) -> pd.DataFrame:
+    """Return means of held-out rows, `keys` x (measure, method).
+
+    Raises UntestedError if a method has no rows.
+    """
+    held = held_out(table, [*keys, "method"], measures)
+    held = held[held.method.isin(methods)]
+    if not set(methods) <= set(held.method):
+        raise UntestedError
+    return held.groupby([*keys, "method"])[list(measures)].mean().unstack("method")
+
+
+def ends(table: pd.DataFrame, dead_window: int, methods: Sequence[str]) -> list[pd.DataFrame]:
+    """Return `final_numbers` by seed, one table per method. Raises UntestedError if a method has no rows.
+
+    A seed that a method lacks is a row of NaN in that method's table.
+    """
+    final = final_numbers(table, dead_window)
+    if not set(methods) <= set(final.index.unique("method")):
+        raise UntestedError
+    final = final.loc[list(methods)]
+    seeds = final.index.unique("seed").sort_values()
+    return [final.xs(name, level="method").reindex(seeds) for name in methods]
 
 
 def final_numbers(table: pd.DataFrame, dead_window: int) -> pd.DataFrame:
