@@ -5,17 +5,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from asi_lens.base.errors import OptionError
+from asi_lens.results.judging import Number, Outcome, require_claim
 from asi_lens.results.tables import Row, read_rows
-from asi_lens.results.verdicts import Number
-
-Told = Literal["supported", "partly supported", "not supported", "not testable here"]
 
 CLAIMS_FILE = "claims.csv"
 
@@ -33,14 +29,13 @@ class ClaimRow(Row):
     """Spread of our value, and over what: seeds, layers or corpora."""
     budget: str
     """Model, text, tokens ... that our value was measured with."""
-    verdict: Told
+    verdict: Outcome
     notebook: str
     """Name of the notebook that tested the claim, such as `01_rank_curves`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not re.fullmatch(r"C[1-9]\d*", self.claim):
-            raise OptionError(f"claim={self.claim!r} is not allowed; claim must be C1, C2, ...")
+        require_claim(self.claim)
 
 
 def rows_of(verdicts: Sequence[Mapping[str, Any]], notebook: str) -> list[ClaimRow]:

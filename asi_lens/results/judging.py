@@ -104,7 +104,7 @@ class Verdict:
     """Model, text, tokens ... that the numbers were measured with."""
 
     def __post_init__(self) -> None:
-        require(re.fullmatch(r"C[1-9]\d*", self.claim) is not None, "claim", self.claim, "C1, C2, ...")
+        require_claim(self.claim)
         n = len(self.numbers)
         require(n <= MOST_NUMBERS, f"{self.claim}: numbers", n, f"at most {MOST_NUMBERS}")
 
@@ -115,6 +115,11 @@ class Verdict:
         if self.holds == "partly":
             return "partly supported"
         return "supported" if self.holds else "not supported"
+
+
+def require_claim(claim: str) -> None:
+    """Raise OptionError unless `claim` is `C1`, `C2`, ..."""
+    require(re.fullmatch(r"C[1-9]\d*", claim) is not None, "claim", claim, "C1, C2, ...")
 
 
 class UntestedError(Exception):

@@ -127,7 +127,10 @@ def test_a_failed_write_leaves_the_old_table(tmp_path: Path) -> None:
         (lambda t: t.replace("layer,", "", 1).replace("3,", "", 1), "missing columns layer"),
         (lambda t: t.replace("layer", "leyer", 1), "unknown columns leyer"),
         (lambda t: t.replace("note", "name", 1), "repeated columns name"),
-        (lambda t: t.replace("x,3", "x,three", 1), r"line 2, column layer: 'three'"),
+        (
+            lambda t: t.replace("x,3", "x,three", 1),
+            r"t.csv, line 2: Sample.layer='three' is not allowed; input should be a valid integer",
+        ),
         (lambda t: t.replace("0.5", "nan", 1), "line 2: Sample.value is nan"),
         (lambda t: t.replace(",a,", ",z,", 1), "unknown Sample.kind 'z'"),
         (lambda t: t[: t.index("0.5")], "line 2: fewer cells"),
