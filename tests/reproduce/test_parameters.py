@@ -91,7 +91,7 @@ def test_a_notebook_needs_its_parameters_cell_with_plain_values(project: Path) -
     with pytest.raises(OptionError, match="that sets profile, output_folder"):
         merged("03_bare")
     runs.notebook(folder / "03_bare.ipynb", parameters=runs.PARAMETERS + "x = 2 * seed\n")
-    with pytest.raises(OptionError, match="default of x is no literal"):
+    with pytest.raises(OptionError, match="default of x is not a literal"):
         merged("03_bare")
 
 
