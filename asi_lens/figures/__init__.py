@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from asi_lens.figures.collapse import (
-    downstream_loss,
-    rank_curves,
-    rank_heatmap,
-    rank_vs_tokens,
-    spectra,
-)
+from asi_lens.figures.collapse import downstream_loss, rank_curves, rank_heatmap, rank_vs_tokens, spectra
 from asi_lens.figures.dead_features import (
     d_init_sweep,
     dead_feature_curves,

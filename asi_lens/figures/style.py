@@ -17,14 +17,14 @@ from asi_lens.results.rows import Row, columns
 
 COLORS = {name: site.color for name, site in SITES.items()}
 SITE_LABELS = {name: site.label for name, site in SITES.items()}
-METHOD_COLORS = {
-    "random": "#000000",
-    "random + AuxK": "#E69F00",
-    "ASI": "#56B4E9",
-    "ASI + sparse Adam": "#CC79A7",
+_METHODS = {
+    "random": ("#000000", "circle"),
+    "random + AuxK": ("#E69F00", "square"),
+    "ASI": ("#56B4E9", "diamond"),
+    "ASI + sparse Adam": ("#CC79A7", "triangle-up"),
 }
+METHOD_COLORS = {name: tone for name, (tone, _) in _METHODS.items()}
 GREY = "#777777"
-_METHOD_MARKERS = dict(zip(METHOD_COLORS, ("circle", "square", "diamond", "triangle-up"), strict=True))
 # Looks of other methods, assigned in order, so that no two methods of a figure look the same.
 _SPARE_METHODS = (
     ("#8C6D00", "cross"),
@@ -134,8 +134,8 @@ def label(site: str) -> str:
 def methods(table: pd.DataFrame) -> dict[str, tuple[str, str]]:
     """Return (color, marker) of each method of a table, in the order of every legend."""
     there = order(table, "method")
-    spare = [method for method in there if method not in METHOD_COLORS]
-    known = {name: (METHOD_COLORS[name], _METHOD_MARKERS[name]) for name in METHOD_COLORS if name in there}
+    spare = [method for method in there if method not in _METHODS]
+    known = {name: look for name, look in _METHODS.items() if name in there}
     return known | {name: _SPARE_METHODS[i % len(_SPARE_METHODS)] for i, name in enumerate(spare)}
 
 

@@ -183,7 +183,7 @@ def taken(table: pd.DataFrame, keys: Sequence[str], measures: Sequence[str]) -> 
 
 
 def spread(
-    name: str, values: pd.Series | float, *, value: float | None = None, percent: bool = False
+    name: str, values: pd.Series | float | int, *, value: float | None = None, percent: bool = False
 ) -> list[Number]:
     """Return the mean of `values` (or the given `value`) with their range, as a list of one Number.
 
@@ -197,7 +197,7 @@ def spread(
     return [Number(name, shown, low, high, percent)]
 
 
-def spreads(values: Mapping[str, pd.Series | float], *, percent: bool = False) -> list[Number]:
+def spreads(values: Mapping[str, pd.Series | float | int], *, percent: bool = False) -> list[Number]:
     """Return the `spread` of each entry of `values`, by name; what was not measured is left out."""
     return [number for name, one in values.items() for number in spread(name, one, percent=percent)]
 
@@ -217,7 +217,7 @@ def in_every_seed(better: pd.DataFrame) -> bool | None:
     return False if bool((~better).all(axis=0).any()) else None
 
 
-def if_known(holds: bool | np.bool_ | None, *measured: pd.DataFrame | pd.Series | float) -> bool | None:
+def if_known(holds: bool | np.bool_ | None, *measured: pd.DataFrame | pd.Series | float | int) -> bool | None:
     """Return `holds` as a bool; None if one of the `measured` numbers is NaN, or if `holds` is None."""
     unknown = holds is None or any(np.isnan(np.asarray(one, dtype=float)).any() for one in measured)
     return None if unknown else bool(holds)
