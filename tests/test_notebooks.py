@@ -15,7 +15,7 @@ import tiny_models
 from asi_lens.reproduce.__main__ import reproduce
 from asi_lens.reproduce.parameters import merged_parameters
 from asi_lens.results import rows
-from asi_lens.results.claims import read_claims
+from asi_lens.results.claims import CLAIMS_FILE, ClaimRow
 from asi_lens.results.parameters_cell import notebook_defaults, notebook_names
 from asi_lens.results.rows import LossRow, Row, columns, read_rows
 from asi_lens.results.sidecar import figures_of, read_sidecars
@@ -60,7 +60,7 @@ def test_tables_are_rows_of_a_known_kind(ran: Path) -> None:
 
 @pytest.mark.packaged
 def test_a_smoke_run_puts_every_claim_to_the_test_and_judges_none(ran: Path) -> None:
-    claims = read_claims(ran)
+    claims = read_rows(ran / CLAIMS_FILE, ClaimRow)
     assert {row.claim for row in claims} == {f"C{n}" for n in range(1, 13)}
     assert {row.verdict for row in claims} == {"not testable here"}
 

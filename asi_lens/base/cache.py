@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from asi_lens.base.errors import CacheError
-from asi_lens.base.files import cache_key, locked, sha256_of, write_text, write_whole_folder
+from asi_lens.base.files import cache_key, locked, read_json, sha256_of, write_text, write_whole_folder
 from asi_lens.base.paths import cache_dir
 
 MANIFEST = "manifest.json"
@@ -47,10 +47,10 @@ def cached_jsons(
 
 
 def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["result"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise CacheError(f"{path} cannot be read ({error!r}); delete it and run again") from error
+    found = read_json(path, CacheError, "delete it and run again")
+    if not isinstance(found, dict) or "result" not in found:
+        raise CacheError(f"{path} cannot be read (it has no result); delete it and run again")
+    return found["result"]
 
 
 def cached_folder(

@@ -11,7 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from asi_lens.base.errors import AsiLensError, DataError, OptionError, require, require_known
+from asi_lens.base.errors import AsiLensError, OptionError, require, require_known
+from asi_lens.base.files import read_yaml_mapping
 from asi_lens.base.ranks import Ranks, joined
 
 
@@ -48,15 +49,8 @@ def read_yaml(
     Raises DataError for a file that cannot be read or is not a mapping, UnknownNameError for a key that is
     not in `known`, and OptionError for a missing key of `needed` or a section that is not a mapping.
     """
-    import yaml
-
     path = Path(path)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise DataError(f"{path} must hold keys and values")
+    values = read_yaml_mapping(path)
     require_known(values, known, f"key in {path.name}")
     for key in needed:
         if key not in values:

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from asi_lens.base.errors import DataError, OptionError, unknown_name
+from asi_lens.base.errors import OptionError, unknown_name
+from asi_lens.base.files import read_yaml_mapping
 from asi_lens.base.paths import parameters_dir
 from asi_lens.results.parameters_cell import notebook_defaults, notebook_names
 
@@ -42,7 +43,7 @@ def choose(names: Sequence[str] | None) -> list[str]:
 
 def profile_names() -> list[str]:
     """Return the names of the parameter files with a section `common`."""
-    return sorted(p.stem for p in parameters_dir().glob("*.yaml") if "common" in _read(p))
+    return sorted(p.stem for p in parameters_dir().glob("*.yaml") if "common" in read_yaml_mapping(p))
 
 
 def merged_parameters(
@@ -60,13 +61,13 @@ def merged_parameters(
     path = parameters_dir() / f"{profile}.yaml"
     if profile not in profile_names():
         raise unknown_name("profile", profile, profile_names())
-    sections = _read(path)
+    sections = read_yaml_mapping(path)
     for section in sections:
         if section != "common" and section not in notebook_names():
             raise unknown_name(f"section of {path.name}", section, ["common", *notebook_names()])
     model_file = parameters_dir() / f"{model}.yaml"
     # A model given as a path or a hub name has no parameter file.
-    of_model = _read(model_file) if "/" not in model and model_file.is_file() else {}
+    of_model = read_yaml_mapping(model_file) if "/" not in model and model_file.is_file() else {}
     if not of_model and Path(model).expanduser().exists():
         model = str(Path(model).expanduser().resolve())  # notebooks run in another working folder
     layers = {
@@ -101,15 +102,3 @@ def parse_given(pairs: Sequence[str]) -> dict[str, Any]:
         except yaml.YAMLError as error:
             raise OptionError(f"-p {pair!r} is not allowed; the value must be YAML ({error})") from error
     return out
-
-
-def _read(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is no YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path} must hold keys and values")
-    return content

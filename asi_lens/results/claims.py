@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from asi_lens.results.judging import Number, Outcome, require_claim
-from asi_lens.results.tables import Row, read_rows
+from asi_lens.results.tables import Row
 
 CLAIMS_FILE = "claims.csv"
 
@@ -57,12 +56,6 @@ def rows_of(verdicts: Sequence[Mapping[str, Any]], notebook: str) -> list[ClaimR
             )
         )
     return rows
-
-
-def read_claims(folder: Path | str) -> list[ClaimRow]:
-    """Return the rows of a folder's claims table, sorted by claim; [] if the folder has no claims table."""
-    path = Path(folder) / CLAIMS_FILE
-    return sorted(read_rows(path, ClaimRow), key=claim_order) if path.exists() else []
 
 
 def claim_order(row: ClaimRow) -> tuple[int, str]:

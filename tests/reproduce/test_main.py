@@ -19,8 +19,9 @@ from asi_lens.reproduce import execute, staleness
 from asi_lens.reproduce.board import Board, Tell
 from asi_lens.reproduce.execute import NotebookError
 from asi_lens.results import drawing, provenance
-from asi_lens.results.claims import read_claims
+from asi_lens.results.claims import CLAIMS_FILE, ClaimRow
 from asi_lens.results.sidecar import figures_of, read_sidecar, write_sidecar
+from asi_lens.results.tables import read_rows
 
 
 class Runner:
@@ -215,7 +216,7 @@ def test_what_a_notebook_no_longer_makes_goes(runner: Runner) -> None:
     runner()
     assert not list(runner.folder.glob("01_old.*"))
     assert list(figures_of(runner.folder)) == ["01_alpha", "02_beta"]
-    assert [row.claim for row in read_claims(runner.folder)] == ["C1"]
+    assert [row.claim for row in read_rows(runner.folder / CLAIMS_FILE, ClaimRow)] == ["C1"]
     assert (runner.folder / "02_beta.csv").exists(), "another notebook's files stay"
 
 
@@ -229,7 +230,7 @@ def test_a_failure_keeps_what_an_earlier_run_left(runner: Runner) -> None:
     runner()
     assert runner.code == 1
     assert (runner.folder / "01_alpha.csv").read_text() == table
-    assert [(row.claim, row.our_value) for row in read_claims(runner.folder)] == [
+    assert [(row.claim, row.our_value) for row in read_rows(runner.folder / CLAIMS_FILE, ClaimRow)] == [
         ("C1", "n 5"),
         ("C4", "n 5"),
     ]
@@ -246,7 +247,7 @@ def test_an_edited_record_is_made_again(runner: Runner, capsys: pytest.CaptureFi
     assert "01_alpha.json was changed" in capsys.readouterr().out
     (runner.folder / "claims.csv").write_text("edited by hand")
     assert runner() == []
-    assert [row.verdict for row in read_claims(runner.folder)] == ["supported"]
+    assert [row.verdict for row in read_rows(runner.folder / CLAIMS_FILE, ClaimRow)] == ["supported"]
 
 
 def test_a_notebook_without_a_record_is_an_error(runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,8 +23,9 @@ from asi_lens.reproduce.publish import (
     readme_section,
     update_readme,
 )
-from asi_lens.results.claims import read_claims
+from asi_lens.results.claims import CLAIMS_FILE, ClaimRow
 from asi_lens.results.sidecar import read_sidecars, write_sidecar
+from asi_lens.results.tables import read_rows
 
 FIGURE = {"title": "t", "subtitle": "s", "caption": "c", "png": True, "reason": ""}
 
@@ -73,7 +74,7 @@ def test_tables_images_and_records_are_copied_and_nothing_else(root: Path) -> No
         "claims.csv",
         "run.json",
     ]
-    assert [row.claim for row in read_claims(folder)] == ["C2", "C10"]
+    assert [row.claim for row in read_rows(folder / CLAIMS_FILE, ClaimRow)] == ["C2", "C10"]
 
 
 def test_a_notebook_replaces_its_own_files_only(root: Path) -> None:
