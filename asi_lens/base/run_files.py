@@ -54,7 +54,7 @@ def read_yaml(
     require_known(values, known, f"key in {path.name}")
     for key in needed:
         if key not in values:
-            raise OptionError(f"{path.name} has no {key}")
+            raise OptionError(f"{path.name} has no key {key!r}; add it")
     for key in sections:
         require(isinstance(values.get(key, {}), dict), key, values.get(key), "keys and values")
     return values | {key: path.parent / Path(str(values[key])).expanduser() for key in folders}

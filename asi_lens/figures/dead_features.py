@@ -73,7 +73,7 @@ def d_init_sweep(table: pd.DataFrame) -> go.Figure:
     held = table[(table.split == "held_out") & (table.d_init.notna() | (table.method == _RANDOM))]
     swept = held[~held.method.isin([_RANDOM, _AUTOMATIC])]
     if swept.empty:
-        raise DataError("d_init_sweep: no held_out row has a d_init to sweep over")
+        raise DataError("d_init_sweep: the table has no held_out row with a d_init")
     single(swept, "method", "d_init_sweep")
     subtitle, shown = subtitle_of(held, over(swept, "layer", "seed")), held_out_panels(held, "d_init_sweep")
     figure, place = grid("How large the active subspace is taken", subtitle, [shown])
@@ -143,7 +143,7 @@ def layers_and_sites(table: pd.DataFrame) -> go.Figure:
     held = held_out_panels(table, "layers_and_sites")
     for method in (_RANDOM, _ASI):
         if not held or not (held[0].rows.method == method).any():
-            raise DataError(f"layers_and_sites: no held_out row has the method {method!r}")
+            raise DataError(f"layers_and_sites: the table has no held_out row with the method {method!r}")
     rows, shown = held[0].rows, sites(held[0].rows)
     subtitle = subtitle_of(table, "mean over seeds" if rows.seed.nunique() > 1 else "")
     titles = ["random initialization, a mark per layer", "random and ASI, a line per layer"]

@@ -63,7 +63,7 @@ def dictionaries(table: pd.DataFrame) -> go.Figure:
     check(table, DictionaryRow, name, "model", "corpus", "site", "layer", "d_sae")
     held = held_out_panels(table, name)
     if not held:
-        raise DataError(f"{name}: no held_out row has been measured")
+        raise DataError(f"{name}: the table has no measured held_out row")
     kinds = order(held[0].rows, "dictionary")
     subtitle = subtitle_of(table, over(table, "seed"))
     figure, place = grid("ASI in every dictionary", subtitle, [[panel] for panel in held])

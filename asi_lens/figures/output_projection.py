@@ -86,7 +86,7 @@ def head_overlap(table: pd.DataFrame, layers: Sequence[int] | None = None) -> go
     shown = pick(table.layer, layers)
     off = table[table.head_a != table.head_b]
     if off.empty:
-        raise DataError("head_overlap: a model with one head has no overlap to draw")
+        raise DataError("head_overlap: the model has one head, so there is no overlap to draw")
     chance = float(off.random_mean_cosine.mean())
     figure = panels(
         "Overlap of the heads' output subspaces",

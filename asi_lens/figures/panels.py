@@ -57,7 +57,10 @@ def window_of(train: pd.DataFrame, *, whole: bool) -> int:
     shared = [set(rows.dead_window_tokens) for _, rows in last_rows.groupby(RUN, dropna=False)]
     fit = [w for w in set.intersection(*shared) if w <= last] if shared else []
     if not fit:
-        raise DataError("no window of dead features is in all runs of split train and within each")
+        raise DataError(
+            "the training runs share no dead_window_tokens that is at most as long as every run; "
+            "train them with one dead_window"
+        )
     return int(max(fit if whole else [w for w in fit if w < last] or fit))
 
 

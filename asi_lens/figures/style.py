@@ -87,16 +87,18 @@ def need(table: pd.DataFrame, row_type: type[Row]) -> None:
     """Raise DataError unless `table` has rows and every column of `row_type`."""
     missing = [name for name in columns(row_type) if name not in table.columns]
     if missing:
-        raise DataError(f"not a table of {row_type.__name__}: columns {', '.join(missing)} are missing")
+        raise DataError(
+            f"the table is not a table of {row_type.__name__}: it has no column {', '.join(missing)}"
+        )
     if table.empty:
-        raise DataError(f"a table of {row_type.__name__} without rows cannot be drawn")
+        raise DataError(f"the table of {row_type.__name__} has no rows, so there is nothing to draw")
 
 
 def single(table: pd.DataFrame, column: str, builder: str) -> None:
     """Raise DataError if `column` has several values: the figure can show only one."""
     if table[column].nunique() > 1:
         names = ", ".join(str(name) for name in table[column].unique())
-        raise DataError(f"{builder} draws one {column}, the table has {names}: choose one")
+        raise DataError(f"{builder} draws one {column}; the table has {names}: select one")
 
 
 def pick(layers: Iterable[int], wanted: Sequence[int] | None) -> list[int]:

@@ -67,7 +67,7 @@ def reproduce(
     }
     known = (folder, published_dir(model, profile))
     board = Board({name: _expected(known, name) for name in plans})
-    busy = AsiLensError(f"another run is at work in {folder}; wait for it or stop it")
+    busy = AsiLensError(f"another run is using {folder}; wait for that run or stop it")
     with locked(folder / ".reproduce", busy), _drawing_later(folder), executing_in(jobs, board) as executing:
         todo = [
             partial(_run, folder, name, parameters, board, force, executing)
@@ -162,7 +162,7 @@ def _time(folder: Path, name: str, seconds: float, before: Mapping[str, Any]) ->
     """Write the time of a run and the longest time with the same parameters into the notebook's sidecar."""
     found = read_sidecar(folder, name)
     if found is None:
-        raise AsiLensError(f"{name} has left no {name}.json; its last cell must be `page.done()`")
+        raise AsiLensError(f"{name} wrote no {name}.json; its last cell must be `page.done()`")
     key = cache_key(parameters=found["parameters"], sources=found["sources"])
     timed = {**found, "wall_time_s": round(seconds, 1), "timed_key": key}
     write_sidecar(folder, {**timed, "longest_wall_time_s": longest_time(timed, before)})
@@ -233,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\nstopped: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted; the next run goes on from here", file=sys.stderr)
+        print("\ninterrupted; the next run continues from here", file=sys.stderr)
         return 130
     print(f"\ngallery: {page}")
     missing = missing_images(figures_dir(chosen.model, chosen.profile))

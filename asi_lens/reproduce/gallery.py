@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,13 +85,8 @@ class Run:
 
     @property
     def claims(self) -> list[Claim]:
-        """Tested claims, C2 before C10."""
-        found: dict[str, list[Evidence]] = {}
-        for notebook, sidecar in self.notebooks.items():
-            for one in sidecar["verdicts"]:
-                found.setdefault(one["claim"], []).append(self._evidence(notebook, one))
-        order = sorted(found, key=lambda name: int(name[1:]))
-        return [Claim(name, found[name]) for name in order]
+        """Tested claims; see `claims_of`."""
+        return claims_of([self])
 
     @property
     def tables(self) -> list[str]:
@@ -104,20 +100,26 @@ class Run:
         """A name that can be used as an HTML id."""
         return re.sub(r"[^\w-]+", "-", self.url)
 
-    def _evidence(self, notebook: str, one: dict[str, Any]) -> Evidence:
+    def evidence(self, notebook: str, one: dict[str, Any]) -> Evidence:
+        """Return the evidence of one verdict in a notebook's sidecar."""
         own = [figure for figure in self.figures if figure.stem in self.notebooks[notebook]["figures"]]
         named = [figure for figure in own if re.search(rf"\b{one['claim']}\b", figure.caption)]
-        return Evidence(
-            notebook,
-            self.profile,
-            one["verdict"],
-            one["statement"],
-            one["paper_value"],
-            [Number(**number) for number in one["numbers"]],
-            one["over"],
-            one["budget"],
-            next(iter([*named, *own]), None),
-        )
+        texts = {key: one[key] for key in ("verdict", "statement", "paper_value", "over", "budget")}
+        numbers, figure = [Number(**number) for number in one["numbers"]], next(iter([*named, *own]), None)
+        return Evidence(notebook, self.profile, numbers=numbers, figure=figure, **texts)
+
+
+def claims_of(runs: Sequence[Run]) -> list[Claim]:
+    """Return the claims of several runs, C2 before C10.
+
+    Each notebook's evidence is from the first run that has it.
+    """
+    found: dict[str, dict[str, Evidence]] = {}
+    for run in runs:
+        for notebook, sidecar in run.notebooks.items():
+            for one in sidecar["verdicts"]:
+                found.setdefault(one["claim"], {}).setdefault(notebook, run.evidence(notebook, one))
+    return [Claim(name, list(found[name].values())) for name in sorted(found, key=lambda name: int(name[1:]))]
 
 
 def find_runs(root: Path, newest: Path | None = None) -> list[Run]:

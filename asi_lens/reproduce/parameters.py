@@ -57,7 +57,7 @@ def merged_parameters(
     defaults = notebook_defaults(notebook)
     missing = [key for key in ALWAYS if key not in defaults]
     if missing:
-        raise OptionError(f"{notebook}: no cell tagged `parameters` that sets {', '.join(missing)}")
+        raise OptionError(f"{notebook} has no cell tagged `parameters` that sets {', '.join(missing)}")
     path = parameters_dir() / f"{profile}.yaml"
     if profile not in profile_names():
         raise unknown_name("profile", profile, profile_names())

@@ -16,7 +16,7 @@ from pathlib import Path
 from asi_lens.base.errors import AsiLensError, DataError
 from asi_lens.base.files import write_text, write_whole
 from asi_lens.base.paths import PUBLISHED, figures_dir, figures_root, project_root, published_dir
-from asi_lens.reproduce.gallery import DEFAULT_MODEL, Claim, Evidence, Run, build_gallery, find_runs
+from asi_lens.reproduce.gallery import DEFAULT_MODEL, Run, build_gallery, claims_of, find_runs
 from asi_lens.results.sidecar import files_of, join, longest_time, read_sidecars, write_sidecar
 
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
@@ -33,16 +33,18 @@ def publish(model: str, profile: str, notebooks: Sequence[str] | None = None) ->
     Raises DataError if no notebook was run, if an image is missing, or if the profile makes no claims.
     """
     if profile in _NOT_PUBLISHED:
-        raise DataError(f"profile {profile} makes no claims; there is nothing in it to publish")
+        raise DataError(f"profile {profile} is not published: its runs are too small to support a claim")
     source, target = figures_dir(model, profile), published_dir(model, profile)
     found = read_sidecars(source)
     chosen = {name: one for name, one in found.items() if not notebooks or name in notebooks}
     if not chosen:
-        raise DataError(f"{source} holds no run of {', '.join(notebooks or ['a notebook'])}; run it first")
+        raise DataError(
+            f"{source} has no run of {', '.join(notebooks or ['a notebook'])}; run `make figures` first"
+        )
     for name, one in chosen.items():
         undrawn = [stem for stem, figure in one["figures"].items() if not figure["png"]]
         if undrawn:
-            raise DataError(f"{name} has no image of {', '.join(undrawn)}; run it where a Chrome is")
+            raise DataError(f"{name} has no image of {', '.join(undrawn)}; run it where Chrome is installed")
     target.mkdir(parents=True, exist_ok=True)
     before = read_sidecars(target)
     for name, one in chosen.items():
@@ -65,7 +67,7 @@ def readme_section(root: Path) -> str:
     Raises DataError if no result of the default model is published.
     """
     lines = ["| claim | paper | here | verdict |", "|---|---|---|---|"]
-    for claim in best_claims(_best(root)):
+    for claim in claims_of(_best(root)):
         first = claim.evidence[0]
         numbers = "; ".join(f"{number.name} {number.middle}" for number in first.numbers[:3])
         sources = "; ".join(
@@ -94,7 +96,7 @@ def evidence_page(root: Path) -> str:
         "Each claim of the paper, from the best run of every notebook that tests it.",
         "`make publish` writes this page.",
     ]
-    for claim in best_claims(_best(root)):
+    for claim in claims_of(_best(root)):
         lines += ["", f"## {claim.name}: {claim.verdict}"]
         for one in claim.evidence:
             source = f"[{one.notebook}](../../notebooks/{one.notebook}.ipynb), profile {one.profile}"
@@ -118,17 +120,6 @@ def _best(root: Path) -> list[Run]:
     if not best:
         raise DataError(f"{root / PUBLISHED} has no run of {DEFAULT_MODEL} under {', '.join(BEST)}")
     return best
-
-
-def best_claims(best: Sequence[Run]) -> list[Claim]:
-    """Return the claims of several runs, each notebook's evidence from the first run that has it."""
-    found: dict[str, list[Evidence]] = {}
-    for run in best:
-        for claim in run.claims:
-            known = found.setdefault(claim.name, [])
-            have = {one.notebook for one in known}
-            known += [one for one in claim.evidence if one.notebook not in have]
-    return [Claim(name, found[name]) for name in sorted(found, key=lambda name: int(name[1:]))]
 
 
 def update_readme(readme: Path | None = None) -> bool:

@@ -108,7 +108,7 @@ def _write(png: Path, image: bytes) -> str:
 
 
 def _told(chrome: str, error: Exception) -> str:
-    return f"{Path(chrome).name} could not draw it: {type(error).__name__}: {error}"
+    return f"{Path(chrome).name} could not draw the figure: {type(error).__name__}: {error}"
 
 
 def _waiting(png: Path) -> Path:

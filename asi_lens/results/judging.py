@@ -56,7 +56,7 @@ class Number:
         ends = (self.low, self.high)
         half = (self.low is None) != (self.high is None)
         if half or (self.low is not None and self.high is not None and self.low > self.high):
-            raise OptionError(f"{self.name}: low, high={ends!r} is not allowed; give both, low first")
+            raise OptionError(f"{self.name}: low and high={ends!r} are not allowed; give both, low first")
 
     @property
     def text(self) -> str:
@@ -178,7 +178,7 @@ def taken(table: pd.DataFrame, keys: Sequence[str], measures: Sequence[str]) -> 
     """
     missing = [name for name in (*keys, *measures) if name not in table.columns]
     if missing:
-        raise DataError(f"the table lacks the column {', '.join(missing)}; it has {', '.join(table.columns)}")
+        raise DataError(f"the table has no column {', '.join(missing)}; it has {', '.join(table.columns)}")
     return table[[*keys, *measures]].astype(dict.fromkeys(measures, float))
 
 
@@ -300,7 +300,7 @@ def rank_correlation(x: Values, y: Values, seed: int = 0) -> tuple[float, float,
     All are NaN for fewer than 3 points, and if `x` or `y` does not vary; resamplings in which `x` or `y` does
     not vary are left out. Raises OptionError if `x` and `y` differ in length.
     """
-    require(len(x) == len(y), "x and y", f"{len(x)} and {len(y)} values", "equally many")
+    require(len(x) == len(y), "lengths of x and y", (len(x), len(y)), "equal")
     points = np.stack([np.asarray(x, dtype=float), np.asarray(y, dtype=float)])
     n = points.shape[1]
     if n < 3:

@@ -87,11 +87,11 @@ def write_rows(path: Path | str, rows: Iterable[Row]) -> Path:
     """
     rows = list(rows)
     if not rows:
-        raise DataError(f"no rows to write to {path}")
+        raise DataError(f"{path} needs at least one row; none was given")
     row_type = type(rows[0])
     for row in rows:
         if type(row) is not row_type:
-            raise DataError(f"{path}: {type(row).__name__} among rows of {row_type.__name__}")
+            raise DataError(f"{path} holds rows of {row_type.__name__}; one is of {type(row).__name__}")
     path = Path(path)
     with write_whole(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -131,7 +131,7 @@ def _check_header(row_type: type[Row], header: list[str]) -> None:
 
 def _read_row(row_type: type[R], record: Mapping[str, str]) -> R:
     if None in record or None in record.values():
-        raise DataError(f"{'more' if None in record else 'fewer'} cells than columns")
+        raise DataError(f"the line has {'more' if None in record else 'fewer'} cells than columns")
     none = {name: None for name in row_type._optional() if record[name] == ""}
     return row_type(**row_type._checked({**record, **none}, strict=False))
 
@@ -141,7 +141,7 @@ def frame(rows: Sequence[Row]) -> pd.DataFrame:
     import pandas as pd
 
     if not rows:
-        raise DataError("no rows to make a table of")
+        raise DataError("a table needs at least one row; none was given")
     return pd.DataFrame([dataclasses.asdict(row) for row in rows], columns=columns(type(rows[0])))
 
 

@@ -180,7 +180,7 @@ def test_ctrl_c_leaves_a_state_to_go_on_from(
     runner.notebook("02_beta", runs.CLAIM.format(claim="C2"), "raise KeyboardInterrupt")
     assert runner() == ["01_alpha", "02_beta"]
     assert runner.code == 130
-    assert "goes on from here" in capsys.readouterr().err
+    assert "continues from here" in capsys.readouterr().err
     json.loads((runner.folder / ".state.json").read_text())
     runner.notebook("02_beta", runs.CLAIM.format(claim="C2"))
     assert runner() == ["02_beta"]
@@ -336,7 +336,7 @@ def test_two_runs_in_one_folder_are_refused(runner: Runner, capsys: pytest.Captu
         assert held.wait(60)
         assert runner("--force") == []
         assert runner.code == 1
-        assert f"another run is at work in {runner.folder}" in capsys.readouterr().err
+        assert f"another run is using {runner.folder}" in capsys.readouterr().err
     finally:
         done.set()
         other.join()

@@ -85,7 +85,7 @@ def test_unknown_names_are_told_with_the_nearest(project: Path) -> None:
 def test_a_notebook_needs_its_parameters_cell_with_plain_values(project: Path) -> None:
     folder = project / "notebooks"
     runs.notebook(folder / "03_bare.ipynb", "x = 1", tag=False)
-    with pytest.raises(OptionError, match="03_bare: no cell tagged `parameters` that sets model, profile"):
+    with pytest.raises(OptionError, match="03_bare has no cell tagged `parameters` that sets model, profile"):
         merged("03_bare")
     runs.notebook(folder / "03_bare.ipynb", parameters='model = "tiny"\nseed = 0\n')
     with pytest.raises(OptionError, match="that sets profile, output_folder"):
