@@ -6,6 +6,7 @@ The page is built only from files of runs: sidecars, and the figures' pages and 
 from __future__ import annotations
 
 import argparse
+import html
 import re
 import sys
 from collections.abc import Sequence
@@ -157,25 +158,34 @@ def build_gallery(root: Path, newest: Path | None = None) -> Path:
 
     Raises CacheError for a damaged sidecar.
     """
+    root.mkdir(parents=True, exist_ok=True)
+    script = shared_plotly_js(root)
+    page = root / "index.html"
+    with locked(root / ".gallery"):
+        write_text(page, render("gallery.html.j2", runs=find_runs(root, newest), plotly_js=script.name))
+    return page
+
+
+def render(template: str, **values: Any) -> str:
+    """Return a page from a file of `templates/`; texts in HTML pages are escaped."""
     import jinja2
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("asi_lens.reproduce", "templates"),
-        autoescape=True,
+        autoescape=".html" in template,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters["rich"] = lambda text: jinja2.utils.markupsafe.Markup(rich(text))
     environment.filters["verdict_class"] = lambda verdict: verdict.replace(" ", "-")
-    root.mkdir(parents=True, exist_ok=True)
-    script = shared_plotly_js(root)
-    page = root / "index.html"
-    with locked(root / ".gallery"):
-        runs = find_runs(root, newest)
-        text = environment.get_template("gallery.html.j2").render(runs=runs, plotly_js=script.name)
-        write_text(page, text)
-    return page
+    environment.filters["cell"] = _cell
+    return environment.get_template(template).render(**values)
+
+
+def _cell(text: str) -> str:
+    """Return text escaped for a cell of a Markdown table."""
+    return " ".join(html.escape(text, quote=False).replace("|", "\\|").split())
 
 
 def _figure(root: Path, folder: Path, stem: str, entry: dict[str, Any]) -> Figure:
