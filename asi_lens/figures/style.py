@@ -16,7 +16,6 @@ from asi_lens.base.sites import SITES
 from asi_lens.results.rows import Row, columns
 
 COLORS = {name: site.color for name, site in SITES.items()}
-SITE_LABELS = {name: site.label for name, site in SITES.items()}
 _METHODS = {
     "random": ("#000000", "circle"),
     "random + AuxK": ("#E69F00", "square"),
@@ -130,7 +129,7 @@ def sites(table: pd.DataFrame) -> list[str]:
 
 def label(site: str) -> str:
     """Return a site's label; a full hook name is returned as it is."""
-    return SITE_LABELS.get(site, site)
+    return SITES[site].label if site in SITES else site
 
 
 def methods(table: pd.DataFrame) -> dict[str, tuple[str, str]]:

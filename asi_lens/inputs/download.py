@@ -234,7 +234,7 @@ def _stream(client: Any, link: Any, file: PackageFile, target: Path) -> None:
             if attempt == _ATTEMPTS or 400 <= status < 500:
                 raise FetchError(
                     f"the download of {file.filename} from {link.redacted} broke off after {got:,} of "
-                    f"{file.size:,} bytes ({type(error).__name__}: {error}); nothing was kept, run it again"
+                    f"{file.size:,} bytes ({type(error).__name__}: {error}); nothing was kept; run it again"
                 ) from error
             _log.warning("download of %s broke off (%s); trying again", file.filename, error)
             time.sleep(attempt)
@@ -245,8 +245,8 @@ def _check_arrived(where: str, file: PackageFile, got: int, digest: str) -> None
         return
     if got < file.size:
         raise FetchError(
-            f"the download of {file.filename} from {where} was cut off: {got:,} of {file.size:,} bytes came; "
-            "nothing was kept, run it again"
+            f"the download of {file.filename} from {where} was cut off: {got:,} of {file.size:,} bytes "
+            "arrived; nothing was kept; run it again"
         )
     raise FetchError(
         f"{file.filename} from {where} is not the file that was pinned:\n"
@@ -260,7 +260,9 @@ def safe_name(name: str, archive: str) -> PurePosixPath:
     path, windows = PurePosixPath(name), PureWindowsPath(name)
     parts = {*path.parts, *windows.parts}
     if not name or path.is_absolute() or windows.drive or windows.root or ".." in parts:
-        raise FetchError(f"{archive} holds the path {name!r}, which leads outside; nothing unpacked")
+        raise FetchError(
+            f"{archive} contains the path {name!r}, which leads out of the folder; nothing was unpacked"
+        )
     return path
 
 
@@ -290,14 +292,14 @@ def opened_archive(path: Path) -> Iterator[tuple[list[str], Callable[[str], Buff
 def _zip_member(archive: zipfile.ZipFile, name: str, shown: str) -> BufferedIOBase:
     mode = archive.getinfo(name).external_attr >> 16
     if mode & 0o170000 == 0o120000:
-        raise FetchError(f"{shown}: {name!r} is a link, not a file; nothing unpacked")
+        raise FetchError(f"{shown}: {name!r} is a link, not a file; nothing was unpacked")
     return cast(BufferedIOBase, archive.open(name))
 
 
 def _tar_member(tar: tarfile.TarFile, member: tarfile.TarInfo, shown: str) -> BufferedIOBase:
     opened = tar.extractfile(member) if member.isreg() else None
     if opened is None:
-        raise FetchError(f"{shown}: {member.name!r} is a link or device, not a file; nothing unpacked")
+        raise FetchError(f"{shown}: {member.name!r} is a link or device, not a file; nothing was unpacked")
     return cast(BufferedIOBase, opened)
 
 
