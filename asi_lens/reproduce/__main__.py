@@ -121,12 +121,7 @@ def draw_images(folder: Path) -> None:
 
 
 def _run(
-    folder: Path,
-    name: str,
-    parameters: Mapping[str, Any],
-    board: Board,
-    force: bool,
-    executing: Execute,
+    folder: Path, name: str, parameters: Mapping[str, Any], board: Board, force: bool, executing: Execute
 ) -> None:
     """Run a notebook if it is out of date, and record its output files."""
     key = key_of(name, parameters)

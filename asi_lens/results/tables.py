@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
+import math
 import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,7 +39,8 @@ class Row:
 
     def __post_init__(self) -> None:
         plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in vars(self).items()}
-        none = {name: None for name in self._optional() if plain[name] != plain[name]}
+        nan = {name for name, value in plain.items() if isinstance(value, float) and math.isnan(value)}
+        none = dict.fromkeys(nan.intersection(self._optional()))
         for name, value in self._checked(plain | none).items():
             object.__setattr__(self, name, value)
 
