@@ -42,7 +42,7 @@ _TITLE_SIZE, _SUBTITLE_SIZE, _CAPTION_SIZE = 20, 14, 13
 _LINE = 1.35
 _PAD = 16
 
-_PAGE = Path(__file__).with_name("figure_page.html")
+_PAGE = Path(__file__).parent / "templates" / "figure.html"
 
 
 class SavedFigure(NamedTuple):

@@ -143,12 +143,12 @@ def test_a_change_of_the_package_or_of_a_library_runs_all(
     assert runner() == ["01_alpha", "02_beta"]
     assert "changed: installed versions" in capsys.readouterr().out
     real = staleness.sha256_of
-    for new in (["collapse.py"], ["collapse.py", "figure_page.html"]):
+    for new in (["collapse.py"], ["collapse.py", "figure.html"]):
         monkeypatch.setattr(staleness, "sha256_of", lambda p, new=new: "new" if p.name in new else real(p))
         assert runner() == ["01_alpha", "02_beta"]
         assert "changed: the package" in capsys.readouterr().out
     # The runner and the gallery make no numbers and no figures.
-    new = ["collapse.py", "figure_page.html", "gallery.py"]
+    new = ["collapse.py", "figure.html", "gallery.py"]
     monkeypatch.setattr(staleness, "sha256_of", lambda p: "new" if p.name in new else real(p))
     assert runner() == []
 

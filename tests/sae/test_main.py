@@ -244,7 +244,7 @@ def test_versions_must_agree() -> None:
         ({"fit": {"folder": "x"}}, UnknownNameError, "fit key 'folder'"),
         ({"device": "tpu"}, OptionError, "device='tpu'"),
         ({"timeout_s": 0}, OptionError, "timeout_s=0"),
-        ({"store": None}, OptionError, "no store"),
+        ({"store": None}, OptionError, "no key 'store'"),
     ],
 )
 def test_what_a_file_may_not_hold(
