@@ -43,18 +43,13 @@ def rows_of(verdicts: Sequence[Mapping[str, Any]], notebook: str) -> list[ClaimR
     for one in verdicts:
         numbers = [Number(**number) for number in one["numbers"]]
         spread = [f"{number.name} {number.range}" for number in numbers if number.range]
-        rows.append(
-            ClaimRow(
-                claim=one["claim"],
-                statement=one["statement"],
-                paper_value=one["paper_value"],
-                our_value="; ".join(f"{number.name} {number.middle}" for number in numbers),
-                spread=f"over {one['over']}: {'; '.join(spread)}" if spread else "",
-                budget=one["budget"],
-                verdict=one["verdict"],
-                notebook=notebook,
-            )
-        )
+        values: dict[str, Any] = {
+            **{key: one[key] for key in ("claim", "statement", "paper_value", "budget", "verdict")},
+            "our_value": "; ".join(f"{number.name} {number.middle}" for number in numbers),
+            "spread": f"over {one['over']}: {'; '.join(spread)}" if spread else "",
+            "notebook": notebook,
+        }
+        rows.append(ClaimRow(**values))
     return rows
 
 
