@@ -21,6 +21,7 @@ from asi_lens.results.judging import (
     ends,
     held_out,
     if_known,
+    in_every_seed,
     loss_is_higher,
     rank_correlation,
     spread,
@@ -80,7 +81,7 @@ def c7(table: pd.DataFrame, dead_window: int) -> Found:
     """
     random, asi = (end.drop(columns="l0") for end in ends(table, dead_window, ["random", "ASI"]))
     better = asi.lt(random)[[*DEAD, "fvu", "kl"]].assign(loss=~loss_is_higher(asi, random))
-    return by_seed(_silent_and_fvu(random, asi), better, random, asi)
+    return by_seed(_silent_and_fvu(random, asi), in_every_seed(better), random, asi)
 
 
 @claim(
@@ -186,7 +187,7 @@ def c9(table: pd.DataFrame, dead_window: int) -> Found:
         f"{name}, silent held out": end.silent_held_out for name, end in zip(methods, found, strict=True)
     }
     shown["random + AuxK minus ASI, dead in training"] = aux.dead_in_training - asi.dead_in_training
-    return by_seed(spreads(shown, percent=True), better, *found)
+    return by_seed(spreads(shown, percent=True), in_every_seed(better), *found)
 
 
 @claim("C10", "ASI carries over to Lorsa: hardly any dead units", "dead units 52 % to 3 %")
@@ -198,9 +199,8 @@ def c10(table: pd.DataFrame, dead_window: int) -> Found:
     in every seed.
     """
     random, asi = (end[[*DEAD, "fvu"]] for end in ends(table, dead_window, ["random", "ASI"]))
-    return by_seed(
-        _silent_and_fvu(random, asi), asi.lt(random).assign(fvu=asi.fvu <= random.fvu), random, asi
-    )
+    better = asi.lt(random).assign(fvu=asi.fvu <= random.fvu)
+    return by_seed(_silent_and_fvu(random, asi), in_every_seed(better), random, asi)
 
 
 @claim(
@@ -252,7 +252,7 @@ def c12(table: pd.DataFrame) -> Found:
     }
     drifted = inside["ASI, high l0"] < inside["ASI, low l0"]
     better = pd.DataFrame({"gain lost": high < low / 2, "drifted": drifted})
-    return by_seed(spreads(shown, percent=True), better, silent, inside)
+    return by_seed(spreads(shown, percent=True), in_every_seed(better), silent, inside)
 
 
 def _silent_and_fvu(random: pd.DataFrame, asi: pd.DataFrame) -> list[Number]:

@@ -217,15 +217,16 @@ def in_every_seed(better: pd.DataFrame) -> bool | None:
     return False if bool((~better).all(axis=0).any()) else None
 
 
-def if_known(holds: bool | np.bool_ | None, *measured: pd.DataFrame | pd.Series | float | int) -> bool | None:
-    """Return `holds` as a bool; None if one of the `measured` numbers is NaN, or if `holds` is None."""
-    unknown = holds is None or any(np.isnan(np.asarray(one, dtype=float)).any() for one in measured)
-    return None if unknown else bool(holds)
+def if_known(holds: Holds | np.bool_, *measured: pd.DataFrame | pd.Series | float | int) -> Holds:
+    """Return `holds`; None if one of the `measured` numbers is NaN."""
+    if any(np.isnan(np.asarray(one, dtype=float)).any() for one in measured):
+        return None
+    return bool(holds) if isinstance(holds, np.bool_) else holds
 
 
-def by_seed(numbers: Sequence[Number], better: pd.DataFrame, *measured: pd.DataFrame) -> Found:
-    """Return the result of a claim that every seed decides: see `in_every_seed` and `if_known`."""
-    return Found(numbers, counted(len(better), "seed"), if_known(in_every_seed(better), *measured))
+def by_seed(numbers: Sequence[Number], holds: Holds, *measured: pd.DataFrame) -> Found:
+    """Return the result of a claim on the `measured` tables, all with a row per seed; see `if_known`."""
+    return Found(numbers, counted(len(measured[0]), "seed"), if_known(holds, *measured))
 
 
 def held_out(table: pd.DataFrame, keys: Sequence[str], measures: Sequence[str]) -> pd.DataFrame:

@@ -173,6 +173,9 @@ def test_an_unknown_number_leaves_a_claim_open() -> None:
     assert judging.if_known(False, known) is False
     assert judging.if_known(True, known, unknown) is judging.if_known(False, math.nan) is None
     assert judging.if_known(None, known) is None
+    assert judging.if_known("partly", known) == "partly"
+    found = judging.by_seed([], "partly", known, known)
+    assert (found.over, found.holds) == ("2 seeds", "partly")
 
 
 def test_held_out_means_stand_by_method() -> None:
