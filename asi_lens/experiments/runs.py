@@ -207,7 +207,7 @@ def _run(
         d_sae=d_sae,
         k=k,
         recipe=options,
-        train=asdict(train),
+        train=train.as_dict(),
         sample=_SAMPLE,
         **logging,
     )
