@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from asi_lens.activations.pairs import Pair, PairedStores
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import DataError, OptionError, require, require_known
+from asi_lens.kernels import devices
 from asi_lens.kernels.codes import SparseCode
 from asi_lens.kernels.gradients import Gradients, Term, decode_sum, sum_gradients
 from asi_lens.kernels.topk import Workspace, encode_topk
@@ -115,6 +116,9 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
         Raises DataError for a batch of the wrong width, without rows, or with NaN or infinity, or for weights
         with NaN or infinity before the first step. Raises DivergedError (naming the step) if the loss or a
         gradient is not finite. A step that raises changes nothing.
+
+        On a GPU the host of TopK waits for numbers two times (in `sum_gradients`, and for the checks before
+        the update), with AuxK three times, however large the dictionary is.
         """
         sae, config, mesh = self.sae, self.config, self.mesh
         if self.steps == 0:
@@ -124,7 +128,8 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
         self._first_weights()
         encoder, decoder = sae.encoder_rows, sae.W_dec.data
         first, last = mesh.tokens(n)
-        x, goal = sae.sides(batch.rows if isinstance(batch, Part) else batch[first:last])
+        given = batch.rows if isinstance(batch, Part) else batch[first:last]
+        x, goal = sae.sides(given, checked=False)  # checked below
         code = self._code(x)
         # b_dec cancels: reconstruction - x_n = acts W_dec + b_dec - x_n = acts W_dec - x.
         residual, terms = self.sparsity.terms(mesh.pick(code, sae.k), goal, n)
@@ -140,6 +145,8 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
         x = mesh.whole(x, n)
         goal = x if itself else mesh.whole(goal, n)
         variance = _power(goal - goal.mean(0))
+        # Finite rows have a finite sum, which is read with the other numbers of the step.
+        sums = x.sum() if itself else x.sum() + goal.sum()
         grads = sum_gradients(
             terms,
             x,
@@ -150,10 +157,14 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
         )
         norm = gradient_norm(grads, decoder, own, mesh.over_features) if config.clip_norm else None
         check = mesh.over_features(_total(grads, own)) if norm is None else norm
-        checks = [error, variance, aux_loss, penalty, check]
-        firings = mesh.over_features((code.values > 0).sum())
+        fired = self.ledger.fired(code)
+        counts = torch.stack([fired.sum(), self.ledger.dead_after(fired, n, config.dead_window)])
+        numbers = torch.stack([error, variance, aux_loss, penalty, check, sums]).double()
         # One wait for the device instead of a wait for each number.
-        total, spread, aux, added, size, fired = torch.stack([*checks, firings]).tolist()
+        numbers = torch.cat([numbers, mesh.over_features(counts).double()])
+        total, spread, aux, added, size, inputs, n_fired, n_dead = devices.read(numbers)
+        if not math.isfinite(inputs):
+            _require_finite_rows(x, goal)
         if not all(math.isfinite(number) for number in (total, aux, added, size)):
             raise DivergedError(
                 f"step {self.steps + 1}: loss {total / n} or its gradient is not finite; "
@@ -162,8 +173,8 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
         lr = config.lr * lr_factor(self.steps, self.n_steps, config.warmup_steps, config.decay_fraction)
         scale = min(1.0, config.clip_norm / size) if config.clip_norm and size else 1.0
         self.optimizer.step(grads, lr, scale, own, self.sparsity.own_lr)
-        self.sparsity.after(fired / n, self.steps - 1)
-        self.ledger.update(code)
+        self.sparsity.after(n_fired / n, self.steps - 1)
+        self.ledger.update(code, fired)
         if self.subspace is not None:
             self.subspace.refresh(None if config.optimizer == "adam" else grads.features)
         return StepOutput(
@@ -173,8 +184,8 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
             aux_loss=aux,
             penalty=added,
             fvu=total / spread if spread else math.nan,
-            l0=fired / n,
-            dead_fraction=self.dead_fraction(config.dead_window),
+            l0=n_fired / n,
+            dead_fraction=n_dead / (sae.d_sae * mesh.config.model),
             lr=lr,
             gradient_norm=None if norm is None else size,
         )
@@ -185,8 +196,10 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
             return self.sparsity.code(x.to(self.compute_dtype), self.steps, self._workspace)
         if self.subspace is None:
             raise OptionError('search="subspace" needs the inputs\' spectrum: call fit, or prepare(store)')
-        if is_due(self.steps) and (change := self.subspace.measure(x)):
-            tqdm.write(f"step {self.steps + 1}: {change}")
+        if is_due(self.steps):
+            _require_finite_rows(x, x)
+            if change := self.subspace.measure(x):
+                tqdm.write(f"step {self.steps + 1}: {change}")
         return self.subspace.code(x, self._workspace)
 
     def _auxiliary(self, x: Tensor, residual: Tensor, dead: Tensor) -> tuple[Term, Float[Tensor, ""]]:
@@ -323,6 +336,14 @@ def _require_finite(sae: SparseAutoencoder) -> None:
     for name, weight in sae.named_parameters():
         if not bool(weight.sum().isfinite()):
             raise DataError(f"{name} holds NaN or infinity")
+
+
+def _require_finite_rows(x: Tensor, goal: Tensor) -> None:
+    """Raise DataError, with the number of rows, for NaN or infinity in inputs or targets."""
+    for name, rows in (("activation", x), ("output", goal)):
+        bad = int((~torch.isfinite(rows)).any(1).sum())
+        if bad:
+            raise DataError(f"{bad} of {len(rows)} {name} rows hold NaN or infinity")
 
 
 def _power(rows: Tensor) -> Float[Tensor, ""]:
