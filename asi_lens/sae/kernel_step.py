@@ -7,23 +7,24 @@ several ranks, `search="subspace"`, other dtypes than bfloat16 for the encoder's
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from asi_lens.base.errors import OptionError
 from asi_lens.kernels.codes import SparseCode
 from asi_lens.kernels.triton.card import UnsupportedError, free_bytes, require_card
-from asi_lens.kernels.triton.decode import Missed, decode
+from asi_lens.kernels.triton.decode import decode
 from asi_lens.kernels.triton.encode import encode
 from asi_lens.kernels.triton.picks import Picks, sort_picks
 from asi_lens.kernels.triton.plan import Plan
 from asi_lens.kernels.triton.update import Adam, Moments, update
 from asi_lens.sae.dictionary import SparseAutoencoder
+from asi_lens.sae.finite import power
 from asi_lens.sae.kinds.topk import TopK
 from asi_lens.sae.optim import BETAS, EPS, RowAdam
+from asi_lens.sae.passes import Pass
 from asi_lens.sae.sparsity import SparsityConfig
 from asi_lens.training.config import TrainConfig
 from asi_lens.training.mesh import Mesh
@@ -133,28 +134,8 @@ class KernelAdam(RowAdam):
         self.refresh()
 
 
-@dataclass
-class KernelPass:
-    """The forward pass of one batch.
-
-    Attributes:
-        code: picks, with int64 indices. picks: the same, sorted. error: sum of squared errors.
-        x: the centered rows.
-        check: bound on the norm of every gradient; finite if no gradient can overflow.
-        overflow: rows whose picks may be wrong; then `KernelStep.again` must follow.
-    """
-
-    code: SparseCode
-    picks: Picks
-    missed: Missed
-    x: Float[Tensor, "batch d_in"]
-    error: Float[Tensor, ""]
-    check: Float[Tensor, ""]
-    overflow: Int[Tensor, ""]
-
-
 class KernelStep:
-    """Forward passes and updates of one dictionary by the kernels.
+    """Passes and updates of one dictionary by the kernels.
 
     Attributes:
         plan: sizes. optimizer: moments and the bfloat16 copy. mended: batches that were encoded again by the
@@ -162,35 +143,39 @@ class KernelStep:
             training slow, not wrong.
     """
 
-    def __init__(self, sae: SparseAutoencoder, optimizer: KernelAdam, plan: Plan):
+    def __init__(self, sae: SparseAutoencoder, optimizer: str, plan: Plan):
         self.sae = sae
-        self.optimizer = optimizer
         self.plan = plan
+        self.optimizer = KernelAdam(sae, optimizer)
         self.mended = 0
 
-    def forward(self, x: Float[Tensor, "batch d_in"]) -> KernelPass:
-        """Encode and decode centered rows. Nothing here waits for the device."""
+    def forward(self, x: Float[Tensor, "batch d_in"]) -> Pass:
+        """Return the pass of centered rows. Nothing here waits for the device.
+
+        If `overflow` is above 0, `again` must follow.
+        """
         if self.optimizer.steps == 0:
             self.optimizer.refresh()
         code, overflow = encode(x.bfloat16(), self.optimizer.low, self.sae.b_enc.data, self.plan)
         return self._decoded(code, x, overflow)
 
-    def again(self, before: KernelPass, code: SparseCode) -> KernelPass:
-        """Return the pass of the same batch with a code of the plain path."""
+    def again(self, before: Pass, code: SparseCode) -> Pass:
+        """Return the pass of the same rows with a code of the plain path."""
         self.mended += 1
-        return self._decoded(code, before.x, torch.zeros_like(before.overflow))
+        return self._decoded(code, before.x, None)
 
-    def update(self, done: KernelPass, lr: float) -> None:
-        """Update the dictionary by the gradients of a pass."""
-        self.optimizer.update_picked(done.picks, done.missed.residual, done.x, lr)
-
-    def _decoded(self, code: SparseCode, x: Tensor, overflow: Tensor) -> KernelPass:
+    def _decoded(self, code: SparseCode, x: Tensor, overflow: Tensor | None) -> Pass:
         short = SparseCode(code.indices.int(), code.values)
-        missed = decode(short, self.sae.W_dec.data, x, 2 / len(x))
-        error = missed.error.sum()
-        # Sums of v r, dot x, dot and v dot are at most products of these norms (Cauchy-Schwarz).
-        norm = (x.square().sum() + code.values.square().sum() + 1).sqrt()
-        check = missed.residual.square().sum().sqrt() * norm
         code = SparseCode(code.indices.long(), code.values)
+        missed = decode(short, self.sae.W_dec.data, x, 2 / len(x))
         picks = sort_picks(short, self.sae.d_sae, dense=self.optimizer.kind == "adam")
-        return KernelPass(code, picks, missed, x, error, check, overflow)
+        # By Cauchy and Schwarz no gradient of a feature is above this product: it is a sum over rows of v r,
+        # dot x, dot or v dot, with |dot| at most |r|.
+        check = power(missed.residual).sqrt() * (power(x) + power(code.values) + len(x)).sqrt()
+        zero = torch.zeros_like(check)
+
+        def apply(lr: float, scale: float) -> None:
+            assert scale == 1.0  # nothing is clipped
+            self.optimizer.update_picked(picks, missed.residual, x, lr)
+
+        return Pass(code, x, x, missed.error.sum(), zero, zero, check, apply, overflow)
