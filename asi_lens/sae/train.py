@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import runpy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -15,17 +15,19 @@ from tqdm.auto import tqdm
 
 from asi_lens.activations.pairs import Pair, PairedStores
 from asi_lens.activations.store import ActivationStore
-from asi_lens.base.errors import DataError, OptionError, require, require_known
+from asi_lens.base.errors import OptionError, require, require_known
 from asi_lens.kernels import devices
 from asi_lens.kernels.codes import SparseCode
-from asi_lens.kernels.gradients import Gradients, Term, decode_sum, sum_gradients
+from asi_lens.kernels.gradients import Term, decode_sum, sum_gradients
 from asi_lens.kernels.topk import Workspace, encode_topk
 from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.drift import Drift
+from asi_lens.sae.finite import power, require_finite_rows, require_finite_weights, total_of
 from asi_lens.sae.kinds import kinds_with
 from asi_lens.sae.optim import RowAdam, gradient_norm
 from asi_lens.sae.search import SEARCHES, SubspaceSearch, is_due
 from asi_lens.sae.sparsity import SparsityConfig
+from asi_lens.training.checkpoint import where_it_runs
 from asi_lens.training.config import TrainConfig
 from asi_lens.training.learner import DivergedError, StepOutput
 from asi_lens.training.ledger import DeadnessLedger
@@ -122,7 +124,7 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
         """
         sae, config, mesh = self.sae, self.config, self.mesh
         if self.steps == 0:
-            _require_finite(sae)
+            require_finite_weights(sae)
         sae.check_batch(batch.rows if isinstance(batch, Part) else batch)
         n = len(batch)
         self._first_weights()
@@ -134,7 +136,7 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
         # b_dec cancels: reconstruction - x_n = acts W_dec + b_dec - x_n = acts W_dec - x.
         residual, terms = self.sparsity.terms(mesh.pick(code, sae.k), goal, n)
         penalty, own = self.sparsity.penalize(terms, self.steps)
-        error = _power(residual)
+        error = power(residual)
         aux_loss = torch.zeros_like(error)
         dead = self.ledger.dead(config.dead_window) if self.aux_k else code.indices[:0, 0]
         if self.aux_k and mesh.count(len(dead)):
@@ -144,7 +146,7 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
         code, itself = terms[0].code, goal is x
         x = mesh.whole(x, n)
         goal = x if itself else mesh.whole(goal, n)
-        variance = _power(goal - goal.mean(0))
+        variance = power(goal - goal.mean(0))
         # Finite rows have a finite sum, which is read with the other numbers of the step.
         sums = x.sum() if itself else x.sum() + goal.sum()
         grads = sum_gradients(
@@ -156,7 +158,7 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
             over_features=mesh.over_features,
         )
         norm = gradient_norm(grads, decoder, own, mesh.over_features) if config.clip_norm else None
-        check = mesh.over_features(_total(grads, own)) if norm is None else norm
+        check = mesh.over_features(total_of(grads, own)) if norm is None else norm
         fired = self.ledger.fired(code)
         counts = torch.stack([fired.sum(), self.ledger.dead_after(fired, n, config.dead_window)])
         numbers = torch.stack([error, variance, aux_loss, penalty, check, sums]).double()
@@ -164,7 +166,7 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
         numbers = torch.cat([numbers, mesh.over_features(counts).double()])
         total, spread, aux, added, size, inputs, n_fired, n_dead = devices.read(numbers)
         if not math.isfinite(inputs):
-            _require_finite_rows(x, goal)
+            require_finite_rows(x, goal)
         if not all(math.isfinite(number) for number in (total, aux, added, size)):
             raise DivergedError(
                 f"step {self.steps + 1}: loss {total / n} or its gradient is not finite; "
@@ -197,7 +199,7 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
         if self.subspace is None:
             raise OptionError('search="subspace" needs the inputs\' spectrum: call fit, or prepare(store)')
         if is_due(self.steps):
-            _require_finite_rows(x, x)
+            require_finite_rows(x, x)
             if change := self.subspace.measure(x):
                 tqdm.write(f"step {self.steps + 1}: {change}")
         return self.subspace.code(x, self._workspace)
@@ -265,6 +267,7 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
             "sparsity": asdict(self.sparsity.config),
             "initialization": self.sae.initialization,
             **({} if self.search == "exact" else {"search": self.search}),
+            **where_it_runs(self.sae.W_dec.device),
         }
 
     def _first_weights(self) -> Tensor:
@@ -329,33 +332,6 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
         if self.subspace is not None:
             self.subspace.load_state(lambda name: read(f"search.{name}"))
         self.ledger.load_state({name: read(f"ledger.{name}") for name in self.ledger.state()})
-
-
-def _require_finite(sae: SparseAutoencoder) -> None:
-    """Raise DataError for NaN or infinity in weights. One call suffices: steps keep finite weights finite."""
-    for name, weight in sae.named_parameters():
-        if not bool(weight.sum().isfinite()):
-            raise DataError(f"{name} holds NaN or infinity")
-
-
-def _require_finite_rows(x: Tensor, goal: Tensor) -> None:
-    """Raise DataError, with the number of rows, for NaN or infinity in inputs or targets."""
-    for name, rows in (("activation", x), ("output", goal)):
-        bad = int((~torch.isfinite(rows)).any(1).sum())
-        if bad:
-            raise DataError(f"{bad} of {len(rows)} {name} rows hold NaN or infinity")
-
-
-def _power(rows: Tensor) -> Float[Tensor, ""]:
-    """Return the sum of all squares, without an array of squares."""
-    flat = rows.flatten()
-    return flat @ flat
-
-
-def _total(grads: Gradients, own: Mapping[str, Tensor]) -> Tensor:
-    """Return a sum that is not finite if the gradient of a pick is not finite."""
-    total = grads.b_enc.sum() + grads.b_dec.sum() + grads.parallel.sum()
-    return total + sum(grad.sum() for grad in own.values())
 
 
 def _compute_dtype(choice: str, weights: Tensor) -> torch.dtype:
