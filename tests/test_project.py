@@ -69,6 +69,7 @@ TESTED_ELSEWHERE = {
     "lorsa.heads": "lorsa/test_lorsa.py",
     "reproduce.kernel": "reproduce/test_execute.py",
     "reproduce.staleness": "reproduce/test_main.py",
+    "sae.finite": "sae/test_train.py",
     "sae.shard": "training/test_mesh.py",
     "sae.splice": "sae/test_evaluate.py",
     "sae.transcoder_init": "sae/test_transcoder.py",

@@ -98,7 +98,7 @@ def train_recipes(
     train: TrainConfig | None = None,
     windows: Sequence[int] = (),
     log_every: int = 50,
-    checkpoint_every: int = 250_000,
+    checkpoint_every: int | None = None,
     device: str | torch.device = "auto",
     progress: bool = True,
 ) -> list[TrainedRun]:

@@ -21,6 +21,13 @@ def is_host(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+def card(device: torch.device) -> str:
+    """Return the type of a device and, for a GPU, the name of its card."""
+    if device.type != "cuda":
+        return device.type
+    return f"{device.type} ({torch.cuda.get_device_name(device)})"
+
+
 def read(numbers: Tensor) -> list[float] | list[int]:
     """Return the numbers of a small tensor [n] as Python numbers, with one wait for the device."""
     return numbers.tolist()

@@ -21,6 +21,7 @@ from asi_lens.kernels.codes import SparseCode
 from asi_lens.kernels.draws import unit_rows_
 from asi_lens.lorsa.data import PairBatch, SequencePairs
 from asi_lens.lorsa.lorsa import Lorsa
+from asi_lens.training.checkpoint import where_it_runs
 from asi_lens.training.config import TrainConfig
 from asi_lens.training.learner import DivergedError, StepOutput
 from asi_lens.training.ledger import DeadnessLedger
@@ -157,6 +158,7 @@ class LorsaTrainer(Fits[SequencePairs, PairBatch]):
             "lorsa": asdict(lorsa.config),
             "train": self.config.as_dict(),
             "initialization": lorsa.initialization,
+            **where_it_runs(lorsa.W_O.device),
         }
 
     def state(self) -> dict[str, Tensor]:

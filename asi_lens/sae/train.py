@@ -30,6 +30,7 @@ from asi_lens.sae.optim import RowAdam, gradient_norm
 from asi_lens.sae.passes import Pass
 from asi_lens.sae.search import SEARCHES, SubspaceSearch, is_due
 from asi_lens.sae.sparsity import SparsityConfig
+from asi_lens.training.checkpoint import where_it_runs
 from asi_lens.training.config import TrainConfig
 from asi_lens.training.learner import DivergedError, StepOutput
 from asi_lens.training.ledger import DeadnessLedger
@@ -267,6 +268,7 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
             "initialization": self.sae.initialization,
             **({} if self.search == "exact" else {"search": self.search}),
             **({} if self.kernels is None else {"kernels": "triton"}),
+            **where_it_runs(self.sae.W_dec.device),
         }
 
     def _first_weights(self) -> Tensor:

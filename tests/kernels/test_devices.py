@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from waits import Waits, accelerated
 
-from asi_lens.kernels import devices
+from asi_lens.kernels import devices, gradients
 from asi_lens.kernels.codes import SparseCode, marked
-from asi_lens.kernels.gradients import Term, add_at, decode_sum, sum_gradients
+from asi_lens.kernels.draws import draw_gaussian, unit_rows_
+from asi_lens.kernels.gradients import Term, add_at, decode_sum, picked_dots, sum_gradients
 from asi_lens.kernels.topk import Workspace, encode_topk
 
 
@@ -133,3 +134,29 @@ def test_a_gpu_picks_and_sums_what_a_cpu_does() -> None:
     for name in ("features", "offsets", "b_enc", "b_dec", "parallel"):
         torch.testing.assert_close(getattr(grads[1], name).cpu(), getattr(grads[0], name))
     assert devices.scratch_bytes(torch.device("cuda")) >= 160 * 2**20
+
+
+@pytest.mark.parametrize(("first", "total"), [(0, None), (3, None), (16_380, 16_400), (16_384, 40_000)])
+def test_draws_and_unit_rows_are_the_same(
+    monkeypatch: pytest.MonkeyPatch, first: int, total: int | None
+) -> None:
+    drawn = []
+    for elsewhere in (False, True):
+        if elsewhere:
+            accelerated(monkeypatch)
+        out = torch.empty(10, 4)
+        draw_gaussian(out, 3, first, total)
+        drawn.append((out.clone(), unit_rows_(out)))
+    assert torch.equal(drawn[0][0], drawn[1][0])
+    assert torch.equal(drawn[0][1], drawn[1][1])
+
+
+def test_products_of_more_picks_than_one_call_of_pytorch_can_count_are_split(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    grad, decoder = normal(6, 12, seed=1), normal(40, 12)
+    indices = torch.randint(40, (6, 5), generator=torch.Generator().manual_seed(0))
+    whole = picked_dots(grad, decoder, indices)
+    assert 32 * gradients._MOST_PICKS < 2**31  # it counts 32 threads a pick
+    monkeypatch.setattr(gradients, "_MOST_PICKS", 7)
+    assert torch.equal(picked_dots(grad, decoder, indices), whole)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from asi_lens.base.errors import OptionError, UnknownNameError
-from asi_lens.kernels import gradients
+from asi_lens.kernels import gradients as kernel
 from asi_lens.kernels.codes import SparseCode
 from asi_lens.kernels.gradients import Gradients, Term, decode_sum, sum_gradients
 from asi_lens.kernels.topk import encode_topk
@@ -95,7 +95,7 @@ def reference(
 def test_every_kind_is_its_definition(
     kind: str, only: int | None, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gradients, "_CHUNK_ELEMENTS", chunk * D_IN)
+    monkeypatch.setattr(kernel, "_CHUNK_ELEMENTS", chunk * D_IN)
     sae = make()
     optimizer, rule = RowAdam(sae, kind), reference(kind)
     state = weights(sae)
