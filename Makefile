@@ -20,7 +20,7 @@ SETUP_TL4  := $(VENV_TL4)/.asi_lens-setup
 SETUP_PEERS := $(VENV_PEERS)/.asi_lens-setup
 SETUP_TRITON := $(VENV_TRITON)/.asi_lens-setup
 # Tests of the kernels; without Triton most of them are skipped.
-TRITON_TESTS := tests/kernels/triton
+TRITON_TESTS := tests/kernels/triton tests/sae/test_kernel_training.py
 SOURCES    := $(wildcard notebooks/*.ipynb)
 PIP_QUIET  := $(if $(CI),--quiet)
 # Cells keep their names: renumbering them would make every insertion a change of the whole file.

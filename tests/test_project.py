@@ -52,8 +52,7 @@ ROOMS = (
 DOORS = ("__init__", "harvest_run")
 # Bound when they are called, so that `save` and `load` are methods: the only circle that stays.
 LATE = {("sae.dictionary", "sae.formats")}
-# Imported in one place, where it is installed: it comes with PyTorch's builds for NVIDIA cards.
-OPTIONAL = {"triton": PACKAGE / "kernels" / "triton" / "language.py"}
+OPTIONAL = {"triton": PACKAGE / "kernels" / "triton" / "language.py"}  # comes with PyTorch for NVIDIA cards
 # Modules without a test of their name, and the file that tests them.
 TESTED_ELSEWHERE = {
     "experiments.held_out": "experiments/test_runs.py",
@@ -70,6 +69,7 @@ TESTED_ELSEWHERE = {
     "reproduce.kernel": "reproduce/test_execute.py",
     "reproduce.staleness": "reproduce/test_main.py",
     "sae.finite": "sae/test_train.py",
+    "sae.passes": "sae/test_train.py",
     "sae.shard": "training/test_mesh.py",
     "sae.splice": "sae/test_evaluate.py",
     "sae.transcoder_init": "sae/test_transcoder.py",
@@ -177,10 +177,9 @@ def test_notebooks_start_without_compiling_grammars() -> None:
 
 
 def test_the_other_environments_differ_by_what_they_are_for() -> None:
-    assert list(locked_versions("requirements-triton.txt")) == ["triton"]
     second = locked_versions("requirements-tl4.txt")
     assert locked_versions()["transformer-lens"].startswith("3.5.")
-    assert list(second) == ["transformer-lens"], "everything else is seen through the first environment"
+    assert [*second, *locked_versions("requirements-triton.txt")] == ["transformer-lens", "triton"]
     assert second["transformer-lens"].startswith("4.")
 
 

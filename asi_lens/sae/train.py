@@ -20,14 +20,13 @@ from asi_lens.kernels import devices
 from asi_lens.kernels.codes import SparseCode
 from asi_lens.kernels.gradients import sum_gradients
 from asi_lens.kernels.topk import Workspace
-from asi_lens.sae.auxiliary import auxiliary_term
 from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.drift import Drift
 from asi_lens.sae.finite import power, require_finite_rows, require_finite_weights, total_of
 from asi_lens.sae.kernel_step import KernelStep, choose_kernels
 from asi_lens.sae.kinds import kinds_with
 from asi_lens.sae.optim import RowAdam, gradient_norm
-from asi_lens.sae.passes import Pass
+from asi_lens.sae.passes import Pass, auxiliary_term
 from asi_lens.sae.search import SEARCHES, SubspaceSearch, is_due
 from asi_lens.sae.sparsity import SparsityConfig
 from asi_lens.training.checkpoint import where_it_runs

@@ -32,7 +32,7 @@ X = rows(BATCH * 20).to(DEVICE)
 def trainer(kernels: str = "triton", dtype: torch.dtype = torch.float32, **changes: Any) -> Trainer:
     """A trainer of a dictionary of 40 features with biases, on batches of 4 rows."""
     sae = SparseAutoencoder(SAEConfig(D_IN, D_SAE, K), dtype=dtype)
-    sae.b_enc.data += 0.1 * torch.randn(D_SAE, generator=torch.Generator().manual_seed(3), dtype=dtype)
+    sae.b_enc.data += 0.1 * torch.randn(D_SAE, generator=torch.Generator().manual_seed(3))
     options = {"batch_size": BATCH, "n_tokens": len(X), "compute_dtype": "bfloat16", "dead_window": 2 * BATCH}
     if dtype == torch.float64:
         options["compute_dtype"] = "auto"
