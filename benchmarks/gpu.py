@@ -271,6 +271,9 @@ def main() -> None:
     args = parser.parse_args()
     if not args.dry and not torch.cuda.is_available():
         parser.error("no GPU here; --dry runs tiny sizes on the CPU")
+    if args.dry:
+        sys.path.append(str(ROOT / "tests"))
+        importlib.import_module("small_triton").need_kernels()  # mends Triton's interpreter
     device = torch.device("cpu" if args.dry else "cuda")
     args.out.mkdir(parents=True, exist_ok=True)
     results = Results(args.out / "gpu.json", args.seconds)
