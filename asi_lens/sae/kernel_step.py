@@ -114,17 +114,10 @@ class KernelAdam(RowAdam):
         encoder, decoder, bias = (
             Moments(weights[name], *self._moments[name]) for name in ("W_enc", "W_dec", "b_enc")
         )
-        through = update(
-            picks,
-            grad,
-            x,
-            encoder,
-            decoder,
-            bias,
-            self.low,
-            Adam(self.steps, lr, *BETAS, EPS),
-            self._updated if self.kind == "sparse_adam_decay" else None,
-        )
+        adam = Adam(self.steps, lr, *BETAS, EPS)
+        updated = self._updated if self.kind == "sparse_adam_decay" else None
+        with torch.cuda.device_of(x):
+            through = update(picks, grad, x, encoder, decoder, bias, self.low, adam, updated)
         # b_dec is added after the decoder and subtracted before the encoder.
         self._update(weights["b_dec"], *self._moments["b_dec"], grad.sum(0) - through, lr)
 
@@ -156,7 +149,8 @@ class KernelStep:
         """
         if self.optimizer.steps == 0:
             self.optimizer.refresh()
-        code, overflow = encode(x.bfloat16(), self.optimizer.low, self.sae.b_enc.data, self.plan)
+        with torch.cuda.device_of(x):  # Triton launches on the current card
+            code, overflow = encode(x.bfloat16(), self.optimizer.low, self.sae.b_enc.data, self.plan)
         return self._decoded(code, x, overflow)
 
     def again(self, before: Pass, code: SparseCode) -> Pass:
@@ -167,7 +161,8 @@ class KernelStep:
     def _decoded(self, code: SparseCode, x: Tensor, overflow: Tensor | None) -> Pass:
         short = SparseCode(code.indices.int(), code.values)
         code = SparseCode(code.indices.long(), code.values)
-        missed = decode(short, self.sae.W_dec.data, x, 2 / len(x))
+        with torch.cuda.device_of(x):
+            missed = decode(short, self.sae.W_dec.data, x, 2 / len(x))
         picks = sort_picks(short, self.sae.d_sae, dense=self.optimizer.kind == "adam")
         # By Cauchy and Schwarz no gradient of a feature is above this product: it is a sum over rows of v r,
         # dot x, dot or v dot, with |dot| at most |r|.

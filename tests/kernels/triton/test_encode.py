@@ -25,7 +25,9 @@ def weights(n: int, d: int, batch: int, shift: float = 0.0) -> tuple[Tensor, Ten
 def crowd(x: Tensor, w: Tensor, plan: Plan, groups: int = 1) -> None:
     """Let half of the rows have their largest scores in a few groups, all members of each."""
     stride = plan.features // plan.group
-    members = torch.arange(plan.group, device=w.device)[:, None] * stride + torch.arange(groups)
+    members = torch.arange(plan.group, device=w.device)[:, None] * stride + torch.arange(
+        groups, device=w.device
+    )
     near = 1 + 0.01 * torch.arange(members.numel(), device=w.device).view(members.shape)
     w[members] = (w[0].float() * near[..., None]).bfloat16() + 0.02 * normal(*w[members].shape).bfloat16()
     x[::2] = w[0] * 3
