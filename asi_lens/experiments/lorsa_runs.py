@@ -191,7 +191,7 @@ def _run(
         config=asdict(config),
         init=recipe.init,
         d_init=d_init,
-        train=asdict(train),
+        train=train.as_dict(),
         sample=_SAMPLE,
         log_every=log_every,
     )

@@ -98,7 +98,7 @@ def train_recipes(
     train: TrainConfig | None = None,
     windows: Sequence[int] = (),
     log_every: int = 50,
-    checkpoint_every: int = 250_000,
+    checkpoint_every: int | None = None,
     device: str | torch.device = "auto",
     progress: bool = True,
 ) -> list[TrainedRun]:
@@ -207,7 +207,7 @@ def _run(
         d_sae=d_sae,
         k=k,
         recipe=options,
-        train=asdict(train),
+        train=train.as_dict(),
         sample=_SAMPLE,
         **logging,
     )
