@@ -21,7 +21,7 @@ from asi_lens.activations.pairs import PairedStores
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import CacheError, require
 from asi_lens.base.files import cache_key, locked, write_text
-from asi_lens.base.paths import cache_dir
+from asi_lens.base.paths import cached
 from asi_lens.experiments.held_out import AnyRun
 from asi_lens.experiments.recipes import Recipe, find_recipe
 from asi_lens.inputs.models import resolve_device, resolve_dtype
@@ -144,7 +144,8 @@ def train_seeds(
     for seed in seeds:
         runs = runs_of(seed)
         require(len(runs) > 0, "recipes", [], "one or more")
-        with alone(run.folder for run in runs):
+        # Finished runs are not locked: they may be in a read-only cache.
+        with alone(run.folder for run in runs if not is_finished(run.folder, ())):
             train(runs)
         out += runs
     return out
@@ -279,7 +280,8 @@ def _save(run: TrainedRun, trainer: Trainer, rows: ActivationStore | PairedStore
 
 def run_folder(words: Iterable[object], key: str) -> Path:
     """Return the cache folder of a run. `key` covers all it depends on; `words` make the name readable."""
-    return cache_dir("runs") / re.sub(r"[^\w.-]+", "-", "-".join([*map(str, words), key]))
+    name = re.sub(r"[^\w.-]+", "-", "-".join([*map(str, words), key]))
+    return cached("runs", name, FINISHED_FILE)
 
 
 @contextmanager
