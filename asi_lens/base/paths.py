@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from asi_lens.base.errors import require
@@ -11,6 +13,8 @@ CACHE_VARIABLE = "ASI_LENS_CACHE"
 BUNDLE_VARIABLE = "ASI_LENS_BUNDLE"
 PUBLISHED = "published"
 """Folder of the committed figures below `figures/`; only `make publish` writes there."""
+
+_watching: list[set[tuple[str, str]]] = []
 
 
 def cache_root() -> Path:
@@ -50,10 +54,23 @@ def cached(kind: str, name: str, mark: str = "") -> Path:
     `name` is a file's or folder's path below the folder of the kind. An entry counts as there if it exists,
     with `mark` if the file of that name in it exists. The returned path exists or is the one to write.
     """
+    for entries in _watching:
+        entries.add((kind, name))
     bundle = bundle_root()
     if bundle is not None and (bundle / kind / name / mark).exists():
         return bundle / kind / name
     return cache_dir(kind) / name
+
+
+@contextmanager
+def watched() -> Iterator[set[tuple[str, str]]]:
+    """Yield a set that collects (kind, name) of every entry of the cache that `cached` is asked for."""
+    entries: set[tuple[str, str]] = set()
+    _watching.append(entries)
+    try:
+        yield entries
+    finally:
+        _watching.remove(entries)
 
 
 def is_cached(path: Path) -> bool:

@@ -256,7 +256,7 @@ def _start(
         sample = rows.sample(min(_SAMPLE, rows.n))
         b_dec = "mean" if recipe.center else "zeros"
         center: dict[str, Any] = {"center": recipe.center, "b_dec": b_dec}
-        report = initialize(sae, method, rows.spectrum, d_init, sample, initial_l0=l0, **center)
+        report = initialize(sae.to(device), method, rows.spectrum, d_init, sample, initial_l0=l0, **center)
         # Drift is measured for all recipes, also for those without ASI. Inside the subspace it is constant.
         drift, search = Drift(rows.spectrum, min(run.d_active, rows.d)), recipe.search
     about = {"format": FORMAT, "recipe": asdict(recipe), "initialization": asdict(report)}
