@@ -60,6 +60,8 @@ TESTED_ELSEWHERE = {
     "figures.panels": "figures/test_dead_features.py",
     "figures.parts": "figures/test_dead_features.py",
     "figures.style": "figures/test_collapse.py",
+    "inputs.hub": "inputs/test_documents.py",
+    "inputs.packaged": "inputs/test_sources.py",
     "inputs.twin": "inputs/test_hooks.py",
     "kernels.draws": "sae/test_dictionary.py",
     "lorsa.attention": "lorsa/test_lorsa.py",

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
+from asi_lens import __version__
 from asi_lens.base.errors import AsiLensError, OptionError, require, require_known
 from asi_lens.base.files import read_yaml_mapping
 from asi_lens.base.ranks import Ranks, joined
@@ -83,8 +84,10 @@ def agree(ranks: Ranks, values: Mapping[str, object]) -> None:
 
     Paths are not compared: folders may be mounted in different places.
     """
-    names = ("asi_lens", "torch", "safetensors", "numpy")
-    versions = {"python": platform.python_version(), **{name: version(name) for name in names}}
+    names = ("torch", "safetensors", "numpy")
+    # A checkout that is only on the path has no installed version.
+    versions = {"asi_lens": __version__, "python": platform.python_version()}
+    versions |= {name: version(name) for name in names}
     ranks.require_same("versions", versions)
     told = {key: value for key, value in values.items() if not isinstance(value, Path)}
     ranks.require_same("configurations", told)

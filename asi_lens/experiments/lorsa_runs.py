@@ -210,7 +210,7 @@ def _evaluations(
     """Return the evaluated fields of `held_out` rows, a mapping for each run."""
 
     def evaluate(missing: list[LorsaRun]) -> list[Evaluation]:
-        lorsas = [run.lorsa() for run in missing]
+        lorsas = [run.lorsa().to(resolve_device("auto")) for run in missing]
         return evaluate_lorsas(lorsas, held_out, model=model, tokens=tokens, progress=progress)
 
     return held_out_numbers(runs, FORMAT, held_out.fingerprint, model, tokens, evaluate)
