@@ -201,7 +201,9 @@ def _set_rope(path: str, config: Any, parameters: Mapping[str, Any]) -> None:
     rope = _rope(config)
     if "rope_theta" not in rope:
         raise _unsupported(path, f"scaled rotary embeddings ({parameters['rope_type']})", None)
-    theta = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    theta: dict[str, Any] = {
+        name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope
+    }
     rope.clear()
     rope.update({**theta, **parameters})
 

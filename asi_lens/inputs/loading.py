@@ -25,7 +25,8 @@ from asi_lens.base.errors import (
     UnsupportedModelError,
     require,
 )
-from asi_lens.base.paths import cache_root
+from asi_lens.base.offline import no_hub, refused
+from asi_lens.base.paths import is_cached
 from asi_lens.inputs.sources import SOURCES
 
 ORIGINS: WeakKeyDictionary[nn.Module, tuple[str, str]] = WeakKeyDictionary()
@@ -54,6 +55,7 @@ def boot_bridge(
 
     if isinstance(source, Path):
         require(revision is None, "revision", revision, "left out for a model that is not on the hub")
+    no_hub()
     _mend_neox()
     loader = _Loader(str(source))
     try:
@@ -71,7 +73,7 @@ def boot_bridge(
     except _PASS:
         raise
     except (SafetensorError, EOFError, pickle.UnpicklingError) as error:
-        kind = CacheError if Path(source).is_relative_to(cache_root()) else DataError
+        kind = CacheError if is_cached(Path(source)) else DataError
         reason = "nothing but tensors is unpickled" if isinstance(error, pickle.UnpicklingError) else error
         raise kind(f"the weights of {source} are damaged or cut off: {reason}") from error
     except OSError as error:
@@ -172,6 +174,8 @@ def _load_error(source: str | Path, name: str, error: OSError) -> Exception:
     if "not a valid model identifier" in str(error):
         return UnknownNameError(f"the model hub has no model {name!r} that you may see: {message}")
     packaged = ", ".join(key for key, entry in SOURCES.items() if entry.kind == "model")
+    if no_hub():
+        return refused(f"the model {name!r}", "Give its Hugging Face folder or a `.gguf` file by its path")
     return FetchError(
         f"cannot fetch {name!r} from the model hub: {message} Without the hub, use a packaged model "
         f"({packaged}), a local folder or a `.gguf` file"
