@@ -27,10 +27,11 @@ from asi_lens.base.doors import checked
 from asi_lens.base.errors import CacheError, DataError, OptionError, require
 from asi_lens.base.files import cache_key, file_name, locked
 from asi_lens.base.metadata import plain_metadata
-from asi_lens.base.paths import cache_dir
+from asi_lens.base.paths import cached
 from asi_lens.base.ranks import Ranks
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
+from asi_lens.inputs.fingerprint import is_fixed, number_key
 
 __all__ = ["ActivationStore", "harvest_store", "harvest_stores"]
 
@@ -94,8 +95,9 @@ def harvest_stores(
     The size is printed before anything is written.
 
     Args:
-        folder: None writes the stores to the cache, under a key of everything that their rows depend on. If
-            another process is writing the same stores there, this process waits for it.
+        folder: None writes the stores to the cache, under a key of everything that their rows depend on (not
+            allowed while hooks that somebody added to the model are in force). If another process is writing
+            the same stores there, this process waits for it.
         dtype: dtype of the rows on disk: "bfloat16", "float16" or "float32".
         budget_gb: refuse to write more than this many 10^9 bytes.
         shard_tokens: rows of a shard, rounded to whole forward batches (None: 128 MiB).
@@ -158,9 +160,10 @@ def _harvest(
         writers: dict[SiteLayer, ShardWriter] = {}
 
         def begin() -> None:
-            # Locks are taken in sorted order, so that two harvests never wait for each other.
+            # Locks are taken in sorted order, so that two harvests never wait for each other. Finished stores
+            # are not locked: they may be in a read-only cache.
             for where in sorted(folders, key=folders.__getitem__):
-                if ranks.rank == 0:
+                if ranks.rank == 0 and not (folders[where] / shards.MANIFEST).exists():
                     busy = CacheError(f"another process is writing the store in {folders[where]}")
                     # Cached stores are shared between processes: the second process waits for the first.
                     stack.enter_context(locked(folders[where], None if chosen[where] is None else busy))
@@ -288,9 +291,16 @@ def _origins(
 
 
 def _cached(origin: Mapping[str, Any], dtype: str) -> Path:
-    key = cache_key(format=shards.FORMAT, dtype=dtype, **{name: origin[name] for name in _CONTENT})
+    weights, model_dtype, tokens, drop_first = (origin[name] for name in _CONTENT)
+    if not is_fixed(weights):
+        raise OptionError(
+            "folder=None is not allowed while hooks that somebody added to the model are in force: no cache "
+            "key covers their code; name a folder"
+        )
+    options = {"format": shards.FORMAT, "store_dtype": dtype, "drop_first": drop_first}
+    key = cache_key(**number_key(weights, model_dtype, tokens, **options))
     parent = file_name(origin["model"], origin["corpus"], key=key)
-    return cache_dir("stores") / parent / f"{origin['site']}.{origin['layer']}"
+    return cached("stores", f"{parent}/{origin['site']}.{origin['layer']}", shards.MANIFEST)
 
 
 def _state_size(

@@ -228,6 +228,8 @@ def _device_text(value: Any) -> Any:
 
 
 def _any_of(kinds: list[Kind]) -> Kind:
+    # int | float and float | int are one annotation, whichever was written first: whole numbers stay whole.
+    kinds = sorted(kinds, key=lambda kind: kind.text != "a whole number")
     texts = [kind.text for kind in kinds]
     for other, text in (("a path", _path_text), ("a device", _device_text)):
         if other in texts and "text" in texts:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from asi_lens.base.errors import DataError
+from asi_lens.base.errors import AsiLensError, DataError
 
 _NAME_BYTES = 140
 """Most bytes of a file name made of names that a user chose.
@@ -91,6 +91,27 @@ def write_text(path: Path | str, text: str) -> None:
         raise DataError(f"{path}: {part!r} ends in half of a surrogate pair, which is not text") from error
     with write_whole(path) as temporary:
         temporary.write_bytes(data)
+
+
+def read_json(path: Path | str, error: type[AsiLensError], repair: str) -> Any:
+    """Return the JSON value in a file. Raises `error`: the path, the reason and `repair`."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as reason:
+        raise error(f"{path} cannot be read ({reason}); {repair}") from reason
+
+
+def read_yaml_mapping(path: Path | str) -> dict[str, Any]:
+    """Return the keys and values of a YAML file; {} for an empty file. Raises DataError naming the file."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, dict | None):
+        raise DataError(f"{path} must hold keys and values")
+    return values or {}
 
 
 @contextmanager

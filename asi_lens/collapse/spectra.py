@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -19,16 +20,17 @@ from torch import Tensor, nn
 from asi_lens.activations.harvest import BATCH_TOKENS, SiteLayer, harvest, places
 from asi_lens.activations.moments import Moments
 from asi_lens.activations.spectrum import Spectrum, warn_if_few
-from asi_lens.base.cache import cached_json
 from asi_lens.base.doors import checked
 from asi_lens.base.errors import CacheError, require
 from asi_lens.base.files import cache_key, file_name, locked
-from asi_lens.base.paths import cache_dir
+from asi_lens.base.paths import cache_dir, cached
 from asi_lens.base.safetensors_io import read_tensors, save_tensors
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
+from asi_lens.inputs.fingerprint import cached_number, is_fixed, number_key
 
 _FORMAT = "1"
+_KIND = "moments"
 _ABOUT = {"asi_lens_moments": _FORMAT}
 # Seconds between two saved states of a running pass.
 _SAVE_EVERY = 300.0
@@ -125,17 +127,33 @@ def collect_spectra(
     """Return the spectra of `sites` at `layers` (all by default), from the cache or one pass of the model.
 
     A running pass takes 8 d^2 bytes per (site, layer) for any number of tokens. Ctrl-C saves the state of
-    the pass; the next call continues from there, with the same bits as a pass without a stop.
+    the pass; the next call continues from there, with the same bits as a pass without a stop. With hooks that
+    somebody added to the model, the pass runs every time and nothing is kept.
 
     Raises UnknownNameError, OptionError or UnsupportedModelError for a site or layer that the model does
     not have, DataError for activations that are not finite, CacheError for a damaged cache file.
     """
     wanted = places(model, sites, layers)
     info = models.model_info(model)
+    if not is_fixed(info.fingerprint):
+        consumer = MomentsConsumer(wanted)
+        harvest(
+            model, tokens, [consumer], batch_tokens=batch_tokens, drop_first=drop_first, progress=progress
+        )
+        found = {
+            (site, layer): Spectrum.from_moments(consumer.moments[site, layer], name=f"{site} {layer}")
+            for site, layer in wanted
+        }
+        warn_if_few(found.values())
+        return Spectra(found, info, tokens.corpus)
     folder = _folder(info, tokens, drop_first, batch_tokens)
-    with locked(folder):
-        missing = [where for where in wanted if not _file(folder, where).exists()]
-        if missing:
+
+    def absent() -> list[SiteLayer]:
+        return [where for where in wanted if not _file(folder, where).exists()]
+
+    # Looked for before the lock, as a complete cache may be read-only.
+    with locked(folder) if absent() else nullcontext():
+        if missing := absent():
             consumer = _run(model, tokens, missing, folder, drop_first, batch_tokens, progress)
             for where in missing:
                 _write(_file(folder, where), consumer.moments.pop(where))
@@ -186,7 +204,7 @@ def rank_growth(
                 records.append({**record, "n_tokens": moments.n, **spectrum.summary()})
         return records
 
-    return cached_json("moments", key, measure)
+    return cached_number(_KIND, key, measure)
 
 
 def _run(
@@ -244,23 +262,17 @@ def _run(
 
 
 def _key(info: models.ModelInfo, tokens: Tokens, drop_first: bool, batch_tokens: int) -> dict[str, object]:
-    return {
-        "format": _FORMAT,
-        "weights": info.fingerprint,
-        "dtype": info.dtype,
-        "tokens": tokens.fingerprint,
-        "drop_first": drop_first,
-        "batch_tokens": batch_tokens,
-    }
+    options = {"format": _FORMAT, "drop_first": drop_first, "batch_tokens": batch_tokens}
+    return number_key(info.fingerprint, info.dtype, tokens.fingerprint, **options)
 
 
 def _folder(info: models.ModelInfo, tokens: Tokens, drop_first: bool, batch_tokens: int) -> Path:
     key = cache_key(**_key(info, tokens, drop_first, batch_tokens))
-    return cache_dir("moments") / file_name(info.name, tokens.corpus, key=key)
+    return cache_dir(_KIND) / file_name(info.name, tokens.corpus, key=key)
 
 
 def _file(folder: Path, where: SiteLayer) -> Path:
-    return folder / f"{where[0]}.{where[1]}.safetensors"
+    return cached(_KIND, f"{folder.name}/{where[0]}.{where[1]}.safetensors")
 
 
 def _partial(folder: Path, missing: Sequence[SiteLayer]) -> Path:
