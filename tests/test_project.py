@@ -68,7 +68,6 @@ TESTED_ELSEWHERE = {
     "reproduce.kernel": "reproduce/test_execute.py",
     "reproduce.staleness": "reproduce/test_main.py",
     "sae.shard": "training/test_mesh.py",
-    "sae.splice": "sae/test_evaluate.py",
     "sae.transcoder_init": "sae/test_transcoder.py",
     "training.config": "sae/test_train.py",
     "training.learner": "training/test_loop.py",

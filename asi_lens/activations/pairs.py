@@ -33,6 +33,10 @@ class Pair:
     def __getitem__(self, part: slice) -> Pair:
         return Pair(self.x[part], self.y[part])
 
+    def split(self, n: int) -> Iterator[Pair]:
+        """Yield the tokens in order, `n` at a time, as `Tensor.split` does with rows."""
+        return (Pair(x, y) for x, y in zip(self.x.split(n), self.y.split(n), strict=True))
+
 
 class PairedStores:
     """Two stores of the same tokens, row by row: the inputs and the target outputs of a transcoder.

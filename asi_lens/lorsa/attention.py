@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from asi_lens.base.errors import UnsupportedModelError, require
 from asi_lens.inputs import models, twin
 from asi_lens.lorsa.heads import PatternConfig, QueryKeyHeads
+from asi_lens.sae.splice import Place
 
 READ_SITE = "blocks.{}.attn.hook_in"
 """Hook of an attention layer's input: the residual stream, after the layer's input norm if it has one."""
@@ -88,6 +89,11 @@ class AttentionLayer:
 def write_site(model: nn.Module, layer: int) -> str:
     """Return the hook of the attention layer's output, before any norm that follows it (Gemma 2 and 3)."""
     return models.hook_name(model, models.attention_write_site(model), layer)
+
+
+def layer_place(model: nn.Module, layer: int) -> Place:
+    """Return the place of a Lorsa of that layer: the attention layer's input and output."""
+    return Place.of(model, (write_site(model, layer), layer), (READ_SITE, layer))
 
 
 def origin(model: nn.Module, layer: int) -> dict[str, Any]:

@@ -32,9 +32,10 @@ from asi_lens.kernels.codes import SparseCode
 from asi_lens.kernels.draws import draw_gaussian, other_stream, unit_rows_
 from asi_lens.kernels.gradients import decode_sum
 from asi_lens.kernels.topk import topk_exact
-from asi_lens.lorsa.attention import AttentionLayer, origin, read_attention
+from asi_lens.lorsa.attention import AttentionLayer, layer_place, origin, read_attention
 from asi_lens.lorsa.data import SequencePairs
 from asi_lens.lorsa.heads import PatternConfig, QueryKeyHeads
+from asi_lens.sae.splice import Place, Spliced
 
 FORMAT = 1
 _HEADER = "asi_lens_lorsa"
@@ -133,7 +134,7 @@ def config_for(
     )
 
 
-class Lorsa(nn.Module):
+class Lorsa(Spliced):
     """Query-key heads and the units that share the heads.
 
     Parameters: `heads` (see `QueryKeyHeads`), `W_V`, `W_O [n_ov d_in]`, `b_V [n_ov]`, `b_O [d_in]`.
@@ -143,6 +144,8 @@ class Lorsa(nn.Module):
     positions alike; `initialize_lorsa` copies heads from a model. `from_attention` returns the exact copy of
     a layer.
     """
+
+    place_is_given_by = "layer=..."
 
     input_mean: Tensor
     input_scale: Tensor
@@ -175,6 +178,11 @@ class Lorsa(nn.Module):
     def d_in(self) -> int:
         """Width of inputs and outputs."""
         return self.config.d_in
+
+    @property
+    def d_out(self) -> int:
+        """Width of outputs: that of the inputs."""
+        return self.d_in
 
     @property
     def n_ov(self) -> int:
@@ -261,6 +269,11 @@ class Lorsa(nn.Module):
             target = self.normalize_output(block.y)[:, 1:]
             sizes = SparseCode(code.indices.flatten(0, 1), code.values.abs().flatten(0, 1))
             yield target, self.decode_normalized(code), sizes
+
+    def place_in(self, model: nn.Module, metadata: Mapping[str, Any]) -> Place | None:
+        """See `Spliced.place_in`. Metadata name the layer."""
+        layer = metadata.get("layer")
+        return None if layer is None else layer_place(model, int(layer))
 
     def save(self, path: Path | str) -> None:
         """Write one `.safetensors` file (see `save_lorsa`)."""

@@ -12,6 +12,7 @@ Decoder rows have unit norm. `folded` returns weights of the same function on ra
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -30,6 +31,7 @@ from asi_lens.kernels.draws import draw_gaussian, unit_rows_
 from asi_lens.kernels.gradients import decode_sum
 from asi_lens.sae.kinds import KINDS
 from asi_lens.sae.kinds.kind import Weights
+from asi_lens.sae.splice import Place, Spliced, site_layer
 
 # Rows encoded at a time outside of training.
 _BLOCK = 4096
@@ -72,7 +74,7 @@ class SAEConfig:
         return cls(**values)
 
 
-class SparseAutoencoder(Weights):
+class SparseAutoencoder(Weights, Spliced):
     """A dictionary of `d_sae` directions, and the encoder that picks the features of an activation.
 
     Parameters: `W_enc [d_in d_sae]`, `b_enc [d_sae]`, `W_dec [d_sae d_in]`, `b_dec [d_in]`. W_enc is a
@@ -208,13 +210,20 @@ class SparseAutoencoder(Weights):
         return self.decode(self.encode(x))
 
     def scan(
-        self, data: ActivationStore | PairedStores | Tensor
+        self, data: ActivationStore | PairedStores | Tensor | Pair
     ) -> Iterator[tuple[Float[Tensor, "n d_out"], Float[Tensor, "n d_out"], SparseCode]]:
         """Yield targets, reconstructions and codes [n k] of all rows in order, a few thousand at a time."""
-        for batch in data.split(_BLOCK) if isinstance(data, Tensor) else data.in_order(_BLOCK):
+        for batch in data.split(_BLOCK) if isinstance(data, Tensor | Pair) else data.in_order(_BLOCK):
             x, target = (batch.x, batch.y) if isinstance(batch, Pair) else (batch, batch)
             code = self.encode(x)
             yield target, self.decode(code), code
+
+    def place_in(self, model: nn.Module, metadata: Mapping[str, Any]) -> Place | None:
+        """See `Spliced.place_in`. Metadata name site and layer, or a hook inside a block (SAELens)."""
+        where = site_layer(metadata)
+        if where is None and (match := re.match(r"blocks\.(\d+)\.", str(metadata.get("hook_name")))):
+            where = str(metadata["hook_name"]), int(match[1])
+        return None if where is None else Place.of(model, where)
 
     @torch.no_grad()
     def folded(self) -> dict[str, Tensor]:

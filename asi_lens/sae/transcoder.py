@@ -13,10 +13,12 @@ normalization, to mean square norm d_in (inputs) and d_out (outputs):
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float, Num
-from torch import Tensor
+from torch import Tensor, nn
 
 from asi_lens.activations.pairs import Pair, PairedStores
 from asi_lens.activations.store import ActivationStore
@@ -25,6 +27,7 @@ from asi_lens.kernels.codes import SparseCode
 from asi_lens.kernels.draws import draw_gaussian, other_stream, unit_rows_
 from asi_lens.kernels.gradients import decode_sum
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
+from asi_lens.sae.splice import Place, site_layer
 
 
 class Transcoder(SparseAutoencoder):
@@ -35,6 +38,7 @@ class Transcoder(SparseAutoencoder):
     """
 
     is_transcoder = True
+    place_is_given_by = "stores whose metadata name both sites and layers"
 
     output_mean: Tensor
     output_scale: Tensor
@@ -105,6 +109,11 @@ class Transcoder(SparseAutoencoder):
         flat = SparseCode(*(part.reshape(-1, part.shape[-1]) for part in code))
         raw = (decode_sum(flat, self.W_dec) + self.b_dec) / self.output_scale + self.output_mean
         return raw.view(*code.indices.shape[:-1], self.d_out)
+
+    def place_in(self, model: nn.Module, metadata: Mapping[str, Any]) -> Place | None:
+        """See `Spliced.place_in`. Metadata name both sites, as those of `PairedStores` do."""
+        writes, reads = site_layer(metadata), site_layer(metadata.get("reads") or {})
+        return None if writes is None or reads is None else Place.of(model, writes, reads)
 
     @torch.no_grad()
     def folded(self) -> dict[str, Tensor]:
