@@ -67,9 +67,7 @@ def test_a_transcoder_reads_one_site_and_replaces_another(tiny_llama: Any, tiny_
 
 def test_a_place_that_metadata_do_not_name_is_given(tiny_llama: Any) -> None:
     plain = autoencoder({})
-    with pytest.raises(
-        OptionError, match=r"site and layer of the SparseAutoencoder are not known; give"
-    ):
+    with pytest.raises(OptionError, match=r"site and layer of the SparseAutoencoder are not known; give"):
         plain.hooks(tiny_llama)
     place = Place.of(tiny_llama, ("attn_out", 1))
     assert list(plain.hooks(tiny_llama, place)) == ["blocks.1.hook_attn_out"]
