@@ -158,8 +158,13 @@ def test_it_begins_where_it_was_asked_to(method: str, reader: str) -> None:
         assert report.leak_decoder is not None
         assert report.leak_decoder < 1e-6
         assert inside.min().item() == pytest.approx(1)
+        assert report.d_init == R
     else:
         assert inside.mean().item() == pytest.approx(R / D_OUT, abs=0.1)
+    if reader == "active":
+        U = store.inputs.spectrum.active_subspace(report.options["d_reads"])
+        outside = sae.encoder_rows.double() - sae.encoder_rows.double() @ U @ U.T
+        assert report.leak_encoder == pytest.approx((outside.norm(dim=1) / report.encoder_norm).max().item())
     # The scale is the best one: the first reconstruction cannot be improved by another.
     pair = store.sample(store.n)
     goal = sae.normalize_output(pair.y) - sae.b_dec
@@ -170,6 +175,8 @@ def test_it_begins_where_it_was_asked_to(method: str, reader: str) -> None:
         # What is read at random has nothing to do with what is written: no norm is better than none.
         assert report.encoder_norm == pytest.approx(1)
     assert report.fvu == pytest.approx(((goal - made).square().sum() / goal.square().sum()).item(), rel=1e-4)
+    assert (report.linear_fvu is None) == (reader != "regression")
+    assert report.options == sae.initialization
     again = make()
     initialize_transcoder(again, store, method, reader, R if method == "asi" else None)
     assert torch.equal(again.W_enc, sae.W_enc)
