@@ -16,12 +16,12 @@ from tqdm.auto import tqdm
 from asi_lens.activations.pairs import Pair, PairedStores
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import DataError, OptionError, require, require_known
-from asi_lens.kernels.codes import SparseCode
 from asi_lens.kernels.gradients import Gradients, Term, decode_sum, sum_gradients
 from asi_lens.kernels.topk import Workspace, encode_topk
 from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.drift import Drift
 from asi_lens.sae.kinds import kinds_with
+from asi_lens.sae.kinds.kind import Picks
 from asi_lens.sae.optim import RowAdam, gradient_norm
 from asi_lens.sae.search import SEARCHES, SubspaceSearch, is_due
 from asi_lens.sae.sparsity import SparsityConfig
@@ -125,13 +125,13 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
         encoder, decoder = sae.encoder_rows, sae.W_dec.data
         first, last = mesh.tokens(n)
         x, goal = sae.sides(batch.rows if isinstance(batch, Part) else batch[first:last])
-        code = self._code(x)
+        picks = self._picks(x)
         # b_dec cancels: reconstruction - x_n = acts W_dec + b_dec - x_n = acts W_dec - x.
-        residual, terms = self.sparsity.terms(mesh.pick(code, sae.k), goal, n)
-        penalty, own = self.sparsity.penalize(terms, self.steps)
+        residual, terms = self.sparsity.terms(picks, goal, n)
+        penalty, own = self.sparsity.penalize(terms, picks, self.steps)
         error = _power(residual)
         aux_loss = torch.zeros_like(error)
-        dead = self.ledger.dead(config.dead_window) if self.aux_k else code.indices[:0, 0]
+        dead = self.ledger.dead(config.dead_window) if self.aux_k else picks.code.indices[:0, 0]
         if self.aux_k and mesh.count(len(dead)):
             term, aux_loss = self._auxiliary(x, residual, dead)
             terms.append(term)
@@ -162,7 +162,7 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
         lr = config.lr * lr_factor(self.steps, self.n_steps, config.warmup_steps, config.decay_fraction)
         scale = min(1.0, config.clip_norm / size) if config.clip_norm and size else 1.0
         self.optimizer.step(grads, lr, scale, own, self.sparsity.own_lr)
-        self.sparsity.after(fired / n, self.steps - 1)
+        self.sparsity.after(picks, fired / n, self.steps - 1)
         self.ledger.update(code)
         if self.subspace is not None:
             self.subspace.refresh(None if config.optimizer == "adam" else grads.features)
@@ -179,15 +179,15 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
             gradient_norm=None if norm is None else size,
         )
 
-    def _code(self, x: Float[Tensor, "part d_in"]) -> SparseCode:
+    def _picks(self, x: Float[Tensor, "part d_in"]) -> Picks:
         """Return the picks of centered rows."""
         if self.search == "exact":
-            return self.sparsity.code(x.to(self.compute_dtype), self.steps, self._workspace)
+            return self.sparsity.picks(x.to(self.compute_dtype), self.steps, self._workspace)
         if self.subspace is None:
             raise OptionError('search="subspace" needs the inputs\' spectrum: call fit, or prepare(store)')
         if is_due(self.steps) and (change := self.subspace.measure(x)):
             tqdm.write(f"step {self.steps + 1}: {change}")
-        return self.subspace.code(x, self._workspace)
+        return Picks(self.subspace.code(x, self._workspace))
 
     def _auxiliary(self, x: Tensor, residual: Tensor, dead: Tensor) -> tuple[Term, Float[Tensor, ""]]:
         """Return AuxK's term and L_aux: the top aux_k dead features of each token reconstruct the error.

@@ -105,7 +105,7 @@ def test_step_gradients_equal_autograd(activation: str, aux_k: int, monkeypatch:
     trainer.ledger.n_tokens = 10
     trainer.ledger.last_fired[:60] = 10
     x = (pair.x - sae.input_mean) * sae.input_scale
-    code = trainer.sparsity.code(x.detach(), 0)
+    code = trainer.sparsity.picks(x.detach(), 0).code
     fired = torch.zeros(64, D_SAE, dtype=torch.float64).scatter_add(
         1, code.indices, (code.values > 0).double()
     )
