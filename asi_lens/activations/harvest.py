@@ -63,7 +63,9 @@ def places(model: nn.Module, sites: Iterable[str], layers: Sequence[int] | None)
     for site, layer in out:
         models.hook_name(model, site, layer)
     if not out:
-        raise OptionError("no site or no layer was asked for")
+        raise OptionError(
+            f"sites={sites} with layers={layers} name no place; name at least one site and one layer"
+        )
     return list(dict.fromkeys(out))
 
 
@@ -108,13 +110,16 @@ def harvest(
     require(batch_tokens >= 1, "batch_tokens", batch_tokens, "at least 1")
     require(0 <= start <= len(tokens), "start", start, f"from 0 to {len(tokens)}")
     if drop_first and tokens.context < 2:
-        raise OptionError("a context of 1 holds nothing but the first position; use drop_first=False")
+        raise OptionError(
+            "a context of 1 holds only the first position, which drop_first=True leaves out; use "
+            "drop_first=False"
+        )
     takers: dict[SiteLayer, list[Consumer]] = {}
     for consumer in consumers:
         for where in consumer.wants:
             takers.setdefault(where, []).append(consumer)
     if not takers:
-        raise OptionError("no consumer wants anything")
+        raise OptionError("the consumers ask for no site; pass at least one that does")
     deepest = max(layer for _, layer in takers)
     per_batch = max(1, batch_tokens // tokens.context)
     first = 1 if drop_first else 0

@@ -137,7 +137,7 @@ def _harvest(
 ) -> dict[SiteLayer, ActivationStore]:
     _check(dtype, budget_gb, shard_tokens, batch_tokens)
     if not chosen:
-        raise OptionError("no (site, layer) was asked for")
+        raise OptionError("wheres=[] is not allowed; wheres must be one or more (site, layer)")
     per_sequence = tokens.context - drop_first
     n = len(tokens) * per_sequence
     if n == 0:
@@ -226,8 +226,8 @@ def _stretch(n: int, per_batch: int, ranks: Ranks) -> tuple[int, int]:
     n_batches = -(-n // per_batch)
     if n_batches < ranks.size:
         raise OptionError(
-            f"{n} sequences are {n_batches} forward batches of {per_batch}: too few for {ranks.size} "
-            "processes"
+            f"{n} sequences make {n_batches} forward batches of {per_batch}, but {ranks.size} processes need "
+            "at least one each; use fewer processes or a smaller batch_tokens"
         )
     first, last = (min(n, n_batches * k // ranks.size * per_batch) for k in (ranks.rank, ranks.rank + 1))
     return first, last

@@ -52,7 +52,9 @@ class PairedStores:
         for key in _SHARED:
             mine, theirs = inputs.metadata.get(key), outputs.metadata.get(key)
             if mine != theirs:
-                raise OptionError(f"inputs of {key} {mine!r} and outputs of {key} {theirs!r}")
+                raise OptionError(
+                    f"the outputs have {key} {theirs!r}, but the inputs have {key} {mine!r}; they must agree"
+                )
         self.inputs, self.outputs = inputs, outputs
         self.n, self.d, self.d_out = inputs.n, inputs.d, outputs.d
         of_inputs = {key: inputs.metadata.get(key) for key in ("site", "layer", "hook_name")}

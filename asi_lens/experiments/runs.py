@@ -188,7 +188,7 @@ def _run(
 ) -> TrainedRun:
     d_out = store.d_out if isinstance(store, PairedStores) else None
     fits = (d_out is not None) == (recipe.reader is not None)
-    require(fits, "reader", recipe.reader, "given for paired stores, and for nothing else")
+    require(fits, "reader", recipe.reader, "given for paired stores, None for rows of one site")
     config = SAEConfig(store.d, d_sae, k, recipe.activation, seed, store.metadata, d_out)
     train = replace(base, optimizer=recipe.optimizer, aux_k=recipe.aux_k, seed=seed)
     automatic = auto_d_init(store.spectrum)
@@ -312,7 +312,7 @@ def is_finished(folder: Path, needed: Iterable[str]) -> bool:
     for name in needed:
         if not (folder / name).exists():
             raise CacheError(
-                f"{folder / FINISHED_FILE} tells of a finished run, but {folder / name} is missing; "
+                f"{folder / FINISHED_FILE} marks a finished run, but {folder / name} is missing; "
                 f"delete {folder}"
             )
     return True

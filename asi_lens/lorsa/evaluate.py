@@ -60,6 +60,6 @@ def evaluate_lorsas(
         require(pairs.d == lorsa.d_in, "pairs", f"of width {pairs.d}", f"{lorsa.d_in} wide, as the Lorsa")
         mine, theirs = (about.get("hook_name") for about in (lorsa.config.metadata, pairs.metadata))
         if None not in (mine, theirs) and mine != theirs:
-            raise OptionError(f"a Lorsa of {mine} and pairs of {theirs}")
+            raise OptionError(f"the pairs have hook_name {theirs!r}, but the Lorsa has hook_name {mine!r}")
     place = None if layer is None or model is None else layer_place(model, layer)
     return evaluate_at(lorsas, pairs, model, tokens, place, batch_tokens=batch_tokens, progress=progress)

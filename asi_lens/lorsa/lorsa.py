@@ -292,11 +292,11 @@ class Lorsa(Spliced):
     def _require_sequences(self, x: Tensor, what: str) -> None:
         if x.ndim != 3 or x.shape[-1] != self.d_in or x.numel() == 0:
             raise DataError(
-                f"{what} of shape {tuple(x.shape)}; a Lorsa takes [batch position {self.d_in}], none 0"
+                f"{what} have shape {tuple(x.shape)}; a Lorsa takes [batch position {self.d_in}], none 0"
             )
         context = self.config.pattern.context
         if x.shape[1] > context:
-            raise DataError(f"sequences of {x.shape[1]} positions given to a Lorsa with context={context}")
+            raise DataError(f"sequences have {x.shape[1]} positions, more than the Lorsa's context={context}")
         if not bool(torch.isfinite(x.sum(dtype=torch.float32))):
             bad = (~torch.isfinite(x)).flatten(1).any(1).sum().item()
             if bad:
@@ -321,21 +321,21 @@ def load_lorsa(path: Path | str) -> Lorsa:
     """
     path = _checked(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}")
+        raise FileNotFoundError(f"{path} does not exist")
     with opened(path, DataError) as file:
         text = (file.metadata() or {}).get(_HEADER)
         if text is None:
-            raise DataError(f"{path} is not the file of a Lorsa")
+            raise DataError(f"{path} is not a file of a Lorsa")
         about = json.loads(text)
         if about.get("format") != FORMAT:
-            raise DataError(f"{path} has format {about.get('format')!r}, this version reads {FORMAT}")
+            raise DataError(f"{path} has format {about.get('format')!r}, but this version reads {FORMAT}")
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     dtype = state["W_O"].dtype if "W_O" in state else torch.float32
     lorsa = Lorsa(LorsaConfig.from_dict(about["config"]), dtype=dtype)
     try:
         lorsa.load_state_dict(state)
     except RuntimeError as error:
-        raise DataError(f"{path} holds other tensors than its configuration asks for: {error}") from error
+        raise DataError(f"{path} holds other tensors than its configuration needs: {error}") from error
     lorsa.initialization = about["initialization"]
     return lorsa
 

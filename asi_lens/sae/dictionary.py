@@ -101,8 +101,10 @@ class SparseAutoencoder(Weights, Spliced):
             dtype in (torch.float32, torch.float64), "dtype", dtype, "float32 or float64 (master weights)"
         )
         if self.is_transcoder != (config.d_out is not None):
-            kind = "a Transcoder has one" if self.is_transcoder else "only a Transcoder has one"
-            raise OptionError(f"d_out={config.d_out} is not allowed: {kind}")
+            allowed = (
+                "a whole number for a Transcoder" if self.is_transcoder else "None: only a Transcoder has one"
+            )
+            raise OptionError(f"d_out={config.d_out} is not allowed; d_out must be {allowed}")
         self.config = config
         d_in, d_sae, d_out = config.d_in, config.d_sae, config.d_out or config.d_in
         self.W_enc = nn.Parameter(torch.empty(d_sae, d_in, dtype=dtype).T)
@@ -145,7 +147,10 @@ class SparseAutoencoder(Weights, Spliced):
         Raises DataError if `x` is not d_in wide, is empty, or holds NaN or infinity.
         """
         if x.ndim == 0 or x.shape[-1] != self.d_in:
-            raise DataError(f"activations of shape {tuple(x.shape)} given to an SAE with d_in={self.d_in}")
+            raise DataError(
+                f"activations have shape {tuple(x.shape)}; a dictionary with d_in={self.d_in} takes [..., "
+                f"{self.d_in}]"
+            )
         rows = x.reshape(-1, self.d_in).to(self.input_mean)
         normalized = (rows - self.input_mean).mul_(self.input_scale)
         if not bool(torch.isfinite(normalized.sum())):
@@ -161,10 +166,9 @@ class SparseAutoencoder(Weights, Spliced):
     def prepare(self, store: ActivationStore | PairedStores, *, first: bool) -> None:
         """Prepare for training on `store`. On the `first` call, a dictionary without normalization takes the
         store's mean and scale. Raises OptionError for data that the dictionary cannot be trained on."""
-        if isinstance(store, PairedStores):
-            raise OptionError(
-                "store='pairs' is not allowed; store must be rows of one site, for an autoencoder"
-            )
+        one = not isinstance(store, PairedStores)
+        require(one, "store", "PairedStores", "rows of one site for an autoencoder")
+        assert not isinstance(store, PairedStores)
         if first and not self.is_normalized:
             self.set_normalization(store.mean, store.scale)
 
@@ -172,7 +176,7 @@ class SparseAutoencoder(Weights, Spliced):
         """Raise DataError unless `batch` is rows to train on."""
         if not isinstance(batch, Tensor) or batch.ndim != 2 or len(batch) == 0:
             found = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
-            raise DataError(f"a batch is rows [n {self.d_in}] with n at least 1, not {found}")
+            raise DataError(f"the batch is {found}; it must be rows [n {self.d_in}] with n at least 1")
 
     def sides(self, batch: Tensor | Pair) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
         """Return the encoder's input and the target of acts W_dec; for an autoencoder both are the same."""

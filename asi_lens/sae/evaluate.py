@@ -136,7 +136,9 @@ def evaluate_together(
     require(len(saes) > 0, "saes", [], "one or more")
     d_in = rows.d if isinstance(rows, ActivationStore) else rows.shape[1]
     for sae in saes:
-        require(not sae.is_transcoder, "saes", "a transcoder", "autoencoders; there is evaluate_transcoder")
+        require(
+            not sae.is_transcoder, "saes", "a transcoder", "autoencoders (evaluate_transcoder evaluates it)"
+        )
         require(sae.d_in == d_in, "rows", f"of width {d_in}", f"{sae.d_in} wide, as the dictionary")
         if isinstance(rows, ActivationStore):
             _require_same_site(sae.config.metadata, rows.metadata)
@@ -184,7 +186,12 @@ def evaluate_transcoders(
     require(len(saes) > 0, "saes", [], "one or more")
     widths = (store.d, store.d_out)
     for sae in saes:
-        require(widths == (sae.d_in, sae.d_out), "store", f"of widths {widths}", f"{(sae.d_in, sae.d_out)}")
+        require(
+            widths == (sae.d_in, sae.d_out),
+            "store",
+            f"of widths {widths}",
+            f"of widths {(sae.d_in, sae.d_out)}",
+        )
     return evaluate_at(saes, store, model, tokens, batch_tokens=batch_tokens, progress=progress)
 
 
@@ -206,7 +213,7 @@ def evaluate_at(
     """
     require_both(model=model, tokens=tokens)
     n = len(data) if isinstance(data, Tensor) else data.n
-    require(n >= 1, "rows", n, "at least one")
+    require(n >= 1, "rows", f"{n} rows", "at least one row")
     spliced: list[Hooks] = []
     if model is not None:
         about = [coder.config.metadata for coder in coders[1:]] + [getattr(data, "metadata", {})]
@@ -302,6 +309,6 @@ def _require_same_site(sae: Mapping[str, Any], store: Mapping[str, Any]) -> None
         mine, theirs = sae.get(key), store.get(key)
         if mine is not None and theirs is not None:
             if mine != theirs:
-                raise OptionError(f"a dictionary of {key} {mine!r} and a store of {key} {theirs!r}")
+                raise OptionError(f"the store has {key} {theirs!r}, but the dictionary has {key} {mine!r}")
             if key == "hook_name":
                 return

@@ -183,7 +183,8 @@ def _check(
     elif start.norm is not None:
         instead = starts_with(lambda other: other.norm is None and other.subspace == start.subspace)
         raise OptionError(
-            f"method={method!r} is not for activation={sae.config.activation!r}; take {instead}"
+            f"method={method!r} is not allowed for activation={sae.config.activation!r}; method must be "
+            f"{instead}"
         )
     whole = start.sharded or mesh.config.model == 1
     require(whole, "method", method, f"{starts_with(lambda other: other.sharded)} over several ranks")

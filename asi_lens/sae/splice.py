@@ -176,7 +176,7 @@ def hooked_losses(
     info = models.model_info(model)
     if not info.causal:
         raise UnsupportedModelError(
-            f"{info.name} ({info.architecture}) does not predict next tokens: no loss"
+            f"{info.name} ({info.architecture}) does not predict next tokens, so it has no loss"
         )
     require(tokens.context >= 2, "context", tokens.context, "at least 2 (a first token predicts the next)")
     require(len(tokens) >= 1, "tokens", f"{len(tokens)} sequences", "at least one sequence")

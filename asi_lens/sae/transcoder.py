@@ -67,7 +67,8 @@ class Transcoder(SparseAutoencoder):
         """
         if y.ndim == 0 or y.shape[-1] != self.d_out:
             raise DataError(
-                f"outputs of shape {tuple(y.shape)} given to a transcoder with d_out={self.d_out}"
+                f"outputs have shape {tuple(y.shape)}; a transcoder with d_out={self.d_out} takes [..., "
+                f"{self.d_out}]"
             )
         normalized = (y.reshape(-1, self.d_out).to(self.output_mean) - self.output_mean) * self.output_scale
         if not bool(torch.isfinite(normalized.sum())):
@@ -84,7 +85,12 @@ class Transcoder(SparseAutoencoder):
         """See `SparseAutoencoder.prepare`. Normalizes both sides."""
         require(isinstance(store, PairedStores), "store", type(store).__name__, "PairedStores")
         assert isinstance(store, PairedStores)
-        require(store.d_out == self.d_out, "store", f"with outputs {store.d_out} wide", f"{self.d_out} wide")
+        require(
+            store.d_out == self.d_out,
+            "store",
+            f"with outputs {store.d_out} wide",
+            f"with outputs {self.d_out} wide",
+        )
         super().prepare(store.inputs, first=first)
         plain = not bool((self.output_scale != 1) | (self.output_mean != 0).any())
         if first and plain:
@@ -96,7 +102,8 @@ class Transcoder(SparseAutoencoder):
             sizes = [tuple(side.shape) for side in (batch.x, batch.y)] if isinstance(batch, Pair) else None
             found = sizes or type(batch).__name__
             raise DataError(
-                f"a batch is a Pair of rows [n {self.d_in}] and [n {self.d_out}], n at least 1, not {found}"
+                f"the batch is {found}; it must be a Pair of rows [n {self.d_in}] and [n {self.d_out}], n at "
+                "least 1"
             )
 
     def sides(self, batch: Tensor | Pair) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:

@@ -134,8 +134,8 @@ class RankMesh(Mesh):
 
         if ranks.size != config.size:
             raise OptionError(
-                f"a mesh of data={config.data} x model={config.model} needs {config.size} processes, there "
-                f"are {ranks.size}"
+                f"a mesh of data={config.data} x model={config.model} needs {config.size} processes, "
+                f"but there are {ranks.size}"
             )
         self.config = config
         self.ranks = ranks

@@ -123,7 +123,7 @@ def test_pairs_are_checked_before_anything_runs(tiny_llama: Any) -> None:
         places(tiny_llama, ["atn_out"], None)
     with pytest.raises(OptionError, match=rf"layer=99 .* from 0 to {last}"):
         places(tiny_llama, ["attn_out"], [99])
-    with pytest.raises(OptionError, match="no site or no layer"):
+    with pytest.raises(OptionError, match="name at least one site and one layer"):
         places(tiny_llama, [], None)
 
 
@@ -133,7 +133,7 @@ def test_options_out_of_range(tiny_llama: Any, tiny_tokens: Tokens) -> None:
         harvest(tiny_llama, tiny_tokens, [keep], start=len(tiny_tokens) + 1)
     with pytest.raises(OptionError, match="batch_tokens="):
         harvest(tiny_llama, tiny_tokens, [keep], batch_tokens=0)
-    with pytest.raises(OptionError, match="no consumer"):
+    with pytest.raises(OptionError, match="consumers ask for no site"):
         harvest(tiny_llama, tiny_tokens, [])
     short = Tokens(tiny_tokens.ids[:, :1], "tiny", "tiny", 1)
     with pytest.raises(OptionError, match="context of 1"):

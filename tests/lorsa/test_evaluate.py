@@ -106,7 +106,10 @@ def test_bad_input(tiny_llama: Any, tiny_tokens: Tokens, pairs: SequencePairs) -
     with pytest.raises(OptionError, match="of width 20"):
         evaluate_lorsa(lorsa, SequencePairs(pairs.inputs[..., :20], pairs.outputs[..., :20]))
     elsewhere = SequencePairs(pairs.inputs, pairs.outputs, {"hook_name": "blocks.0.hook_attn_out"})
-    with pytest.raises(OptionError, match=r"a Lorsa of blocks\.1\.hook_attn_out and pairs of blocks\.0"):
+    with pytest.raises(
+        OptionError,
+        match=r"'blocks\.0\.hook_attn_out', but the Lorsa has hook_name 'blocks\.1\.hook_attn_out'",
+    ):
         evaluate_lorsa(lorsa, elsewhere)
     with pytest.raises(DataError, match="never vary"):
         evaluate_lorsa(lorsa, SequencePairs(pairs.inputs, torch.ones_like(pairs.outputs)))

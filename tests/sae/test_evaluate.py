@@ -165,9 +165,9 @@ def test_rows_that_cannot_be_evaluated() -> None:
 def test_a_store_of_another_site_than_the_dictionary() -> None:
     rows = data()
     sae = trained_like(rows, metadata={"site": "attn_out", "layer": 3})
-    with pytest.raises(OptionError, match=r"site 'attn_out' and a store of site 'mlp_out'"):
+    with pytest.raises(OptionError, match=r"site 'mlp_out', but the dictionary has site 'attn_out'"):
         evaluate(sae, ActivationStore.from_tensor(rows, {"site": "mlp_out", "layer": 3}))
-    with pytest.raises(OptionError, match=r"layer 3 and a store of layer 4"):
+    with pytest.raises(OptionError, match=r"layer 4, but the dictionary has layer 3"):
         evaluate(sae, ActivationStore.from_tensor(rows, {"site": "attn_out", "layer": 4}))
 
 

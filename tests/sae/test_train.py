@@ -134,8 +134,8 @@ def test_batches_that_cannot_be_are_refused_and_change_nothing() -> None:
     for batch, message in [
         (torch.zeros(64, D_IN + 1), f"d_in={D_IN}"),
         (torch.zeros(0, D_IN), "at least 1"),
-        (torch.zeros(()), "a batch is rows"),
-        (Pair(rows(4), rows(4)), "not Pair"),
+        (torch.zeros(()), "must be rows"),
+        (Pair(rows(4), rows(4)), "the batch is Pair"),
         (broken, "1 of 64 activation rows hold NaN"),
     ]:
         with pytest.raises(DataError, match=message):

@@ -306,7 +306,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(OptionError, match="d_out=0"):
         SAEConfig(D_IN, D_SAE, K, d_out=0)
     trainer = Trainer(make(), quick())
-    with pytest.raises(DataError, match="a batch is a Pair"):
+    with pytest.raises(DataError, match="must be a Pair"):
         trainer.step(pair.x)
     with pytest.raises(DataError, match="n at least 1"):
         trainer.step(Pair(pair.x, pair.y[:5]))
@@ -321,8 +321,13 @@ def test_what_does_not_fit_is_refused() -> None:
         plain.fit(store, progress=False)
     with pytest.raises(OptionError, match="autoencoder"):
         expand(make(), torch.eye(D_IN)[:, :D_IN], torch.zeros(D_IN))
-    with pytest.raises(OptionError, match="evaluate_transcoder"):
+    with pytest.raises(OptionError, match=r"saes='a transcoder' .* autoencoders .*evaluate_transcoder"):
         evaluate(make(), pair.x)
+    narrow = PairedStores(store.inputs, store.inputs)
+    with pytest.raises(OptionError, match=r"store='of widths \(12, 12\)' .* of widths \(12, 20\)"):
+        evaluate_transcoder(make(), narrow)
+    with pytest.raises(OptionError, match=r"store='with outputs 12 wide' .* with outputs 20 wide"):
+        initialize_transcoder(make(), narrow, "random")
 
 
 def test_stores_of_other_tokens_are_refused() -> None:
@@ -330,7 +335,7 @@ def test_stores_of_other_tokens_are_refused() -> None:
     with pytest.raises(OptionError, match="1,000 rows"):
         PairedStores(store.inputs, stores(1000).outputs)
     other = ActivationStore.from_tensor(data().y, metadata={"model": "another"})
-    with pytest.raises(OptionError, match="model 'm' and outputs of model 'another'"):
+    with pytest.raises(OptionError, match="model 'another', but the inputs have model 'm'"):
         PairedStores(store.inputs, other)
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from asi_lens.base.errors import OptionError, require
+from asi_lens.base.errors import require
 from asi_lens.kernels.codes import SparseCode
 from asi_lens.kernels.gradients import Term, decode_sum
 from asi_lens.kernels.topk import CHUNK_BYTES, Workspace, encode_topk
@@ -109,11 +109,8 @@ class Training(Generic[K, P]):
         for size in config.prefixes:
             require(size < sae.d_sae, "prefixes", size, f"below d_sae={sae.d_sae}")
         start = sae.k if config.initial_l0 is None else config.initial_l0
-        if not sae.k <= start <= sae.d_sae:
-            raise OptionError(
-                f"initial_l0={start} is not allowed; a schedule that is annealed down to k={sae.k} begins "
-                f"from there to d_sae={sae.d_sae}"
-            )
+        allowed = f"from k={sae.k}, to which it is annealed, to d_sae={sae.d_sae}"
+        require(sae.k <= start <= sae.d_sae, "initial_l0", start, allowed)
         self.sae = sae
         self.kind = cast(K, sae.activation)
         self.config = config
