@@ -11,17 +11,17 @@ from torch import Tensor
 from asi_lens.kernels.codes import keep
 from asi_lens.kernels.topk import Workspace
 from asi_lens.sae.kinds.free import Thresholded
-from asi_lens.sae.kinds.kind import Picks, Sizes, Training, largest
+from asi_lens.sae.kinds.kind import Picked, Sizes, Training, largest
 
 # Weight of the newest batch in the running threshold.
 _NEWEST = 0.01
 
 
 @dataclass(frozen=True)
-class BatchPicks(Picks):
-    """Picks of a batch, and the smallest value among them (None if nothing fired)."""
+class BatchPicks(Picked):
+    """Picked of a batch, and the smallest value among them (infinity if nothing fired)."""
 
-    least: Tensor | None
+    least: Float[Tensor, ""]
 
 
 class BatchTopKTraining(Training["BatchTopK", BatchPicks]):
@@ -34,15 +34,15 @@ class BatchTopKTraining(Training["BatchTopK", BatchPicks]):
         sae = self.sae
         found, least = largest(x, sae.encoder_rows, sae.b_enc.data, self.target(step), workspace)
         kept = (found.values >= least) & (found.values > 0)
-        return BatchPicks(keep(found, kept), found.values[kept].amin() if bool(kept.any()) else None)
+        # Infinity if nothing fired.
+        return BatchPicks(keep(found, kept), torch.where(kept, found.values, torch.inf).amin())
 
     def after(self, picks: BatchPicks, l0: float, step: int) -> None:
         """See `Training.after`. Updates the threshold of inference."""
         threshold = self.kind.threshold
-        if picks.least is not None:
-            # The first batch sets the threshold, unless `set_threshold` did.
-            share = _NEWEST if bool(threshold > 0) else 1.0
-            threshold.lerp_(picks.least.to(threshold), share)
+        # The first batch sets the threshold, unless `set_threshold` did.
+        least = torch.where(picks.least.isfinite(), picks.least, threshold).to(threshold)
+        threshold.lerp_(least, torch.where(threshold > 0, _NEWEST, 1.0).to(threshold))
 
 
 class BatchTopK(Thresholded):

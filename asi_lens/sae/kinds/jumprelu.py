@@ -15,16 +15,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from asi_lens.kernels.codes import SparseCode, pick, stack_codes
-from asi_lens.kernels.gradients import Term, picked_dots
+from asi_lens.kernels.gradients import Term, add_at, picked_dots
 from asi_lens.kernels.topk import Workspace
 from asi_lens.sae.kinds.free import Thresholded
-from asi_lens.sae.kinds.kind import Penalized, Picks, Sizes
+from asi_lens.sae.kinds.kind import Penalized, Picked, Sizes
 from asi_lens.sae.sparsity import SparsityConfig
 
 
 @dataclass(frozen=True)
-class JumpPicks(Picks):
-    """Picks of a batch, and the pre-activations near a threshold, from which thresholds learn.
+class JumpPicks(Picked):
+    """Picked of a batch, and the pre-activations near a threshold, from which thresholds learn.
 
     Attributes:
         near: features near their threshold, with ones; zeros are padding.
@@ -85,7 +85,7 @@ class JumpReLUTraining(Penalized["JumpReLU", JumpPicks]):
         if self.config.penalty == "tanh":
             into += slope * (1 - torch.tanh(picks.acts).square())
         gradient = -(there * into + by_count) / width * marks
-        return torch.zeros_like(threshold).index_add_(0, indices.flatten(), gradient.flatten())
+        return add_at(torch.zeros_like(threshold), indices.flatten(), gradient.flatten())
 
     def _threshold(self) -> Tensor:
         return self.kind.threshold.detach()

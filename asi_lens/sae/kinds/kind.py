@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from asi_lens.base.errors import require
+from asi_lens.kernels import devices
 from asi_lens.kernels.codes import SparseCode
 from asi_lens.kernels.gradients import Term, decode_sum
-from asi_lens.kernels.topk import CHUNK_BYTES, Workspace, encode_topk
+from asi_lens.kernels.topk import Workspace, encode_topk
 from asi_lens.sae.sparsity import SparsityConfig
 from asi_lens.training.mesh import Mesh
 
@@ -80,7 +81,7 @@ class Weights(nn.Module):
 
 
 @dataclass(frozen=True)
-class Picks:
+class Picked:
     """The features that a training step picked; kinds add what later methods of the step need.
 
     Attributes:
@@ -91,7 +92,7 @@ class Picks:
 
 
 K = TypeVar("K", bound="Kind")
-P = TypeVar("P", bound=Picks)
+P = TypeVar("P", bound=Picked)
 
 
 class Training(Generic[K, P]):
@@ -133,7 +134,7 @@ class Training(Generic[K, P]):
     def picks(self, x: Float[Tensor, "batch d_in"], step: int, workspace: Workspace | None = None) -> P:
         """Return the picks of a batch of centered rows; over ranks, those of this rank's features."""
         code = self.kind.code(x, self.sae.encoder_rows, self.sae.b_enc.data, workspace)
-        return cast(P, Picks(self.mesh.pick(code, self.sae.k)))
+        return cast(P, Picked(self.mesh.pick(code, self.sae.k)))
 
     def terms(
         self, picks: P, goal: Float[Tensor, "part d_out"], n: int
@@ -279,8 +280,8 @@ class Kind(nn.Module):
 def pre_activations(
     x: Float[Tensor, "batch d_in"], encoder: Float[Tensor, "d_sae d_in"], bias: Float[Tensor, " d_sae"]
 ) -> Iterator[Float[Tensor, "rows d_sae"]]:
-    """Yield x W + b in the dtype of `x`, for as many rows at a time as fit into `CHUNK_BYTES`."""
-    for block in x.split(max(1, CHUNK_BYTES // (4 * len(encoder)))):
+    """Yield x W + b in the dtype of `x`, for as many rows at a time as fit into scratch memory."""
+    for block in x.split(max(1, devices.scratch_bytes(x.device) // (4 * len(encoder)))):
         yield linear(block, encoder.to(block), bias.to(block))
 
 
@@ -299,7 +300,12 @@ def largest(
     while True:
         found = encode_topk(x, encoder, bias, width, workspace=workspace)
         values = found.values.flatten()
-        least = values.kthvalue(max(1, len(values) - wanted + 1)).values
+        place = max(0, len(values) - wanted)
+        if devices.is_host(values.device):
+            least = values.kthvalue(place + 1).values
+        else:
+            # With `torch.use_deterministic_algorithms` a GPU refuses kthvalue, because of its indices.
+            least = values.sort().values[place]
         if width == len(encoder) or not bool((found.values.amin(1) > least).any()):
             return found, least
         width = min(len(encoder), 2 * width)
