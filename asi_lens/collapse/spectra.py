@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from asi_lens.activations.harvest import BATCH_TOKENS, SiteLayer, harvest, places
-from asi_lens.activations.moments import Moments
+from asi_lens.activations.moments import TYPICAL_NOISE, Moments
 from asi_lens.activations.spectrum import Spectrum, warn_if_few
 from asi_lens.base.cache import cached_json
 from asi_lens.base.errors import CacheError, require
@@ -30,6 +30,7 @@ from asi_lens.inputs.corpora import Tokens
 
 _FORMAT = "1"
 _ABOUT = {"asi_lens_moments": _FORMAT}
+_NOISE = "noise"
 # Seconds between two saved states of a running pass.
 _SAVE_EVERY = 300.0
 
@@ -43,11 +44,9 @@ class MomentsConsumer:
 
     def consume(self, where: SiteLayer, rows: Float[Tensor, "n d"]) -> None:
         """Add one batch of rows."""
-        new = Moments.of(rows)
-        if where in self.moments:
-            # A resumed pass has read its moments to the CPU: they are moved to the device of the rows.
-            new = self.moments[where].to(rows.device).merge(new)
-        self.moments[where] = new
+        known = self.moments.get(where) or Moments.zeros(rows.shape[1])
+        # A resumed pass has read its moments to the CPU: they are moved to the device of the rows.
+        self.moments[where] = known.to(rows.device).update(rows)
 
 
 class Spectra(Mapping[SiteLayer, Spectrum]):
@@ -200,10 +199,11 @@ def _run(
     partial = _partial(folder, missing)
     done = 0
     if partial.exists():
-        state = _load(partial)
+        state, _ = _load(partial)
         done = int(state["done"])
         for k, where in enumerate(missing):
-            parts = {name: state[f"{k}.{name}"] for name in ("n", "mean", "scatter")}
+            prefix = f"{k}."
+            parts = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
             consumer.moments[where] = Moments.from_state(parts)
     saved_at = time.monotonic()
 
@@ -267,21 +267,25 @@ def _partial(folder: Path, missing: Sequence[SiteLayer]) -> Path:
 
 
 def _write(path: Path, moments: Moments) -> None:
-    eigenvalues = Spectrum.from_moments(moments).eigenvalues
-    save_tensors(path, {**moments.state(), "eigenvalues": eigenvalues}, _ABOUT)
+    spectrum = Spectrum.from_moments(moments)
+    tensors = {**moments.state(), "eigenvalues": spectrum.eigenvalues}
+    save_tensors(path, tensors, {**_ABOUT, _NOISE: repr(spectrum.noise)})
 
 
-def _load(path: Path, *names: str) -> dict[str, Tensor]:
-    """Return the tensors of a cached file: those in `names`, or all."""
-    return read_tensors(path, CacheError, "delete the file and run again", names, _ABOUT)[0]
+def _load(path: Path, *names: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a cached file (those in `names`, or all) and its metadata."""
+    return read_tensors(path, CacheError, "delete the file and run again", names, _ABOUT)
 
 
 def _read(path: Path, name: str) -> Spectrum:
-    head = _load(path, "n", "mean", "eigenvalues")
+    head, about = _load(path, "n", "mean", "eigenvalues")
+    values = head["eigenvalues"]
     return Spectrum(
-        head["eigenvalues"],
+        values,
         head["mean"],
         int(head["n"]),
-        lambda: Moments.from_state(_load(path)).covariance,
+        lambda: Moments.from_state(_load(path)[0]).covariance,
         name=name,
+        # Files of older versions do not state it.
+        noise=float(about.get(_NOISE, TYPICAL_NOISE * values.sum().item())),
     )

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from asi_lens.activations.moments import Moments
-from asi_lens.activations.spectrum import one_thread
+from asi_lens.activations.precision import one_thread
 from asi_lens.base.errors import OptionError, require
 from asi_lens.kernels.draws import draw_gaussian, other_stream, unit_rows_
 from asi_lens.lorsa.attention import AttentionLayer, origin, read_attention

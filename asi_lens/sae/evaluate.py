@@ -19,6 +19,7 @@ from asi_lens.activations.harvest import SiteLayer
 from asi_lens.activations.harvest_store import ActivationStore
 from asi_lens.activations.moments import Moments
 from asi_lens.activations.pairs import PairedStores
+from asi_lens.activations.precision import exact_products
 from asi_lens.base.errors import DataError, OptionError, require, require_both
 from asi_lens.collapse.interventions import mean_ablate, skip_first
 from asi_lens.inputs import models
@@ -116,6 +117,7 @@ def evaluate(
     )[0]
 
 
+@exact_products()
 def evaluate_together(
     saes: Sequence[SparseAutoencoder],
     rows: ActivationStore | Float[Tensor, "n d_in"],
@@ -170,6 +172,7 @@ def evaluate_transcoder(
     return evaluate_transcoders([sae], store, model=model, tokens=tokens, **options)[0]
 
 
+@exact_products()
 def evaluate_transcoders(
     saes: Sequence[Transcoder],
     store: PairedStores,

@@ -40,7 +40,7 @@ class SubspaceStore(ActivationStore):
         inside = scatter.diagonal().sum().item() / of.n
         self.discarded = 1 - inside / of.mean_square_norm
         origin = {**of.metadata, "subspace": r}
-        moments = Moments(of.n, torch.zeros_like(scatter[0]), scatter)
+        moments = Moments.exact(of.n, torch.zeros_like(scatter[0]), scatter)
         super().__init__(
             [torch.empty(0, r)], lambda: moments, torch.zeros(r, dtype=torch.float64), inside, origin
         )
