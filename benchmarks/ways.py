@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import time
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,15 @@ from asi_lens.sae.train import Trainer
 from asi_lens.training.config import TrainConfig
 
 LR = 8e-4
+
+
+def seconds(device: torch.device) -> float:
+    """The clock, when the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 SUBSPACE = 256
 
 
@@ -58,6 +68,11 @@ class Task:
         """Features."""
         return self.decoder.shape[0]
 
+    @property
+    def device(self) -> torch.device:
+        """Where everything lies."""
+        return self.decoder.device
+
     def batch(self, i: int) -> Tensor:
         """Batch i, over and over."""
         return self.batches[i % len(self.batches)]
@@ -65,15 +80,15 @@ class Task:
 
 def ours(task: Task, optimizer: str, search: str = "exact") -> Way:
     """`Trainer.step`."""
-    sae = SparseAutoencoder(SAEConfig(task.d_in, task.d_sae, task.k), draw=False)
+    sae = SparseAutoencoder(SAEConfig(task.d_in, task.d_sae, task.k), draw=False).to(task.device)
     return _trained(sae, task.decoder, task.encoder, task, optimizer, lambda rows: rows, search)
 
 
 def inside(task: Task, optimizer: str) -> Way:
     """The same on coordinates in the top directions; the rest is reconstructed by the mean."""
     store = SubspaceStore(ActivationStore.from_tensor(torch.cat(task.batches)), SUBSPACE)
-    basis, center = store.basis.float(), store.center.float()
-    sae = SparseAutoencoder(SAEConfig(SUBSPACE, task.d_sae, task.k), draw=False)
+    basis, center = store.basis.float().to(task.device), store.center.float().to(task.device)
+    sae = SparseAutoencoder(SAEConfig(SUBSPACE, task.d_sae, task.k), draw=False).to(task.device)
     decoder = torch.nn.functional.normalize(task.decoder @ basis, dim=1)
     way = _trained(sae, decoder, task.encoder @ basis, task, optimizer, lambda rows: (rows - center) @ basis)
     return Way(way.step, lambda x: sae((x - center) @ basis).detach() @ basis.T + center)
@@ -104,20 +119,21 @@ def _trained(
 
 def product(task: Task) -> Way:
     """The encoder's matrix product alone, in our compute dtype, into memory that is there already."""
-    dtype = resolve_dtype("auto", torch.device("cpu"))
+    dtype = resolve_dtype("auto", task.device)
     weight, x = task.encoder.to(dtype), task.batches[0].to(dtype)
-    out = torch.empty(len(x), task.d_sae, dtype=dtype)
+    out = torch.empty(len(x), task.d_sae, dtype=dtype, device=task.device)
     return Way(lambda i: torch.mm(x, weight.T, out=out), None)
 
 
 def plain(task: Task, dtype: torch.dtype) -> Way:
     """The formula written down, dense, with autograd and torch.optim.Adam."""
-    w_enc, b_enc = torch.nn.Parameter(task.encoder.T.clone()), torch.nn.Parameter(torch.zeros(task.d_sae))
-    w_dec, b_dec = torch.nn.Parameter(task.decoder.clone()), torch.nn.Parameter(torch.zeros(task.d_in))
+    w_enc, w_dec = torch.nn.Parameter(task.encoder.T.clone()), torch.nn.Parameter(task.decoder.clone())
+    b_enc = torch.nn.Parameter(torch.zeros(task.d_sae, device=task.device))
+    b_dec = torch.nn.Parameter(torch.zeros(task.d_in, device=task.device))
     optimizer = torch.optim.Adam([w_enc, b_enc, w_dec, b_dec], lr=LR)
 
     def forward(x: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        with torch.autocast(task.device.type, dtype, enabled=dtype != torch.float32):
             scores = torch.relu((x - b_dec) @ w_enc + b_enc)
             values, indices = scores.topk(task.k)
             return torch.zeros_like(scores).scatter(1, indices, values) @ w_dec + b_dec
@@ -138,7 +154,7 @@ def sparsify(task: Task) -> Way:
     """sparsify's SparseCoder as its trainer drives it, with torch.optim.Adam."""
     from sparsify import SparseCoder, SparseCoderConfig
 
-    coder = SparseCoder(task.d_in, SparseCoderConfig(num_latents=task.d_sae, k=task.k))
+    coder = SparseCoder(task.d_in, SparseCoderConfig(num_latents=task.d_sae, k=task.k), device=task.device)
     coder.encoder.weight.data.copy_(task.encoder)
     coder.W_dec.data.copy_(task.decoder)
     optimizer = torch.optim.Adam(coder.parameters(), lr=LR)
@@ -158,7 +174,8 @@ def saelens(task: Task) -> Way:
     from sae_lens.saes.sae import TrainStepInput
     from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 
-    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=task.d_in, d_sae=task.d_sae, k=task.k))
+    sizes = {"d_in": task.d_in, "d_sae": task.d_sae, "k": task.k}
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(**sizes, device=str(task.device)))
     sae.W_dec.data.copy_(task.decoder)
     sae.W_enc.data.copy_(task.encoder.T)
     optimizer = torch.optim.Adam(sae.parameters(), lr=LR)
@@ -188,9 +205,8 @@ def dictionary_learning(task: Task) -> Way:
     from dictionary_learning.trainers.top_k import TopKTrainer
 
     sizes = {"activation_dim": task.d_in, "dict_size": task.d_sae, "k": task.k}
-    trainer = TopKTrainer(
-        steps=10**9, **sizes, layer=0, lm_name="none", lr=LR, warmup_steps=1, device="cpu", seed=0
-    )
+    named = {"layer": 0, "lm_name": "none", "device": str(task.device), "seed": 0}
+    trainer = TopKTrainer(steps=10**9, **sizes, **named, lr=LR, warmup_steps=1)
     trainer.ae.decoder.weight.data.copy_(task.decoder.T)
     trainer.ae.encoder.weight.data.copy_(task.encoder)
     # Step 0 would set the decoder bias from the data.

@@ -24,8 +24,12 @@ from asi_lens.inputs.corpora import Tokens
 # A site at a layer, as in ("attn_out", 15).
 SiteLayer = tuple[str, int]
 
-# Tokens a forward pass takes at once: enough for efficient products, small enough for any cache.
-BATCH_TOKENS = 2048
+# Tokens of a forward pass: enough for efficient products, small enough for any cache. A GPU takes more, since
+# each launch of a kernel costs the same, as long as they fit into a part of its memory.
+_BATCH_TOKENS, _MOST_BATCH_TOKENS = 2048, 65_536
+_MEMORY_SHARE = 1 / 16
+# Numbers of d_model width that a token takes in a forward pass.
+_NUMBERS_PER_TOKEN = 64
 _LAYER = re.compile(r"blocks\.(\d+)\.")
 
 
@@ -67,6 +71,18 @@ def places(model: nn.Module, sites: Iterable[str], layers: Sequence[int] | None)
     return list(dict.fromkeys(out))
 
 
+def batch_tokens_for(model: nn.Module, batch_tokens: int | None = None) -> int:
+    """Return the tokens of a forward pass: the given number, or for None the one that suits the device."""
+    if batch_tokens is not None:
+        return batch_tokens
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        return _BATCH_TOKENS
+    memory = torch.cuda.get_device_properties(device).total_memory * _MEMORY_SHARE
+    fits = int(memory / (4 * _NUMBERS_PER_TOKEN * models.model_info(model).d_model))
+    return max(_BATCH_TOKENS, min(_MOST_BATCH_TOKENS, 1 << fits.bit_length() - 1))
+
+
 def layer_at(model: nn.Module, fraction: float) -> int:
     """Return the layer at a fraction of the depth: floor(fraction * n_layers), the last layer for 1.
 
@@ -87,7 +103,7 @@ def harvest(
     tokens: Tokens,
     consumers: Sequence[Consumer],
     *,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     drop_first: bool = True,
     start: int = 0,
     after_batch: Callable[[int], None] | None = None,
@@ -96,6 +112,7 @@ def harvest(
     """Run the model over `tokens` and feed the consumers.
 
     Args:
+        batch_tokens: tokens of a forward pass; None for a number that suits the device (`batch_tokens_for`).
         drop_first: leave out position 0 of every sequence (BOS, the attention sink: its norm is an
             outlier that would dominate every statistic).
         start: sequence to start from, for a pass that resumes.
@@ -105,6 +122,7 @@ def harvest(
     Raises DataError naming site, layer and batch where an activation is NaN or infinite. Hooks are
     removed however the pass ends, also on Ctrl-C.
     """
+    batch_tokens = batch_tokens_for(model, batch_tokens)
     require(batch_tokens >= 1, "batch_tokens", batch_tokens, "at least 1")
     require(0 <= start <= len(tokens), "start", start, f"from 0 to {len(tokens)}")
     if drop_first and tokens.context < 2:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from asi_lens.activations import shards
-from asi_lens.activations.harvest import BATCH_TOKENS, SiteLayer, harvest, places
+from asi_lens.activations.harvest import SiteLayer, batch_tokens_for, harvest, places
 from asi_lens.activations.shard_writer import ShardWriter, join_parts
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import CacheError, DataError, OptionError, require
@@ -51,7 +51,7 @@ def harvest_store(
     budget_gb: int | float = 20,
     shard_tokens: int | None = None,
     drop_first: bool = True,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     progress: bool = True,
     ranks: Ranks | None = None,
 ) -> ActivationStore:
@@ -81,7 +81,7 @@ def harvest_stores(
     budget_gb: int | float = 20,
     shard_tokens: int | None = None,
     drop_first: bool = True,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     progress: bool = True,
     ranks: Ranks | None = None,
 ) -> dict[SiteLayer, ActivationStore]:
@@ -97,7 +97,7 @@ def harvest_stores(
         budget_gb: refuse to write more than this many 10^9 bytes.
         shard_tokens: rows of a shard, rounded to whole forward batches (None: 128 MiB).
         drop_first: leave out position 0 of every sequence (see `harvest.harvest`).
-        batch_tokens: tokens of a forward pass.
+        batch_tokens: tokens of a forward pass; None for a number that suits the device.
         progress: show a bar.
         ranks: the processes that call this function together. Each runs the model over its stretch of the
             tokens; the first writes moments and manifest. All processes must see the same folder.
@@ -131,10 +131,11 @@ def _harvest(
     budget_gb: int | float,
     shard_tokens: int | None,
     drop_first: bool,
-    batch_tokens: int,
+    batch_tokens: int | None,
     progress: bool,
     ranks: Ranks,
 ) -> dict[SiteLayer, ActivationStore]:
+    batch_tokens = batch_tokens_for(model, batch_tokens)
     _check(dtype, budget_gb, shard_tokens, batch_tokens)
     if not chosen:
         raise OptionError("no (site, layer) was asked for")

@@ -173,14 +173,14 @@ class Moments:
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors to store. The scatter is packed as its upper triangle: half the bytes."""
-        rows, columns = torch.triu_indices(self.d, self.d)
+        rows, columns = torch.triu_indices(self.d, self.d, device="cpu")
         state = {
-            "n": torch.tensor(self.n, dtype=torch.int64),
+            "n": torch.tensor(self.n, dtype=torch.int64, device="cpu"),
             "mean": self.mean.cpu().contiguous(),
             "scatter": self.scatter.cpu()[rows, columns].contiguous(),
         }
         if self.check is not None:
-            limit = torch.tensor([self.limit, self.limit_at], dtype=torch.float64)
+            limit = torch.tensor([self.limit, self.limit_at], dtype=torch.float64, device="cpu")
             state |= {"check": self.check.cpu().contiguous(), "limit": limit}
         return state
 
@@ -191,8 +191,8 @@ class Moments:
         d = mean.shape[0]
         if packed.shape != (d * (d + 1) // 2,):
             raise DataError(f"scatter of {packed.numel()} numbers does not belong to width {d}")
-        rows, columns = torch.triu_indices(d, d)
-        scatter = torch.zeros(d, d, dtype=torch.float64)
+        rows, columns = torch.triu_indices(d, d, device=mean.device)
+        scatter = torch.zeros(d, d, dtype=torch.float64, device=mean.device)
         scatter[rows, columns] = packed
         scatter[columns, rows] = packed
         found = cls(int(state["n"]), mean, scatter)

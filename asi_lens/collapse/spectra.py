@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from asi_lens.activations.harvest import BATCH_TOKENS, SiteLayer, harvest, places
+from asi_lens.activations.harvest import SiteLayer, batch_tokens_for, harvest, places
 from asi_lens.activations.moments import TYPICAL_NOISE, Moments
 from asi_lens.activations.spectrum import Spectrum, warn_if_few
 from asi_lens.base.cache import cached_json
@@ -116,7 +116,7 @@ def collect_spectra(
     layers: Sequence[int] | None = None,
     *,
     drop_first: bool = True,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     progress: bool = True,
 ) -> Spectra:
     """Return the spectra of `sites` at `layers` (all by default), from the cache or one pass of the model.
@@ -128,7 +128,7 @@ def collect_spectra(
     not have, DataError for activations that are not finite, CacheError for a damaged cache file.
     """
     wanted = places(model, sites, layers)
-    info = models.model_info(model)
+    info, batch_tokens = models.model_info(model), batch_tokens_for(model, batch_tokens)
     folder = _folder(info, tokens, drop_first, batch_tokens)
     with locked(folder):
         missing = [where for where in wanted if not _file(folder, where).exists()]
@@ -150,7 +150,7 @@ def rank_growth(
     *,
     steps: int = 5,
     drop_first: bool = True,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     progress: bool = True,
 ) -> list[dict[str, object]]:
     """Measure the effective rank on `steps` nested samples of the tokens, each half the next.
@@ -159,7 +159,7 @@ def rank_growth(
     """
     require(2 <= steps <= 12, "steps", steps, "from 2 to 12")
     wanted = places(model, sites, layers)
-    info = models.model_info(model)
+    info, batch_tokens = models.model_info(model), batch_tokens_for(model, batch_tokens)
     sizes = sorted({max(1, len(tokens) >> k) for k in range(steps)})
     key = {**_key(info, tokens, drop_first, batch_tokens), "pairs": wanted, "sizes": sizes}
 
@@ -208,7 +208,7 @@ def _run(
     saved_at = time.monotonic()
 
     def save() -> None:
-        state = {"done": torch.tensor(done)}
+        state = {"done": torch.tensor(done, device="cpu")}
         for k, where in enumerate(missing):
             state |= {f"{k}.{name}": t for name, t in consumer.moments[where].state().items()}
         save_tensors(partial, state, _ABOUT)

@@ -140,7 +140,9 @@ def read_attention(model: nn.Module, layer: int, context: int) -> AttentionLayer
         b_Q=b_Q,
         b_K=b_K,
         b_V=b_V,
-        b_O=torch.zeros(W_Q.shape[1], dtype=torch.float64) if b_O is None else b_O.double().cpu(),
+        b_O=torch.zeros(W_Q.shape[1], dtype=torch.float64, device="cpu")
+        if b_O is None
+        else b_O.double().cpu(),
         cos=cos.double().cpu(),
         sin=sin.double().cpu(),
         q_gain=None if norms[0] is None else _gain(model, layer, norms[0], W_Q.shape[2]),

@@ -261,7 +261,7 @@ def _spread(data: Targets | ActivationStore | Tensor) -> tuple[Float[Tensor, " d
             raise DataError("the outputs never vary: the fraction of variance unexplained is not defined")
         return moments.mean, scatter
     shift: Tensor | None = None
-    first = square = torch.zeros((), dtype=torch.float64)
+    first = square = torch.zeros((), dtype=torch.float64, device="cpu")
     for block in data.in_order(_ROWS) if isinstance(data, ActivationStore) else data.split(_ROWS):
         x = block.double()
         if shift is None:

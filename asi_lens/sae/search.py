@@ -166,8 +166,8 @@ class SubspaceSearch:
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors that a checkpoint stores."""
-        found = torch.tensor([self.mass, self.picks], dtype=torch.float64)
-        return {"shape": torch.tensor([self.r, self.width]), "found": found}
+        found = torch.tensor([self.mass, self.picks], dtype=torch.float64, device="cpu")
+        return {"shape": torch.tensor([self.r, self.width], device="cpu"), "found": found}
 
     def load_state(self, read: Callable[[str], Tensor]) -> None:
         """Restore the tensors of `state`; coordinates are computed when they are needed."""

@@ -249,11 +249,15 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
 
     def stream(self, store: ActivationStore | PairedStores, start: int) -> Iterator[Tensor | Pair | Part]:
         """Yield batches from token `start` to `n_tokens`; with several ranks, this rank's parts of them."""
-        if self.mesh.config.data == 1 or isinstance(store, PairedStores):
+        if isinstance(store, PairedStores):
             yield from super().stream(store, start)
             return
-        config = self.config
+        config, device = self.config, self.sae.W_dec.device
         options: dict[str, Any] = {"seed": config.seed, "start": start, "n_tokens": config.n_tokens}
+        options["device"] = None if device.type == "cpu" else device
+        if self.mesh.config.data == 1:
+            yield from store.batches(config.batch_size, **options)
+            return
         for rows in store.batches(config.batch_size, **options, share=self.mesh.tokens):
             n = min(config.batch_size, config.n_tokens - start)
             start += n
