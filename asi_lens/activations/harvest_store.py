@@ -26,7 +26,7 @@ from asi_lens.activations.shard_writer import ShardWriter, join_parts
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import CacheError, DataError, OptionError, require
 from asi_lens.base.files import cache_key, locked
-from asi_lens.base.paths import cache_dir
+from asi_lens.base.paths import cached
 from asi_lens.base.ranks import Ranks
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
@@ -156,9 +156,10 @@ def _harvest(
         writers: dict[SiteLayer, ShardWriter] = {}
 
         def begin() -> None:
-            # Locks are taken in sorted order, so that two harvests never wait for each other.
+            # Locks are taken in sorted order, so that two harvests never wait for each other. Finished stores
+            # are not locked: they may be in a read-only cache.
             for where in sorted(folders, key=folders.__getitem__):
-                if ranks.rank == 0:
+                if ranks.rank == 0 and not (folders[where] / shards.MANIFEST).exists():
                     busy = CacheError(f"another process is writing the store in {folders[where]}")
                     # Cached stores are shared between processes: the second process waits for the first.
                     stack.enter_context(locked(folders[where], None if chosen[where] is None else busy))
@@ -292,7 +293,7 @@ def _cached(origin: Mapping[str, Any], dtype: str) -> Path:
     key = cache_key(format=shards.FORMAT, dtype=dtype, **{name: origin[name] for name in _CONTENT})
     # Names may be paths or hub names: only letters, digits, dot and dash are kept, so no subfolder is made.
     parent = re.sub(r"[^\w.-]+", "-", f"{origin['model']}-{origin['corpus']}-{key}")
-    return cache_dir("stores") / parent / f"{origin['site']}.{origin['layer']}"
+    return cached("stores", f"{parent}/{origin['site']}.{origin['layer']}", shards.MANIFEST)
 
 
 def _state_size(

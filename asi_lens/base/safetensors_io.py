@@ -74,8 +74,8 @@ def read_tensors(
         found = dict(file.metadata() or {})
         for key, expected in (about or {}).items():
             if found.get(key) != expected:
-                there = f"{key} {found.get(key)!r}, not {expected!r}"
-                raise error(f"{path} is of another version or of something else ({there}); {repair}")
+                there = f"its {key} is {found.get(key)!r}, not {expected!r}"
+                raise error(f"{path} is from another version or holds something else ({there}); {repair}")
         return {name: file.get_tensor(name) for name in names or file.keys()}, found
 
 

@@ -11,6 +11,7 @@ import itertools
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -23,12 +24,13 @@ from asi_lens.activations.spectrum import Spectrum, warn_if_few
 from asi_lens.base.cache import cached_json
 from asi_lens.base.errors import CacheError, require
 from asi_lens.base.files import cache_key, locked
-from asi_lens.base.paths import cache_dir
+from asi_lens.base.paths import cache_dir, cached
 from asi_lens.base.safetensors_io import read_tensors, save_tensors
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
 
 _FORMAT = "1"
+_KIND = "moments"
 _ABOUT = {"asi_lens_moments": _FORMAT}
 _NOISE = "noise"
 # Seconds between two saved states of a running pass.
@@ -130,9 +132,13 @@ def collect_spectra(
     wanted = places(model, sites, layers)
     info, batch_tokens = models.model_info(model), batch_tokens_for(model, batch_tokens)
     folder = _folder(info, tokens, drop_first, batch_tokens)
-    with locked(folder):
-        missing = [where for where in wanted if not _file(folder, where).exists()]
-        if missing:
+
+    def absent() -> list[SiteLayer]:
+        return [where for where in wanted if not _file(folder, where).exists()]
+
+    # Looked for before the lock, as a complete cache may be read-only.
+    with locked(folder) if absent() else nullcontext():
+        if missing := absent():
             consumer = _run(model, tokens, missing, folder, drop_first, batch_tokens, progress)
             for where in missing:
                 _write(_file(folder, where), consumer.moments.pop(where))
@@ -182,7 +188,7 @@ def rank_growth(
                 records.append({**record, "n_tokens": moments.n, **spectrum.summary()})
         return records
 
-    return cached_json("moments", key, measure)
+    return cached_json(_KIND, key, measure)
 
 
 def _run(
@@ -255,11 +261,11 @@ def _folder(info: models.ModelInfo, tokens: Tokens, drop_first: bool, batch_toke
     key = cache_key(**_key(info, tokens, drop_first, batch_tokens))
     name = f"{info.name}-{tokens.corpus}-{key}"
     # Names may be paths or hub names: only letters, digits, dot and dash are kept, so no subfolder is made.
-    return cache_dir("moments") / re.sub(r"[^\w.-]+", "-", name)
+    return cache_dir(_KIND) / re.sub(r"[^\w.-]+", "-", name)
 
 
 def _file(folder: Path, where: SiteLayer) -> Path:
-    return folder / f"{where[0]}.{where[1]}.safetensors"
+    return cached(_KIND, f"{folder.name}/{where[0]}.{where[1]}.safetensors")
 
 
 def _partial(folder: Path, missing: Sequence[SiteLayer]) -> Path:

@@ -191,7 +191,7 @@ def _run(
         config=asdict(config),
         init=recipe.init,
         d_init=d_init,
-        train=asdict(train),
+        train=train.as_dict(),
         sample=_SAMPLE,
         log_every=log_every,
     )
@@ -210,7 +210,7 @@ def _evaluations(
     """Return the evaluated fields of `held_out` rows, a mapping for each run."""
 
     def evaluate(missing: list[LorsaRun]) -> list[Evaluation]:
-        lorsas = [run.lorsa() for run in missing]
+        lorsas = [run.lorsa().to(resolve_device("auto")) for run in missing]
         return evaluate_lorsas(lorsas, held_out, model=model, tokens=tokens, progress=progress)
 
     return held_out_numbers(runs, FORMAT, held_out.fingerprint, model, tokens, evaluate)

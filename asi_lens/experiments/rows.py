@@ -16,7 +16,7 @@ from asi_lens.activations.store import ActivationStore
 from asi_lens.experiments.held_out import NO_LOSSES, held_out_numbers
 from asi_lens.experiments.runs import FORMAT, TrainedRun
 from asi_lens.inputs.corpora import Tokens
-from asi_lens.inputs.models import model_info
+from asi_lens.inputs.models import model_info, resolve_device
 from asi_lens.results.rows import DeadFeatureRow, DriftRow
 from asi_lens.sae.drift import COLUMNS
 from asi_lens.sae.evaluate import Evaluation, evaluate_together, evaluate_transcoders
@@ -160,7 +160,8 @@ def _evaluations(
     """Return the evaluated fields of `held_out` rows, a mapping for each run."""
 
     def evaluate(missing: list[TrainedRun]) -> list[Evaluation]:
-        saes = [run.sae() for run in missing]
+        # Where they were trained; a dictionary moves the rows that it reads to its own device.
+        saes = [run.sae().to(resolve_device("auto")) for run in missing]
         options: dict[str, Any] = {"model": model, "tokens": tokens, "progress": progress}
         if isinstance(held_out, PairedStores):
             transcoders = [sae for sae in saes if isinstance(sae, Transcoder)]

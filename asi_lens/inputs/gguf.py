@@ -14,7 +14,7 @@ from typing import Any
 from asi_lens.base.cache import cached_folder
 from asi_lens.base.errors import DataError, UnsupportedModelError
 from asi_lens.base.files import cache_key, sha256_of
-from asi_lens.base.paths import cache_dir
+from asi_lens.base.paths import cached
 
 _log = logging.getLogger(__name__)
 
@@ -29,14 +29,14 @@ def dequantized(path: Path) -> tuple[Path, str]:
     """Return the Hugging Face folder (fp32 safetensors, tokenizer) of a `.gguf` file, and a description of
     its weights ("4-bit weights, dequantised").
 
-    The first call writes the folder into `cache_dir("models")` under the file's hash, atomically and under a
+    The first call writes the folder into the cache (`models`) under the file's hash, atomically and under a
     lock between processes; it takes about 30 s per 100 M parameters. Raises UnsupportedModelError naming an
     architecture that transformers cannot read, DataError for a file that is not a GGUF or is truncated, and
     CacheError for a cached folder that was changed.
     """
     path = path.absolute()  # transformers opens the file by this name
     about = {"format": _FORMAT, "gguf_sha256": sha256_of(path)}
-    folder = cache_dir("models") / f"{path.stem}-{cache_key(**about)}"
+    folder = cached("models", f"{path.stem}-{cache_key(**about)}")
 
     def fill(temporary: Path) -> dict[str, str]:
         _log.info("dequantizing %s into %s (once)", path, folder)

@@ -29,7 +29,8 @@ from asi_lens.base.errors import (
     require,
     unknown_name,
 )
-from asi_lens.base.paths import cache_root
+from asi_lens.base.offline import no_hub, refused
+from asi_lens.base.paths import is_cached
 from asi_lens.inputs import gguf, twin
 from asi_lens.inputs.hooks import (
     SITES,
@@ -236,6 +237,7 @@ def _boot(
 
     if isinstance(source, Path):
         require(revision is None, "revision", revision, "left out for a model that is not on the hub")
+    no_hub()
     _mend_neox()
     try:
         with warnings.catch_warnings():
@@ -249,7 +251,7 @@ def _boot(
                 trust_remote_code=trust_remote_code,
             )
     except SafetensorError as error:
-        kind = CacheError if Path(source).is_relative_to(cache_root()) else DataError
+        kind = CacheError if is_cached(Path(source)) else DataError
         raise kind(f"the weights of {source} are damaged or cut off: {error}") from error
     except OSError as error:
         raise _load_error(source, name, error) from error
@@ -289,6 +291,8 @@ def _load_error(source: str | Path, name: str, error: OSError) -> Exception:
     if "not a valid model identifier" in str(error):
         return UnknownNameError(f"the model hub has no model {name!r} that you may see: {message}")
     packaged = ", ".join(key for key, entry in SOURCES.items() if entry.kind == "model")
+    if no_hub():
+        return refused(f"the model {name!r}", "Give its Hugging Face folder or a `.gguf` file by its path")
     return FetchError(
         f"cannot fetch {name!r} from the model hub: {message} Without the hub, use a packaged model "
         f"({packaged}), a local folder or a `.gguf` file"

@@ -83,7 +83,7 @@ def test_a_tensor_that_is_not_there_and_a_header_that_is_no_json_are_told(file: 
 
 def test_another_version_is_told(file: Path) -> None:
     with pytest.raises(
-        CacheError, match=r"t\.safetensors is of another version .*format '1', not '2'.*; delete"
+        CacheError, match=r"t\.safetensors is from another version .*its format is '1', not '2'.*; delete"
     ):
         read_tensors(file, CacheError, "delete it", about={"format": "2"})
 

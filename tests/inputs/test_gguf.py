@@ -129,6 +129,16 @@ def test_the_second_time_nothing_is_converted(file: Path, monkeypatch: pytest.Mo
     assert gguf.read_header(moved) == gguf.Header("llama", 4, "smollm")
 
 
+def test_a_bundle_has_the_weights(
+    file: Path, own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuse_writes: Any
+) -> None:
+    folder = gguf.dequantized(file)
+    monkeypatch.setenv("ASI_LENS_BUNDLE", str(own_cache))
+    monkeypatch.setenv("ASI_LENS_CACHE", str(tmp_path / "empty"))
+    refuse_writes()
+    assert gguf.dequantized(file) == folder
+
+
 def test_a_file_is_parsed_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import gguf as library
 
