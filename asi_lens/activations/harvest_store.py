@@ -30,6 +30,7 @@ from asi_lens.base.paths import cached
 from asi_lens.base.ranks import Ranks
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
+from asi_lens.inputs.fingerprint import is_fixed, number_key
 
 __all__ = ["ActivationStore", "harvest_store", "harvest_stores"]
 
@@ -91,8 +92,9 @@ def harvest_stores(
     The size is printed before anything is written.
 
     Args:
-        folder: None writes the stores to the cache, under a key of everything that their rows depend on. If
-            another process is writing the same stores there, this process waits for it.
+        folder: None writes the stores to the cache, under a key of everything that their rows depend on (not
+            allowed while hooks that somebody added to the model are in force). If another process is writing
+            the same stores there, this process waits for it.
         dtype: dtype of the rows on disk: "bfloat16", "float16" or "float32".
         budget_gb: refuse to write more than this many 10^9 bytes.
         shard_tokens: rows of a shard, rounded to whole forward batches (None: 128 MiB).
@@ -290,7 +292,14 @@ def _origins(
 
 
 def _cached(origin: Mapping[str, Any], dtype: str) -> Path:
-    key = cache_key(format=shards.FORMAT, dtype=dtype, **{name: origin[name] for name in _CONTENT})
+    weights, model_dtype, tokens, drop_first = (origin[name] for name in _CONTENT)
+    if not is_fixed(weights):
+        raise OptionError(
+            "folder=None is not allowed while hooks that somebody added to the model are in force: no cache "
+            "key covers their code; name a folder"
+        )
+    options = {"format": shards.FORMAT, "store_dtype": dtype, "drop_first": drop_first}
+    key = cache_key(**number_key(weights, model_dtype, tokens, **options))
     # Names may be paths or hub names: only letters, digits, dot and dash are kept, so no subfolder is made.
     parent = re.sub(r"[^\w.-]+", "-", f"{origin['model']}-{origin['corpus']}-{key}")
     return cached("stores", f"{parent}/{origin['site']}.{origin['layer']}", shards.MANIFEST)

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from asi_lens.activations.harvest import SiteLayer, batch_tokens_for, harvest, places
 from asi_lens.activations.moments import TYPICAL_NOISE, Moments
 from asi_lens.activations.spectrum import Spectrum, warn_if_few
-from asi_lens.base.cache import cached_json
 from asi_lens.base.errors import CacheError, require
 from asi_lens.base.files import cache_key, locked
 from asi_lens.base.paths import cache_dir, cached
 from asi_lens.base.safetensors_io import read_tensors, save_tensors
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
+from asi_lens.inputs.fingerprint import cached_number, is_fixed, number_key
 
 _FORMAT = "1"
 _KIND = "moments"
@@ -124,13 +124,25 @@ def collect_spectra(
     """Return the spectra of `sites` at `layers` (all by default), from the cache or one pass of the model.
 
     A running pass takes 8 d^2 bytes per (site, layer) for any number of tokens. Ctrl-C saves the state of
-    the pass; the next call continues from there, with the same bits as a pass without a stop.
+    the pass; the next call continues from there, with the same bits as a pass without a stop. With hooks that
+    somebody added to the model, the pass runs every time and nothing is kept.
 
     Raises UnknownNameError, OptionError or UnsupportedModelError for a site or layer that the model does
     not have, DataError for activations that are not finite, CacheError for a damaged cache file.
     """
     wanted = places(model, sites, layers)
     info, batch_tokens = models.model_info(model), batch_tokens_for(model, batch_tokens)
+    if not is_fixed(info.fingerprint):
+        consumer = MomentsConsumer(wanted)
+        harvest(
+            model, tokens, [consumer], batch_tokens=batch_tokens, drop_first=drop_first, progress=progress
+        )
+        found = {
+            (site, layer): Spectrum.from_moments(consumer.moments[site, layer], name=f"{site} {layer}")
+            for site, layer in wanted
+        }
+        warn_if_few(found.values())
+        return Spectra(found, info, tokens.corpus)
     folder = _folder(info, tokens, drop_first, batch_tokens)
 
     def absent() -> list[SiteLayer]:
@@ -188,7 +200,7 @@ def rank_growth(
                 records.append({**record, "n_tokens": moments.n, **spectrum.summary()})
         return records
 
-    return cached_json(_KIND, key, measure)
+    return cached_number(_KIND, key, measure)
 
 
 def _run(
@@ -247,14 +259,8 @@ def _run(
 
 
 def _key(info: models.ModelInfo, tokens: Tokens, drop_first: bool, batch_tokens: int) -> dict[str, object]:
-    return {
-        "format": _FORMAT,
-        "weights": info.fingerprint,
-        "dtype": info.dtype,
-        "tokens": tokens.fingerprint,
-        "drop_first": drop_first,
-        "batch_tokens": batch_tokens,
-    }
+    options = {"format": _FORMAT, "drop_first": drop_first, "batch_tokens": batch_tokens}
+    return number_key(info.fingerprint, info.dtype, tokens.fingerprint, **options)
 
 
 def _folder(info: models.ModelInfo, tokens: Tokens, drop_first: bool, batch_tokens: int) -> Path:
