@@ -19,11 +19,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from asi_lens.activations.spectrum import covariance_eigenvalues, entropy_rank, one_thread
-from asi_lens.base.cache import cached_json
+from asi_lens.activations.precision import covariance_eigenvalues, entropy_rank, one_thread
 from asi_lens.base.errors import OptionError, require, unknown_name
 from asi_lens.collapse.spectra import Spectra
 from asi_lens.inputs import models
+from asi_lens.inputs.fingerprint import cached_number, number_key
 
 _FORMAT = "1"
 
@@ -179,16 +179,18 @@ def counterfactual_records(
                 ]
         return records
 
-    key = {
-        "format": _FORMAT,
-        "weights": spectra.model.fingerprint,
-        "z": [spectra["z", layer].fingerprint for layer in layers],
-        "names": [spectra.model.name, spectra.corpus],
-        "layers": layers,
-        "draws": draws,
-        "seed": seed,
-    }
-    return cached_json("output_projection", key, measure)
+    info = models.model_info(model)  # W_O is the model's of now, whenever the spectra were measured
+    key = number_key(
+        info.fingerprint,
+        info.dtype,
+        format=_FORMAT,
+        z=[spectra["z", layer].fingerprint for layer in layers],
+        names=[spectra.model.name, spectra.corpus],
+        layers=layers,
+        draws=draws,
+        seed=seed,
+    )
+    return cached_number("output_projection", key, measure)
 
 
 def overlap_records(model: nn.Module, spectra: Spectra, *, seed: int = 0) -> list[dict[str, object]]:

@@ -122,7 +122,7 @@ def seen_fvu(runs: Sequence[TrainedRun], store: ActivationStore, n: int, progres
 
 def budget(model: nn.Module, runs: Sequence[TrainedRun], data: Split, *, losses: bool = True) -> str:
     """Return the setting of some runs in words, for captions and the claims table."""
-    info, store = model_info(model), next(iter(data.train.values()))
+    info, store = model_info(model, fingerprint=False), next(iter(data.train.values()))
     sites = dict.fromkeys(run.config.metadata["site"] for run in runs)
     layers = {run.config.metadata["layer"] for run in runs}
     sizes, ks = ({getattr(run.config, name) for run in runs} for name in ("d_sae", "k"))

@@ -199,7 +199,7 @@ def _tokenizer_and_limits(given: Any) -> tuple[PreTrainedTokenizerBase, int, int
         )
     from asi_lens.inputs import models
 
-    info = models.model_info(given)
+    info = models.model_info(given, fingerprint=False)
     return models.tokenizer_of(given), info.n_ctx, info.d_vocab
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from asi_lens.activations.moments import Moments
-from asi_lens.activations.spectrum import one_thread
+from asi_lens.activations.precision import one_thread
 from asi_lens.base.errors import OptionError, require
 from asi_lens.kernels.draws import draw_gaussian, unit_rows_
 from asi_lens.lorsa.attention import AttentionLayer, origin, read_attention
@@ -163,7 +163,7 @@ def _set_normalization(lorsa: Lorsa, sample: SequencePairs) -> None:
 def _draw_units(lorsa: Lorsa, source: AttentionLayer, active: Tensor | None, seed: int) -> None:
     """Fill w_v and w_o with rows of unit norm, a group of rows for each query-key head."""
     width = lorsa.d_in if active is None else active.shape[2]
-    drawn = torch.empty(lorsa.n_ov, width, dtype=torch.float64)
+    drawn = torch.empty(lorsa.n_ov, width, dtype=torch.float64, device="cpu")
     draw_gaussian(drawn, seed)
     for head, rows in _groups(lorsa, source):
         W_V, W_O = source.W_V[head], source.W_O[head]

@@ -18,6 +18,7 @@ from asi_lens.activations.harvest import SiteLayer
 from asi_lens.activations.harvest_store import ActivationStore
 from asi_lens.activations.moments import Moments
 from asi_lens.activations.pairs import PairedStores
+from asi_lens.activations.precision import exact_products
 from asi_lens.base.errors import DataError, OptionError, require, require_both
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.kernels.codes import SparseCode
@@ -109,6 +110,7 @@ def evaluate(
     )[0]
 
 
+@exact_products()
 def evaluate_together(
     saes: Sequence[SparseAutoencoder],
     rows: ActivationStore | Float[Tensor, "n d_in"],
@@ -161,6 +163,7 @@ def evaluate_transcoder(
     return evaluate_transcoders([sae], store, model=model, tokens=tokens, **options)[0]
 
 
+@exact_products()
 def evaluate_transcoders(
     saes: Sequence[Transcoder],
     store: PairedStores,
@@ -273,7 +276,7 @@ class _Spread:
     def __init__(self) -> None:
         self.n = 0
         self.shift: Tensor | None = None
-        self.first = self.square = torch.zeros((), dtype=torch.float64)
+        self.first = self.square = torch.zeros((), dtype=torch.float64, device="cpu")
 
     def add(self, block: Float[Tensor, "n d"]) -> None:
         """Count a block."""

@@ -126,7 +126,7 @@ def test_other_weights_are_another_result(
 
     collect_spectra(tiny_llama, tiny_tokens, ["attn_out"], [0], progress=False)
     info = models.model_info(tiny_llama)
-    monkeypatch.setattr(models, "model_info", lambda model: replace(info, fingerprint="other"))
+    monkeypatch.setattr(models, "model_info", lambda model, **_: replace(info, fingerprint="other"))
     collect_spectra(tiny_llama, tiny_tokens, ["attn_out"], [0], progress=False)
     assert len(passes) == 2
 

@@ -209,7 +209,7 @@ def _pretend_model(monkeypatch: pytest.MonkeyPatch, tokenizer: Any, n_ctx: int, 
     import sys
 
     stand_in = types.ModuleType("asi_lens.inputs.models")
-    stand_in.model_info = lambda model: types.SimpleNamespace(n_ctx=n_ctx, d_vocab=d_vocab)  # type: ignore[attr-defined]
+    stand_in.model_info = lambda model, **_: types.SimpleNamespace(n_ctx=n_ctx, d_vocab=d_vocab)  # type: ignore[attr-defined]
     stand_in.tokenizer_of = lambda model: tokenizer  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "asi_lens.inputs.models", stand_in)
     monkeypatch.setattr("asi_lens.inputs.models", stand_in, raising=False)
