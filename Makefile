@@ -10,7 +10,7 @@ PROFILE   ?= quick
 NOTEBOOKS ?=
 GROUP     ?= paper
 # Small dictionaries train 1.4 times as fast on two halves of the machine as on all of it at once; large ones do not.
-JOBS      ?= $(if $(filter full paper,$(PROFILE)),1,2)
+JOBS      ?= $(if $(filter full gpu paper,$(PROFILE)),1,2)
 ARGS      ?=
 
 BIN        := $(VENV)/bin
@@ -36,7 +36,7 @@ help: ## show this
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "  MODEL      a packaged name, a hub name, a folder or a .gguf file"
-	@echo "  PROFILE    smoke (minutes, no claims), quick, full (hours), paper (GPUs)"
+	@echo "  PROFILE    smoke (minutes, no claims), quick, full (hours), gpu (one GPU), paper (GPUs)"
 	@echo "  NOTEBOOKS  comma-separated names or numbers; those of GROUP if empty"
 	@echo "  GROUP      paper (00 to 13), beyond (14 and later) or all"
 	@echo "  JOBS       notebooks at a time (now $(JOBS))"

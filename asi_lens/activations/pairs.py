@@ -88,5 +88,5 @@ class PairedStores:
     def in_order(self, batch_size: int) -> Iterator[Pair]:
         """Yield all tokens once, in order."""
         for start in range(0, self.n, batch_size):
-            index = torch.arange(start, min(start + batch_size, self.n))
+            index = torch.arange(start, min(start + batch_size, self.n), device="cpu")
             yield Pair(self.inputs.rows(index), self.outputs.rows(index))

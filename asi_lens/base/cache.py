@@ -10,7 +10,7 @@ from typing import Any
 
 from asi_lens.base.errors import CacheError
 from asi_lens.base.files import cache_key, locked, read_json, sha256_of, write_text, write_whole_folder
-from asi_lens.base.paths import cache_dir
+from asi_lens.base.paths import cached
 
 MANIFEST = "manifest.json"
 
@@ -32,11 +32,14 @@ def cached_jsons(
     missing keys' positions in `keys`; it returns one result per position.
 
     Keys and results must be JSON values. If two processes ask at the same time, only one computes. Raises
-    CacheError, naming the file to delete, for a cache file that cannot be read.
+    CacheError, naming the file to delete, for a cache file that cannot be read. Results that the bundle has
+    (`paths.cached`) are read from there.
     """
-    paths = [cache_dir(kind) / f"{cache_key(**key)}.json" for key in keys]
+    paths = [cached(kind, f"{cache_key(**key)}.json") for key in keys]
     with ExitStack() as held:
-        for path in sorted(set(paths)):  # every process locks in the same order: no deadlock
+        # Every process locks in the same order: no deadlock. Nothing is locked in a complete cache, which may
+        # be read-only.
+        for path in sorted({path for path in paths if not path.exists()}):
             held.enter_context(locked(path))
         missing = [paths.index(path) for path in dict.fromkeys(paths) if not path.exists()]
         if missing:

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
+from asi_lens import __version__
 from asi_lens.base.errors import AsiLensError, OptionError, require, require_known
 from asi_lens.base.files import read_yaml_mapping
 from asi_lens.base.ranks import Ranks, joined
@@ -68,12 +69,19 @@ def require_machine(device: str, timeout_s: float | int) -> None:
 
 
 def device_here(device: str) -> str:
-    """Return this process's device: "cuda:<LOCAL_RANK>", which becomes torch's current GPU, or "cpu"."""
+    """Return this process's device: "cuda:<LOCAL_RANK>", which becomes torch's current GPU, or "cpu".
+
+    Raises OptionError if this PyTorch finds no GPU, or too few.
+    """
     if device != "cuda":
         return device
     import torch
 
     here = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if torch.device(here).index >= there:
+        found = f"PyTorch {torch.__version__} finds {f'{there} GPUs' if there else 'no GPU'} on this machine"
+        raise OptionError(f"device={here!r} is not allowed: {found}; take device: cpu, or fewer processes")
     torch.cuda.set_device(here)  # else NCCL and kernels without a device would use GPU 0
     return here
 
@@ -83,8 +91,10 @@ def agree(ranks: Ranks, values: Mapping[str, object]) -> None:
 
     Paths are not compared: folders may be mounted in different places.
     """
-    names = ("asi_lens", "torch", "safetensors", "numpy")
-    versions = {"python": platform.python_version(), **{name: version(name) for name in names}}
+    names = ("torch", "safetensors", "numpy")
+    # A checkout that is only on the path has no installed version.
+    versions = {"asi_lens": __version__, "python": platform.python_version()}
+    versions |= {name: version(name) for name in names}
     ranks.require_same("versions", versions)
     told = {key: value for key, value in values.items() if not isinstance(value, Path)}
     ranks.require_same("configurations", told)

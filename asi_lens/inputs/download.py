@@ -29,6 +29,7 @@ from typing import Any, cast
 
 from asi_lens.base.errors import FetchError
 from asi_lens.base.files import sha256_of, write_whole
+from asi_lens.base.offline import offline, refused
 
 _log = logging.getLogger(__name__)
 
@@ -111,9 +112,10 @@ def _pip_config() -> dict[str, dict[str, str]]:
 def download(file: PackageFile, folder: Path) -> Path:
     """Download `file` into `folder` from the locations that pip would search; return its path.
 
-    The file's name begins with its hash; a complete copy in `folder` is not downloaded again. Raises
-    FetchError if no location has the file, or if the download is truncated or has another hash, and OSError
-    naming the path if the file cannot be written.
+    The file's name begins with its hash; a complete copy in `folder` is not downloaded again. Offline
+    (`base.offline`), only locations on this machine are searched. Raises FetchError if no location has the
+    file, or if the download is truncated or has another hash, and OSError naming the path if the file cannot
+    be written.
     """
     target = folder / f"{file.sha256[:12]}-{file.filename}"
     if target.exists():
@@ -122,12 +124,20 @@ def download(file: PackageFile, folder: Path) -> Path:
         _log.warning("%s is not the file that was downloaded; fetching it again", target)
     settings = pip_settings()
     problems: list[str] = []
+    alone = offline()
     with _client(settings) as client:
         for kind, location in settings.locations:
+            if alone and "://" in location and not location.startswith("file:"):
+                continue
             link = _find(client, kind, location, file, problems)
             if link is not None:
                 _stream(client, link, file, target)
                 return target
+    if alone:
+        raise refused(
+            f"{file.filename} ({file.dist}=={file.version}, sha256 {file.sha256})",
+            "Copy the file into a folder and name it in PIP_FIND_LINKS",
+        )
     told = "\n  ".join(problems) or "no index is configured (PIP_NO_INDEX?)"
     raise FetchError(
         f"could not find {file.filename} ({file.dist}=={file.version}):\n  {told}\n"

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from asi_lens.activations.harvest import BATCH_TOKENS, SiteLayer, harvest
+from asi_lens.activations.harvest import SiteLayer, harvest
 from asi_lens.activations.harvest_store import harvest_stores
 from asi_lens.activations.moments import Moments
 from asi_lens.base.errors import DataError, require
@@ -136,7 +136,7 @@ def harvest_pairs(
     layer: int,
     *,
     dtype: str | torch.dtype = "float32",
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     progress: bool = True,
 ) -> SequencePairs:
     """Run the model once and return the inputs and outputs of the attention of `layer`, in memory.
@@ -146,7 +146,7 @@ def harvest_pairs(
     `models.hook_name` do.
     """
     read = models.hook_name(model, READ_SITE, layer)
-    d = int(models.model_info(model).d_model)
+    d = int(models.model_info(model, fingerprint=False).d_model)
     kept = _Kept(
         (read, layer),
         (write_site(model, layer), layer),

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from asi_lens.activations.moments import Moments
-from asi_lens.activations.spectrum import one_thread
+from asi_lens.activations.precision import one_thread
 from asi_lens.base.errors import OptionError, require
 from asi_lens.kernels.draws import draw_gaussian, other_stream, unit_rows_
 from asi_lens.lorsa.attention import AttentionLayer, origin, read_attention
@@ -201,7 +201,7 @@ def _set_normalization(lorsa: Lorsa, sample: SequencePairs, center: bool) -> Non
 def _draw_units(lorsa: Lorsa, source: AttentionLayer, active: Tensor | None, tied: bool, seed: int) -> None:
     """Fill w_v and w_o with rows of unit norm, a group of rows for each query-key head."""
     width = lorsa.d_in if active is None else active.shape[2]
-    reads = torch.empty(lorsa.n_ov, width, dtype=torch.float64)
+    reads = torch.empty(lorsa.n_ov, width, dtype=torch.float64, device="cpu")
     draw_gaussian(reads, seed)
     writes = reads
     if not tied:

@@ -168,7 +168,7 @@ class LorsaTrainer(Fits[SequencePairs, PairBatch]):
         for name, parameter in self.lorsa.named_parameters():
             for key, tensor in self.optimizer.state.get(parameter, {}).items():
                 out[f"optimizer.{name}.{key}"] = tensor
-        return out | {"steps": torch.tensor(self.steps)}
+        return out | {"steps": torch.tensor(self.steps, device="cpu")}
 
     @torch.no_grad()
     def load_state(self, read: Callable[[str], Tensor]) -> None:

@@ -24,7 +24,7 @@ from asi_lens.base.paths import figures_dir, figures_root, published_dir
 from asi_lens.reproduce.board import Board
 from asi_lens.reproduce.execute import Execute, executing_in
 from asi_lens.reproduce.gallery import build_gallery
-from asi_lens.reproduce.parameters import choose, merged_parameters, parse_given
+from asi_lens.reproduce.parameters import choose, merged_parameters, parse_given, require_machine
 from asi_lens.reproduce.staleness import key_of, left_by, out_of_date, record
 from asi_lens.results import drawing
 from asi_lens.results.parameters_cell import notebook_path
@@ -56,9 +56,10 @@ def reproduce(
     The gallery is built anew after every notebook. After a failure no further notebook starts; when the
     running notebooks have ended, NotebookError is raised, with the failing cell's error and the path of the
     executed notebook. The next call continues from there. Raises UnknownNameError or OptionError before any
-    notebook runs.
+    notebook runs, also for a profile that needs another machine.
     """
     require_whole("jobs", jobs, 1)
+    require_machine(profile)
     folder = figures_dir(model, profile)
     # All parameters are checked first, so that an error in the last notebook's is not found after an hour.
     plans = {
@@ -193,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--model", default="smollm2-135m", help="a packaged name, hub name, folder or .gguf file"
     )
-    parser.add_argument("--profile", default="quick", help="smoke, quick, full or paper")
+    parser.add_argument("--profile", default="quick", help="smoke, quick, full, gpu or paper")
     parser.add_argument(
         "--notebooks",
         default="",

@@ -11,13 +11,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from asi_lens.base.errors import DataError, OptionError, unknown_name
+from asi_lens.base.errors import DataError, OptionError, require, unknown_name
 from asi_lens.base.files import read_yaml_mapping
 from asi_lens.base.paths import parameters_dir, project_root
 from asi_lens.results.parameters_cell import notebook_defaults, notebook_names
 
 # Parameters that the runner sets in every notebook.
 ALWAYS = ("model", "profile", "output_folder", "seed")
+NEEDS = "needs"
+"""Key of a profile's file: the device without which its budgets make no sense."""
 PAPER = "paper"
 GROUPS: dict[str, range] = {PAPER: range(14), "beyond": range(14, 100), "all": range(100)}
 """Groups of notebooks by their numbers: the paper's figures, the figures beyond the paper, all figures."""
@@ -51,6 +53,22 @@ def profile_names() -> list[str]:
     return sorted(p.stem for p in parameters_dir().glob("*.yaml") if "common" in read_yaml_mapping(p))
 
 
+def require_machine(profile: str) -> None:
+    """Raise OptionError if a profile needs a device (`needs: cuda` in its file) that this machine lacks."""
+    path = parameters_dir() / f"{profile}.yaml"
+    needed = read_yaml_mapping(path).get(NEEDS) if path.is_file() else None
+    require(needed in (None, "cuda"), f"{NEEDS} (in {path.name})", needed, "'cuda', or left out")
+    if needed is None:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise OptionError(
+            f"the profile {profile!r} needs a CUDA device, and PyTorch {torch.__version__} finds none here; "
+            "'full' is the profile for evidence on a CPU"
+        )
+
+
 def merged_parameters(
     notebook: str, *, model: str, profile: str, output_folder: Path, given: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
@@ -68,8 +86,8 @@ def merged_parameters(
         raise unknown_name("profile", profile, profile_names())
     sections = read_yaml_mapping(path)
     for section in sections:
-        if section != "common" and section not in notebook_names():
-            raise unknown_name(f"section of {path.name}", section, ["common", *notebook_names()])
+        if section not in ("common", NEEDS) and section not in notebook_names():
+            raise unknown_name(f"section of {path.name}", section, ["common", NEEDS, *notebook_names()])
     model_file = parameters_dir() / f"{model}.yaml"
     # A model given as a path or a hub name has no parameter file.
     of_model = read_yaml_mapping(model_file) if "/" not in model and model_file.is_file() else {}

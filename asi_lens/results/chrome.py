@@ -20,6 +20,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from asi_lens.base.offline import VARIABLE, offline
+
 # A browser set in one of these variables comes first. kaleido itself reads BROWSER_PATH.
 VARIABLES = ("BROWSER_PATH", "CHROME")
 # Names to try if the browser that kaleido would choose does not start (Ubuntu's `chromium-browser` may be a
@@ -101,6 +103,8 @@ def _download() -> str:
     """Download Chrome for Testing into kaleido's folder; return "", or the reason for the failure."""
     import kaleido
 
+    if offline():
+        return f"nothing is downloaded ({VARIABLE}=1)"
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # the download sets no timeout and would hang if packets are lost
     try:

@@ -19,6 +19,7 @@ from asi_lens.activations.harvest import SiteLayer
 from asi_lens.activations.harvest_store import ActivationStore
 from asi_lens.activations.moments import Moments
 from asi_lens.activations.pairs import PairedStores
+from asi_lens.activations.precision import exact_products
 from asi_lens.base.errors import DataError, OptionError, require, require_both
 from asi_lens.collapse.interventions import mean_ablate, skip_first
 from asi_lens.inputs import models
@@ -116,6 +117,7 @@ def evaluate(
     )[0]
 
 
+@exact_products()
 def evaluate_together(
     saes: Sequence[SparseAutoencoder],
     rows: ActivationStore | Float[Tensor, "n d_in"],
@@ -170,6 +172,7 @@ def evaluate_transcoder(
     return evaluate_transcoders([sae], store, model=model, tokens=tokens, **options)[0]
 
 
+@exact_products()
 def evaluate_transcoders(
     saes: Sequence[Transcoder],
     store: PairedStores,
@@ -258,7 +261,7 @@ def _spread(data: Targets | ActivationStore | Tensor) -> tuple[Float[Tensor, " d
             raise DataError("the outputs never vary: the fraction of variance unexplained is not defined")
         return moments.mean, scatter
     shift: Tensor | None = None
-    first = square = torch.zeros((), dtype=torch.float64)
+    first = square = torch.zeros((), dtype=torch.float64, device="cpu")
     for block in data.in_order(_ROWS) if isinstance(data, ActivationStore) else data.split(_ROWS):
         x = block.double()
         if shift is None:
@@ -277,7 +280,7 @@ def _place(saes: Sequence[SparseAutoencoder], model: nn.Module, site: str, layer
     """Return the place of a site of the model. Raises OptionError for a dictionary of another width."""
     hook, width = models.hook_name(model, site, layer), models.site_width(model, site, layer)
     for sae in saes:
-        name = models.model_info(model).name
+        name = models.model_info(model, fingerprint=False).name
         require(sae.d_in == width, "sae", f"d_in={sae.d_in}", f"{width} wide, as {site} of {name}")
     return Place(hook, hook, layer, site)
 

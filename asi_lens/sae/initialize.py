@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from asi_lens.activations.pairs import Pair
+from asi_lens.activations.precision import exact_products
 from asi_lens.activations.spectrum import Spectrum
 from asi_lens.base.errors import OptionError, require
 from asi_lens.kernels.draws import DRAW_ROWS, other_stream
@@ -87,6 +88,7 @@ def auto_d_init(spectrum: Spectrum) -> int:
     return int((cumulative < AUTO_SHARE * cumulative[-1]).sum().item()) + 1
 
 
+@exact_products()
 @torch.no_grad()
 def initialize(
     sae: SparseAutoencoder,

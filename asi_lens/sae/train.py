@@ -248,12 +248,15 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
 
     def stream(self, store: ActivationStore | PairedStores, start: int) -> Iterator[Tensor | Pair | Part]:
         """Yield batches from token `start` to `n_tokens`; with several ranks, this rank's parts of them."""
-        if self.mesh.config.data == 1 or isinstance(store, PairedStores):
+        config, device, one = self.config, self.sae.W_dec.device, self.mesh.config.data == 1
+        if isinstance(store, PairedStores) or (one and device.type == "cpu"):
             yield from super().stream(store, start)
             return
-        config = self.config
         options: dict[str, Any] = {"seed": config.seed, "start": start, "n_tokens": config.n_tokens}
-        for rows in store.batches(config.batch_size, **options, share=self.mesh.tokens):
+        if one:
+            yield from store.batches(config.batch_size, **options, device=device)
+            return
+        for rows in store.batches(config.batch_size, **options, share=self.mesh.tokens, device=device):
             n = min(config.batch_size, config.n_tokens - start)
             start += n
             yield Part(rows, n)

@@ -73,7 +73,7 @@ class DeadnessLedger:
     def state(self) -> dict[str, Tensor]:
         """Return the tensors to store."""
         # The checkpoint format has a field for the token at which counting began, which is always 0.
-        tokens = torch.tensor([self.n_tokens, 0])
+        tokens = torch.tensor([self.n_tokens, 0], device="cpu")
         return {"tokens": tokens, "last_fired": self.last_fired, "counts": self.counts}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:

@@ -140,7 +140,7 @@ class RankMesh(Mesh):
         self.config = config
         self.ranks = ranks
         self.device = torch.device(device)
-        places = torch.arange(config.size).view(config.data, config.model)
+        places = torch.arange(config.size, device="cpu").view(config.data, config.model)
         limit = timedelta(seconds=ranks.timeout_s)
         with ranks.talking():
             self._data, _ = dist.new_subgroups_by_enumeration(places.T.tolist(), timeout=limit)

@@ -70,6 +70,19 @@ def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
     return runner
 
 
+def test_a_profile_for_another_machine_is_refused_before_anything_runs(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (runner.root / "parameters" / "gpu.yaml").write_text("needs: cuda\ncommon: {}\n")
+    assert runner("--profile", "gpu") == []
+    assert runner.code == 1
+    assert "stopped: the profile 'gpu' needs a CUDA device" in capsys.readouterr().err
+    assert not (runner.root / "figures").exists()
+
+
 def test_a_second_run_does_nothing(runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
     assert runner() == ["01_alpha", "02_beta"]
     assert runner.code == 0

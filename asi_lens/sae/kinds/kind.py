@@ -164,7 +164,7 @@ class Penalized(Training[K]):
 
     def state(self) -> dict[str, Tensor]:
         """See `Training.state`."""
-        return {"coefficient": torch.tensor(self.coefficient, dtype=torch.float64)}
+        return {"coefficient": torch.tensor(self.coefficient, dtype=torch.float64, device="cpu")}
 
     def load_state(self, read: Callable[[str], Tensor]) -> None:
         """See `Training.load_state`."""
