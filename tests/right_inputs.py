@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
@@ -83,19 +82,6 @@ def _read_from(trainer: Callable[[World], Any]) -> Callable[[World], Any]:
     return lambda world: trainer(world).state().__getitem__
 
 
-def _saved(world: World) -> Path:
-    folder = world.root / "sae"
-    if not folder.exists():
-        world.sae().save(folder)
-    return folder
-
-
-def _saved_lorsa(world: World) -> Path:
-    path = world.root / "lorsa.safetensors"
-    world.lorsa().save(path)
-    return path
-
-
 def _verdict(world: World) -> Any:
     from asi_lens.results.verdicts import Number, Verdict
 
@@ -145,6 +131,16 @@ ROWS = _at("rows")
 MEAN = _is(torch.zeros(D_IN))
 # ruff: noqa: E501
 # fmt: off
+
+
+def _places(kind: str, owner: Callable[[World], Any]) -> dict[str, Callable[[World], Made]]:
+    return {
+        f"{kind}.place_in": _of(owner, "place_in", model=MODEL, metadata=_is({})),
+        f"{kind}.place": _of(owner, "place", model=MODEL),
+        f"{kind}.hooks": _of(owner, "hooks", model=MODEL, place=_is(None)),
+    }
+
+
 INFO = {
     "name": "m", "architecture": "a", "n_layers": 1, "d_model": 1, "n_heads": 1, "n_kv_heads": 1, "d_head": 1,
     "d_vocab": 1, "n_ctx": 1, "dtype": "float32", "weights": "w", "fingerprint": "f",
@@ -162,7 +158,8 @@ DOORS: dict[str, Callable[[World], Made]] = {
     "load_model": _al(
         "load_model", model=MODEL, dtype=_is("auto"), device=_is("auto"), revision=_is(None), trust_remote_code=NO
     ),
-    "model_info": _al("model_info", model=MODEL),
+    "model_info": _al("model_info", model=MODEL, fingerprint=_is(True)),
+    "verify": _al("verify", model=MODEL),
     "Tokens": _al(
         "Tokens", ids=_is(torch.ones(2, 4, dtype=torch.int64)), corpus=_is("c"), tokenizer=_is("t"),
         context=_is(4), fingerprint=_is("f"), bos=_is(True), content=_is(""),
@@ -182,6 +179,11 @@ DOORS: dict[str, Callable[[World], Made]] = {
     "Moments.update": _of(lambda w: w.moments.clone(), "update", rows=ROWS),
     "Moments.merge": _of(lambda w: w.moments.clone(), "merge", other=_at("moments")),
     "Moments.to": _of(_at("moments"), "to", device=_is("cpu")),
+    "Moments.exact": _of(_is(al.Moments), "exact", n=_is(1), mean=MEAN, scatter=_is(torch.eye(D_IN))),
+    "Moments.block": _of(_at("moments"), "block", rows=ROWS),
+    "Moments.set_limit": _of(lambda w: w.moments.clone(), "set_limit"),
+    "Pair.split": _of(_pair, "split", n=_is(2)),
+    "TrainConfig.as_dict": _of(_at("train"), "as_dict"),
     "Moments.clone": _of(_at("moments"), "clone"),
     "Moments.state": _of(_at("moments"), "state"),
     "Moments.from_state": _of(_is(al.Moments), "from_state", state=lambda w: w.moments.state()),
@@ -315,12 +317,13 @@ DOORS: dict[str, Callable[[World], Made]] = {
     "Lorsa.decode_normalized": _of(_at("lorsa"), "decode_normalized", code=_lorsa_code),
     "Lorsa.scan": _of(_at("lorsa"), "scan", data=_at("pairs")),
     "Lorsa.save": _of(_at("lorsa"), "save", path=lambda w: w.root / "l.safetensors"),
-    "Lorsa.load": _of(_is(al.Lorsa), "load", path=_saved_lorsa),
+    "Lorsa.load": _of(_is(al.Lorsa), "load", path=_at("saved_lorsa")),
+    **_places("Lorsa", _at("lorsa")),
     "Lorsa.extra_repr": _of(_at("lorsa"), "extra_repr"),
     "from_attention": _al("from_attention", model=MODEL, layer=LAYER, context=_is(8), dtype=_is(torch.float32)),
     "initialize_lorsa": _al(
         "initialize_lorsa", lorsa=_at("lorsa"), model=MODEL, layer=LAYER, sample=_at("pairs"), method=_is("asi"),
-        d_init=_is(3), tied=_is(True), norm_search=_is(True), center=_is(True), seed=_is(0),
+        d_init=_is(3), seed=_is(0),
     ),
     "evaluate_lorsa": _al(
         "evaluate_lorsa", lorsa=_at("lorsa"), pairs=_at("pairs"), layer=LAYER, **RUN, batch_tokens=_is(64)
@@ -342,7 +345,7 @@ DOORS: dict[str, Callable[[World], Made]] = {
     ),
     "Features.card": _of(_at("features"), "card", feature=_is(0), n_logits=_is(2), n_similar=_is(2)),
     "Features.contexts": _of(
-        _features, "contexts", feature=_is(0), which=_is("top"), before=_is(2), after=_is(2)
+        _at("features"), "contexts", feature=_is(0), which=_is("top"), before=_is(2), after=_is(2)
     ),
     "Features.similar": _of(_at("features"), "similar", feature=_is(0), n=_is(2)),
     "Features.written": _of(_at("features"), "written", feature=_is(0)),
@@ -385,9 +388,10 @@ for _kind, _new in (("SparseAutoencoder", "sae"), ("Transcoder", "transcoder")):
         f"{_kind}.sides": _of(_at(_new), "sides", batch=ROWS if _new == "sae" else _pair),
         f"{_kind}.scan": _of(_at(_new), "scan", data=_at("store" if _new == "sae" else "paired")),
         f"{_kind}.folded": _of(_at(_new), "folded"),
+        **_places(_kind, _at(_new)),
         f"{_kind}.extra_repr": _of(_at(_new), "extra_repr"),
         f"{_kind}.save": _of(_at(_new), "save", folder=lambda w: w.root / "saved"),
-        f"{_kind}.load": _of(_is(getattr(al, _kind)), "load", folder=_saved),
+        f"{_kind}.load": _of(_is(getattr(al, _kind)), "load", folder=_at("saved")),
         **{
             f"{_kind}.{name}": _of(_at(_new), name, x=ROWS)
             for name in ("normalize", "centered", "encode", "encode_dense", "forward")

@@ -129,3 +129,13 @@ class World:
         exec(runs.PARAMETERS + PAGE, names)
         del names["__builtins__"]
         return names
+
+    @cached_property
+    def saved(self) -> Path:
+        self.sae().save(self.root / "sae")
+        return self.root / "sae"
+
+    @cached_property
+    def saved_lorsa(self) -> Path:
+        self.lorsa().save(self.root / "lorsa.safetensors")
+        return self.root / "lorsa.safetensors"

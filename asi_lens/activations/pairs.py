@@ -35,6 +35,11 @@ class Pair:
     def __getitem__(self, part: slice) -> Pair:
         return Pair(self.x[part], self.y[part])
 
+    def split(self, n: int) -> Iterator[Pair]:
+        """Yield the tokens in order, `n` at a time, as `Tensor.split` does with rows."""
+        require(n >= 1, "n", n, "at least 1")
+        return (Pair(x, y) for x, y in zip(self.x.split(n), self.y.split(n), strict=True))
+
 
 @checked
 class PairedStores:
@@ -51,7 +56,9 @@ class PairedStores:
         for key in _SHARED:
             mine, theirs = inputs.metadata.get(key), outputs.metadata.get(key)
             if mine != theirs:
-                raise OptionError(f"inputs of {key} {mine!r} and outputs of {key} {theirs!r}")
+                raise OptionError(
+                    f"the outputs have {key} {theirs!r}, but the inputs have {key} {mine!r}; they must agree"
+                )
         self.inputs, self.outputs = inputs, outputs
         self.n, self.d, self.d_out = inputs.n, inputs.d, outputs.d
         of_inputs = {key: inputs.metadata.get(key) for key in ("site", "layer", "hook_name")}
@@ -95,5 +102,5 @@ class PairedStores:
 
     def _in_order(self, batch_size: int) -> Iterator[Pair]:
         for start in range(0, self.n, batch_size):
-            index = torch.arange(start, min(start + batch_size, self.n))
+            index = torch.arange(start, min(start + batch_size, self.n), device="cpu")
             yield Pair(self.inputs.rows(index), self.outputs.rows(index))

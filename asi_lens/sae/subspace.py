@@ -40,9 +40,13 @@ class SubspaceStore(ActivationStore):
         inside = scatter.diagonal().sum().item() / of.n
         self.discarded = 1 - inside / of.mean_square_norm
         origin = {**of.metadata, "subspace": r}
-        moments = Moments(of.n, torch.zeros_like(scatter[0]), scatter)
+        moments = Moments.exact(of.n, torch.zeros_like(scatter[0]), scatter)
         super().__init__(
-            [torch.empty(0, r)], lambda: moments, torch.zeros(r, dtype=torch.float64), inside, origin
+            [self.basis[:0].float()],
+            lambda: moments,
+            torch.zeros(r, dtype=torch.float64, device="cpu"),
+            inside,
+            origin,
         )
         self.n = of.n
         self._projection = self.basis.float()

@@ -279,7 +279,7 @@ def test_sites_and_layers_that_do_not_exist(tiny_llama: Any, tiny_tokens: Tokens
         harvest_store(tiny_llama, tiny_tokens, "atn_out", 0, folder=tmp_path / "s")
     with pytest.raises(OptionError, match="layer"):
         harvest_stores(tiny_llama, tiny_tokens, [("z", 3)], folder=tmp_path / "s")
-    with pytest.raises(OptionError, match=r"no .site, layer."):
+    with pytest.raises(OptionError, match=r"one or more .site, layer."):
         harvest_stores(tiny_llama, tiny_tokens, [], folder=tmp_path / "s")
 
 
