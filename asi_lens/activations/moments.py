@@ -62,6 +62,7 @@ class Moments:
     @classmethod
     def exact(cls, n: int, mean: Float[Tensor, " d"], scatter: Float[Tensor, "d d"]) -> Moments:
         """Return moments whose scatter has no rounding errors worth mention."""
+        mean, scatter = mean.double(), scatter.double()
         return cls(n, mean, scatter, scatter @ signs(len(scatter), scatter.device))
 
     @classmethod
