@@ -4,6 +4,7 @@ PYTHON    ?= python3
 VENV      ?= .venv
 VENV_TL4  ?= .venv-tl4
 VENV_PEERS ?= .venv-peers
+VENV_DOCS ?= .venv-docs
 MODEL     ?= smollm2-135m
 PROFILE   ?= quick
 NOTEBOOKS ?=
@@ -17,13 +18,14 @@ SETUP      := $(VENV)/.asi_lens-setup
 CHROME     := $(VENV)/.asi_lens-chrome
 SETUP_TL4  := $(VENV_TL4)/.asi_lens-setup
 SETUP_PEERS := $(VENV_PEERS)/.asi_lens-setup
+SETUP_DOCS := $(VENV_DOCS)/.asi_lens-setup
 SOURCES    := $(wildcard notebooks/*.ipynb)
 PIP_QUIET  := $(if $(CI),--quiet)
 # Cells keep their names: renumbering them would make every insertion a change of the whole file.
 NBSTRIPOUT := $(BIN)/nbstripout --keep-id
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-tl4 setup-peers figures publish test test-tl4 test-peers lint format lab bench lock clean clean-all
+.PHONY: help setup setup-tl4 setup-peers setup-docs docs figures publish test test-tl4 test-peers lint format lab bench lock clean clean-all
 .DELETE_ON_ERROR:
 
 help: ## show this
@@ -55,11 +57,16 @@ setup-tl4: $(SETUP_TL4)
 
 setup-peers: $(SETUP_PEERS)
 
+setup-docs: $(SETUP_DOCS)
+
 test-tl4: $(SETUP_TL4) ## run the model-facing tests in a second environment with TransformerLens 4
 	$(VENV_TL4)/bin/python -m pytest -n auto --dist loadfile -m model_facing $(ARGS)
 
 test-peers: $(SETUP_PEERS) ## check dictionaries against the real SAELens and sparsify, in a third environment
 	$(VENV_PEERS)/bin/python -m pytest tests/sae/test_peers.py tests/sae/test_foreign.py $(ARGS)
+
+docs: $(SETUP_DOCS) ## build the documentation as pages that open from disk, site/index.html
+	NO_MKDOCS_2_WARNING=1 $(VENV_DOCS)/bin/python -m mkdocs build --quiet --strict $(ARGS)
 
 lint: $(SETUP) ## ruff, format, types, and no outputs in notebooks
 	$(BIN)/ruff check .
@@ -85,7 +92,7 @@ lock: $(SETUP) ## write requirements.lock anew from what .venv holds
 	@mv .requirements.lock requirements.lock
 
 clean: ## remove what runs leave (not the published figures, environments or downloads)
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find asi_lens tests benchmarks notebooks -name __pycache__ -prune -exec rm -rf {} +
 	find figures -mindepth 1 -maxdepth 1 ! -name published -exec rm -rf {} +
 
@@ -123,6 +130,10 @@ endef
 
 $(SETUP_PEERS): $(SETUP) requirements-peers.txt
 	$(call laid-over,$(VENV_PEERS),requirements-peers.txt)
+	@touch $@
+
+$(SETUP_DOCS): $(SETUP) requirements-docs.txt
+	$(call laid-over,$(VENV_DOCS),requirements-docs.txt)
 	@touch $@
 
 $(SETUP_TL4): $(SETUP) requirements-tl4.txt

@@ -99,7 +99,8 @@ def initialize_lorsa(
     """Set every weight of `lorsa` and its normalization of inputs and outputs, in place.
 
     Args:
-        model, layer: the attention layer. Its queries and keys are copied; ASI uses its values and outputs.
+        model: the model of the attention layer.
+        layer: number of the layer. Its queries and keys are copied; ASI uses its values and outputs.
         sample: data of that layer, for the means, the scales, the subspaces and the norm.
         method: one of `LORSA_METHODS`. `random` draws w_v isotropically in the stream.
         d_init: dimensions of the active subspace of a head, 1 to d_qk. ASI only.
