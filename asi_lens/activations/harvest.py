@@ -20,12 +20,17 @@ from tqdm.auto import tqdm
 from asi_lens.base.errors import DataError, OptionError, require
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
+from asi_lens.inputs.own_tokens import require_own_tokens
 
 # A site at a layer, as in ("attn_out", 15).
 SiteLayer = tuple[str, int]
 
-# Tokens a forward pass takes at once: enough for efficient products, small enough for any cache.
-BATCH_TOKENS = 2048
+# Tokens of a forward pass: enough for efficient products, small enough for any cache. A GPU takes more, since
+# each launch of a kernel costs the same, as long as they fit into a part of its memory.
+_BATCH_TOKENS, _MOST_BATCH_TOKENS = 2048, 65_536
+_MEMORY_SHARE = 1 / 16
+# Numbers of d_model width that a token takes in a forward pass.
+_NUMBERS_PER_TOKEN = 64
 _LAYER = re.compile(r"blocks\.(\d+)\.")
 
 
@@ -53,7 +58,7 @@ def places(model: nn.Module, sites: Iterable[str], layers: Sequence[int] | None)
     for a site that the model lacks.
     """
     sites = [sites] if isinstance(sites, str) else list(sites)
-    n_layers = models.model_info(model).n_layers
+    n_layers = models.model_info(model, fingerprint=False).n_layers
     chosen = range(n_layers) if layers is None else layers
     out: list[SiteLayer] = []
     for layer in chosen:
@@ -63,8 +68,22 @@ def places(model: nn.Module, sites: Iterable[str], layers: Sequence[int] | None)
     for site, layer in out:
         models.hook_name(model, site, layer)
     if not out:
-        raise OptionError("no site or no layer was asked for")
+        raise OptionError(
+            f"sites={sites} with layers={layers} name no place; name at least one site and one layer"
+        )
     return list(dict.fromkeys(out))
+
+
+def batch_tokens_for(model: nn.Module, batch_tokens: int | None = None) -> int:
+    """Return the tokens of a forward pass: the given number, or for None the one that suits the device."""
+    if batch_tokens is not None:
+        return batch_tokens
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        return _BATCH_TOKENS
+    memory = torch.cuda.get_device_properties(device).total_memory * _MEMORY_SHARE
+    fits = int(memory / (4 * _NUMBERS_PER_TOKEN * models.model_info(model).d_model))
+    return max(_BATCH_TOKENS, min(_MOST_BATCH_TOKENS, 1 << fits.bit_length() - 1))
 
 
 def layer_at(model: nn.Module, fraction: float) -> int:
@@ -73,7 +92,7 @@ def layer_at(model: nn.Module, fraction: float) -> int:
     All notebooks use this rule: 0.5 of 30 layers is layer 15. Raises OptionError outside 0 to 1.
     """
     require(0 <= fraction <= 1, "fraction", fraction, "from 0 to 1")
-    n_layers = models.model_info(model).n_layers
+    n_layers = models.model_info(model, fingerprint=False).n_layers
     return min(n_layers - 1, int(fraction * n_layers))
 
 
@@ -87,7 +106,7 @@ def harvest(
     tokens: Tokens,
     consumers: Sequence[Consumer],
     *,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     drop_first: bool = True,
     start: int = 0,
     after_batch: Callable[[int], None] | None = None,
@@ -96,25 +115,31 @@ def harvest(
     """Run the model over `tokens` and feed the consumers.
 
     Args:
+        batch_tokens: tokens of a forward pass; None for a number that suits the device (`batch_tokens_for`).
         drop_first: leave out position 0 of every sequence (BOS, the attention sink: its norm is an
             outlier that would dominate every statistic).
         start: sequence to start from, for a pass that resumes.
         after_batch: called after each batch with the number of sequences done.
         progress: show a bar with tokens/s and the time left.
 
-    Raises DataError naming site, layer and batch where an activation is NaN or infinite. Hooks are
-    removed however the pass ends, also on Ctrl-C.
+    Raises DataError naming site, layer and batch where an activation is NaN or infinite, OptionError for
+    tokens of another model's tokenizer. Hooks are removed however the pass ends, also on Ctrl-C.
     """
+    require_own_tokens(model, tokens)
+    batch_tokens = batch_tokens_for(model, batch_tokens)
     require(batch_tokens >= 1, "batch_tokens", batch_tokens, "at least 1")
     require(0 <= start <= len(tokens), "start", start, f"from 0 to {len(tokens)}")
     if drop_first and tokens.context < 2:
-        raise OptionError("a context of 1 holds nothing but the first position; use drop_first=False")
+        raise OptionError(
+            "a context of 1 holds only the first position, which drop_first=True leaves out; use "
+            "drop_first=False"
+        )
     takers: dict[SiteLayer, list[Consumer]] = {}
     for consumer in consumers:
         for where in consumer.wants:
             takers.setdefault(where, []).append(consumer)
     if not takers:
-        raise OptionError("no consumer wants anything")
+        raise OptionError("the consumers ask for no site; pass at least one that does")
     deepest = max(layer for _, layer in takers)
     per_batch = max(1, batch_tokens // tokens.context)
     first = 1 if drop_first else 0

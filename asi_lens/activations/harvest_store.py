@@ -21,15 +21,16 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from asi_lens.activations import shards
-from asi_lens.activations.harvest import BATCH_TOKENS, SiteLayer, harvest, places
+from asi_lens.activations.harvest import SiteLayer, batch_tokens_for, harvest, places
 from asi_lens.activations.shard_writer import ShardWriter, join_parts
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import CacheError, DataError, OptionError, require
 from asi_lens.base.files import cache_key, locked
-from asi_lens.base.paths import cache_dir
+from asi_lens.base.paths import cached
 from asi_lens.base.ranks import Ranks
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
+from asi_lens.inputs.fingerprint import is_fixed, number_key
 
 __all__ = ["ActivationStore", "harvest_store", "harvest_stores"]
 
@@ -51,7 +52,7 @@ def harvest_store(
     budget_gb: int | float = 20,
     shard_tokens: int | None = None,
     drop_first: bool = True,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     progress: bool = True,
     ranks: Ranks | None = None,
 ) -> ActivationStore:
@@ -81,7 +82,7 @@ def harvest_stores(
     budget_gb: int | float = 20,
     shard_tokens: int | None = None,
     drop_first: bool = True,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     progress: bool = True,
     ranks: Ranks | None = None,
 ) -> dict[SiteLayer, ActivationStore]:
@@ -91,13 +92,14 @@ def harvest_stores(
     The size is printed before anything is written.
 
     Args:
-        folder: None writes the stores to the cache, under a key of everything that their rows depend on. If
-            another process is writing the same stores there, this process waits for it.
+        folder: None writes the stores to the cache, under a key of everything that their rows depend on (not
+            allowed while hooks that somebody added to the model are in force). If another process is writing
+            the same stores there, this process waits for it.
         dtype: dtype of the rows on disk: "bfloat16", "float16" or "float32".
         budget_gb: refuse to write more than this many 10^9 bytes.
         shard_tokens: rows of a shard, rounded to whole forward batches (None: 128 MiB).
         drop_first: leave out position 0 of every sequence (see `harvest.harvest`).
-        batch_tokens: tokens of a forward pass.
+        batch_tokens: tokens of a forward pass; None for a number that suits the device.
         progress: show a bar.
         ranks: the processes that call this function together. Each runs the model over its stretch of the
             tokens; the first writes moments and manifest. All processes must see the same folder.
@@ -131,13 +133,14 @@ def _harvest(
     budget_gb: int | float,
     shard_tokens: int | None,
     drop_first: bool,
-    batch_tokens: int,
+    batch_tokens: int | None,
     progress: bool,
     ranks: Ranks,
 ) -> dict[SiteLayer, ActivationStore]:
+    batch_tokens = batch_tokens_for(model, batch_tokens)
     _check(dtype, budget_gb, shard_tokens, batch_tokens)
     if not chosen:
-        raise OptionError("no (site, layer) was asked for")
+        raise OptionError("wheres=[] is not allowed; wheres must be one or more (site, layer)")
     per_sequence = tokens.context - drop_first
     n = len(tokens) * per_sequence
     if n == 0:
@@ -155,9 +158,10 @@ def _harvest(
         writers: dict[SiteLayer, ShardWriter] = {}
 
         def begin() -> None:
-            # Locks are taken in sorted order, so that two harvests never wait for each other.
+            # Locks are taken in sorted order, so that two harvests never wait for each other. Finished stores
+            # are not locked: they may be in a read-only cache.
             for where in sorted(folders, key=folders.__getitem__):
-                if ranks.rank == 0:
+                if ranks.rank == 0 and not (folders[where] / shards.MANIFEST).exists():
                     busy = CacheError(f"another process is writing the store in {folders[where]}")
                     # Cached stores are shared between processes: the second process waits for the first.
                     stack.enter_context(locked(folders[where], None if chosen[where] is None else busy))
@@ -226,8 +230,8 @@ def _stretch(n: int, per_batch: int, ranks: Ranks) -> tuple[int, int]:
     n_batches = -(-n // per_batch)
     if n_batches < ranks.size:
         raise OptionError(
-            f"{n} sequences are {n_batches} forward batches of {per_batch}: too few for {ranks.size} "
-            "processes"
+            f"{n} sequences make {n_batches} forward batches of {per_batch}, but {ranks.size} processes need "
+            "at least one each; use fewer processes or a smaller batch_tokens"
         )
     first, last = (min(n, n_batches * k // ranks.size * per_batch) for k in (ranks.rank, ranks.rank + 1))
     return first, last
@@ -288,10 +292,17 @@ def _origins(
 
 
 def _cached(origin: Mapping[str, Any], dtype: str) -> Path:
-    key = cache_key(format=shards.FORMAT, dtype=dtype, **{name: origin[name] for name in _CONTENT})
+    weights, model_dtype, tokens, drop_first = (origin[name] for name in _CONTENT)
+    if not is_fixed(weights):
+        raise OptionError(
+            "folder=None is not allowed while hooks that somebody added to the model are in force: no cache "
+            "key covers their code; name a folder"
+        )
+    options = {"format": shards.FORMAT, "store_dtype": dtype, "drop_first": drop_first}
+    key = cache_key(**number_key(weights, model_dtype, tokens, **options))
     # Names may be paths or hub names: only letters, digits, dot and dash are kept, so no subfolder is made.
     parent = re.sub(r"[^\w.-]+", "-", f"{origin['model']}-{origin['corpus']}-{key}")
-    return cache_dir("stores") / parent / f"{origin['site']}.{origin['layer']}"
+    return cached("stores", f"{parent}/{origin['site']}.{origin['layer']}", shards.MANIFEST)
 
 
 def _state_size(

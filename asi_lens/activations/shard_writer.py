@@ -81,8 +81,8 @@ class ShardWriter:
                 f"rows {self.n} to {self.n + len(rows)} are not finite in {self.dtype}; store them in "
                 "bfloat16 or float32"
             )
-        batch = Moments.of(kept)
-        self.moments = self.moments.to(batch.mean.device)
+        self.moments = self.moments.to(kept.device)
+        batch = self.moments.block(kept)
         if self._file is None:
             self._begin_shard()
         assert self._file is not None

@@ -11,25 +11,28 @@ import itertools
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from asi_lens.activations.harvest import BATCH_TOKENS, SiteLayer, harvest, places
-from asi_lens.activations.moments import Moments
+from asi_lens.activations.harvest import SiteLayer, batch_tokens_for, harvest, places
+from asi_lens.activations.moments import TYPICAL_NOISE, Moments
 from asi_lens.activations.spectrum import Spectrum, warn_if_few
-from asi_lens.base.cache import cached_json
 from asi_lens.base.errors import CacheError, require
 from asi_lens.base.files import cache_key, locked
-from asi_lens.base.paths import cache_dir
+from asi_lens.base.paths import cache_dir, cached
 from asi_lens.base.safetensors_io import read_tensors, save_tensors
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
+from asi_lens.inputs.fingerprint import cached_number, is_fixed, number_key
 
 _FORMAT = "1"
+_KIND = "moments"
 _ABOUT = {"asi_lens_moments": _FORMAT}
+_NOISE = "noise"
 # Seconds between two saved states of a running pass.
 _SAVE_EVERY = 300.0
 
@@ -43,11 +46,9 @@ class MomentsConsumer:
 
     def consume(self, where: SiteLayer, rows: Float[Tensor, "n d"]) -> None:
         """Add one batch of rows."""
-        new = Moments.of(rows)
-        if where in self.moments:
-            # A resumed pass has read its moments to the CPU: they are moved to the device of the rows.
-            new = self.moments[where].to(rows.device).merge(new)
-        self.moments[where] = new
+        known = self.moments.get(where) or Moments.zeros(rows.shape[1])
+        # A resumed pass has read its moments to the CPU: they are moved to the device of the rows.
+        self.moments[where] = known.to(rows.device).update(rows)
 
 
 class Spectra(Mapping[SiteLayer, Spectrum]):
@@ -117,23 +118,39 @@ def collect_spectra(
     layers: Sequence[int] | None = None,
     *,
     drop_first: bool = True,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     progress: bool = True,
 ) -> Spectra:
     """Return the spectra of `sites` at `layers` (all by default), from the cache or one pass of the model.
 
     A running pass takes 8 d^2 bytes per (site, layer) for any number of tokens. Ctrl-C saves the state of
-    the pass; the next call continues from there, with the same bits as a pass without a stop.
+    the pass; the next call continues from there, with the same bits as a pass without a stop. With hooks that
+    somebody added to the model, the pass runs every time and nothing is kept.
 
     Raises UnknownNameError, OptionError or UnsupportedModelError for a site or layer that the model does
     not have, DataError for activations that are not finite, CacheError for a damaged cache file.
     """
     wanted = places(model, sites, layers)
-    info = models.model_info(model)
+    info, batch_tokens = models.model_info(model), batch_tokens_for(model, batch_tokens)
+    if not is_fixed(info.fingerprint):
+        consumer = MomentsConsumer(wanted)
+        harvest(
+            model, tokens, [consumer], batch_tokens=batch_tokens, drop_first=drop_first, progress=progress
+        )
+        found = {
+            (site, layer): Spectrum.from_moments(consumer.moments[site, layer], name=f"{site} {layer}")
+            for site, layer in wanted
+        }
+        warn_if_few(found.values())
+        return Spectra(found, info, tokens.corpus)
     folder = _folder(info, tokens, drop_first, batch_tokens)
-    with locked(folder):
-        missing = [where for where in wanted if not _file(folder, where).exists()]
-        if missing:
+
+    def absent() -> list[SiteLayer]:
+        return [where for where in wanted if not _file(folder, where).exists()]
+
+    # Looked for before the lock, as a complete cache may be read-only.
+    with locked(folder) if absent() else nullcontext():
+        if missing := absent():
             consumer = _run(model, tokens, missing, folder, drop_first, batch_tokens, progress)
             for where in missing:
                 _write(_file(folder, where), consumer.moments.pop(where))
@@ -151,7 +168,7 @@ def rank_growth(
     *,
     steps: int = 5,
     drop_first: bool = True,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     progress: bool = True,
 ) -> list[dict[str, object]]:
     """Measure the effective rank on `steps` nested samples of the tokens, each half the next.
@@ -160,7 +177,7 @@ def rank_growth(
     """
     require(2 <= steps <= 12, "steps", steps, "from 2 to 12")
     wanted = places(model, sites, layers)
-    info = models.model_info(model)
+    info, batch_tokens = models.model_info(model), batch_tokens_for(model, batch_tokens)
     sizes = sorted({max(1, len(tokens) >> k) for k in range(steps)})
     key = {**_key(info, tokens, drop_first, batch_tokens), "pairs": wanted, "sizes": sizes}
 
@@ -183,7 +200,7 @@ def rank_growth(
                 records.append({**record, "n_tokens": moments.n, **spectrum.summary()})
         return records
 
-    return cached_json("moments", key, measure)
+    return cached_number(_KIND, key, measure)
 
 
 def _run(
@@ -200,15 +217,16 @@ def _run(
     partial = _partial(folder, missing)
     done = 0
     if partial.exists():
-        state = _load(partial)
+        state, _ = _load(partial)
         done = int(state["done"])
         for k, where in enumerate(missing):
-            parts = {name: state[f"{k}.{name}"] for name in ("n", "mean", "scatter")}
+            prefix = f"{k}."
+            parts = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
             consumer.moments[where] = Moments.from_state(parts)
     saved_at = time.monotonic()
 
     def save() -> None:
-        state = {"done": torch.tensor(done)}
+        state = {"done": torch.tensor(done, device="cpu")}
         for k, where in enumerate(missing):
             state |= {f"{k}.{name}": t for name, t in consumer.moments[where].state().items()}
         save_tensors(partial, state, _ABOUT)
@@ -241,25 +259,19 @@ def _run(
 
 
 def _key(info: models.ModelInfo, tokens: Tokens, drop_first: bool, batch_tokens: int) -> dict[str, object]:
-    return {
-        "format": _FORMAT,
-        "weights": info.fingerprint,
-        "dtype": info.dtype,
-        "tokens": tokens.fingerprint,
-        "drop_first": drop_first,
-        "batch_tokens": batch_tokens,
-    }
+    options = {"format": _FORMAT, "drop_first": drop_first, "batch_tokens": batch_tokens}
+    return number_key(info.fingerprint, info.dtype, tokens.fingerprint, **options)
 
 
 def _folder(info: models.ModelInfo, tokens: Tokens, drop_first: bool, batch_tokens: int) -> Path:
     key = cache_key(**_key(info, tokens, drop_first, batch_tokens))
     name = f"{info.name}-{tokens.corpus}-{key}"
     # Names may be paths or hub names: only letters, digits, dot and dash are kept, so no subfolder is made.
-    return cache_dir("moments") / re.sub(r"[^\w.-]+", "-", name)
+    return cache_dir(_KIND) / re.sub(r"[^\w.-]+", "-", name)
 
 
 def _file(folder: Path, where: SiteLayer) -> Path:
-    return folder / f"{where[0]}.{where[1]}.safetensors"
+    return cached(_KIND, f"{folder.name}/{where[0]}.{where[1]}.safetensors")
 
 
 def _partial(folder: Path, missing: Sequence[SiteLayer]) -> Path:
@@ -267,21 +279,25 @@ def _partial(folder: Path, missing: Sequence[SiteLayer]) -> Path:
 
 
 def _write(path: Path, moments: Moments) -> None:
-    eigenvalues = Spectrum.from_moments(moments).eigenvalues
-    save_tensors(path, {**moments.state(), "eigenvalues": eigenvalues}, _ABOUT)
+    spectrum = Spectrum.from_moments(moments)
+    tensors = {**moments.state(), "eigenvalues": spectrum.eigenvalues}
+    save_tensors(path, tensors, {**_ABOUT, _NOISE: repr(spectrum.noise)})
 
 
-def _load(path: Path, *names: str) -> dict[str, Tensor]:
-    """Return the tensors of a cached file: those in `names`, or all."""
-    return read_tensors(path, CacheError, "delete the file and run again", names, _ABOUT)[0]
+def _load(path: Path, *names: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a cached file (those in `names`, or all) and its metadata."""
+    return read_tensors(path, CacheError, "delete the file and run again", names, _ABOUT)
 
 
 def _read(path: Path, name: str) -> Spectrum:
-    head = _load(path, "n", "mean", "eigenvalues")
+    head, about = _load(path, "n", "mean", "eigenvalues")
+    values = head["eigenvalues"]
     return Spectrum(
-        head["eigenvalues"],
+        values,
         head["mean"],
         int(head["n"]),
-        lambda: Moments.from_state(_load(path)).covariance,
+        lambda: Moments.from_state(_load(path)[0]).covariance,
         name=name,
+        # Files of older versions do not state it.
+        noise=float(about.get(_NOISE, TYPICAL_NOISE * values.sum().item())),
     )

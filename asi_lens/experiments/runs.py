@@ -21,18 +21,18 @@ from asi_lens.activations.pairs import PairedStores
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import CacheError, require
 from asi_lens.base.files import cache_key, locked, write_text
-from asi_lens.base.paths import cache_dir
+from asi_lens.base.paths import cached
 from asi_lens.experiments.held_out import AnyRun
 from asi_lens.experiments.recipes import Recipe, find_recipe
 from asi_lens.inputs.models import resolve_device, resolve_dtype
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.drift import Drift
-from asi_lens.sae.initialize import InitReport, auto_d_init, initialize
+from asi_lens.sae.initialize import auto_d_init, initialize
 from asi_lens.sae.kinds import KINDS
 from asi_lens.sae.subspace import SubspaceStore, expand
 from asi_lens.sae.train import Trainer
 from asi_lens.sae.transcoder import Transcoder
-from asi_lens.sae.transcoder_init import TranscoderInitReport, initialize_transcoder
+from asi_lens.sae.transcoder_init import initialize_transcoder
 from asi_lens.training.checkpoint import CHECKPOINT_FILE, held
 from asi_lens.training.config import TrainConfig
 from asi_lens.training.learner import Learner
@@ -98,7 +98,7 @@ def train_recipes(
     train: TrainConfig | None = None,
     windows: Sequence[int] = (),
     log_every: int = 50,
-    checkpoint_every: int = 250_000,
+    checkpoint_every: int | None = None,
     device: str | torch.device = "auto",
     progress: bool = True,
 ) -> list[TrainedRun]:
@@ -144,7 +144,8 @@ def train_seeds(
     for seed in seeds:
         runs = runs_of(seed)
         require(len(runs) > 0, "recipes", [], "one or more")
-        with alone(run.folder for run in runs):
+        # Finished runs are not locked: they may be in a read-only cache.
+        with alone(run.folder for run in runs if not is_finished(run.folder, ())):
             train(runs)
         out += runs
     return out
@@ -188,7 +189,7 @@ def _run(
 ) -> TrainedRun:
     d_out = store.d_out if isinstance(store, PairedStores) else None
     fits = (d_out is not None) == (recipe.reader is not None)
-    require(fits, "reader", recipe.reader, "given for paired stores, and for nothing else")
+    require(fits, "reader", recipe.reader, "given for paired stores, None for rows of one site")
     config = SAEConfig(store.d, d_sae, k, recipe.activation, seed, store.metadata, d_out)
     train = replace(base, optimizer=recipe.optimizer, aux_k=recipe.aux_k, seed=seed)
     automatic = auto_d_init(store.spectrum)
@@ -207,7 +208,7 @@ def _run(
         d_sae=d_sae,
         k=k,
         recipe=options,
-        train=asdict(train),
+        train=train.as_dict(),
         sample=_SAMPLE,
         **logging,
     )
@@ -244,7 +245,6 @@ def _start(
     recipe, sae = run.recipe, _untrained(run, rows)
     l0 = recipe.sparsity.initial_l0 if sae.activation.has_threshold else None
     drift, search = None, "exact"
-    report: InitReport | TranscoderInitReport
     if isinstance(rows, PairedStores):
         assert isinstance(sae, Transcoder)
         assert recipe.reader is not None  # checked by `_run`
@@ -255,7 +255,7 @@ def _start(
         sample = rows.sample(min(_SAMPLE, rows.n))
         b_dec = "mean" if recipe.center else "zeros"
         center: dict[str, Any] = {"center": recipe.center, "b_dec": b_dec}
-        report = initialize(sae, method, rows.spectrum, d_init, sample, initial_l0=l0, **center)
+        report = initialize(sae.to(device), method, rows.spectrum, d_init, sample, initial_l0=l0, **center)
         # Drift is measured for all recipes, also for those without ASI. Inside the subspace it is constant.
         drift, search = Drift(rows.spectrum, min(run.d_active, rows.d)), recipe.search
     about = {"format": FORMAT, "recipe": asdict(recipe), "initialization": asdict(report)}
@@ -279,7 +279,8 @@ def _save(run: TrainedRun, trainer: Trainer, rows: ActivationStore | PairedStore
 
 def run_folder(words: Iterable[object], key: str) -> Path:
     """Return the cache folder of a run. `key` covers all it depends on; `words` make the name readable."""
-    return cache_dir("runs") / re.sub(r"[^\w.-]+", "-", "-".join([*map(str, words), key]))
+    name = re.sub(r"[^\w.-]+", "-", "-".join([*map(str, words), key]))
+    return cached("runs", name, FINISHED_FILE)
 
 
 @contextmanager
@@ -313,7 +314,7 @@ def is_finished(folder: Path, needed: Iterable[str]) -> bool:
     for name in needed:
         if not (folder / name).exists():
             raise CacheError(
-                f"{folder / FINISHED_FILE} tells of a finished run, but {folder / name} is missing; "
+                f"{folder / FINISHED_FILE} marks a finished run, but {folder / name} is missing; "
                 f"delete {folder}"
             )
     return True

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from asi_lens.figures.collapse import (
-    downstream_loss,
-    rank_curves,
-    rank_heatmap,
-    rank_vs_tokens,
-    spectra,
-)
+from asi_lens.figures.collapse import downstream_loss, rank_curves, rank_heatmap, rank_vs_tokens, spectra
 from asi_lens.figures.dead_features import (
     d_init_sweep,
     dead_feature_curves,
@@ -19,22 +13,3 @@ from asi_lens.figures.dead_features import (
 from asi_lens.figures.kinds import dictionaries, jumprelu_schedule
 from asi_lens.figures.output_projection import head_overlap, wo_ablation
 from asi_lens.results.figure_files import SavedFigure, save
-
-__all__ = [
-    "SavedFigure",
-    "d_init_sweep",
-    "dead_feature_curves",
-    "dictionaries",
-    "dictionary_size",
-    "downstream_loss",
-    "head_overlap",
-    "jumprelu_schedule",
-    "layers_and_sites",
-    "learning_rates",
-    "rank_curves",
-    "rank_heatmap",
-    "rank_vs_tokens",
-    "save",
-    "spectra",
-    "wo_ablation",
-]

@@ -12,25 +12,6 @@ from typing import Literal
 
 from asi_lens.results.tables import Row, columns, frame, read_rows, write_rows
 
-__all__ = [
-    "LOSSES",
-    "VARIANTS",
-    "DeadFeatureRow",
-    "DictionaryRow",
-    "DriftRow",
-    "HeadOverlapRow",
-    "LossRow",
-    "OutputProjectionRow",
-    "RankRow",
-    "RankedDeadFeatureRow",
-    "Row",
-    "SpectrumRow",
-    "columns",
-    "frame",
-    "read_rows",
-    "write_rows",
-]
-
 Subspace = Literal["principal", "random"]
 Variant = Literal[
     "z",

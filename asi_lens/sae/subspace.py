@@ -40,9 +40,13 @@ class SubspaceStore(ActivationStore):
         inside = scatter.diagonal().sum().item() / of.n
         self.discarded = 1 - inside / of.mean_square_norm
         origin = {**of.metadata, "subspace": r}
-        moments = Moments(of.n, torch.zeros(r, dtype=torch.float64), scatter)
+        moments = Moments.exact(of.n, torch.zeros_like(scatter[0]), scatter)
         super().__init__(
-            [torch.empty(0, r)], lambda: moments, torch.zeros(r, dtype=torch.float64), inside, origin
+            [self.basis[:0].float()],
+            lambda: moments,
+            torch.zeros(r, dtype=torch.float64, device="cpu"),
+            inside,
+            origin,
         )
         self.n = of.n
         self._projection = self.basis.float()
@@ -50,7 +54,9 @@ class SubspaceStore(ActivationStore):
     @property
     def fingerprint(self) -> str:
         """Fingerprint that changes with the rows and with the subspace."""
-        return hashlib.sha256(self.of.fingerprint.encode() + self.basis.numpy().tobytes()).hexdigest()[:16]
+        return hashlib.sha256(self.of.fingerprint.encode() + self.basis.cpu().numpy().tobytes()).hexdigest()[
+            :16
+        ]
 
     def in_order(self, batch_size: int) -> Iterator[Float[Tensor, "batch r"]]:
         """Yield all rows once, in order."""

@@ -108,7 +108,7 @@ def test_more_processes_than_forward_batches(tiny_llama: Any, tiny_tokens: Token
     class Many(Ranks):
         rank, size = 3, 7
 
-    with pytest.raises(OptionError, match="12 sequences are 6 forward batches of 2: too few for 7 processes"):
+    with pytest.raises(OptionError, match="12 sequences make 6 forward batches of 2, but 7 processes"):
         harvest_store(tiny_llama, tiny_tokens, "z", 1, folder=tmp_path, batch_tokens=64, ranks=Many())
 
 
@@ -136,7 +136,7 @@ def test_a_harvest_into_the_cache_waits_for_another(
     ("change", "error", "message"),
     [
         ({"modell": "x"}, UnknownNameError, "'modell'; did you mean 'model"),
-        ({"corpus": None}, OptionError, "no corpus"),
+        ({"corpus": None}, OptionError, "no key 'corpus'"),
         ({"tokens": {"context": 8}}, OptionError, "given with n_tokens"),
         ({"tokens": {"n_tokens": 8, "contexts": 8}}, UnknownNameError, "tokens key 'contexts'"),
         ({"store": {"folder": "x"}}, UnknownNameError, "store key 'folder'"),
