@@ -25,6 +25,7 @@ from asi_lens.activations.harvest import SiteLayer
 from asi_lens.activations.harvest_store import harvest_stores
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base import run_files
+from asi_lens.base.doors import check_options, checked
 from asi_lens.base.errors import require, require_known
 from asi_lens.base.ranks import Ranks
 from asi_lens.inputs.corpora import load_tokens
@@ -34,6 +35,7 @@ _TOKENS = ("n_tokens", "context", "prepend_bos", "seed", "column", "split", "nam
 _STORE = ("dtype", "budget_gb", "shard_tokens", "drop_first", "batch_tokens")
 
 
+@checked
 @dataclass(frozen=True)
 class HarvestConfig:
     """Options of a harvest file, checked. Raises OptionError or UnknownNameError."""
@@ -57,6 +59,8 @@ class HarvestConfig:
         )
         require(pairs and len(self.sites) > 0, "sites", self.sites, "a list of [site, layer]")
         run_files.require_machine(self.device, self.timeout_s)
+        check_options(load_tokens, self.tokens)
+        check_options(harvest_stores, self.store)
 
     @classmethod
     def read(cls, path: Path | str) -> HarvestConfig:

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import DataError, OptionError, require
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
@@ -48,7 +49,8 @@ class Consumer(Protocol):
         ...
 
 
-def places(model: nn.Module, sites: Iterable[str], layers: Sequence[int] | None) -> list[SiteLayer]:
+@checked
+def places(model: nn.Module, sites: str | Iterable[str], layers: Sequence[int] | None) -> list[SiteLayer]:
     """Return every (site, layer) asked for, checked against the model; `layers=None` means all layers.
 
     Negative layers count from the end, as in Python. A full hook name (`blocks.3.attn.hook_out`) names its
@@ -86,6 +88,7 @@ def batch_tokens_for(model: nn.Module, batch_tokens: int | None = None) -> int:
     return max(_BATCH_TOKENS, min(_MOST_BATCH_TOKENS, 1 << fits.bit_length() - 1))
 
 
+@checked
 def layer_at(model: nn.Module, fraction: float) -> int:
     """Return the layer at a fraction of the depth: floor(fraction * n_layers), the last layer for 1.
 
@@ -96,6 +99,7 @@ def layer_at(model: nn.Module, fraction: float) -> int:
     return min(n_layers - 1, int(fraction * n_layers))
 
 
+@checked
 def layers_at(model: nn.Module, fractions: Iterable[float]) -> list[int]:
     """Return the layers at several fractions of the depth (see `layer_at`), ascending, each once."""
     return sorted({layer_at(model, fraction) for fraction in fractions})

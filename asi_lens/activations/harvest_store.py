@@ -8,7 +8,6 @@ killed resumes at the last complete shard and ends with the same bytes. Several 
 from __future__ import annotations
 
 import errno
-import re
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
@@ -24,8 +23,10 @@ from asi_lens.activations import shards
 from asi_lens.activations.harvest import SiteLayer, batch_tokens_for, harvest, places
 from asi_lens.activations.shard_writer import ShardWriter, join_parts
 from asi_lens.activations.store import ActivationStore
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import CacheError, DataError, OptionError, require
-from asi_lens.base.files import cache_key, locked
+from asi_lens.base.files import cache_key, file_name, locked
+from asi_lens.base.metadata import plain_metadata
 from asi_lens.base.paths import cached
 from asi_lens.base.ranks import Ranks
 from asi_lens.inputs import models
@@ -41,6 +42,7 @@ _CONTENT = ("weights_fingerprint", "model_dtype", "tokens_fingerprint", "drop_fi
 _IDENTITY = (*_CONTENT, "hook_name", "layer")
 
 
+@checked
 def harvest_store(
     model: nn.Module,
     tokens: Tokens,
@@ -72,6 +74,7 @@ def harvest_store(
     )[where]
 
 
+@checked
 def harvest_stores(
     model: nn.Module,
     tokens: Tokens,
@@ -280,15 +283,12 @@ def _origins(
         "bos": tokens.bos,
         "drop_first": drop_first,
     }
-    return {
-        (site, layer): {
-            **shared,
-            "site": site,
-            "layer": layer,
-            "hook_name": models.hook_name(model, site, layer),
-        }
-        for site, layer in wheres
+    own = {
+        where: {"site": where[0], "layer": where[1], "hook_name": models.hook_name(model, *where)}
+        for where in wheres
     }
+    # Values that no manifest can hold are found here, before a shard is written.
+    return {where: plain_metadata({**shared, **parts}) for where, parts in own.items()}
 
 
 def _cached(origin: Mapping[str, Any], dtype: str) -> Path:
@@ -300,8 +300,7 @@ def _cached(origin: Mapping[str, Any], dtype: str) -> Path:
         )
     options = {"format": shards.FORMAT, "store_dtype": dtype, "drop_first": drop_first}
     key = cache_key(**number_key(weights, model_dtype, tokens, **options))
-    # Names may be paths or hub names: only letters, digits, dot and dash are kept, so no subfolder is made.
-    parent = re.sub(r"[^\w.-]+", "-", f"{origin['model']}-{origin['corpus']}-{key}")
+    parent = file_name(origin["model"], origin["corpus"], key=key)
     return cached("stores", f"{parent}/{origin['site']}.{origin['layer']}", shards.MANIFEST)
 
 

@@ -14,12 +14,14 @@ from torch import Tensor
 from asi_lens.activations.harvest_store import ActivationStore
 from asi_lens.activations.moments import Moments
 from asi_lens.activations.spectrum import Spectrum
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import OptionError, require
 
 # Fields that agree in two stores of the same tokens of the same model.
 _SHARED = ("model", "weights_fingerprint", "tokens_fingerprint", "drop_first")
 
 
+@checked
 @dataclass(frozen=True)
 class Pair:
     """Raw inputs and outputs of the same tokens; the length is the number of tokens."""
@@ -35,9 +37,11 @@ class Pair:
 
     def split(self, n: int) -> Iterator[Pair]:
         """Yield the tokens in order, `n` at a time, as `Tensor.split` does with rows."""
+        require(n >= 1, "n", n, "at least 1")
         return (Pair(x, y) for x, y in zip(self.x.split(n), self.y.split(n), strict=True))
 
 
+@checked
 class PairedStores:
     """Two stores of the same tokens, row by row: the inputs and the target outputs of a transcoder.
 
@@ -92,7 +96,11 @@ class PairedStores:
         return Pair(self.inputs.sample(n, seed), self.outputs.sample(n, seed))
 
     def in_order(self, batch_size: int) -> Iterator[Pair]:
-        """Yield all tokens once, in order."""
+        """Return an iterator over all tokens, once and in order."""
+        require(batch_size >= 1, "batch_size", batch_size, "at least 1")
+        return self._in_order(batch_size)
+
+    def _in_order(self, batch_size: int) -> Iterator[Pair]:
         for start in range(0, self.n, batch_size):
             index = torch.arange(start, min(start + batch_size, self.n), device="cpu")
             yield Pair(self.inputs.rows(index), self.outputs.rows(index))

@@ -24,6 +24,7 @@ from asi_lens.activations.precision import (
     one_thread,
     uncertainty,
 )
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import DataError, require
 
 # With fewer rows per dimension the measured rank is visibly below its limit.
@@ -34,6 +35,7 @@ class FewTokensWarning(UserWarning):
     """Fewer than 20 d rows: the effective rank is biased downwards."""
 
 
+@checked
 class Spectrum:
     """Eigenvalues of the covariance of centred activations, with ranks and subspaces computed from them.
 
@@ -197,6 +199,7 @@ def warn_if_few(spectra: Iterable[Spectrum]) -> None:
         )
 
 
+@checked
 def effective_rank_limit(n: Sequence[int], ranks: Sequence[float]) -> float:
     """Return the effective rank that a growing sample tends to, from ranks measured on nested samples.
 

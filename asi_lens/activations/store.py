@@ -27,6 +27,7 @@ from asi_lens.activations import shards
 from asi_lens.activations.moments import Moments
 from asi_lens.activations.row_files import open_rows
 from asi_lens.activations.spectrum import Spectrum
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import DataError, OptionError, require
 from asi_lens.base.permutation import Permutation
 
@@ -42,6 +43,7 @@ class ReadRows(NamedTuple):
     order: Int[Tensor, " batch"]
 
 
+@checked
 class ActivationStore:
     """Rows `[n d]` of one site, in the order of their tokens.
 
@@ -65,6 +67,7 @@ class ActivationStore:
         folder: Path | None = None,
         checksums: Sequence[str] = (),
     ):
+        require(len(rows) > 0, "rows", rows, "one matrix [n d] or more")
         self._rows = list(rows)
         self._bounds = list(itertools.accumulate((len(part) for part in rows), initial=0))
         self._moments = moments

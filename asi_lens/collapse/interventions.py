@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from asi_lens.activations.spectrum import Spectrum
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import DataError, UnsupportedModelError, require
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
@@ -69,6 +70,7 @@ def next_token_loss(
     return rearrange(losses, "(batch position) -> batch position", batch=len(ids))
 
 
+@checked
 def cross_entropy(
     model: nn.Module, tokens: Tokens, *, batch_tokens: int = 2048, progress: bool = True
 ) -> float:
@@ -86,6 +88,7 @@ def cross_entropy(
     return total / _predictions(tokens)
 
 
+@checked
 def edited_cross_entropy(
     model: nn.Module,
     tokens: Tokens,
@@ -115,6 +118,7 @@ def edited_cross_entropy(
     return {name: total / _predictions(tokens) for name, total in totals.items()}
 
 
+@checked
 def truncation_sweep(
     model: nn.Module,
     tokens: Tokens,

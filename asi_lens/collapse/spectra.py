@@ -8,7 +8,6 @@ the model runs only for the new sites.
 from __future__ import annotations
 
 import itertools
-import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -21,8 +20,9 @@ from torch import Tensor, nn
 from asi_lens.activations.harvest import SiteLayer, batch_tokens_for, harvest, places
 from asi_lens.activations.moments import TYPICAL_NOISE, Moments
 from asi_lens.activations.spectrum import Spectrum, warn_if_few
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import CacheError, require
-from asi_lens.base.files import cache_key, locked
+from asi_lens.base.files import cache_key, file_name, locked
 from asi_lens.base.paths import cache_dir, cached
 from asi_lens.base.safetensors_io import read_tensors, save_tensors
 from asi_lens.inputs import models
@@ -51,6 +51,7 @@ class MomentsConsumer:
         self.moments[where] = known.to(rows.device).update(rows)
 
 
+@checked
 class Spectra(Mapping[SiteLayer, Spectrum]):
     """Spectra by (site, layer), as in `spectra["attn_out", 15]`, with their model and corpus."""
 
@@ -111,10 +112,11 @@ class Spectra(Mapping[SiteLayer, Spectrum]):
         return f"Spectra({self.model.name} on {self.corpus}: {len(self)} spectra of {', '.join(sites)})"
 
 
+@checked
 def collect_spectra(
     model: nn.Module,
     tokens: Tokens,
-    sites: Iterable[str] = models.SITES,
+    sites: str | Iterable[str] = models.SITES,
     layers: Sequence[int] | None = None,
     *,
     drop_first: bool = True,
@@ -160,10 +162,11 @@ def collect_spectra(
     return Spectra(spectra, info, tokens.corpus)
 
 
+@checked
 def rank_growth(
     model: nn.Module,
     tokens: Tokens,
-    sites: Iterable[str],
+    sites: str | Iterable[str],
     layers: Sequence[int],
     *,
     steps: int = 5,
@@ -265,9 +268,7 @@ def _key(info: models.ModelInfo, tokens: Tokens, drop_first: bool, batch_tokens:
 
 def _folder(info: models.ModelInfo, tokens: Tokens, drop_first: bool, batch_tokens: int) -> Path:
     key = cache_key(**_key(info, tokens, drop_first, batch_tokens))
-    name = f"{info.name}-{tokens.corpus}-{key}"
-    # Names may be paths or hub names: only letters, digits, dot and dash are kept, so no subfolder is made.
-    return cache_dir(_KIND) / re.sub(r"[^\w.-]+", "-", name)
+    return cache_dir(_KIND) / file_name(info.name, tokens.corpus, key=key)
 
 
 def _file(folder: Path, where: SiteLayer) -> Path:

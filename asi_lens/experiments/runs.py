@@ -7,7 +7,6 @@ they depend on, so a notebook that runs again reads them, and a notebook that wa
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +19,7 @@ import torch
 from asi_lens.activations.pairs import PairedStores
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import CacheError, require
-from asi_lens.base.files import cache_key, locked, write_text
+from asi_lens.base.files import cache_key, file_name, locked, write_text
 from asi_lens.base.paths import cached
 from asi_lens.experiments.held_out import AnyRun
 from asi_lens.experiments.recipes import Recipe, find_recipe
@@ -279,8 +278,7 @@ def _save(run: TrainedRun, trainer: Trainer, rows: ActivationStore | PairedStore
 
 def run_folder(words: Iterable[object], key: str) -> Path:
     """Return the cache folder of a run. `key` covers all it depends on; `words` make the name readable."""
-    name = re.sub(r"[^\w.-]+", "-", "-".join([*map(str, words), key]))
-    return cached("runs", name, FINISHED_FILE)
+    return cached("runs", file_name(*words, key=key), FINISHED_FILE)
 
 
 @contextmanager

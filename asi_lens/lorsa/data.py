@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from asi_lens.activations.harvest import SiteLayer, harvest
 from asi_lens.activations.harvest_store import harvest_stores
 from asi_lens.activations.moments import Moments
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import DataError, require
 from asi_lens.base.permutation import Permutation
 from asi_lens.inputs import models
@@ -41,6 +42,7 @@ class PairBatch:
         return self.x.shape[0] * (self.x.shape[1] - 1)
 
 
+@checked
 class SequencePairs:
     """Inputs and outputs [sequence position d] of one attention layer, in memory.
 
@@ -92,6 +94,7 @@ class SequencePairs:
 
     def blocks(self, n_sequences: int) -> Iterator[PairBatch]:
         """Yield all sequences once, in order, `n_sequences` at a time."""
+        require(n_sequences >= 1, "n_sequences", n_sequences, "at least 1")
         sides = (self.inputs.split(n_sequences), self.outputs.split(n_sequences))
         return itertools.starmap(PairBatch, zip(*sides, strict=True))
 
@@ -105,6 +108,7 @@ class SequencePairs:
         from `seed`. Raises OptionError for a batch smaller than a sequence, or a start between batches.
         """
         each = self.context - 1
+        require(seed >= 0, "seed", seed, "at least 0")
         require(
             batch_size >= each,
             "batch_size",
@@ -135,6 +139,7 @@ class SequencePairs:
         return _moments(self.outputs)
 
 
+@checked
 def harvest_pairs(
     model: nn.Module,
     tokens: Tokens,
@@ -163,6 +168,7 @@ def harvest_pairs(
     return SequencePairs(inputs, outputs, about)
 
 
+@checked
 def stored_pairs(
     model: nn.Module,
     tokens: Tokens,

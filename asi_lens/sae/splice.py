@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from asi_lens.activations.harvest import SiteLayer
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import DataError, OptionError, UnsupportedModelError, require
 from asi_lens.collapse.interventions import loss_recovered, mean_ablate, skip_first
 from asi_lens.inputs import models
@@ -69,6 +70,7 @@ def site_layer(metadata: Mapping[str, Any]) -> SiteLayer | None:
     return None if site is None or layer is None else (str(site), int(layer))
 
 
+@checked
 class Spliced(nn.Module):
     """Base of coders: a module whose output can take the place of an activation of the language model."""
 
