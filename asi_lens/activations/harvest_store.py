@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -36,7 +36,7 @@ __all__ = ["ActivationStore", "harvest_store", "harvest_stores"]
 # Bytes of a shard if `shard_tokens` is None: a kill loses at most one shard, and the files are not too many.
 _SHARD_BYTES = 128 * 2**20
 # Two stores of one format and dtype hold the same rows if these fields agree.
-_CONTENT = ("weights_fingerprint", "model_dtype", "tokens_fingerprint", "drop_first")
+_CONTENT = ("weights_fingerprint", "model_dtype", "tokens_fingerprint", "drop_first", "drop_massive")
 _IDENTITY = (*_CONTENT, "hook_name", "layer")
 
 
@@ -51,6 +51,7 @@ def harvest_store(
     budget_gb: int | float = 20,
     shard_tokens: int | None = None,
     drop_first: bool = True,
+    drop_massive: bool = True,
     batch_tokens: int = BATCH_TOKENS,
     progress: bool = True,
     ranks: Ranks | None = None,
@@ -65,6 +66,7 @@ def harvest_store(
         budget_gb=budget_gb,
         shard_tokens=shard_tokens,
         drop_first=drop_first,
+        drop_massive=drop_massive,
         batch_tokens=batch_tokens,
         progress=progress,
         ranks=ranks or Ranks(),
@@ -81,6 +83,7 @@ def harvest_stores(
     budget_gb: int | float = 20,
     shard_tokens: int | None = None,
     drop_first: bool = True,
+    drop_massive: bool = True,
     batch_tokens: int = BATCH_TOKENS,
     progress: bool = True,
     ranks: Ranks | None = None,
@@ -97,6 +100,8 @@ def harvest_stores(
         budget_gb: refuse to write more than this many 10^9 bytes.
         shard_tokens: rows of a shard, rounded to whole forward batches (None: 128 MiB).
         drop_first: leave out position 0 of every sequence (see `harvest.harvest`).
+        drop_massive: leave out rows with massive activations (`massive`). The store's metadata states how
+            many (`left_out`), and `ActivationStore.left_out` which tokens.
         batch_tokens: tokens of a forward pass.
         progress: show a bar.
         ranks: the processes that call this function together. Each runs the model over its stretch of the
@@ -107,15 +112,15 @@ def harvest_stores(
     another process writes to `folder` and for damaged files, OSError for a full disk or a read-only folder.
     """
     chosen = [places(model, [site], [layer])[0] for site, layer in wheres]
-    parent = None if folder is None else Path(folder)
     return _harvest(
         model,
         tokens,
-        {where: None if parent is None else parent / f"{where[0]}.{where[1]}" for where in chosen},
+        {at: None if folder is None else Path(folder) / f"{at[0]}.{at[1]}" for at in chosen},
         dtype=dtype,
         budget_gb=budget_gb,
         shard_tokens=shard_tokens,
         drop_first=drop_first,
+        drop_massive=drop_massive,
         batch_tokens=batch_tokens,
         progress=progress,
         ranks=ranks or Ranks(),
@@ -131,6 +136,7 @@ def _harvest(
     budget_gb: int | float,
     shard_tokens: int | None,
     drop_first: bool,
+    drop_massive: bool,
     batch_tokens: int,
     progress: bool,
     ranks: Ranks,
@@ -144,7 +150,7 @@ def _harvest(
         raise DataError(
             f"no rows to store from {len(tokens)} sequences of {tokens.context} with drop_first={drop_first}"
         )
-    origins = _origins(model, tokens, list(chosen), drop_first)
+    origins = _origins(model, tokens, list(chosen), drop_first, drop_massive)
     folders = {where: folder or _cached(origins[where], dtype) for where, folder in chosen.items()}
     size = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
     # Shards hold whole forward batches: a pass that resumes cuts the text into the same batches.
@@ -185,18 +191,20 @@ def _harvest(
         ranks.together("beginning the harvest", begin)
         if writers:
             start = min(writer.n for writer in writers.values())
+            appending = _Appending(writers, start)
             harvest(
                 model,
                 tokens[:last],
-                [_Appending(writers, start)],
+                [appending],
                 batch_tokens=batch_tokens,
                 drop_first=drop_first,
+                drop_massive=drop_massive,
+                left_out=appending.leave_out,
                 start=first + start // per_sequence,
                 after_batch=lambda done: ranks.advance(),
                 progress=progress and ranks.rank == 0,
             )
             ranks.exchange("the harvest", "", patient=True)
-
             ranks.together("finishing the store", lambda: _finish(writers, folders, ranks))
     return {where: ActivationStore.open(folder) for where, folder in folders.items()}
 
@@ -250,16 +258,22 @@ class _Appending:
         self.wants: Collection[SiteLayer] = tuple(writers)
         self._writers = writers
         self._seen = dict.fromkeys(writers, start)
+        self._out: dict[SiteLayer, Tensor] = {}
+
+    def leave_out(self, where: SiteLayer, tokens: Int[Tensor, " m"], rows: Float[Tensor, "m d"]) -> None:
+        """Note tokens of the next batch that are not among its rows (`harvest.LeftOut`)."""
+        self._out[where] = tokens
 
     def consume(self, where: SiteLayer, rows: Float[Tensor, "n d"]) -> None:
         """Append one batch, unless the store already holds it (from before a kill)."""
+        out = self._out.pop(where, None)
         if self._seen[where] == self._writers[where].n:
-            self._writers[where].append(rows)
-        self._seen[where] += len(rows)
+            self._writers[where].append(rows, out)
+        self._seen[where] += len(rows) + (0 if out is None else len(out))
 
 
 def _origins(
-    model: nn.Module, tokens: Tokens, wheres: Sequence[SiteLayer], drop_first: bool
+    model: nn.Module, tokens: Tokens, wheres: Sequence[SiteLayer], drop_first: bool, drop_massive: bool
 ) -> dict[SiteLayer, dict[str, Any]]:
     """Return the manifest's `origin` for each store: model, tokens, site and layer of its rows."""
     info = models.model_info(model)
@@ -275,6 +289,7 @@ def _origins(
         "context": tokens.context,
         "bos": tokens.bos,
         "drop_first": drop_first,
+        "drop_massive": drop_massive,
     }
     return {
         (site, layer): {
@@ -288,7 +303,9 @@ def _origins(
 
 
 def _cached(origin: Mapping[str, Any], dtype: str) -> Path:
-    key = cache_key(format=shards.FORMAT, dtype=dtype, **{name: origin[name] for name in _CONTENT})
+    # Left out where False: keeps the keys of stores from before `drop_massive` existed.
+    content = {name: origin[name] for name in _CONTENT if name != "drop_massive" or origin[name]}
+    key = cache_key(format=shards.FORMAT, dtype=dtype, **content)
     # Names may be paths or hub names: only letters, digits, dot and dash are kept, so no subfolder is made.
     parent = re.sub(r"[^\w.-]+", "-", f"{origin['model']}-{origin['corpus']}-{key}")
     return cache_dir("stores") / parent / f"{origin['site']}.{origin['layer']}"
@@ -323,7 +340,8 @@ def _state_size(
 def _require_same(folder: Path, origin: Mapping[str, Any], dtype: str) -> None:
     manifest = shards.Manifest.read(folder)
     asked = {**{key: origin[key] for key in _IDENTITY}, "dtype": dtype}
-    differ = shards.differences({**manifest.origin, "dtype": manifest.dtype}, asked)
+    # Stores from before `drop_massive` existed hold all rows.
+    differ = shards.differences({"drop_massive": False, **manifest.origin, "dtype": manifest.dtype}, asked)
     if differ:
         raise OptionError(
             f"{folder} holds {shards.describe(manifest.origin)}, not {shards.describe(origin)} ({differ}); "

@@ -95,6 +95,21 @@ class Moments:
         self.n = n
         return self
 
+    def without(self, other: Moments) -> Moments:
+        """Return the moments of these rows without those that `other` counts, which must be among them.
+
+        The inverse of `merge`, up to float64 rounding: rows far longer than those left cost precision.
+        """
+        n = self.n - other.n
+        if other.d != self.d or n < 1:
+            raise OptionError(
+                f"cannot take {other.n} rows of width {other.d} from {self.n} of width {self.d}"
+            )
+        mean = (self.mean * self.n - other.mean * other.n) / n
+        delta = other.mean - mean
+        scatter = self.scatter - other.scatter
+        return Moments(n, mean, scatter.addr_(delta, delta, alpha=-n * other.n / self.n))
+
     def to(self, device: torch.device | str) -> Moments:
         """Return these moments on `device`. Tensors already on that device are shared, not copied."""
         return Moments(self.n, self.mean.to(device), self.scatter.to(device))

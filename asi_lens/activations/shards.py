@@ -2,7 +2,7 @@
 
     manifest.json           description and origin of the rows, and a checksum of every other file
     shard-00000.safetensors one tensor `rows [n_i d]`; the shards in order are the rows in order
-    moments.safetensors     count, mean and scatter of all rows, float64
+    moments.safetensors     count, mean and scatter of all rows, float64; numbers of the tokens left out
     partial.safetensors     instead of the manifest while a harvest runs: the complete shards
     part-000/ ...           the shards of each process, if several processes harvest
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from asi_lens.activations.moments import Moments
@@ -140,6 +140,12 @@ def read_moments(folder: Path) -> Moments:
     """Return the moments of all rows. Raises CacheError for a file that is missing or damaged."""
     state, _ = load(folder / MOMENTS)
     return Moments.from_state(state)
+
+
+def read_left_out(folder: Path) -> Int[Tensor, " m"]:
+    """Return the numbers of the tokens that were left out, ascending. Raises as `read_moments`."""
+    state, _ = load(folder / MOMENTS)
+    return state.get("left_out", torch.empty(0, dtype=torch.int64))
 
 
 def unfinished(folder: Path) -> list[Path]:

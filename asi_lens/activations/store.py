@@ -62,10 +62,12 @@ class ActivationStore:
         metadata: Mapping[str, Any],
         folder: Path | None = None,
         checksums: Sequence[str] = (),
+        left_out: Callable[[], Int[Tensor, " m"]] | None = None,
     ):
         self._rows = list(rows)
         self._bounds = list(itertools.accumulate((len(part) for part in rows), initial=0))
         self._moments = moments
+        self._left_out = left_out
         self.n: int = self._bounds[-1]
         self.d: int = rows[0].shape[1]
         self.dtype = rows[0].dtype
@@ -93,6 +95,7 @@ class ActivationStore:
             manifest.origin,
             folder,
             [shard.sha256 for shard in manifest.shards],
+            lambda: shards.read_left_out(folder),
         )
 
     @classmethod
@@ -137,6 +140,11 @@ class ActivationStore:
         square = moments.scatter.diagonal().sum().item() / moments.n
         return cls([rows], lambda: moments, moments.mean.cpu(), square, origin)
 
+    @property
+    def parts(self) -> Sequence[Float[Tensor, "n_i d"]]:
+        """Rows as they are stored, in parts."""
+        return self._rows
+
     @cached_property
     def scale(self) -> float:
         """sqrt(d / mean ||row - mean||^2). Raises DataError if all rows are equal."""
@@ -150,10 +158,19 @@ class ActivationStore:
         return self._moments()
 
     @cached_property
+    def left_out(self) -> Int[Tensor, " m"]:
+        """Numbers of the harvested tokens that are not among the rows (massive activations), ascending.
+
+        Tokens are counted over all sequences, without position 0 if the harvest dropped it.
+        """
+        return torch.empty(0, dtype=torch.int64) if self._left_out is None else self._left_out()
+
+    @cached_property
     def spectrum(self) -> Spectrum:
         """Spectrum of the stored rows, from which ASI can start."""
         site, layer = self.metadata.get("site"), self.metadata.get("layer")
-        return Spectrum.from_moments(self.moments, name="" if site is None else f"{site} {layer}")
+        name = "" if site is None else f"{site} {layer}"
+        return Spectrum.from_moments(self.moments, name=name, left_out=len(self.left_out))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -172,6 +189,8 @@ class ActivationStore:
 
     def __repr__(self) -> str:
         what = shards.describe(self.metadata) if "site" in self.metadata else "rows"
+        if out := self.metadata.get("left_out"):
+            what += f" without {out:,} massive"
         where = self.folder or "memory"
         return f"ActivationStore({what}: {self.n:,} x {self.d} {str(self.dtype)[6:]}, in {where})"
 
@@ -225,7 +244,10 @@ class ActivationStore:
             raise OptionError("this store was not harvested from tokens: its rows have no positions")
         first = int(self.metadata["drop_first"])
         kept = int(self.metadata["context"]) - first
-        return torch.stack([index // kept, index % kept + first], dim=1)
+        # Left-out token j stands before row i if it has at most i rows before it.
+        rows_before = self.left_out - torch.arange(len(self.left_out))
+        token = index + torch.searchsorted(rows_before, index, right=True)
+        return torch.stack([token // kept, token % kept + first], dim=1)
 
     def batches(
         self,

@@ -8,13 +8,14 @@ the model runs only for the new sites.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from asi_lens.activations.harvest import BATCH_TOKENS, SiteLayer, harvest, places
@@ -28,26 +29,72 @@ from asi_lens.base.safetensors_io import read_tensors, save_tensors
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
 
-_FORMAT = "1"
+_FORMAT = "2"
 _ABOUT = {"asi_lens_moments": _FORMAT}
 # Seconds between two saved states of a running pass.
 _SAVE_EVERY = 300.0
 
 
 class MomentsConsumer:
-    """A harvest consumer that keeps the moments of every (site, layer) it wants."""
+    """A harvest consumer that keeps the moments of every (site, layer) it wants.
+
+    `moments`: of the rows. `massive`: of the rows that the pass left out, for places that have such rows.
+    """
 
     def __init__(self, wants: Sequence[SiteLayer]):
         self.wants = tuple(wants)
         self.moments: dict[SiteLayer, Moments] = {}
+        self.massive: dict[SiteLayer, Moments] = {}
 
     def consume(self, where: SiteLayer, rows: Float[Tensor, "n d"]) -> None:
         """Add one batch of rows."""
-        new = Moments.of(rows)
-        if where in self.moments:
-            # A resumed pass has read its moments to the CPU: they are moved to the device of the rows.
-            new = self.moments[where].to(rows.device).merge(new)
-        self.moments[where] = new
+        _add(self.moments, where, rows)
+
+    def leave_out(self, where: SiteLayer, tokens: Int[Tensor, " m"], rows: Float[Tensor, "m d"]) -> None:
+        """Count rows that the pass leaves out (`harvest.LeftOut`)."""
+        _add(self.massive, where, rows)
+
+    def n(self, where: SiteLayer) -> int:
+        """Return the number of tokens seen at a place, with those left out."""
+        return sum(part[where].n for part in (self.moments, self.massive) if where in part)
+
+    def spectrum(self, where: SiteLayer) -> Spectrum:
+        """Return the spectrum of the rows so far."""
+        found, massive = Spectrum.from_moments(self.moments[where]), self.massive.get(where)
+        if massive is not None:
+            whole = Spectrum.from_moments(self.moments[where].clone().merge(massive))
+            found.left_out, found.rank_with_massive = massive.n, whole.effective_rank_fraction
+        return found
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the tensors to store; names begin with the number of the place."""
+        out: dict[str, Tensor] = {}
+        for name, moments in (("", self.moments), ("massive.", self.massive)):
+            for where, own in moments.items():
+                out |= {f"{self.wants.index(where)}.{name}{key}": t for key, t in own.state().items()}
+        return out
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Inverse of `state`."""
+        for k, where in enumerate(self.wants):
+            for name, moments in (("", self.moments), ("massive.", self.massive)):
+                if f"{k}.{name}n" in state:
+                    moments[where] = _moments_in(state, f"{k}.{name}")
+
+
+def _add(moments: dict[SiteLayer, Moments], where: SiteLayer, rows: Float[Tensor, "n d"]) -> None:
+    if len(rows) == 0:
+        return
+    new = Moments.of(rows)
+    if where in moments:
+        # A resumed pass has read its moments to the CPU: they are moved to the device of the rows.
+        new = moments[where].to(rows.device).merge(new)
+    moments[where] = new
+
+
+def _moments_in(state: Mapping[str, Tensor], prefix: str) -> Moments:
+    """Return the moments stored under names with this prefix."""
+    return Moments.from_state({name: state[prefix + name] for name in ("n", "mean", "scatter")})
 
 
 class Spectra(Mapping[SiteLayer, Spectrum]):
@@ -80,7 +127,7 @@ class Spectra(Mapping[SiteLayer, Spectrum]):
                 "corpus": self.corpus,
                 "site": site,
                 "layer": layer,
-                "n_tokens": spectrum.n,
+                "n_tokens": spectrum.n + spectrum.left_out,
                 **spectrum.summary(),
             }
             for (site, layer), spectrum in self._spectra.items()
@@ -95,7 +142,7 @@ class Spectra(Mapping[SiteLayer, Spectrum]):
                 "site": site,
                 "layer": layer,
                 "d": spectrum.d,
-                "n_tokens": spectrum.n,
+                "n_tokens": spectrum.n + spectrum.left_out,
                 "index": i,
                 "index_fraction": i / spectrum.d,
                 "relative_singular_value": value,
@@ -117,10 +164,14 @@ def collect_spectra(
     layers: Sequence[int] | None = None,
     *,
     drop_first: bool = True,
+    drop_massive: bool = True,
     batch_tokens: int = BATCH_TOKENS,
     progress: bool = True,
 ) -> Spectra:
     """Return the spectra of `sites` at `layers` (all by default), from the cache or one pass of the model.
+
+    Position 0 of every sequence and rows with massive activations are left out (see `harvest.harvest`).
+    With and without massive rows are one pass: whichever is asked for later is read from the cache.
 
     A running pass takes 8 d^2 bytes per (site, layer) for any number of tokens. Ctrl-C saves the state of
     the pass; the next call continues from there, with the same bits as a pass without a stop.
@@ -136,9 +187,9 @@ def collect_spectra(
         if missing:
             consumer = _run(model, tokens, missing, folder, drop_first, batch_tokens, progress)
             for where in missing:
-                _write(_file(folder, where), consumer.moments.pop(where))
+                _write(_file(folder, where), consumer, where)
             _partial(folder, missing).unlink(missing_ok=True)
-    spectra = {where: _read(_file(folder, where), f"{where[0]} {where[1]}") for where in wanted}
+    spectra = {where: _read(_file(folder, where), f"{where[0]} {where[1]}", drop_massive) for where in wanted}
     warn_if_few(spectra.values())
     return Spectra(spectra, info, tokens.corpus)
 
@@ -174,13 +225,14 @@ def rank_growth(
                 [consumer],
                 batch_tokens=batch_tokens,
                 drop_first=drop_first,
+                left_out=consumer.leave_out,
                 start=start,
                 progress=progress,
             )
-            for (site, layer), moments in consumer.moments.items():
-                spectrum = Spectrum.from_moments(moments)
+            for site, layer in wanted:
+                spectrum = consumer.spectrum((site, layer))
                 record = {"model": info.name, "corpus": tokens.corpus, "site": site, "layer": layer}
-                records.append({**record, "n_tokens": moments.n, **spectrum.summary()})
+                records.append({**record, "n_tokens": consumer.n((site, layer)), **spectrum.summary()})
         return records
 
     return cached_json("moments", key, measure)
@@ -202,16 +254,11 @@ def _run(
     if partial.exists():
         state = _load(partial)
         done = int(state["done"])
-        for k, where in enumerate(missing):
-            parts = {name: state[f"{k}.{name}"] for name in ("n", "mean", "scatter")}
-            consumer.moments[where] = Moments.from_state(parts)
+        consumer.load_state(state)
     saved_at = time.monotonic()
 
     def save() -> None:
-        state = {"done": torch.tensor(done)}
-        for k, where in enumerate(missing):
-            state |= {f"{k}.{name}": t for name, t in consumer.moments[where].state().items()}
-        save_tensors(partial, state, _ABOUT)
+        save_tensors(partial, {"done": torch.tensor(done), **consumer.state()}, _ABOUT)
 
     def after_batch(sequences: int) -> None:
         nonlocal done, saved_at
@@ -227,6 +274,7 @@ def _run(
             [consumer],
             batch_tokens=batch_tokens,
             drop_first=drop_first,
+            left_out=consumer.leave_out,
             start=done,
             after_batch=after_batch,
             progress=progress,
@@ -234,7 +282,7 @@ def _run(
     except KeyboardInterrupt:
         # A batch may be half counted: a state is saved only if every (site, layer) has the same rows.
         rows = done * (tokens.context - drop_first)
-        if done and all(m.n == rows for m in consumer.moments.values()):
+        if done and all(consumer.n(where) == rows for where in missing):
             save()
         raise
     return consumer
@@ -266,9 +314,17 @@ def _partial(folder: Path, missing: Sequence[SiteLayer]) -> Path:
     return folder / f"partial-{cache_key(missing=[list(where) for where in missing])}.safetensors"
 
 
-def _write(path: Path, moments: Moments) -> None:
-    eigenvalues = Spectrum.from_moments(moments).eigenvalues
-    save_tensors(path, {**moments.state(), "eigenvalues": eigenvalues}, _ABOUT)
+def _write(path: Path, consumer: MomentsConsumer, where: SiteLayer) -> None:
+    found = consumer.spectrum(where)
+    moments, massive = consumer.moments.pop(where), consumer.massive.pop(where, None)
+    out = {} if massive is None else {f"massive.{name}": t for name, t in massive.state().items()}
+    out |= {
+        "eigenvalues": found.eigenvalues,
+        "left_out": torch.tensor(found.left_out),
+        # NaN: no tokens were left out
+        "rank_with_massive": torch.tensor(found.rank_with_massive or math.nan, dtype=torch.float64),
+    }
+    save_tensors(path, {**moments.state(), **out}, _ABOUT)
 
 
 def _load(path: Path, *names: str) -> dict[str, Tensor]:
@@ -276,12 +332,19 @@ def _load(path: Path, *names: str) -> dict[str, Tensor]:
     return read_tensors(path, CacheError, "delete the file and run again", names, _ABOUT)[0]
 
 
-def _read(path: Path, name: str) -> Spectrum:
-    head = _load(path, "n", "mean", "eigenvalues")
+def _read(path: Path, name: str, drop_massive: bool) -> Spectrum:
+    head = _load(path, "n", "mean", "eigenvalues", "left_out", "rank_with_massive")
+    left_out = int(head["left_out"])
+    if left_out and not drop_massive:
+        state = _load(path)
+        whole = _moments_in(state, "").merge(_moments_in(state, "massive."))
+        return Spectrum.from_moments(whole, name=name)
     return Spectrum(
         head["eigenvalues"],
         head["mean"],
         int(head["n"]),
         lambda: Moments.from_state(_load(path)).covariance,
         name=name,
+        left_out=left_out,
+        rank_with_massive=head["rank_with_massive"].item() if left_out else None,
     )

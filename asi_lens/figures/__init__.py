@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from asi_lens.figures.collapse import (
+    dimension_curves,
     downstream_loss,
     rank_curves,
     rank_heatmap,
@@ -26,6 +27,7 @@ __all__ = [
     "dead_feature_curves",
     "dictionaries",
     "dictionary_size",
+    "dimension_curves",
     "downstream_loss",
     "head_overlap",
     "jumprelu_schedule",

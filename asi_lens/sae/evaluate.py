@@ -20,7 +20,7 @@ from asi_lens.activations.harvest_store import ActivationStore
 from asi_lens.activations.moments import Moments
 from asi_lens.activations.pairs import PairedStores
 from asi_lens.base.errors import DataError, OptionError, require, require_both
-from asi_lens.collapse.interventions import mean_ablate, skip_first
+from asi_lens.collapse.interventions import mean_ablate, skip_outliers
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.kernels.codes import SparseCode
@@ -223,7 +223,7 @@ def evaluate_at(
     losses: Sequence[SpliceLosses | None] = [None] * len(coders)
     if place is not None and model is not None and tokens is not None:
         spliced = [splice_through(coder, place.read, place.write) for coder in coders]
-        ablated: Hooks = {place.write: skip_first(mean_ablate(mean))}
+        ablated: Hooks = {place.write: skip_outliers(mean_ablate(mean))}
         options: dict[str, Any] = {"batch_tokens": batch_tokens, "progress": progress}
         losses = hooked_losses(model, tokens, place.layer, ablated, spliced, site=place.site, **options)
     return [

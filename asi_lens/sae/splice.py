@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from asi_lens.base.errors import DataError, UnsupportedModelError, require
-from asi_lens.collapse.interventions import loss_recovered, skip_first
+from asi_lens.collapse.interventions import loss_recovered, skip_outliers
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
 
@@ -28,8 +28,8 @@ Hooks = Mapping[str, models.Hook]
 class SpliceLosses:
     """Losses of the language model with the reconstruction in place of the activation.
 
-    Losses are means over all predicted tokens, in nats. Position 0 of a sequence is never edited, because the
-    dictionary's data and the measured mean exclude it.
+    Losses are means over all predicted tokens, in nats. Position 0 of a sequence and massive rows are never
+    edited, because the dictionary's data and the measured mean exclude them.
     """
 
     cross_entropy: float
@@ -121,17 +121,18 @@ def hooked_losses(
 def splice_through(coder: Callable[[Tensor], Tensor], read: str, write: str) -> Hooks:
     """Return hooks that apply `coder` to the activation at `read` and put the result at `write`.
 
-    Position 0 at `write` stays unchanged. If both are the same hook, `coder` does not receive position 0.
+    Position 0 and massive rows (`massive`) at `write` stay unchanged. If both are the same hook, `coder` does
+    not receive position 0.
     """
     if read == write:
-        return {write: skip_first(lambda x: coder(x).to(x))}
+        return {write: skip_outliers(lambda x: coder(x).to(x))}
     seen: list[Tensor] = []
 
     def look(x: Tensor) -> None:
         seen[:] = [x]
 
     def put(y: Tensor) -> Tensor:
-        return torch.cat([y[:, :1], coder(seen.pop())[:, 1:].to(y)], dim=1)
+        return skip_outliers(lambda _: coder(seen.pop())[:, 1:])(y)
 
     return {read: look, write: put}
 
