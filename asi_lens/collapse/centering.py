@@ -43,7 +43,7 @@ def gamma(spectrum: Spectrum, center: Float[Tensor, " d"] | None = None) -> floa
     return torch.linalg.vector_norm(mean).item() / math.sqrt(variance)
 
 
-def predicted_dead(gamma: float, k: int, n_features: int, n_tokens: int) -> float:
+def predicted_dead(gamma: float | int, k: int, n_features: int, n_tokens: int) -> float:
     """Return the predicted share of features that never fire at a random start, 0 to 1 (formula above).
 
     Raises OptionError for a gamma below zero, a `k` that is not below `n_features`, or fewer than 2 tokens.

@@ -36,6 +36,9 @@ class Recipe:
     """Options of sparsity (`sae.sparsity`)."""
     reader: str | None = None
     """Start of a transcoder's encoder, one of `transcoder_init.READERS`; None for autoencoders."""
+    whiten: float | int | None = None
+    """Power to which the input's spectrum is raised for training: 0 whitens, 1 changes nothing (`shaped`). None
+    is off. The trained dictionary is put back to raw activations exactly."""
     search: str = "exact"
     """Search for the top k, one of `search.SEARCHES`; "subspace" is for TopK autoencoders at full width."""
 
@@ -51,6 +54,13 @@ class Recipe:
             require(
                 fits, "reader", self.reader, "left out where init, center or inside are not a transcoder's"
             )
+        fits = self.whiten is None or (0 <= self.whiten <= 4 and self.reader is None and not self.inside)
+        require(
+            fits and (self.whiten is None or self.center),
+            "whiten",
+            self.whiten,
+            "None, or from 0 to 4 for centered autoencoders at full width",
+        )
         require_known([self.search], SEARCHES, "search")
         plain = KINDS[self.activation].picks_k and not self.inside and self.reader is None
         fits = self.search == "exact" or plain
