@@ -37,8 +37,8 @@ class Recipe:
     reader: str | None = None
     """Start of a transcoder's encoder, one of `transcoder_init.READERS`; None for autoencoders."""
     whiten: float | int | None = None
-    """Power to which the input's spectrum is raised for training: 0 whitens, 1 changes nothing (`shaped`). None
-    is off. The trained dictionary is put back to raw activations exactly."""
+    """Power of the input's spectrum in training: 0 whitens, 1 changes nothing (`shaped`), None is off. The
+    trained dictionary is put back to raw activations exactly."""
     search: str = "exact"
     """Search for the top k, one of `search.SEARCHES`; "subspace" is for TopK autoencoders at full width."""
 

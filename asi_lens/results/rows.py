@@ -229,6 +229,10 @@ class RankedDeadFeatureRow(DeadFeatureRow):
 
     effective_rank_fraction: float
     """Effective rank over width of the activations that the dictionary was trained on."""
+    intrinsic_dimension_99: int
+    """Directions that hold 99 % of their variance."""
+    participation_ratio: float
+    """(sum of eigenvalues)^2 / sum of their squares."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ measured (NaN), the verdict's `holds` is None. The paper is arXiv 2508.16929.
 from __future__ import annotations
 
 from asi_lens.results.dictionary_verdicts import (
+    RANKS,
     c6,
     c7,
     c7_by_size,
@@ -41,6 +42,7 @@ from asi_lens.results.rank_verdicts import (
 )
 
 __all__ = [
+    "RANKS",
     "Number",
     "Verdict",
     "c1",
