@@ -58,8 +58,8 @@ setup-peers: $(SETUP_PEERS)
 test-tl4: $(SETUP_TL4) ## run the model-facing tests in a second environment with TransformerLens 4
 	$(VENV_TL4)/bin/python -m pytest -n auto --dist loadfile -m model_facing $(ARGS)
 
-test-peers: $(SETUP_PEERS) ## check saved dictionaries against the real SAELens and sparsify, in a third environment
-	$(VENV_PEERS)/bin/python -m pytest tests/sae/test_peers.py $(ARGS)
+test-peers: $(SETUP_PEERS) ## check dictionaries against the real SAELens and sparsify, in a third environment
+	$(VENV_PEERS)/bin/python -m pytest tests/sae/test_peers.py tests/sae/test_foreign.py $(ARGS)
 
 lint: $(SETUP) ## ruff, format, types, and no outputs in notebooks
 	$(BIN)/ruff check .

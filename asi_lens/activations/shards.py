@@ -105,6 +105,11 @@ class Manifest:
         return manifest
 
 
+def is_store(folder: Path) -> bool:
+    """Return whether `folder` holds a store, finished or not."""
+    return (folder / MANIFEST).is_file() or bool(unfinished(folder))
+
+
 def open_shards(folder: Path, manifest: Manifest) -> list[Float[Tensor, "n_i d"]]:
     """Return memory-mapped views of all shards, in order. Rows are read from disk when they are used.
 

@@ -21,9 +21,11 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from asi_lens.activations import shards
 from asi_lens.activations.moments import Moments
+from asi_lens.activations.row_files import open_rows
 from asi_lens.activations.spectrum import Spectrum
 from asi_lens.base.errors import DataError, OptionError, require
 from asi_lens.base.permutation import Permutation
@@ -79,13 +81,17 @@ class ActivationStore:
 
     @classmethod
     def open(cls, folder: Path | str) -> ActivationStore:
-        """Open the store in `folder`.
+        """Open the store in `folder`, or the rows that another tool left in a file or folder.
 
-        File sizes are checked here, contents by `verify`. Raises DataError for a store that is not finished,
-        CacheError for a shard that is missing or cut off or for an unknown format, FileNotFoundError if the
-        folder holds no store.
+        Rows of other tools (`.npy`, `.safetensors`, folders of them, SAELens' cached data sets) are mapped
+        and read once, for their moments (`from_tensor`). Of a store, file sizes are checked here, contents
+        by `verify`. Raises DataError for a store that is not finished or for files that hold no rows,
+        CacheError for a shard that is missing or cut off or for an unknown format, FileNotFoundError if there
+        is nothing at that path.
         """
         folder = Path(folder)
+        if folder.exists() and not shards.is_store(folder):
+            return cls.from_tensor(folder)
         manifest = shards.Manifest.read(folder)
         return cls(
             shards.open_shards(folder, manifest),
@@ -104,21 +110,15 @@ class ActivationStore:
         rows: Tensor | np.ndarray | Path | str,
         metadata: Mapping[str, Any] | None = None,
     ) -> ActivationStore:
-        """Return a store of rows [n d] in memory, or of a `.npy` file, which is mapped, not loaded.
+        """Return a store of rows [n d] in memory, or of a file or folder of rows, mapped, not loaded.
 
-        The rows are read once to compute their moments. Raises DataError for rows that are not a matrix of
-        floating point numbers, and for a NaN or infinite value (naming the row).
+        The rows are read once to compute their moments. `row_files` names the formats. Raises DataError for
+        rows that are not a matrix of floating point numbers, and for a NaN or infinite value (naming the
+        row), and the errors of `row_files.open_rows`.
         """
-        origin = dict(metadata or {})
         if isinstance(rows, str | Path):
-            path = Path(rows)
-            require(path.suffix == ".npy", "rows", str(rows), "a tensor, an array or a `.npy` file")
-            try:
-                # Mapped copy-on-write, since torch warns about read-only memory.
-                rows = np.load(path, mmap_mode="c", allow_pickle=False)
-            except ValueError as error:
-                raise DataError(f"{path} is not a `.npy` file of plain numbers: {error}") from error
-            origin.setdefault("file", path.name)
+            parts, origin = open_rows(Path(rows))
+            return cls._of_parts(parts, origin | dict(metadata or {}))
         if isinstance(rows, np.ndarray):
             try:
                 rows = torch.from_numpy(rows)
@@ -129,16 +129,22 @@ class ActivationStore:
             raise DataError(f"rows must be a matrix [n d] with at least one row, not of shape {shape}")
         if not rows.is_floating_point():
             raise DataError(f"rows must be floating point numbers, not {rows.dtype}")
-        rows = rows.detach()
-        moments = Moments.zeros(rows.shape[1], rows.device)
-        for start in range(0, len(rows), _CHUNK):
-            part = rows[start : start + _CHUNK]
-            bad = ~torch.isfinite(part).all(1)
-            if bad.any():
-                raise DataError(f"row {start + int(bad.nonzero()[0])} holds NaN or infinity")
-            moments.update(part)
+        return cls._of_parts([rows.detach()], metadata or {})
+
+    @classmethod
+    def _of_parts(cls, parts: Sequence[Float[Tensor, "_ d"]], origin: Mapping[str, Any]) -> ActivationStore:
+        """Return a store of rows whose moments are not known yet. Raises DataError naming a bad row."""
+        moments, n = Moments.zeros(parts[0].shape[1], parts[0].device), sum(map(len, parts))
+        # A bar is shown only if reading takes seconds.
+        with tqdm(total=n, desc="mean and scale", unit="row", unit_scale=True, delay=3) as bar:
+            for part in (part for rows in parts for part in rows.split(_CHUNK)):
+                bad = ~torch.isfinite(part).all(1)
+                if bad.any():
+                    raise DataError(f"row {moments.n + int(bad.nonzero()[0])} holds NaN or infinity")
+                moments.update(part)
+                bar.update(len(part))
         square = moments.scatter.diagonal().sum().item() / moments.n
-        return cls([rows], lambda: moments, moments.mean.cpu(), square, origin)
+        return cls(parts, lambda: moments, moments.mean.cpu(), square, origin)
 
     @property
     def parts(self) -> Sequence[Float[Tensor, "n_i d"]]:

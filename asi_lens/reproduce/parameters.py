@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from asi_lens.base.errors import DataError, OptionError, unknown_name
-from asi_lens.base.paths import parameters_dir
+from asi_lens.base.paths import parameters_dir, project_root
 from asi_lens.results.parameters_cell import notebook_defaults, notebook_names
 
 # Parameters that the runner sets in every notebook.
@@ -26,9 +26,14 @@ def choose(names: Sequence[str] | None) -> list[str]:
     """Return the chosen notebooks in their order.
 
     `names` are notebooks' names, numbers such as `01`, or names of `GROUPS`; None is the group `paper`.
-    Raises UnknownNameError.
+    Raises UnknownNameError, and DataError where there are no notebooks (an installed package has none).
     """
     known = notebook_names()
+    if not known:
+        raise DataError(
+            f"there are no notebooks in {project_root()}; run this in a checkout of asi_lens or its sdist, "
+            "or name one in ASI_LENS_PROJECT"
+        )
     chosen = set()
     for name in names or [PAPER]:
         found = [k for k in known if k == name or k.split("_")[0] == name]

@@ -1,6 +1,6 @@
 """Whole training runs from a file: `python -m asi_lens.sae run.yaml`, with torchrun over several ranks.
 
-    store: stores/attn_out.15          # an ActivationStore's folder
+    store: stores/attn_out.15          # a store, or rows of other tools: .npy, .safetensors, a folder of them
     sae: {d_sae: 16384, k: 32}         # as SAEConfig; d_in is the store's
     initialize: {method: asi, d_init: auto}   # as `initialize`; `sample` is a number of rows
     train: {n_tokens: 4000000, optimizer: sparse_adam}   # as TrainConfig

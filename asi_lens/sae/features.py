@@ -1,0 +1,313 @@
+"""What a feature means: the contexts it fires in, its effect on the logits, its place in the dictionary.
+
+`Features` joins a dictionary, the rows it is looked at on, and the text of these rows. A `Card` holds the
+facts of one feature, which `browse` draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from asi_lens.activations.pairs import PairedStores
+from asi_lens.activations.spectrum import Spectrum
+from asi_lens.activations.store import ActivationStore
+from asi_lens.base.errors import OptionError, UnsupportedModelError, require, require_whole
+from asi_lens.base.sites import SITES
+from asi_lens.inputs import models
+from asi_lens.inputs.corpora import Tokens
+from asi_lens.sae.dictionary import SparseAutoencoder
+from asi_lens.sae.drift import subspace_share
+from asi_lens.sae.firings import Firings, find_firings
+from asi_lens.sae.initialize import auto_d_init
+from asi_lens.sae.transcoder import Transcoder
+
+# Tokens whose final residual stream the effect on the logits is averaged over.
+_LOGIT_SEQUENCES, _LOGIT_CONTEXT = 4, 64
+_AROUND = (16, 8)
+
+
+@dataclass(frozen=True)
+class Context:
+    """A stretch of text around a firing.
+
+    Attributes:
+        tokens: text of each token. values: the feature's value on each, 0 where it does not fire or where the
+            store holds no row. at: place of the firing among them.
+        sequence, position: of the firing, in the tokens of the store.
+    """
+
+    tokens: list[str]
+    values: list[float]
+    at: int
+    sequence: int
+    position: int
+
+    @property
+    def value(self) -> float:
+        """The feature's value at the firing, in normalized units."""
+        return self.values[self.at]
+
+
+@dataclass(frozen=True)
+class Card:
+    """Facts of one feature.
+
+    Attributes:
+        feature: its number. site: what its dictionary is of, in words.
+        frequency: share of tokens on which it fires. mean: its mean value there; None if it never fires.
+        inside: share of the squared norm of its decoder row in the active subspace.
+        top, sampled: contexts of its largest values, and of a random sample from the largest value down.
+        raised, lowered: tokens whose logits the feature moves most, with the change at its mean value; empty
+            if `no_logits` says why.
+        similar: features with the most similar decoder rows, and the cosines.
+    """
+
+    feature: int
+    site: str
+    frequency: float
+    mean: float | None
+    inside: float
+    top: list[Context]
+    sampled: list[Context]
+    raised: list[tuple[str, float]]
+    lowered: list[tuple[str, float]]
+    no_logits: str
+    similar: list[tuple[int, float]]
+
+
+class Features:
+    """A dictionary looked at on the rows of a store and their text.
+
+    Attributes:
+        sae, store, tokens, model: as given. firings: of every feature on the store.
+        inside: share of each decoder row's squared norm in the active subspace [d_sae].
+        d_init: dimensions of that subspace.
+    """
+
+    def __init__(
+        self,
+        sae: SparseAutoencoder,
+        store: ActivationStore | PairedStores,
+        tokens: Tokens,
+        model: nn.Module,
+        *,
+        d_init: int | None = None,
+        top: int = 16,
+        sampled: int = 16,
+        seed: int = 0,
+        progress: bool = True,
+    ):
+        """Read the store once (`find_firings`).
+
+        Args:
+            tokens: what the store was harvested from.
+            model: whose tokenizer and logits are shown.
+            d_init: dimensions of the active subspace; by default those that the dictionary started with, or
+                "auto" of the store's spectrum.
+
+        Raises OptionError for a store without tokens, for other tokens than the store's, or for a dictionary
+        of another width than the store.
+        """
+        self.sae, self.store, self.tokens, self.model = sae, store, tokens, model
+        rows = store.inputs if isinstance(store, PairedStores) else store
+        self._rows = rows
+        if "tokens_fingerprint" not in rows.metadata:
+            raise OptionError("this store was not harvested from tokens: its rows have no text")
+        theirs = rows.metadata["tokens_fingerprint"]
+        if theirs != tokens.fingerprint:
+            raise OptionError(
+                f"tokens={tokens.corpus!r}, fingerprint {tokens.fingerprint}, are not allowed; tokens must "
+                f"be those of the store, with fingerprint {theirs}"
+            )
+        self.firings: Firings = find_firings(
+            sae, store, top=top, sampled=sampled, seed=seed, progress=progress
+        )
+        spectrum: Spectrum = store.spectrum
+        started = sae.initialization.get("d_init")
+        self.d_init = d_init or (started if isinstance(started, int) else auto_d_init(spectrum))
+        self.inside: Float[Tensor, " d_sae"] = subspace_share(
+            sae.W_dec.detach(), spectrum.active_subspace(self.d_init).float().to(sae.W_dec.device)
+        ).cpu()
+        self._words: dict[int, str] = {}
+
+    @property
+    def site(self) -> str:
+        """Site, layer, model and corpus of the store, in words."""
+        about = {key: self.store.metadata.get(key, "?") for key in ("site", "layer", "model", "corpus")}
+        return "{site} {layer} of {model} on {corpus}".format(**about)
+
+    def card(self, feature: int, *, n_logits: int = 8, n_similar: int = 6) -> Card:
+        """Return the facts of one feature. Raises OptionError for a feature that does not exist."""
+        self._require(feature)
+        mean = self.firings.mean[feature].item()
+        fires = int(self.firings.counts[feature]) > 0
+        raised, lowered, why = [], [], "the feature never fires here" if not fires else self._why_no_logits()
+        if not why:
+            effect = self.logit_effect(feature)
+            values, ids = effect.topk(n_logits)
+            raised = [(self.word(i), v) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
+            values, ids = effect.topk(n_logits, largest=False)
+            lowered = [(self.word(i), v) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
+        return Card(
+            feature,
+            self.site,
+            self.firings.frequency[feature].item(),
+            mean if fires else None,
+            self.inside[feature].item(),
+            self.contexts(feature, "top"),
+            self.contexts(feature, "sampled"),
+            raised,
+            lowered,
+            why,
+            self.similar(feature, n_similar),
+        )
+
+    def contexts(
+        self, feature: int, which: str = "top", before: int = _AROUND[0], after: int = _AROUND[1]
+    ) -> list[Context]:
+        """Return the stretches of text around a feature's firings, from the largest value down.
+
+        `which` is "top" or "sampled"; `before` and `after` count tokens around the firing.
+        """
+        self._require(feature)
+        require(which in ("top", "sampled"), "which", which, "'top' or 'sampled'")
+        require_whole("before", before, 0)
+        require_whole("after", after, 0)
+        picks = self.firings.top if which == "top" else self.firings.sampled
+        rows = picks.rows[feature][picks.rows[feature] >= 0]
+        if not len(rows):
+            return []
+        near = rows[:, None] + torch.arange(-before, after + 1)
+        near = near.clamp(0, self._rows.n - 1)
+        values = self._values(near.flatten(), feature).view(near.shape)
+        places = self._rows.positions(near.flatten()).view(*near.shape, 2)
+        here = self._rows.positions(rows)
+        found = []
+        for (sequence, position), theirs, at in zip(here.tolist(), values, places, strict=True):
+            known = {p: v for (s, p), v in zip(at.tolist(), theirs.tolist(), strict=True) if s == sequence}
+            start = max(0, position - before)
+            ids = self.tokens.ids[sequence, start : position + after + 1].tolist()
+            shown = [known.get(start + i, 0.0) for i in range(len(ids))]
+            found.append(Context([self.word(i) for i in ids], shown, position - start, sequence, position))
+        return sorted(found, key=lambda context: -context.value)
+
+    def similar(self, feature: int, n: int = 6) -> list[tuple[int, float]]:
+        """Return the `n` features whose decoder rows have the largest cosine with this one's."""
+        self._require(feature)
+        rows = self.sae.W_dec.detach()
+        cosines = (rows @ rows[feature]) / (rows.norm(dim=1) * rows[feature].norm()).clamp_min(1e-30)
+        cosines[feature] = -2
+        values, numbers = cosines.topk(min(n, len(rows) - 1))
+        return list(zip(numbers.tolist(), values.tolist(), strict=True))
+
+    def written(self, feature: int) -> Float[Tensor, " d_out"]:
+        """Return what a feature adds to the reconstruction per unit of its value, in raw units."""
+        scale = self.sae.output_scale if isinstance(self.sae, Transcoder) else self.sae.input_scale
+        return self.sae.W_dec.detach()[feature] / scale
+
+    @torch.no_grad()
+    def logit_effect(self, feature: int) -> Float[Tensor, " d_vocab"]:
+        """Return how a feature at its mean value moves the logits directly: mean change, less its mean.
+
+        The feature's raw contribution is added to the final residual stream of real text, which goes through
+        the model's own final norm and unembedding; the changes are averaged over 4 x 64 positions. Effects
+        through later layers are not in it. Raises UnsupportedModelError for a site that does not add to the
+        residual stream, or a model without logits.
+        """
+        self._require(feature)
+        why = self._why_no_logits()
+        if why:
+            raise UnsupportedModelError(why)
+        push = self.written(feature) * self.firings.mean[feature].to(self.sae.W_dec)
+        site, layer = self.store.metadata["site"], int(self.store.metadata["layer"])
+        if site == "z":
+            W_O = models.output_projection(self.model, layer)
+            push = push.to(W_O) @ W_O.reshape(-1, W_O.shape[-1])
+        change = self._final_logits(push) - self._clean_logits
+        return (change - change.mean()).float()
+
+    @cached_property
+    def _final(self) -> tuple[Tensor, str, models.ResumePoint]:
+        """Ids of some text, the hook of the final residual stream, and the pass of the model up to there."""
+        ids = self.tokens.ids[:_LOGIT_SEQUENCES, :_LOGIT_CONTEXT]
+        layers = models.model_info(self.model).n_layers
+        last = models.hook_name(self.model, "resid_post", layers - 1)
+        return ids, last, models.capture_resume(self.model, ids, layers)
+
+    @cached_property
+    def _clean_logits(self) -> Float[Tensor, " d_vocab"]:
+        return self._final_logits(torch.zeros(()))
+
+    def _final_logits(self, push: Tensor) -> Float[Tensor, " d_vocab"]:
+        """Return the mean logits, float64, with `push` added to the final residual stream."""
+        ids, last, start = self._final
+        hooks = {last: lambda x: x + push.to(x)}
+        logits = models.forward(self.model, ids, hooks, logits=True, start=start)
+        assert logits is not None  # asked for
+        return logits[:, 1:].mean((0, 1), dtype=torch.float64).cpu()
+
+    def search(self, text: str, n: int = 20) -> list[int]:
+        """Return features that fire most on a token that contains `text`, by their largest value there."""
+        require(bool(text), "text", text, "not empty")
+        rows, values = self.firings.top.rows, self.firings.top.values
+        known = rows >= 0
+        places = self._rows.positions(rows[known])
+        ids = self.tokens.ids[places[:, 0], places[:, 1]]
+        kinds, which = ids.unique(return_inverse=True)
+        hit = torch.tensor([text in self.word(i) for i in kinds.tolist()], dtype=torch.bool)
+        scores = torch.zeros(values.shape)
+        scores[known] = values[known] * hit[which]
+        best = scores.amax(1)
+        order = best.argsort(descending=True, stable=True)[:n]
+        return [int(i) for i in order if best[i] > 0]
+
+    def choice(self, n: int = 8) -> dict[str, list[int]]:
+        """Return a fixed choice of features: the `n` most frequent, `n` around the median, the `n` rarest."""
+        require_whole("n", n, 1)
+        alive = self.firings.counts.nonzero()[:, 0]
+        order = alive[self.firings.counts[alive].argsort(descending=True, stable=True)].tolist()
+        middle = max(0, len(order) // 2 - n // 2)
+        return {
+            "most frequent": order[:n],
+            "median": order[middle : middle + n],
+            "rarest": order[-n:][::-1],
+        }
+
+    def word(self, token: int) -> str:
+        """Return the text of a token id."""
+        if token not in self._words:
+            self._words[token] = str(models.tokenizer_of(self.model).decode([token]))
+        return self._words[token]
+
+    def _require(self, feature: int) -> None:
+        require_whole("feature", feature, 0)
+        require(feature < self.sae.d_sae, "feature", feature, f"from 0 to {self.sae.d_sae - 1}")
+
+    def _why_no_logits(self) -> str:
+        """Return why the feature's direct effect on the logits is not known; empty if it is."""
+        site = self.store.metadata.get("site")
+        if site not in SITES:
+            return f"{site} does not add to the residual stream, so it has no direct effect on the logits"
+        if not models.model_info(self.model).causal:
+            return "the model does not predict next tokens"
+        return ""
+
+    @torch.no_grad()
+    def _values(self, index: Tensor, feature: int) -> Tensor:
+        """Return a feature's values on the rows at `index`."""
+        rows, which = index.unique(return_inverse=True)
+        code = self.sae.encode(self._rows.rows(rows))
+        return (code.values * (code.indices == feature)).sum(-1).cpu()[which]
+
+
+def token_entropy(ids: Sequence[int] | Tensor) -> float:
+    """Return the entropy of the distribution of token ids, in bits."""
+    counts = torch.as_tensor(ids).unique(return_counts=True)[1].double()
+    shares = counts / counts.sum()
+    return -(shares * shares.log2()).sum().item()
