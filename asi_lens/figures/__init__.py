@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asi_lens.figures.beyond import death_at_start, inputs_and_starts
 from asi_lens.figures.collapse import (
     dimension_curves,
     downstream_loss,
@@ -25,11 +26,13 @@ __all__ = [
     "SavedFigure",
     "d_init_sweep",
     "dead_feature_curves",
+    "death_at_start",
     "dictionaries",
     "dictionary_size",
     "dimension_curves",
     "downstream_loss",
     "head_overlap",
+    "inputs_and_starts",
     "jumprelu_schedule",
     "layers_and_sites",
     "learning_rates",

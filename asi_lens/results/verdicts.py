@@ -8,6 +8,7 @@ measured (NaN), the verdict's `holds` is None. The paper is arXiv 2508.16929.
 
 from __future__ import annotations
 
+from asi_lens.results.beyond_verdicts import centering_or_subspace
 from asi_lens.results.dictionary_verdicts import (
     RANKS,
     c6,
@@ -58,6 +59,7 @@ __all__ = [
     "c10",
     "c11",
     "c12",
+    "centering_or_subspace",
     "combined",
     "directions_needed",
     "drop_taken_back",

@@ -1,0 +1,97 @@
+"""Answers of the notebooks beyond the paper: one function per notebook, tables in, answers out.
+
+An answer is "yes" or "no" by the rule that the function states; "not testable here" where the table has too
+few points, or where nothing varies.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+
+from asi_lens.results.judging import rank_correlation, taken
+from asi_lens.results.rows import AnswerRow
+
+PLACE = ["site", "layer"]
+
+
+def centering_or_subspace(starts: pd.DataFrame, trained: pd.DataFrame) -> list[AnswerRow]:
+    """Answer what kills features: the mean (arXiv 2605.31518) or the rank (arXiv 2508.16929).
+
+    Takes `StartRow`s and `InputRow`s. A measure predicts death if the whole 95 % interval of Spearman's
+    correlation over (layer, site) points lies on the predicted side of zero: above for gamma, below for
+    rank. Whitening does what ASI does if, at every place and seed, the random start on white inputs (power 0)
+    has at most as many silent features on held-out text as ASI on centered inputs, at no higher FVU. ASI adds
+    to centering if it has fewer at every place and seed.
+    """
+    first = taken(starts, [*PLACE, "input", "seed"], ["gamma", "effective_rank_fraction", "dead"])
+    raw, mean = (
+        first[first.input == name].groupby(PLACE).mean(numeric_only=True) for name in ("raw", "mean")
+    )
+    keys = [*PLACE, "seed", "input", "start", "split"]
+    held = taken(trained, keys, ["dead_fraction", "fvu", "effective_rank_fraction"])
+    held = held[held.split == "held_out"].set_index([*PLACE, "seed", "input", "start"]).sort_index()
+    measured = ["dead_fraction", "effective_rank_fraction"]
+    centered = _part(held, "mean", "random").groupby(PLACE)[measured].mean()
+    # Gamma of the raw activations: after centering it is zero everywhere.
+    return [
+        _predicts("gamma predicts death at a random start on raw inputs", raw.gamma, raw.dead, 1),
+        _predicts(
+            "gamma of the raw inputs predicts death at the start after centering", raw.gamma, mean.dead, 1
+        ),
+        _predicts(
+            "rank predicts death at the start after centering", mean.effective_rank_fraction, mean.dead, -1
+        ),
+        _predicts(
+            "rank predicts silent features after training on centered inputs",
+            centered.effective_rank_fraction,
+            centered.dead_fraction,
+            -1,
+        ),
+        _better("whitening alone does what ASI does", held, ("power 0", "random"), ("mean", "ASI"), fvu=True),
+        _better("ASI adds to centering", held, ("mean", "ASI"), ("mean", "random"), strict=True),
+    ]
+
+
+def _part(held: pd.DataFrame, name: str, start: str) -> pd.DataFrame:
+    """Return the rows of one treatment and start, by place and seed."""
+    chosen = (held.index.get_level_values("input") == name) & (held.index.get_level_values("start") == start)
+    return held[chosen].droplevel(["input", "start"])
+
+
+def _predicts(question: str, x: pd.Series, y: pd.Series, sign: int) -> AnswerRow:
+    y = y.reindex(x.index)
+    rho, low, high = rank_correlation(x, y)
+    if math.isnan(rho):
+        return AnswerRow(
+            question, "not testable here", f"{len(x)} points, of which nothing varies or too few"
+        )
+    told = f"Spearman {rho:.2f} ({low:.2f} to {high:.2f}) over {len(x)} points"
+    return AnswerRow(question, "yes" if (low > 0 if sign > 0 else high < 0) else "no", told)
+
+
+def _better(
+    question: str,
+    held: pd.DataFrame,
+    ours: tuple[str, str],
+    theirs: tuple[str, str],
+    *,
+    fvu: bool = False,
+    strict: bool = False,
+) -> AnswerRow:
+    one, other = _part(held, *ours), _part(held, *theirs)
+    other = other.reindex(one.index)
+    columns = ["dead_fraction", *(["fvu"] if fvu else [])]
+    if one.empty or one[columns].isna().any(axis=None) or other[columns].isna().any(axis=None):
+        return AnswerRow(
+            question, "not testable here", f"{', '.join(ours)} or {', '.join(theirs)} is missing"
+        )
+    fewer = one.dead_fraction < other.dead_fraction if strict else one.dead_fraction <= other.dead_fraction
+    good = fewer & (one.fvu <= other.fvu) if fvu else fewer
+    told = [
+        f"{', '.join(who)}: silent {100 * part.dead_fraction.mean():.1f} %, FVU {part.fvu.mean():.3f}"
+        for who, part in ((ours, one), (theirs, other))
+    ]
+    told.append(f"{int(good.sum())} of {len(good)} places and seeds")
+    return AnswerRow(question, "yes" if good.all() else "no", "; ".join(told))

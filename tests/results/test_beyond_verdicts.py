@@ -1,0 +1,61 @@
+"""Answers beyond the paper on made-up tables: each account alone, both, neither; what is missing."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+from made_up_beyond import inputs, starts
+
+from asi_lens.results.beyond_verdicts import centering_or_subspace
+
+
+def answers(first: pd.DataFrame, trained: pd.DataFrame) -> dict[str, str]:
+    return {one.question: one.answer for one in centering_or_subspace(first, trained)}
+
+
+def listed(first: pd.DataFrame, trained: pd.DataFrame) -> list[str]:
+    return list(answers(first, trained).values())
+
+
+def test_the_mean_alone() -> None:
+    first = starts(lambda name, gamma, rank: gamma / 3 if name == "raw" else 0.001 * (rank > 0))
+    trained = inputs(lambda name, start, rank: 0.4 if name == "raw" else 0.0)
+    assert listed(first, trained) == ["yes", *["not testable here"] * 3, "yes", "no"]
+
+
+def test_the_rank_alone() -> None:
+    first = starts(lambda name, gamma, rank: 1 - rank)
+    trained = inputs(lambda name, start, rank: (1 - rank) * (0.5 if start == "ASI" else 1))
+    assert listed(first, trained) == ["no", "no", "yes", "yes", "no", "yes"]
+
+
+def test_both_and_what_reverses_them() -> None:
+    first = starts(lambda name, gamma, rank: gamma / 3 if name == "raw" else (1 - rank) / 2)
+    trained = inputs(lambda name, start, rank: 1 - rank if start == "random" and name != "power 0" else 0.01)
+    assert listed(first, trained) == ["yes", "no", "yes", "yes", "yes", "yes"]
+    turned = first.assign(dead=1 - first.dead)
+    reversed_too = listed(turned, trained.assign(dead_fraction=1 - trained.dead_fraction))
+    assert reversed_too == ["no", "no", "no", "no", "yes", "no"], "white and ASI are alike"
+
+
+def test_whitening_needs_an_fvu_as_low() -> None:
+    trained = inputs(lambda name, start, rank: 0.0 if name == "power 0" or start == "ASI" else 0.3)
+    worse = trained.assign(fvu=trained.fvu.where(trained.input != "power 0", 0.3))
+    first = starts(lambda name, gamma, rank: gamma)
+    question = "whitening alone does what ASI does"
+    assert answers(first.assign(dead=0.1), trained)[question] == "yes"
+    assert answers(first.assign(dead=0.1), worse)[question] == "no"
+    train = trained.assign(split="train", dead_fraction=0.9)
+    assert answers(first, pd.concat([trained, train])) == answers(first, trained)
+
+
+def test_what_is_missing_is_not_answered() -> None:
+    first = starts(lambda name, gamma, rank: gamma)
+    trained = inputs(lambda name, start, rank: 0.1)
+    questions = list(answers(first, trained))
+    without = answers(first, trained[trained.input != "power 0"])
+    assert without[questions[4]] == "not testable here"
+    unknown = trained.assign(dead_fraction=math.nan)
+    assert [answers(first, unknown)[q] for q in questions[3:]] == ["not testable here"] * 3
+    assert answers(first[first.layer < 1], trained)[questions[0]] == "not testable here", "two points"
