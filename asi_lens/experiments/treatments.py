@@ -9,12 +9,19 @@ from typing import Any
 import torch
 
 from asi_lens.activations.harvest import SiteLayer
-from asi_lens.activations.shaped import LinearStore, ShapedStore, power_gains
+from asi_lens.activations.shaped import (
+    LinearStore,
+    ShapedStore,
+    flat_head_gains,
+    lifted_tail_gains,
+    power_gains,
+)
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import require
 from asi_lens.collapse.centering import dead_at_start, gamma, geometric_median, predicted_dead
 from asi_lens.experiments.recipes import Recipe
-from asi_lens.results.rows import DeadFeatureRow, InputRow, StartRow
+from asi_lens.results.dictionary_verdicts import RANKS
+from asi_lens.results.rows import DeadFeatureRow, DoseRow, InputRow, StartRow
 
 RAW, MEAN, MEDIAN = "raw", "mean", "geometric median"
 STARTS: dict[str, tuple[str, str | None]] = {"random": ("random", None), "ASI": ("asi", "auto")}
@@ -117,3 +124,34 @@ def start_rows(
 
 def _power(power: float | int) -> str:
     return f"power {power:g}"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One change of the spectrum: the stores with it, to train and to evaluate on."""
+
+    name: str
+    train: ActivationStore
+    held_out: ActivationStore
+
+    def rows(self, found: Sequence[DeadFeatureRow]) -> list[DoseRow]:
+        """Return rows of runs on these stores, with the ranks of what they were trained on."""
+        ranks = self.train.spectrum.summary()
+        about: dict[str, Any] = {name: ranks[name] for name in RANKS}
+        return [DoseRow(**vars(row), shape=self.name, width=self.train.d, **about) for row in found]
+
+
+def shapes(train: ActivationStore, held_out: ActivationStore, powers: Sequence[float]) -> list[Shape]:
+    """Return stores of the same tokens whose spectrum alone differs.
+
+    Each power of the spectrum (1: as measured), the leading tenth flattened (the participation ratio rises,
+    the tail stays) and the last half lifted (the effective rank rises, the head stays). Held-out rows are
+    mapped as the training rows. Raises DataError for a site with directions of zero variance.
+    """
+    spectrum = train.spectrum
+    gains = {"measured" if p == 1 else _power(p): power_gains(spectrum, p) for p in powers}
+    gains |= {"flat head": flat_head_gains(spectrum, 0.1), "lifted tail": lifted_tail_gains(spectrum, 0.5)}
+    return [
+        Shape(name, ShapedStore(train, own), ShapedStore(held_out, own, spectrum))
+        for name, own in gains.items()
+    ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from asi_lens.figures.beyond import death_at_start, inputs_and_starts
+from asi_lens.figures.beyond import death_at_start, dose_response, inputs_and_starts
 from asi_lens.figures.collapse import (
     dimension_curves,
     downstream_loss,
@@ -30,6 +30,7 @@ __all__ = [
     "dictionaries",
     "dictionary_size",
     "dimension_curves",
+    "dose_response",
     "downstream_loss",
     "head_overlap",
     "inputs_and_starts",

@@ -7,8 +7,13 @@ import plotly.graph_objects as go
 
 from asi_lens.figures.parts import curve, panels
 from asi_lens.figures.style import GREY, color, label, marker, need, order, setting, sites
-from asi_lens.results.rows import InputRow, StartRow
+from asi_lens.results.rows import DoseRow, InputRow, StartRow
 
+_RANKS = {
+    "effective_rank_fraction": "effective rank",
+    "intrinsic_dimension_99": "directions for 99 %",
+    "participation_ratio": "participation ratio",
+}
 _LOOKS = {"random": ("#8a8a8a", "circle"), "ASI": ("#1b6ca8", "diamond")}
 
 
@@ -68,7 +73,11 @@ def inputs_and_starts(table: pd.DataFrame) -> go.Figure:
     places = list(dict.fromkeys(zip(held.site, held.layer, strict=True)))
     titles = [f"{label(site)}, layer {layer}" for site, layer in places]
     figure = panels(
-        "Centering, whitening, and the start", setting(held, tokens=False), [titles, titles], shared_y=False
+        "Centering, whitening, and the start",
+        setting(held, tokens=False),
+        [titles, [""] * len(titles)],
+        shared_y=False,
+        bottom=110,
     )
     names = order(held, "input")
     for col, (site, layer) in enumerate(places, start=1):
@@ -78,7 +87,53 @@ def inputs_and_starts(table: pd.DataFrame) -> go.Figure:
             for start in order(here, "start"):
                 line = here[here.start == start]
                 curve(figure, line, "x", column, start, row, col, look=_LOOKS.get(start))
+    # Both rows have the same treatments: the lower row names them.
     figure.update_xaxes(tickvals=list(range(len(names))), ticktext=names, tickangle=-38)
+    figure.update_xaxes(showticklabels=False, row=1)
     figure.update_yaxes(title_text="silent features,<br>held out (%)", row=1, col=1)
     figure.update_yaxes(title_text="fraction of variance<br>unexplained", row=2, col=1)
+    return figure
+
+
+def dose_response(table: pd.DataFrame) -> go.Figure:
+    """Draw silent features against three measures of rank, for changed spectra and for sites as they are.
+
+    Takes `DoseRow`s of a random start; means over seeds. A line joins the powers of the spectrum.
+    """
+    need(table, DoseRow)
+    held = table[table.split == "held_out"].assign(silent=100 * table.dead_fraction)
+    share = {name: held[name] / held.width for name in ("intrinsic_dimension_99", "participation_ratio")}
+    keys = ["site", "layer", "shape"]
+    means = held.assign(**share).groupby(keys, sort=False)[["silent", *_RANKS]].mean().reset_index()
+    figure = panels(
+        "Dose and response: the spectrum changed, all else equal",
+        setting(held, tokens=False),
+        [list(_RANKS.values())],
+        y="silent features, held out (%)",
+    )
+    powers = means["shape"].str.startswith("power") | (means["shape"] == "measured")
+    kinds = {
+        "powers of the spectrum": (means[powers], "lines+markers", "circle", "#c0392b"),
+        "leading tenth flattened": (means[means["shape"] == "flat head"], "markers", "square", "#8e44ad"),
+        "last half lifted": (means[means["shape"] == "lifted tail"], "markers", "triangle-up", "#1b6ca8"),
+        "other sites, as they are": (means[means["shape"] == "other site"], "markers", "circle-open", GREY),
+    }
+    for col, measure in enumerate(_RANKS, start=1):
+        for name, (part, mode, symbol, tone) in kinds.items():
+            line = part.sort_values(measure)
+            figure.add_scatter(
+                x=line[measure],
+                y=line.silent,
+                mode=mode,
+                name=name,
+                legendgroup=name,
+                showlegend=col == 1 and len(line) > 0,
+                marker={"symbol": symbol, "size": 9, "color": tone},
+                line={"color": tone, "width": 2},
+                customdata=line[["site", "layer", "shape"]],
+                hovertemplate="%{customdata[0]} %{customdata[1]}, %{customdata[2]}: %{y:.2f}<extra></extra>",
+                row=1,
+                col=col,
+            )
+    figure.update_xaxes(title_text="share of the width")
     return figure

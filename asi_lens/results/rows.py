@@ -21,6 +21,7 @@ __all__ = [
     "AnswerRow",
     "DeadFeatureRow",
     "DictionaryRow",
+    "DoseRow",
     "DriftRow",
     "HeadOverlapRow",
     "InputRow",
@@ -318,3 +319,19 @@ class AnswerRow(Row):
     answer: Literal["yes", "no", "not testable here"]
     numbers: str
     """Numbers that decide, in words."""
+
+
+@dataclass(frozen=True)
+class DoseRow(DeadFeatureRow):
+    """A `DeadFeatureRow` of activations with a changed spectrum (`17_dose_response.csv`)."""
+
+    shape: str
+    """`measured`, `power 0.5` ..., `flat head`, `lifted tail`; `other site` for activations as they are."""
+    effective_rank_fraction: float
+    """Effective rank over width of the activations that the dictionary was trained on."""
+    intrinsic_dimension_99: int
+    """Directions that hold 99 % of their variance."""
+    participation_ratio: float
+    """(sum of eigenvalues)^2 / sum of their squares."""
+    width: int
+    """Width of the site."""

@@ -8,7 +8,7 @@ measured (NaN), the verdict's `holds` is None. The paper is arXiv 2508.16929.
 
 from __future__ import annotations
 
-from asi_lens.results.beyond_verdicts import centering_or_subspace
+from asi_lens.results.beyond_verdicts import centering_or_subspace, dose_and_response
 from asi_lens.results.dictionary_verdicts import (
     RANKS,
     c6,
@@ -62,6 +62,7 @@ __all__ = [
     "centering_or_subspace",
     "combined",
     "directions_needed",
+    "dose_and_response",
     "drop_taken_back",
     "final_numbers",
     "good_d_init",

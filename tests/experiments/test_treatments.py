@@ -13,7 +13,7 @@ from asi_lens.base.errors import DataError
 from asi_lens.collapse.centering import dead_at_start, gamma, geometric_median
 from asi_lens.experiments.rows import dead_feature_rows
 from asi_lens.experiments.runs import train_recipes
-from asi_lens.experiments.treatments import start_rows, treatments
+from asi_lens.experiments.treatments import shapes, start_rows, treatments
 
 pytestmark = pytest.mark.filterwarnings("ignore::asi_lens.activations.spectrum.FewTokensWarning")
 ABOUT = {"model": "m", "corpus": "news", "site": "attn_out", "layer": 3}
@@ -63,6 +63,31 @@ def test_every_treatment_is_trained_and_told(
             error = (run.sae()(x) - x).square().sum() / (x - x.mean(0)).square().sum()
             assert row.fvu == pytest.approx(error.item(), rel=1e-3)
             assert x.shape[1] == D_IN
+
+
+def test_shapes_change_the_spectrum_and_tell_its_ranks(
+    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ASI_LENS_CACHE", str(tmp_path))
+    held = ActivationStore.from_tensor(torch.cat(list(store.in_order(999)))[:300], ABOUT)
+    found = {one.name: one for one in shapes(store, held, [1.5, 1.0, 0.0])}
+    assert list(found) == ["power 1.5", "measured", "power 0", "flat head", "lifted tail"]
+    ranks = {name: one.train.spectrum for name, one in found.items()}
+    assert ranks["measured"].effective_rank == pytest.approx(store.spectrum.effective_rank)
+    assert ranks["power 0"].effective_rank_fraction == pytest.approx(1)
+    assert (
+        ranks["power 1.5"].effective_rank
+        < ranks["measured"].effective_rank
+        < ranks["lifted tail"].effective_rank
+    )
+    assert ranks["flat head"].participation_ratio > ranks["measured"].participation_ratio
+    one = found["power 0"]
+    matrix = one.train.matrix
+    exact = (torch.cat(list(held.in_order(999))).double() - store.mean) @ matrix
+    torch.testing.assert_close(one.held_out.rows(torch.arange(300)), exact.float(), rtol=1e-3, atol=1e-3)
+    runs = train_recipes(one.train, ["random"], d_sae=64, k=4, train=quick(), progress=False)
+    told = one.rows(dead_feature_rows(runs, one.held_out, curves=False))
+    assert {(row.shape, row.width, row.intrinsic_dimension_99) for row in told} == {("power 0", D_IN, D_IN)}
 
 
 def test_a_site_that_cannot_be_whitened_is_refused_before_training(store: ActivationStore) -> None:

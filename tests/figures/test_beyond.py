@@ -7,13 +7,14 @@ from collections.abc import Callable
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
-from made_up_beyond import inputs, starts
+from made_up_beyond import doses, inputs, starts
 
 from asi_lens.base.errors import DataError
 from asi_lens.figures import beyond
 
 BUILDERS: list[tuple[Callable[[pd.DataFrame], go.Figure], Callable[[], pd.DataFrame]]] = [
     (beyond.death_at_start, lambda: starts(lambda name, gamma, rank: gamma / 3)),
+    (beyond.dose_response, lambda: doses(lambda rank, dimension, head: 1 - rank)),
     (beyond.inputs_and_starts, lambda: inputs(lambda name, start, rank: 0.1 + 0.1 * (start == "ASI"))),
 ]
 
@@ -22,8 +23,9 @@ BUILDERS: list[tuple[Callable[[pd.DataFrame], go.Figure], Callable[[], pd.DataFr
 def test_every_figure_names_its_setting_and_refuses_other_tables(build: Callable, table: Callable) -> None:
     figure, good = build(table()), table()
     assert figure.layout.title.subtitle.text.startswith("m · news")
-    with pytest.raises(DataError, match="columns gamma are missing"):
-        build(good.drop(columns="gamma"))
+    own = good.columns[-1]
+    with pytest.raises(DataError, match=f"columns {own} are missing"):
+        build(good.drop(columns=own))
     with pytest.raises(DataError, match="without rows"):
         build(good.iloc[:0])
 
@@ -44,3 +46,13 @@ def test_starts_are_lines_over_treatments() -> None:
     lines = [t for t in figure.data if t.mode == "lines+markers" and t.xaxis == "x"]
     assert {t.name: set(t.y) for t in lines if t.yaxis == "y"} == {"random": {20.0}, "ASI": {10.0}}
     assert list(figure.layout.xaxis.ticktext) == ["raw", "mean", "geometric median", "power 0.5", "power 0"]
+
+
+def test_changed_spectra_stand_at_each_measure_of_their_rank() -> None:
+    figure = beyond.dose_response(doses(lambda rank, dimension, head: (1 - rank) / 2))
+    joined = [t for t in figure.data if t.mode == "lines+markers"]
+    assert [t.xaxis for t in joined] == ["x", "x2", "x3"]
+    assert list(joined[0].x) == sorted(joined[0].x)
+    assert list(joined[0].y) == pytest.approx([50 * (1 - x) for x in joined[0].x])
+    assert max(joined[2].x) == pytest.approx(64 / 64), "participation ratio over the width"
+    assert {t.name for t in figure.data if t.showlegend} >= {"last half lifted", "other sites, as they are"}
