@@ -8,7 +8,8 @@ from typing import Any
 import pandas as pd
 from made_up_tables import row
 
-from asi_lens.results.rows import DoseRow, InputRow, StartRow, frame
+from asi_lens.results.beyond_rows import DoseRow, InputRow, StartRow
+from asi_lens.results.rows import frame
 
 INPUTS = ("raw", "mean", "geometric median", "power 0.5", "power 0")
 SITES = ("attn_out", "mlp_out")

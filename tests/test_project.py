@@ -48,14 +48,15 @@ ROOMS = (
     "experiments",  # trainings side by side, each done once
     "reproduce",  # runs the notebooks
 )
-# Beside the rooms: the lazy public names, and the older name of a command.
-DOORS = ("__init__", "__main__", "harvest_run")
+# Beside the rooms: the lazy public names, and short or older names of commands.
+DOORS = ("__init__", "__main__", "diagnose", "harvest_run")
 # Bound when they are called, so that `save` and `load` are methods: the only circle that stays.
 LATE = {("sae.dictionary", "sae.formats")}
 # Modules without a test of their name, and the file that tests them.
 TESTED_ELSEWHERE = {
     "experiments.held_out": "experiments/test_runs.py",
     "experiments.rows": "experiments/test_runs.py",
+    "results.beyond_rows": "results/test_beyond_verdicts.py",
     "figures.panels": "figures/test_dead_features.py",
     "figures.parts": "figures/test_dead_features.py",
     "figures.style": "figures/test_collapse.py",

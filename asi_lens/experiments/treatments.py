@@ -20,8 +20,9 @@ from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import require
 from asi_lens.collapse.centering import dead_at_start, gamma, geometric_median, predicted_dead
 from asi_lens.experiments.recipes import Recipe
+from asi_lens.results.beyond_rows import DoseRow, InputRow, StartRow
 from asi_lens.results.dictionary_verdicts import RANKS
-from asi_lens.results.rows import DeadFeatureRow, DoseRow, InputRow, StartRow
+from asi_lens.results.rows import DeadFeatureRow
 
 RAW, MEAN, MEDIAN = "raw", "mean", "geometric median"
 STARTS: dict[str, tuple[str, str | None]] = {"random": ("random", None), "ASI": ("asi", "auto")}

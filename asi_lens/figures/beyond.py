@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 
 from asi_lens.figures.parts import curve, panels
 from asi_lens.figures.style import GREY, color, label, marker, need, order, setting, sites
-from asi_lens.results.rows import DoseRow, InputRow, StartRow
+from asi_lens.results.beyond_rows import DiagnosisRow, DoseRow, InputRow, StartRow
 
 _RANKS = {
     "effective_rank_fraction": "effective rank",
@@ -136,4 +136,29 @@ def dose_response(table: pd.DataFrame) -> go.Figure:
                 col=col,
             )
     figure.update_xaxes(title_text="share of the width")
+    return figure
+
+
+def diagnosis(table: pd.DataFrame) -> go.Figure:
+    """Draw effective rank, gamma, and features that never fire at a random start, over layers.
+
+    Takes `DiagnosisRow`s of one model. In the last panel solid lines are raw inputs, dashed lines centered.
+    """
+    need(table, DiagnosisRow)
+    shares = table.assign(raw=100 * table.dead_raw, centered=100 * table.dead_centered)
+    shown = [
+        ("effective rank / width", "effective_rank_fraction"),
+        ("gamma = |mean| / |σ|", "gamma"),
+        ("never fire at a<br>random start (%)", "raw"),
+    ]
+    titles = ["rank", "mean", "death at the start (dashed: centered)"]
+    figure = panels("Before a dictionary is trained", setting(table), [titles], shared_y=False)
+    for col, (title, column) in enumerate(shown, start=1):
+        for site in sites(shares):
+            part = shares[shares.site == site]
+            curve(figure, part, "layer", column, site, 1, col)
+            if column == "raw":
+                curve(figure, part, "layer", "centered", site, 1, col, dash="dash")
+        figure.update_yaxes(title_text=title, rangemode="tozero", row=1, col=col)
+    figure.update_xaxes(title_text="layer")
     return figure

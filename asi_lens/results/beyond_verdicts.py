@@ -10,9 +10,9 @@ import math
 
 import pandas as pd
 
+from asi_lens.results.beyond_rows import AnswerRow
 from asi_lens.results.dictionary_verdicts import RANKS
 from asi_lens.results.judging import rank_correlation, taken
-from asi_lens.results.rows import AnswerRow
 
 PLACE = ["site", "layer"]
 
