@@ -32,7 +32,7 @@ from asi_lens.sae.initialize import AUTO_SHARE, auto_d_init
 
 SITES = ("attn_out", "mlp_out", "resid_post")
 KILLED = 0.01
-"""Share of features that the mean may kill before subtracting it is advised as needed, not as a habit."""
+"""Share of features that centering must save to be called needed."""
 OUTSIDE = 0.25
 """Share of a random row's squared norm in directions without variance above which ASI is advised."""
 
@@ -47,15 +47,17 @@ class Advice:
     reason: str
 
 
-def advise(spectrum: Spectrum, predicted: float) -> Advice:
-    """Return the advice for one site.
+def advise(spectrum: Spectrum, raw: float, centered: float) -> Advice:
+    """Return the advice for one site, given the measured shares that never fire at a random start.
 
-    Centering is needed if the mean alone is predicted to kill more than `KILLED` of the features. ASI is
+    Centering is needed if it saves more than `KILLED` of the features of a random start. (The prediction from
+    gamma assumes isotropic activations; at sites of low rank more features die than it says.) ASI is
     advised if a random row has more than `OUTSIDE` of its squared norm in the directions that hold the last
     1 % of the variance; `d_init` is then the automatic choice (`auto_d_init`).
     """
-    needed = predicted > KILLED
-    kills = f"gamma {gamma(spectrum):.2f}: the mean alone silences {predicted:.1%} of a random start"
+    needed = raw - centered > KILLED
+    kills = f"gamma {gamma(spectrum):.2f}: raw inputs silence {raw:.1%} of a random start"
+    kills += f", centered ones {centered:.1%}"
     center: Literal["needed", "harmless"] = "needed" if needed else "harmless"
     outside = 1 - spectrum.intrinsic_dimension(0.99) / spectrum.d
     where = f"{outside:.0%} of a random row lies where 1 % of the variance is"
@@ -138,8 +140,9 @@ def _row(
     k: int,
     seed: int,
 ) -> DiagnosisRow:
-    predicted = predicted_dead(gamma(spectrum), k, d_sae, len(rows))
-    advice = advise(spectrum, predicted)
+    raw = dead_at_start(rows, k, d_sae, seed=seed)
+    centered = dead_at_start(rows, k, d_sae, center=spectrum.mean, seed=seed)
+    advice = advise(spectrum, raw, centered)
     return DiagnosisRow(
         model=model,
         corpus=corpus,
@@ -154,9 +157,9 @@ def _row(
         d_sae=d_sae,
         k=k,
         n_rows=len(rows),
-        predicted=predicted,
-        dead_raw=dead_at_start(rows, k, d_sae, seed=seed),
-        dead_centered=dead_at_start(rows, k, d_sae, center=spectrum.mean, seed=seed),
+        predicted=predicted_dead(gamma(spectrum), k, d_sae, len(rows)),
+        dead_raw=raw,
+        dead_centered=centered,
         center=advice.center,
         start=advice.start,
         d_init=advice.d_init,

@@ -6,7 +6,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from asi_lens.figures.parts import curve, panels
-from asi_lens.figures.style import GREY, color, label, marker, need, order, setting, sites
+from asi_lens.figures.style import GREY, METHOD_COLORS, color, label, marker, need, order, setting, sites
 from asi_lens.results.beyond_rows import DiagnosisRow, DoseRow, InputRow, StartRow
 
 _RANKS = {
@@ -14,7 +14,7 @@ _RANKS = {
     "intrinsic_dimension_99": "directions for 99 %",
     "participation_ratio": "participation ratio",
 }
-_LOOKS = {"random": ("#8a8a8a", "circle"), "ASI": ("#1b6ca8", "diamond")}
+_LOOKS = {"random": (METHOD_COLORS["random"], "circle"), "ASI": (METHOD_COLORS["ASI"], "diamond")}
 
 
 def death_at_start(table: pd.DataFrame) -> go.Figure:

@@ -121,3 +121,27 @@ def dose_and_response(table: pd.DataFrame) -> list[AnswerRow]:
         else:
             out.append(_predicts(question, points[column], points.dead_fraction, -1))
     return out
+
+
+def starts_against_asi(table: pd.DataFrame) -> list[AnswerRow]:
+    """Answer for each start whether it does what ASI does.
+
+    Takes `DeadFeatureRow`s of one site. A start does if in every seed it has at most as many silent features
+    on held-out text as ASI, at an FVU that is not higher.
+    """
+    held = taken(table, ["method", "seed", "split"], ["dead_fraction", "fvu"])
+    held = held[held.split == "held_out"].set_index(["method", "seed"])
+    silent, fvu = (held[column].unstack("method", sort=False) for column in ("dead_fraction", "fvu"))
+    out = []
+    for method in [name for name in silent if name != "ASI"]:
+        question, pair = f"{method} does what ASI does", [method, "ASI"]
+        if "ASI" not in silent or silent[pair].isna().any(axis=None) or fvu[pair].isna().any(axis=None):
+            out.append(AnswerRow(question, "not testable here", "ASI or a number is missing"))
+            continue
+        good = (silent[method] <= silent.ASI) & (fvu[method] <= fvu.ASI)
+        told = (
+            f"silent {100 * silent[method].mean():.1f} against {100 * silent.ASI.mean():.1f} %, FVU "
+            f"{fvu[method].mean():.3f} against {fvu.ASI.mean():.3f}; {int(good.sum())} of {len(good)} seeds"
+        )
+        out.append(AnswerRow(question, "yes" if good.all() else "no", told))
+    return out

@@ -8,7 +8,7 @@ measured (NaN), the verdict's `holds` is None. The paper is arXiv 2508.16929.
 
 from __future__ import annotations
 
-from asi_lens.results.beyond_verdicts import centering_or_subspace, dose_and_response
+from asi_lens.results.beyond_verdicts import centering_or_subspace, dose_and_response, starts_against_asi
 from asi_lens.results.dictionary_verdicts import (
     RANKS,
     c6,
@@ -71,4 +71,5 @@ __all__ = [
     "projection_ranks",
     "rank_correlation",
     "rank_points",
+    "starts_against_asi",
 ]

@@ -50,14 +50,15 @@ def test_massive_rows_are_counted_and_left_out(tiny_llama: Any, tiny_tokens: Tok
 
 def test_advice_follows_from_mean_and_spectrum() -> None:
     flat, collapsed = spectrum(torch.ones(40)), spectrum(0.7 ** torch.arange(40))
-    assert (advise(flat, 0.0).start, advise(flat, 0.0).d_init) == ("random", None)
-    found = advise(collapsed, 0.0)
+    found = advise(flat, 0.0, 0.0)
+    assert (found.start, found.d_init, found.center) == ("random", None, "harmless")
+    found = advise(collapsed, 0.0, 0.0)
     assert (found.start, found.d_init) == ("asi", auto_d_init(collapsed))
     assert found.d_init is not None
     assert found.d_init <= collapsed.intrinsic_dimension(0.999), "never beyond the rank"
-    assert advise(flat, 0.0).center == "harmless"
-    assert advise(flat, 0.5).center == "needed"
-    assert "silences 50.0% of a random start" in advise(flat, 0.5).reason
+    assert advise(flat, 0.5, 0.01).center == "needed"
+    assert "silence 50.0% of a random start, centered ones 1.0%" in advise(flat, 0.5, 0.01).reason
+    assert advise(flat, 0.5, 0.5).center == "harmless", "not the mean's deaths"
 
 
 def test_what_cannot_be_diagnosed_is_refused(tiny_llama: Any, tiny_tokens: Tokens) -> None:
