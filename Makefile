@@ -4,12 +4,13 @@ PYTHON    ?= python3
 VENV      ?= .venv
 VENV_TL4  ?= .venv-tl4
 VENV_PEERS ?= .venv-peers
+VENV_TRITON ?= .venv-triton
 MODEL     ?= smollm2-135m
 PROFILE   ?= quick
 NOTEBOOKS ?=
 GROUP     ?= paper
 # Small dictionaries train 1.4 times as fast on two halves of the machine as on all of it at once; large ones do not.
-JOBS      ?= $(if $(filter full paper,$(PROFILE)),1,2)
+JOBS      ?= $(if $(filter full gpu paper,$(PROFILE)),1,2)
 ARGS      ?=
 
 BIN        := $(VENV)/bin
@@ -17,13 +18,16 @@ SETUP      := $(VENV)/.asi_lens-setup
 CHROME     := $(VENV)/.asi_lens-chrome
 SETUP_TL4  := $(VENV_TL4)/.asi_lens-setup
 SETUP_PEERS := $(VENV_PEERS)/.asi_lens-setup
+SETUP_TRITON := $(VENV_TRITON)/.asi_lens-setup
+# Tests of the kernels; without Triton most of them are skipped.
+TRITON_TESTS := tests/kernels/triton tests/sae/test_kernel_training.py
 SOURCES    := $(wildcard notebooks/*.ipynb)
 PIP_QUIET  := $(if $(CI),--quiet)
 # Cells keep their names: renumbering them would make every insertion a change of the whole file.
 NBSTRIPOUT := $(BIN)/nbstripout --keep-id
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-tl4 setup-peers figures publish test test-tl4 test-peers lint format lab bench lock clean clean-all
+.PHONY: help setup setup-tl4 setup-peers setup-triton figures publish test test-tl4 test-peers test-triton lint format lab bench lock clean clean-all
 .DELETE_ON_ERROR:
 
 help: ## show this
@@ -32,7 +36,7 @@ help: ## show this
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "  MODEL      a packaged name, a hub name, a folder or a .gguf file"
-	@echo "  PROFILE    smoke (minutes, no claims), quick, full (hours), paper (GPUs)"
+	@echo "  PROFILE    smoke (minutes, no claims), quick, full (hours), gpu (one GPU), paper (GPUs)"
 	@echo "  NOTEBOOKS  comma-separated names or numbers; those of GROUP if empty"
 	@echo "  GROUP      paper (00 to 13), beyond (14 and later) or all"
 	@echo "  JOBS       notebooks at a time (now $(JOBS))"
@@ -55,11 +59,16 @@ setup-tl4: $(SETUP_TL4)
 
 setup-peers: $(SETUP_PEERS)
 
+setup-triton: $(SETUP_TRITON)
+
 test-tl4: $(SETUP_TL4) ## run the model-facing tests in a second environment with TransformerLens 4
 	$(VENV_TL4)/bin/python -m pytest -n auto --dist loadfile -m model_facing $(ARGS)
 
 test-peers: $(SETUP_PEERS) ## check dictionaries against the real SAELens and sparsify, in a third environment
 	$(VENV_PEERS)/bin/python -m pytest tests/sae/test_peers.py tests/sae/test_foreign.py $(ARGS)
+
+test-triton: $(SETUP_TRITON) ## run the kernels in Triton's interpreter and compile them for Hopper, without a card
+	TRITON_INTERPRET=1 $(VENV_TRITON)/bin/python -m pytest -n auto $(TRITON_TESTS) $(ARGS)
 
 lint: $(SETUP) ## ruff, format, types, and no outputs in notebooks
 	$(BIN)/ruff check .
@@ -89,8 +98,8 @@ clean: ## remove what runs leave (not the published figures, environments or dow
 	find asi_lens tests benchmarks notebooks -name __pycache__ -prune -exec rm -rf {} +
 	find figures -mindepth 1 -maxdepth 1 ! -name published -exec rm -rf {} +
 
-clean-all: clean ## the same and both environments
-	rm -rf $(VENV) $(VENV_TL4) $(VENV_PEERS)
+clean-all: clean ## the same and all environments
+	rm -rf $(VENV) $(VENV_TL4) $(VENV_PEERS) $(VENV_TRITON)
 
 # $(call new-environment,folder): a venv, or a plain word about what this machine lacks.
 define new-environment
@@ -127,4 +136,8 @@ $(SETUP_PEERS): $(SETUP) requirements-peers.txt
 
 $(SETUP_TL4): $(SETUP) requirements-tl4.txt
 	$(call laid-over,$(VENV_TL4),requirements-tl4.txt)
+	@touch $@
+
+$(SETUP_TRITON): $(SETUP) requirements-triton.txt
+	$(call laid-over,$(VENV_TRITON),requirements-triton.txt)
 	@touch $@

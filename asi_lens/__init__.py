@@ -17,6 +17,7 @@ _PUBLIC: dict[str, str] = {
     for module, names in {
         "inputs.sources": ("fetch",),
         "inputs.models": ("SITES", "ModelInfo", "load_model", "model_info"),
+        "inputs.verify": ("Verification", "verify"),
         "inputs.corpora": ("Tokens", "corpus_names", "load_tokens"),
         "activations.harvest": ("layer_at", "layers_at", "places"),
         "activations.moments": ("Moments",),

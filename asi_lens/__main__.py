@@ -34,6 +34,11 @@ COMMANDS = {
         "write a page of cards of a dictionary's features",
         "runs/asi/sae --model smollm2-135m --corpus news-en",
     ),
+    "bundle": Command(
+        "reproduce.bundle",
+        "pack everything for a machine without a network, check it, use it there",
+        "make away --profile quick",
+    ),
 }
 """Commands by name, each also a module command (`python -m asi_lens.<module>`)."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,25 @@ def tiny_tokens() -> Any:
     )
     ids[:, 0] = tiny_models.SPECIALS.index("<bos>")
     return Tokens(ids=ids, corpus="random", tokenizer="tiny", context=32)
+
+
+@pytest.fixture
+def refuse_writes(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function from whose call on no lock, file or folder can be made, as on a read-only disk."""
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise PermissionError(errno.EROFS, "Read-only file system")
+
+    def begin() -> None:
+        import filelock
+
+        monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+        for name in ("mkstemp", "mkdtemp"):
+            monkeypatch.setattr(tempfile, name, refuse)
+        for name in ("mkdir", "write_text", "write_bytes", "rename", "replace", "touch"):
+            monkeypatch.setattr(Path, name, refuse)
+
+    return begin
 
 
 @pytest.fixture

@@ -28,8 +28,8 @@ def small_store() -> ActivationStore:
     return ActivationStore.from_tensor(rows(), metadata={"site": "attn_out", "layer": 15})
 
 
-def make(seed: int = 0, dtype: torch.dtype = torch.float32) -> SparseAutoencoder:
-    return SparseAutoencoder(SAEConfig(d_in=D_IN, d_sae=D_SAE, k=K, seed=seed), dtype=dtype)
+def make(seed: int = 0, dtype: torch.dtype = torch.float32, activation: str = "topk") -> SparseAutoencoder:
+    return SparseAutoencoder(SAEConfig(D_IN, D_SAE, K, activation, seed), dtype=dtype)
 
 
 def quick(**changes: Any) -> TrainConfig:

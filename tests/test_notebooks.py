@@ -12,10 +12,11 @@ import pandas as pd
 import pytest
 import tiny_models
 
+from asi_lens.reproduce import __main__ as runner
 from asi_lens.reproduce.__main__ import reproduce
-from asi_lens.reproduce.parameters import merged_parameters
+from asi_lens.reproduce.parameters import merged_parameters, profile_names
 from asi_lens.results import beyond_rows, rows
-from asi_lens.results.claims import read_claims
+from asi_lens.results.claims import CLAIMS_FILE, ClaimRow
 from asi_lens.results.parameters_cell import notebook_defaults, notebook_names
 from asi_lens.results.rows import LossRow, Row, columns, read_rows
 from asi_lens.results.sidecar import figures_of, read_sidecars
@@ -60,7 +61,7 @@ def test_tables_are_rows_of_a_known_kind(ran: Path) -> None:
 
 @pytest.mark.packaged
 def test_a_smoke_run_puts_every_claim_to_the_test_and_judges_none(ran: Path) -> None:
-    claims = read_claims(ran)
+    claims = read_rows(ran / CLAIMS_FILE, ClaimRow)
     assert {row.claim for row in claims} == {f"C{n}" for n in range(1, 13)}
     assert {row.verdict for row in claims} == {"not testable here"}
 
@@ -121,7 +122,26 @@ def test_a_folder_of_weights_and_a_file_of_text_do_too(
         assert row.cross_entropy == pytest.approx(row.cross_entropy_clean, rel=1e-3)
 
 
-@pytest.mark.parametrize("profile", ["smoke", "quick", "full", "paper"])
+def test_the_headline_of_the_gpu_profile_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """06 as on a GPU: all methods of a size on one stream of batches, each with its own optimizer."""
+    characters = tiny_models.CHARACTERS
+    path = tmp_path / "plain.txt"
+    path.write_text("".join(characters[(i * i * 7 + i) % len(characters)] for i in range(3_000)), "utf-8")
+    monkeypatch.setenv("ASI_LENS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("ASI_LENS_FIGURES", str(tmp_path / "figures"))
+    monkeypatch.setattr(runner, "require_machine", lambda profile: None)
+    model = tiny_models.build("llama", tmp_path / "tiny-llama")
+    given: dict[str, Any] = {"context": 16, "n_tokens": 1_024, "n_tokens_held_out": 256, "n_tokens_loss": 64}
+    given |= {"dtype": "float32", "main_corpus": str(path), "d_sae": [64, 128], "k": 4, "log_every": 4}
+    given |= {"n_tokens_train": 2_048, "batch_size": 128, "dead_window": 1_024}
+    reproduce(str(model), "gpu", ["06"], given=given)
+    found = pd.read_csv(tmp_path / "figures" / "tiny-llama" / "gpu" / "06_dictionary_size.csv")
+    assert set(found.d_sae) == {64, 128}
+    optimizers = found.groupby("method").optimizer.unique().map(list).to_dict()
+    assert optimizers == {"random": ["adam"], "ASI": ["adam"], "ASI + sparse Adam": ["sparse_adam"]}
+
+
+@pytest.mark.parametrize("profile", profile_names())
 @pytest.mark.parametrize("model", [MODEL, "gemma3-270m", "llama-3.1-8b"])
 def test_every_profile_fits_every_notebook(profile: str, model: str, tmp_path: Path) -> None:
     for name in notebook_names():

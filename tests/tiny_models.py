@@ -12,6 +12,7 @@ SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")
 CHARACTERS = string.ascii_letters + string.digits + string.punctuation + " \n"
 D_VOCAB = len(SPECIALS) + len(CHARACTERS)
 N_CTX = 128
+N_LAYERS = 3
 
 _COMMON = {
     "vocab_size": D_VOCAB,

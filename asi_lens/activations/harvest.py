@@ -21,6 +21,7 @@ from asi_lens.activations.massive import massive_rows
 from asi_lens.base.errors import DataError, OptionError, require
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
+from asi_lens.inputs.own_tokens import require_own_tokens
 
 # A site at a layer, as in ("attn_out", 15).
 SiteLayer = tuple[str, int]
@@ -56,7 +57,7 @@ def places(model: nn.Module, sites: Iterable[str], layers: Sequence[int] | None)
     for a site that the model lacks.
     """
     sites = [sites] if isinstance(sites, str) else list(sites)
-    n_layers = models.model_info(model).n_layers
+    n_layers = models.model_info(model, fingerprint=False).n_layers
     chosen = range(n_layers) if layers is None else layers
     out: list[SiteLayer] = []
     for layer in chosen:
@@ -76,7 +77,7 @@ def layer_at(model: nn.Module, fraction: float) -> int:
     All notebooks use this rule: 0.5 of 30 layers is layer 15. Raises OptionError outside 0 to 1.
     """
     require(0 <= fraction <= 1, "fraction", fraction, "from 0 to 1")
-    n_layers = models.model_info(model).n_layers
+    n_layers = models.model_info(model, fingerprint=False).n_layers
     return min(n_layers - 1, int(fraction * n_layers))
 
 
@@ -113,9 +114,10 @@ def harvest(
         after_batch: called after each batch with the number of sequences done.
         progress: show a bar with tokens/s and the time left.
 
-    Raises DataError naming site, layer and batch where an activation is NaN or infinite. Hooks are always
-    removed, also on Ctrl-C.
+    Raises DataError naming site, layer and batch where an activation is NaN or infinite, OptionError for
+    tokens of another model's tokenizer. Hooks are always removed, also on Ctrl-C.
     """
+    require_own_tokens(model, tokens)
     require(batch_tokens >= 1, "batch_tokens", batch_tokens, "at least 1")
     require(0 <= start <= len(tokens), "start", start, f"from 0 to {len(tokens)}")
     if drop_first and tokens.context < 2:

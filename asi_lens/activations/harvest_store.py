@@ -10,26 +10,26 @@ from __future__ import annotations
 import errno
 import re
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from asi_lens.activations import shards
 from asi_lens.activations.harvest import BATCH_TOKENS, SiteLayer, harvest, places
-from asi_lens.activations.shard_writer import ShardWriter, join_parts
+from asi_lens.activations.shard_writer import Appending, ShardWriter, join_parts
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import CacheError, DataError, OptionError, require
 from asi_lens.base.files import cache_key, locked
-from asi_lens.base.paths import cache_dir
+from asi_lens.base.paths import cached
 from asi_lens.base.ranks import Ranks
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
+from asi_lens.inputs.fingerprint import is_fixed, number_key
 
 __all__ = ["ActivationStore", "harvest_store", "harvest_stores"]
 
@@ -94,8 +94,9 @@ def harvest_stores(
     The size is printed before anything is written.
 
     Args:
-        folder: None writes the stores to the cache, under a key of everything that their rows depend on. If
-            another process is writing the same stores there, this process waits for it.
+        folder: None writes the stores to the cache, under a key of everything that their rows depend on (not
+            allowed while hooks that somebody added to the model are in force). If another process is writing
+            the same stores there, this process waits for it.
         dtype: dtype of the rows on disk: "bfloat16", "float16" or "float32".
         budget_gb: refuse to write more than this many 10^9 bytes.
         shard_tokens: rows of a shard, rounded to whole forward batches (None: 128 MiB).
@@ -161,9 +162,10 @@ def _harvest(
         writers: dict[SiteLayer, ShardWriter] = {}
 
         def begin() -> None:
-            # Locks are taken in sorted order, so that two harvests never wait for each other.
+            # Locks are taken in sorted order, so that two harvests never wait for each other. Finished stores
+            # are not locked: they may be in a read-only cache.
             for where in sorted(folders, key=folders.__getitem__):
-                if ranks.rank == 0:
+                if ranks.rank == 0 and not (folders[where] / shards.MANIFEST).exists():
                     busy = CacheError(f"another process is writing the store in {folders[where]}")
                     # Cached stores are shared between processes: the second process waits for the first.
                     stack.enter_context(locked(folders[where], None if chosen[where] is None else busy))
@@ -191,7 +193,7 @@ def _harvest(
         ranks.together("beginning the harvest", begin)
         if writers:
             start = min(writer.n for writer in writers.values())
-            appending = _Appending(writers, start)
+            appending = Appending(writers, start)
             harvest(
                 model,
                 tokens[:last],
@@ -251,27 +253,6 @@ def _require_begun_so(folder: Path, own: Path) -> None:
         )
 
 
-class _Appending:
-    """A harvest consumer that appends to one writer per (site, layer)."""
-
-    def __init__(self, writers: Mapping[SiteLayer, ShardWriter], start: int):
-        self.wants: Collection[SiteLayer] = tuple(writers)
-        self._writers = writers
-        self._seen = dict.fromkeys(writers, start)
-        self._out: dict[SiteLayer, Tensor] = {}
-
-    def leave_out(self, where: SiteLayer, tokens: Int[Tensor, " m"], rows: Float[Tensor, "m d"]) -> None:
-        """Note tokens of the next batch that are not among its rows (`harvest.LeftOut`)."""
-        self._out[where] = tokens
-
-    def consume(self, where: SiteLayer, rows: Float[Tensor, "n d"]) -> None:
-        """Append one batch, unless the store already holds it (from before a kill)."""
-        out = self._out.pop(where, None)
-        if self._seen[where] == self._writers[where].n:
-            self._writers[where].append(rows, out)
-        self._seen[where] += len(rows) + (0 if out is None else len(out))
-
-
 def _origins(
     model: nn.Module, tokens: Tokens, wheres: Sequence[SiteLayer], drop_first: bool, drop_massive: bool
 ) -> dict[SiteLayer, dict[str, Any]]:
@@ -303,12 +284,19 @@ def _origins(
 
 
 def _cached(origin: Mapping[str, Any], dtype: str) -> Path:
-    # Left out where False: keeps the keys of stores from before `drop_massive` existed.
-    content = {name: origin[name] for name in _CONTENT if name != "drop_massive" or origin[name]}
-    key = cache_key(format=shards.FORMAT, dtype=dtype, **content)
+    weights, model_dtype, tokens, drop_first, drop_massive = (origin[name] for name in _CONTENT)
+    if not is_fixed(weights):
+        raise OptionError(
+            "folder=None is not allowed while hooks that somebody added to the model are in force: no cache "
+            "key covers their code; name a folder"
+        )
+    options = {"format": shards.FORMAT, "store_dtype": dtype, "drop_first": drop_first}
+    if drop_massive:  # left out where False: keeps the keys of stores from before this option existed
+        options["drop_massive"] = True
+    key = cache_key(**number_key(weights, model_dtype, tokens, **options))
     # Names may be paths or hub names: only letters, digits, dot and dash are kept, so no subfolder is made.
     parent = re.sub(r"[^\w.-]+", "-", f"{origin['model']}-{origin['corpus']}-{key}")
-    return cache_dir("stores") / parent / f"{origin['site']}.{origin['layer']}"
+    return cached("stores", f"{parent}/{origin['site']}.{origin['layer']}", shards.MANIFEST)
 
 
 def _state_size(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from asi_lens.activations.harvest import SiteLayer
 from asi_lens.activations.moments import Moments
 from asi_lens.activations.shards import (
     DTYPES,
@@ -207,6 +208,27 @@ class ShardWriter:
             f"cannot write {self.folder / self._shard_name()}: {error.strerror or error}; {whole} of "
             f"{self.n_total} rows are safe, the same call goes on behind them",
         )
+
+
+class Appending:
+    """A harvest consumer that appends to one writer per (site, layer)."""
+
+    def __init__(self, writers: Mapping[SiteLayer, ShardWriter], start: int):
+        self.wants: Collection[SiteLayer] = tuple(writers)
+        self._writers = writers
+        self._seen = dict.fromkeys(writers, start)
+        self._out: dict[SiteLayer, Tensor] = {}
+
+    def leave_out(self, where: SiteLayer, tokens: Int[Tensor, " m"], rows: Float[Tensor, "m d"]) -> None:
+        """Note tokens of the next batch that are not among its rows (`harvest.LeftOut`)."""
+        self._out[where] = tokens
+
+    def consume(self, where: SiteLayer, rows: Float[Tensor, "n d"]) -> None:
+        """Append one batch, unless the store already holds it (from before a kill)."""
+        out = self._out.pop(where, None)
+        if self._seen[where] == self._writers[where].n:
+            self._writers[where].append(rows, out)
+        self._seen[where] += len(rows) + (0 if out is None else len(out))
 
 
 def join_parts(folder: Path, origin: Mapping[str, Any], n_parts: int) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from asi_lens.base.errors import CacheError
-from asi_lens.base.files import cache_key, locked, sha256_of, write_text, write_whole_folder
-from asi_lens.base.paths import cache_dir
+from asi_lens.base.files import cache_key, locked, read_json, sha256_of, write_text, write_whole_folder
+from asi_lens.base.paths import cached
 
 MANIFEST = "manifest.json"
 
@@ -32,11 +32,14 @@ def cached_jsons(
     missing keys' positions in `keys`; it returns one result per position.
 
     Keys and results must be JSON values. If two processes ask at the same time, only one computes. Raises
-    CacheError, naming the file to delete, for a cache file that cannot be read.
+    CacheError, naming the file to delete, for a cache file that cannot be read. Results that the bundle has
+    (`paths.cached`) are read from there.
     """
-    paths = [cache_dir(kind) / f"{cache_key(**key)}.json" for key in keys]
+    paths = [cached(kind, f"{cache_key(**key)}.json") for key in keys]
     with ExitStack() as held:
-        for path in sorted(set(paths)):  # every process locks in the same order: no deadlock
+        # Every process locks in the same order: no deadlock. Nothing is locked in a complete cache, which may
+        # be read-only.
+        for path in sorted({path for path in paths if not path.exists()}):
             held.enter_context(locked(path))
         missing = [paths.index(path) for path in dict.fromkeys(paths) if not path.exists()]
         if missing:
@@ -47,10 +50,10 @@ def cached_jsons(
 
 
 def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["result"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise CacheError(f"{path} cannot be read ({error!r}); delete it and run again") from error
+    found = read_json(path, CacheError, "delete it and run again")
+    if not isinstance(found, dict) or "result" not in found:
+        raise CacheError(f"{path} cannot be read (it has no result); delete it and run again")
+    return found["result"]
 
 
 def cached_folder(

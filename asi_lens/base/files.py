@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from asi_lens.base.errors import AsiLensError, DataError
+
 
 @contextmanager
 def write_whole(path: Path | str) -> Iterator[Path]:
@@ -45,6 +47,27 @@ def write_text(path: Path | str, text: str) -> None:
     """Write a text file in UTF-8, whole or not at all; see `write_whole`."""
     with write_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path | str, error: type[AsiLensError], repair: str) -> Any:
+    """Return the JSON value in a file. Raises `error`: the path, the reason and `repair`."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as reason:
+        raise error(f"{path} cannot be read ({reason}); {repair}") from reason
+
+
+def read_yaml_mapping(path: Path | str) -> dict[str, Any]:
+    """Return the keys and values of a YAML file; {} for an empty file. Raises DataError naming the file."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, dict | None):
+        raise DataError(f"{path} must hold keys and values")
+    return values or {}
 
 
 @contextmanager

@@ -14,4 +14,6 @@ def plain_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
     try:
         return json.loads(json.dumps(dict(metadata)))
     except (TypeError, ValueError) as error:
-        raise OptionError(f"metadata={metadata!r} is not allowed: {error}") from error
+        raise OptionError(
+            f"metadata={metadata!r} is not allowed; metadata must be JSON values ({error})"
+        ) from error

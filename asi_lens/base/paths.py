@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from asi_lens.base.errors import require
+
 CACHE_VARIABLE = "ASI_LENS_CACHE"
+BUNDLE_VARIABLE = "ASI_LENS_BUNDLE"
 PUBLISHED = "published"
 """Folder of the committed figures below `figures/`; only `make publish` writes there."""
+
+_watching: list[set[tuple[str, str]]] = []
 
 
 def cache_root() -> Path:
@@ -26,6 +33,50 @@ def cache_dir(kind: str) -> Path:
     `kind` is `downloads`, `models`, `corpora`, `moments`, `losses`, `stores`, `saes` ...
     """
     return cache_root() / kind
+
+
+def bundle_root() -> Path | None:
+    """Return the folder that is read before the cache and never written: `ASI_LENS_BUNDLE`, or None.
+
+    Raises OptionError if the variable is set to something that is not a folder.
+    """
+    chosen = os.environ.get(BUNDLE_VARIABLE)
+    if not chosen:
+        return None
+    folder = Path(chosen).expanduser().resolve()
+    require(folder.is_dir(), BUNDLE_VARIABLE, chosen, "a folder (see `python -m asi_lens.reproduce.bundle`)")
+    return folder
+
+
+def cached(kind: str, name: str, mark: str = "") -> Path:
+    """Return the path of an entry of the cache: in the bundle if it is there, else in `cache_dir(kind)`.
+
+    `name` is a file's or folder's path below the folder of the kind. An entry counts as there if it exists,
+    with `mark` if the file of that name in it exists. The returned path exists or is the one to write.
+    """
+    for entries in _watching:
+        entries.add((kind, name))
+    bundle = bundle_root()
+    if bundle is not None and (bundle / kind / name / mark).exists():
+        return bundle / kind / name
+    return cache_dir(kind) / name
+
+
+@contextmanager
+def watched() -> Iterator[set[tuple[str, str]]]:
+    """Yield a set that collects (kind, name) of every entry of the cache that `cached` is asked for."""
+    entries: set[tuple[str, str]] = set()
+    _watching.append(entries)
+    try:
+        yield entries
+    finally:
+        _watching.remove(entries)
+
+
+def is_cached(path: Path) -> bool:
+    """Return whether a path is in the bundle or the cache."""
+    bundle = bundle_root()
+    return path.is_relative_to(cache_root()) or (bundle is not None and path.is_relative_to(bundle))
 
 
 def project_root() -> Path:

@@ -3,7 +3,8 @@
 `torchrun` starts the ranks, or any other program that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT;
 without these variables there is a single process. Twice a second each rank writes a sign of life into
 torch.distributed's key-value store, and whether the rank is waiting for others. A rank that loses its peers
-reads there which peer died and which hangs.
+reads there which peer died and which hangs. torch's `monitored_barrier` is not used: for a rank that died it
+names a port, or rank 0, and it does not work with NCCL.
 """
 
 from __future__ import annotations
@@ -155,7 +156,9 @@ class _Joined(Ranks):
             failed = self._failed()
             if failed or time.monotonic() > until:
                 silent = ", ".join(f"rank {rank}" for rank in missing)
-                raise RankError(f"{what}: " + (failed or f"no word from {silent} in {self.timeout_s:g} s"))
+                raise RankError(
+                    f"{what}: " + (failed or f"{silent} did not answer within {self.timeout_s:g} s")
+                )
             time.sleep(_POLL)
 
     def fail(self, error: BaseException) -> None:
@@ -213,7 +216,7 @@ class _Joined(Ranks):
         busy = [f"rank {rank}" for rank, _, new in pairs if new[1] == "works"]
         if busy:
             return f"{' and '.join(busy)} let the others wait for more than {self.timeout_s:g} s"
-        return "the ranks lost touch with each other"
+        return "the ranks lost their connection to each other"
 
 
 def _common_store(timeout_s: float, name: str, *, host: bool) -> dist.Store:

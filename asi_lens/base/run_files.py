@@ -11,7 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from asi_lens.base.errors import AsiLensError, DataError, OptionError, require, require_known
+from asi_lens import __version__
+from asi_lens.base.errors import AsiLensError, OptionError, require, require_known
+from asi_lens.base.files import read_yaml_mapping
 from asi_lens.base.ranks import Ranks, joined
 
 
@@ -48,19 +50,12 @@ def read_yaml(
     Raises DataError for a file that cannot be read or is not a mapping, UnknownNameError for a key that is
     not in `known`, and OptionError for a missing key of `needed` or a section that is not a mapping.
     """
-    import yaml
-
     path = Path(path)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise DataError(f"{path} must hold keys and values")
+    values = read_yaml_mapping(path)
     require_known(values, known, f"key in {path.name}")
     for key in needed:
         if key not in values:
-            raise OptionError(f"{path.name} has no {key}")
+            raise OptionError(f"{path.name} has no key {key!r}; add it")
     for key in sections:
         require(isinstance(values.get(key, {}), dict), key, values.get(key), "keys and values")
     return values | {key: path.parent / Path(str(values[key])).expanduser() for key in folders}
@@ -89,8 +84,10 @@ def agree(ranks: Ranks, values: Mapping[str, object]) -> None:
 
     Paths are not compared: folders may be mounted in different places.
     """
-    names = ("asi_lens", "torch", "safetensors", "numpy")
-    versions = {"python": platform.python_version(), **{name: version(name) for name in names}}
+    names = ("torch", "safetensors", "numpy")
+    # A checkout that is only on the path has no installed version.
+    versions = {"asi_lens": __version__, "python": platform.python_version()}
+    versions |= {name: version(name) for name in names}
     ranks.require_same("versions", versions)
     told = {key: value for key, value in values.items() if not isinstance(value, Path)}
     ranks.require_same("configurations", told)

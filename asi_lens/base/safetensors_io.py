@@ -15,18 +15,22 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from asi_lens.base.errors import AsiLensError
 from asi_lens.base.files import write_whole
 
 DTYPES = {
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float32: "F32",
     torch.float64: "F64",
     torch.int64: "I64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
 }
 """Dtypes that can be written, and their names in the format."""
 _PIECE_BYTES = 16 * 2**20
@@ -70,25 +74,27 @@ def read_tensors(
         found = dict(file.metadata() or {})
         for key, expected in (about or {}).items():
             if found.get(key) != expected:
-                there = f"{key} {found.get(key)!r}, not {expected!r}"
-                raise error(f"{path} is of another version or of something else ({there}); {repair}")
+                there = f"its {key} is {found.get(key)!r}, not {expected!r}"
+                raise error(f"{path} is from another version or holds something else ({there}); {repair}")
         return {name: file.get_tensor(name) for name in names or file.keys()}, found
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a file atomically. Raises OSError naming the file if it cannot be written."""
-    # Tensors on a GPU are copied to the CPU first; contiguous CPU tensors are not copied.
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    """Write a file atomically, a piece of a tensor at a time: tensors on a GPU are never all on the CPU.
+
+    Raises OSError naming the file if it cannot be written.
+    """
+    # Wide numbers come first, as in files of the safetensors package, so that every tensor is aligned.
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     with write_whole(path) as temporary:
-        try:
-            save_file(stored, temporary, metadata=dict(metadata))
-        except SafetensorError as error:  # for example on a full disk
-            raise OSError(f"cannot write {path}: {error}") from error
+        write_tensors(temporary, {name: tensors[name] for name in order}, metadata)
 
 
-def header(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> bytes:
+def header(
+    tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str] | None = None
+) -> bytes:
     """Return all bytes before the tensors' bytes, which follow in this order, row-major and without gaps."""
-    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    table: dict[str, object] = {"__metadata__": {"format": "pt"} if metadata is None else dict(metadata)}
     end = 0
     for name, (dtype, shape) in tensors.items():
         begin, end = end, end + math.prod(shape) * dtype.itemsize
@@ -110,10 +116,13 @@ def pieces(tensor: Tensor) -> Iterable[Tensor]:
     return rows.split(max(1, _PIECE_BYTES // row_bytes))
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a safetensors file; transposed and strided tensors are made contiguous one piece at a time."""
     with path.open("wb") as file:
-        file.write(header({name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}))
+        table = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+        file.write(header(table, metadata))
         for tensor in tensors.values():
             for piece in pieces(tensor):
                 file.write(raw_bytes(piece))

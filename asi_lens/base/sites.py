@@ -5,8 +5,7 @@ A new site is one entry here. Full hook names need no entry.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -14,11 +13,10 @@ class Site:
     """One site.
 
     Attributes:
-        template: TransformerLens hook of the site, with `{}` for the layer.
+        template: TransformerLens hook of the site in most architectures, with `{}` for the layer; in a given
+            model, the hook is the one whose values are added to the stream (`inputs.identities`).
         label, color, marker: name, color and marker of the site, the same in every figure.
         in_stream: whether the site is as wide as the residual stream.
-        templates: hooks of architectures in which `template` is a different activation; keys are the start
-            of the architecture's name.
     """
 
     template: str
@@ -26,25 +24,11 @@ class Site:
     color: str
     marker: str
     in_stream: bool = True
-    templates: Mapping[str, str] = field(default_factory=dict)
-
-    def hook(self, architecture: str) -> str:
-        """Return the hook template for an architecture."""
-        special = [name for start, name in self.templates.items() if architecture.startswith(start)]
-        return special[0] if special else self.template
 
 
 # Colors of Okabe and Ito, which remain distinct under color blindness.
 SITES: dict[str, Site] = {
-    # In a BERT layer, TransformerLens's `hook_attn_out` is the stream after attention and its norm. Attention
-    # adds the output of its projection to the stream.
-    "attn_out": Site(
-        "blocks.{}.hook_attn_out",
-        "attention output",
-        "#D55E00",
-        "circle",
-        templates={"Bert": "blocks.{}.attn.o.hook_out"},
-    ),
+    "attn_out": Site("blocks.{}.hook_attn_out", "attention output", "#D55E00", "circle"),
     "mlp_out": Site("blocks.{}.hook_mlp_out", "MLP output", "#0072B2", "square"),
     "resid_post": Site("blocks.{}.hook_resid_post", "residual stream", "#009E73", "diamond"),
     "z": Site("blocks.{}.attn.hook_z", "concatenated heads z", "#CC79A7", "triangle-up", in_stream=False),

@@ -19,10 +19,11 @@ from tqdm.auto import tqdm
 
 from asi_lens.activations.massive import massive_rows
 from asi_lens.activations.spectrum import Spectrum
-from asi_lens.base.cache import cached_json
-from asi_lens.base.errors import DataError, require
+from asi_lens.base.errors import DataError, UnsupportedModelError, require
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
+from asi_lens.inputs.fingerprint import cached_number, number_key
+from asi_lens.inputs.own_tokens import require_own_tokens
 
 # Takes an activation [batch position d] and returns the activation that replaces it.
 Edit = Callable[[Tensor], Tensor]
@@ -79,8 +80,10 @@ def cross_entropy(
 ) -> float:
     """Return the mean next-token cross-entropy of the unedited model, in nats per token.
 
-    The mean is over all predicted tokens. Raises DataError if the loss is not finite.
+    The mean is over all predicted tokens. Raises DataError if the loss is not finite, UnsupportedModelError
+    for a model that does not predict next tokens, OptionError for tokens of another model's tokenizer.
     """
+    _require_next_tokens(model, tokens)
     total = 0.0
     with tqdm(total=len(tokens), unit="seq", desc="clean loss", disable=not progress) as bar:
         for ids in _batches(tokens, batch_tokens):
@@ -101,8 +104,9 @@ def edited_cross_entropy(
 ) -> dict[str, float]:
     """Return the mean next-token cross-entropy (nats per token) under each edit of one site, by edit name.
 
-    Raises DataError if a loss is not finite, and the errors of `models.hook_name`.
+    Raises as `cross_entropy` and `models.hook_name` do.
     """
+    _require_next_tokens(model, tokens)
     hook = models.hook_name(model, site, layer)
     totals = dict.fromkeys(edits, 0.0)
     with tqdm(
@@ -144,15 +148,12 @@ def truncation_sweep(
     random_ranks = ranks if random_ranks is None else random_ranks
     _require_fractions(ranks=ranks, random_ranks=random_ranks)
     require(all(seed >= 0 for seed in random_seeds), "random_seeds", list(random_seeds), "of at least 0")
+    _require_next_tokens(model, tokens)
     info = models.model_info(model)
-    base = {
-        "format": _FORMAT,
-        "weights": info.fingerprint,
-        "dtype": info.dtype,
-        "tokens": tokens.fingerprint,
-        "batch_tokens": batch_tokens,
-    }
-    clean = cached_json(
+    base = number_key(
+        info.fingerprint, info.dtype, tokens.fingerprint, format=_FORMAT, batch_tokens=batch_tokens
+    )
+    clean = cached_number(
         "losses", base, partial(cross_entropy, model, tokens, batch_tokens=batch_tokens, progress=progress)
     )
     out: list[dict[str, object]] = []
@@ -176,7 +177,7 @@ def truncation_sweep(
                 model, tokens, site, layer, edits, batch_tokens=batch_tokens, progress=progress
             )
 
-        losses = cached_json("losses", about, measure)
+        losses = cached_number("losses", about, measure)
         for seed, r in points:
             loss = losses[_name(seed, r)]
             out.append(
@@ -197,6 +198,15 @@ def truncation_sweep(
                 }
             )
     return out
+
+
+def _require_next_tokens(model: nn.Module, tokens: Tokens) -> None:
+    info = models.model_info(model, fingerprint=False)
+    if not info.causal:
+        raise UnsupportedModelError(
+            f"{info.name} ({info.architecture}) does not predict next tokens: no loss"
+        )
+    require_own_tokens(model, tokens)
 
 
 def _require_fractions(**given: Sequence[float]) -> None:

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from asi_lens.activations.spectrum import covariance_eigenvalues, entropy_rank, one_thread
-from asi_lens.base.cache import cached_json
 from asi_lens.base.errors import OptionError, require, unknown_name
 from asi_lens.collapse.spectra import Spectra
 from asi_lens.inputs import models
+from asi_lens.inputs.fingerprint import cached_number, number_key
 
 _FORMAT = "1"
 
@@ -77,7 +77,7 @@ def counterfactual_ranks(
         raise OptionError(f"z_covariance is {tuple(z_covariance.shape)}, W_O asks for ({d_z}, {d_z})")
     heads = W_O.double()
     flat = rearrange(heads, "head d_head d_model -> (head d_head) d_model")
-    C = z_covariance.double()
+    C = z_covariance.to(heads)  # from the cache it comes to the CPU, wherever the model is
     generator = torch.Generator(device="cpu").manual_seed(seed)
 
     def rank(projection: Float[Tensor, "d_z d_out"]) -> float:
@@ -143,7 +143,7 @@ def head_overlap(
     with one_thread(d_model):
         bases = torch.linalg.svd(heads, full_matrices=False).Vh  # [n_heads min(d_head, d_model) d_model]
         cosines = torch.linalg.svdvals(bases[:, None] @ bases[None].mT).clamp(0.0, 1.0)
-        blocks = _blocks(z_covariance.double(), heads)
+        blocks = _blocks(z_covariance.to(heads), heads)
         covariances = torch.stack([w.T @ C_h @ w for C_h, w in blocks])
         written = rearrange(covariances, "head row column -> head (row column)")
         written = written / written.norm(dim=1, keepdim=True)
@@ -179,16 +179,18 @@ def counterfactual_records(
                 ]
         return records
 
-    key = {
-        "format": _FORMAT,
-        "weights": spectra.model.fingerprint,
-        "z": [spectra["z", layer].fingerprint for layer in layers],
-        "names": [spectra.model.name, spectra.corpus],
-        "layers": layers,
-        "draws": draws,
-        "seed": seed,
-    }
-    return cached_json("output_projection", key, measure)
+    info = models.model_info(model)  # W_O is the model's of now, whenever the spectra were measured
+    key = number_key(
+        info.fingerprint,
+        info.dtype,
+        format=_FORMAT,
+        z=[spectra["z", layer].fingerprint for layer in layers],
+        names=[spectra.model.name, spectra.corpus],
+        layers=layers,
+        draws=draws,
+        seed=seed,
+    )
+    return cached_number("output_projection", key, measure)
 
 
 def overlap_records(model: nn.Module, spectra: Spectra, *, seed: int = 0) -> list[dict[str, object]]:

@@ -12,89 +12,30 @@ import math
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from asi_lens.activations.harvest import BATCH_TOKENS, SiteLayer, harvest, places
 from asi_lens.activations.moments import Moments
+from asi_lens.activations.moments_consumer import MomentsConsumer, moments_in
 from asi_lens.activations.spectrum import Spectrum, warn_if_few
-from asi_lens.base.cache import cached_json
 from asi_lens.base.errors import CacheError, require
 from asi_lens.base.files import cache_key, locked
-from asi_lens.base.paths import cache_dir
+from asi_lens.base.paths import cache_dir, cached
 from asi_lens.base.safetensors_io import read_tensors, save_tensors
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
+from asi_lens.inputs.fingerprint import cached_number, is_fixed, number_key
 
 _FORMAT = "2"
+_KIND = "moments"
 _ABOUT = {"asi_lens_moments": _FORMAT}
 # Seconds between two saved states of a running pass.
 _SAVE_EVERY = 300.0
-
-
-class MomentsConsumer:
-    """A harvest consumer that keeps the moments of every (site, layer) it wants.
-
-    `moments`: of the rows. `massive`: of the rows that the pass left out, for places that have such rows.
-    """
-
-    def __init__(self, wants: Sequence[SiteLayer]):
-        self.wants = tuple(wants)
-        self.moments: dict[SiteLayer, Moments] = {}
-        self.massive: dict[SiteLayer, Moments] = {}
-
-    def consume(self, where: SiteLayer, rows: Float[Tensor, "n d"]) -> None:
-        """Add one batch of rows."""
-        _add(self.moments, where, rows)
-
-    def leave_out(self, where: SiteLayer, tokens: Int[Tensor, " m"], rows: Float[Tensor, "m d"]) -> None:
-        """Count rows that the pass leaves out (`harvest.LeftOut`)."""
-        _add(self.massive, where, rows)
-
-    def n(self, where: SiteLayer) -> int:
-        """Return the number of tokens seen at a place, with those left out."""
-        return sum(part[where].n for part in (self.moments, self.massive) if where in part)
-
-    def spectrum(self, where: SiteLayer) -> Spectrum:
-        """Return the spectrum of the rows so far."""
-        found, massive = Spectrum.from_moments(self.moments[where]), self.massive.get(where)
-        if massive is not None:
-            whole = Spectrum.from_moments(self.moments[where].clone().merge(massive))
-            found.left_out, found.rank_with_massive = massive.n, whole.effective_rank_fraction
-        return found
-
-    def state(self) -> dict[str, Tensor]:
-        """Return the tensors to store; names begin with the number of the place."""
-        out: dict[str, Tensor] = {}
-        for name, moments in (("", self.moments), ("massive.", self.massive)):
-            for where, own in moments.items():
-                out |= {f"{self.wants.index(where)}.{name}{key}": t for key, t in own.state().items()}
-        return out
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Inverse of `state`."""
-        for k, where in enumerate(self.wants):
-            for name, moments in (("", self.moments), ("massive.", self.massive)):
-                if f"{k}.{name}n" in state:
-                    moments[where] = _moments_in(state, f"{k}.{name}")
-
-
-def _add(moments: dict[SiteLayer, Moments], where: SiteLayer, rows: Float[Tensor, "n d"]) -> None:
-    if len(rows) == 0:
-        return
-    new = Moments.of(rows)
-    if where in moments:
-        # A resumed pass has read its moments to the CPU: they are moved to the device of the rows.
-        new = moments[where].to(rows.device).merge(new)
-    moments[where] = new
-
-
-def _moments_in(state: Mapping[str, Tensor], prefix: str) -> Moments:
-    """Return the moments stored under names with this prefix."""
-    return Moments.from_state({name: state[prefix + name] for name in ("n", "mean", "scatter")})
 
 
 class Spectra(Mapping[SiteLayer, Spectrum]):
@@ -174,17 +115,30 @@ def collect_spectra(
     With and without massive rows are one pass: whichever is asked for later is read from the cache.
 
     A running pass takes 8 d^2 bytes per (site, layer) for any number of tokens. Ctrl-C saves the state of
-    the pass; the next call continues from there, with the same bits as a pass without a stop.
+    the pass; the next call continues from there, with the same bits as a pass without a stop. With hooks that
+    somebody added to the model, the pass runs every time and nothing is kept.
 
     Raises UnknownNameError, OptionError or UnsupportedModelError for a site or layer that the model does
     not have, DataError for activations that are not finite, CacheError for a damaged cache file.
     """
     wanted = places(model, sites, layers)
     info = models.model_info(model)
+    if not is_fixed(info.fingerprint):
+        consumer = MomentsConsumer(wanted)
+        options: dict[str, Any] = {"drop_massive": drop_massive, "left_out": consumer.leave_out}
+        options |= {"batch_tokens": batch_tokens, "drop_first": drop_first, "progress": progress}
+        harvest(model, tokens, [consumer], **options)
+        found = {where: consumer.spectrum(where) for where in wanted}
+        warn_if_few(found.values())
+        return Spectra(found, info, tokens.corpus)
     folder = _folder(info, tokens, drop_first, batch_tokens)
-    with locked(folder):
-        missing = [where for where in wanted if not _file(folder, where).exists()]
-        if missing:
+
+    def absent() -> list[SiteLayer]:
+        return [where for where in wanted if not _file(folder, where).exists()]
+
+    # Looked for before the lock, as a complete cache may be read-only.
+    with locked(folder) if absent() else nullcontext():
+        if missing := absent():
             consumer = _run(model, tokens, missing, folder, drop_first, batch_tokens, progress)
             for where in missing:
                 _write(_file(folder, where), consumer, where)
@@ -235,7 +189,7 @@ def rank_growth(
                 records.append({**record, "n_tokens": consumer.n((site, layer)), **spectrum.summary()})
         return records
 
-    return cached_json("moments", key, measure)
+    return cached_number(_KIND, key, measure)
 
 
 def _run(
@@ -289,25 +243,19 @@ def _run(
 
 
 def _key(info: models.ModelInfo, tokens: Tokens, drop_first: bool, batch_tokens: int) -> dict[str, object]:
-    return {
-        "format": _FORMAT,
-        "weights": info.fingerprint,
-        "dtype": info.dtype,
-        "tokens": tokens.fingerprint,
-        "drop_first": drop_first,
-        "batch_tokens": batch_tokens,
-    }
+    options = {"format": _FORMAT, "drop_first": drop_first, "batch_tokens": batch_tokens}
+    return number_key(info.fingerprint, info.dtype, tokens.fingerprint, **options)
 
 
 def _folder(info: models.ModelInfo, tokens: Tokens, drop_first: bool, batch_tokens: int) -> Path:
     key = cache_key(**_key(info, tokens, drop_first, batch_tokens))
     name = f"{info.name}-{tokens.corpus}-{key}"
     # Names may be paths or hub names: only letters, digits, dot and dash are kept, so no subfolder is made.
-    return cache_dir("moments") / re.sub(r"[^\w.-]+", "-", name)
+    return cache_dir(_KIND) / re.sub(r"[^\w.-]+", "-", name)
 
 
 def _file(folder: Path, where: SiteLayer) -> Path:
-    return folder / f"{where[0]}.{where[1]}.safetensors"
+    return cached(_KIND, f"{folder.name}/{where[0]}.{where[1]}.safetensors")
 
 
 def _partial(folder: Path, missing: Sequence[SiteLayer]) -> Path:
@@ -337,7 +285,7 @@ def _read(path: Path, name: str, drop_massive: bool) -> Spectrum:
     left_out = int(head["left_out"])
     if left_out and not drop_massive:
         state = _load(path)
-        whole = _moments_in(state, "").merge(_moments_in(state, "massive."))
+        whole = moments_in(state, "").merge(moments_in(state, "massive."))
         return Spectrum.from_moments(whole, name=name)
     return Spectrum(
         head["eigenvalues"],

@@ -10,6 +10,7 @@ from torch import nn
 
 from asi_lens.base.cache import cached_jsons
 from asi_lens.inputs.corpora import Tokens
+from asi_lens.inputs.fingerprint import is_fixed, number_key
 from asi_lens.inputs.models import model_info
 from asi_lens.results.rows import LOSSES
 from asi_lens.sae.evaluate import Evaluation
@@ -45,13 +46,11 @@ def held_out_numbers(
         model, tokens: used for the language-model losses; None to skip them.
         evaluate: evaluates, together, the runs that are not in the cache.
     """
-    judged = {
-        "format": format_number,
-        "losses": list(LOSSES),
-        "held_out": held_out,
-        "model": None if model is None else model_info(model).fingerprint,
-        "tokens": None if tokens is None else tokens.fingerprint,
-    }
+    info = None if model is None else model_info(model)
+    judged = {"format": format_number, "losses": list(LOSSES), "held_out": held_out}
+    if info is not None:
+        text = None if tokens is None else tokens.fingerprint
+        judged = number_key(info.fingerprint, info.dtype, text, **judged)
 
     def measure(missing: list[int]) -> list[dict[str, Any]]:
         return [
@@ -65,4 +64,6 @@ def held_out_numbers(
             for one in evaluate([runs[position] for position in missing])
         ]
 
+    if info is not None and not is_fixed(info.fingerprint):
+        return measure(list(range(len(runs))))
     return cached_jsons("evaluations", [{**judged, "run": run.folder.name} for run in runs], measure)

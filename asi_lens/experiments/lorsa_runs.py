@@ -160,7 +160,7 @@ def lorsa_budget(
     model: nn.Module, runs: Sequence[LorsaRun], pairs: SequencePairs, held_out: SequencePairs, losses: Tokens
 ) -> str:
     """Return the setting of runs of one layer and size in words, for captions and the claims table."""
-    info, run = model_info(model), runs[0]
+    info, run = model_info(model, fingerprint=False), runs[0]
     config, train = run.config, run.train
     d_init = ", ".join(str(one) for one in sorted({one.d_init for one in runs if one.d_init}))
     seeds = sorted({one.seed for one in runs})
@@ -191,7 +191,7 @@ def _run(
         config=asdict(config),
         init=recipe.init,
         d_init=d_init,
-        train=asdict(train),
+        train=train.as_dict(),
         sample=_SAMPLE,
         log_every=log_every,
     )
@@ -210,7 +210,7 @@ def _evaluations(
     """Return the evaluated fields of `held_out` rows, a mapping for each run."""
 
     def evaluate(missing: list[LorsaRun]) -> list[Evaluation]:
-        lorsas = [run.lorsa() for run in missing]
+        lorsas = [run.lorsa().to(resolve_device("auto")) for run in missing]
         return evaluate_lorsas(lorsas, held_out, model=model, tokens=tokens, progress=progress)
 
     return held_out_numbers(runs, FORMAT, held_out.fingerprint, model, tokens, evaluate)

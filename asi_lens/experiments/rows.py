@@ -16,7 +16,7 @@ from asi_lens.activations.store import ActivationStore
 from asi_lens.experiments.held_out import NO_LOSSES, held_out_numbers
 from asi_lens.experiments.runs import FORMAT, TrainedRun
 from asi_lens.inputs.corpora import Tokens
-from asi_lens.inputs.models import model_info
+from asi_lens.inputs.models import model_info, resolve_device
 from asi_lens.results.rows import DeadFeatureRow, DriftRow
 from asi_lens.sae.drift import COLUMNS
 from asi_lens.sae.evaluate import Evaluation, evaluate_together, evaluate_transcoders
@@ -122,7 +122,7 @@ def seen_fvu(runs: Sequence[TrainedRun], store: ActivationStore, n: int, progres
 
 def budget(model: nn.Module, runs: Sequence[TrainedRun], data: Split, *, losses: bool = True) -> str:
     """Return the setting of some runs in words, for captions and the claims table."""
-    info, store = model_info(model), next(iter(data.train.values()))
+    info, store = model_info(model, fingerprint=False), next(iter(data.train.values()))
     sites = dict.fromkeys(run.config.metadata["site"] for run in runs)
     layers = {run.config.metadata["layer"] for run in runs}
     sizes, ks = ({getattr(run.config, name) for run in runs} for name in ("d_sae", "k"))
@@ -164,7 +164,8 @@ def _evaluations(
     """Return the evaluated fields of `held_out` rows, a mapping for each run."""
 
     def evaluate(missing: list[TrainedRun]) -> list[Evaluation]:
-        saes = [run.sae() for run in missing]
+        # Where they were trained; a dictionary moves the rows that it reads to its own device.
+        saes = [run.sae().to(resolve_device("auto")) for run in missing]
         options: dict[str, Any] = {"model": model, "tokens": tokens, "progress": progress}
         if isinstance(held_out, PairedStores):
             transcoders = [sae for sae in saes if isinstance(sae, Transcoder)]

@@ -22,7 +22,7 @@ from asi_lens.activations.shaped import ShapedStore, power_gains
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import CacheError, require
 from asi_lens.base.files import cache_key, locked, write_text
-from asi_lens.base.paths import cache_dir
+from asi_lens.base.paths import cached
 from asi_lens.experiments.held_out import AnyRun
 from asi_lens.experiments.recipes import Recipe, find_recipe
 from asi_lens.inputs.models import resolve_device, resolve_dtype
@@ -102,7 +102,7 @@ def train_recipes(
     train: TrainConfig | None = None,
     windows: Sequence[int] = (),
     log_every: int = 50,
-    checkpoint_every: int = 250_000,
+    checkpoint_every: int | None = None,
     device: str | torch.device = "auto",
     progress: bool = True,
 ) -> list[TrainedRun]:
@@ -148,7 +148,8 @@ def train_seeds(
     for seed in seeds:
         runs = runs_of(seed)
         require(len(runs) > 0, "recipes", [], "one or more")
-        with alone(run.folder for run in runs):
+        # Finished runs are not locked: they may be in a read-only cache.
+        with alone(run.folder for run in runs if not is_finished(run.folder, ())):
             train(runs)
         out += runs
     return out
@@ -213,7 +214,7 @@ def _run(
         d_sae=d_sae,
         k=k,
         recipe=options,
-        train=asdict(train),
+        train=train.as_dict(),
         sample=_SAMPLE,
         **logging,
     )
@@ -265,7 +266,7 @@ def _start(
         sample = rows.sample(min(_SAMPLE, rows.n))
         b_dec = "mean" if recipe.center else "zeros"
         center: dict[str, Any] = {"center": recipe.center, "b_dec": b_dec}
-        report = initialize(sae, method, rows.spectrum, d_init, sample, initial_l0=l0, **center)
+        report = initialize(sae.to(device), method, rows.spectrum, d_init, sample, initial_l0=l0, **center)
         # Drift is measured for all recipes, also for those without ASI. Inside the subspace it is constant.
         drift, search = Drift(rows.spectrum, min(run.d_active, rows.d)), recipe.search
     about = {"format": FORMAT, "recipe": asdict(recipe), "initialization": asdict(report)}
@@ -293,7 +294,8 @@ def _save(run: TrainedRun, trainer: Trainer, rows: ActivationStore | PairedStore
 
 def run_folder(words: Iterable[object], key: str) -> Path:
     """Return the cache folder of a run. `key` covers all it depends on; `words` make the name readable."""
-    return cache_dir("runs") / re.sub(r"[^\w.-]+", "-", "-".join([*map(str, words), key]))
+    name = re.sub(r"[^\w.-]+", "-", "-".join([*map(str, words), key]))
+    return cached("runs", name, FINISHED_FILE)
 
 
 @contextmanager

@@ -21,26 +21,3 @@ from asi_lens.figures.dead_features import (
 from asi_lens.figures.kinds import dictionaries, jumprelu_schedule
 from asi_lens.figures.output_projection import head_overlap, wo_ablation
 from asi_lens.results.figure_files import SavedFigure, save
-
-__all__ = [
-    "SavedFigure",
-    "d_init_sweep",
-    "dead_feature_curves",
-    "death_at_start",
-    "dictionaries",
-    "dictionary_size",
-    "dimension_curves",
-    "dose_response",
-    "downstream_loss",
-    "head_overlap",
-    "inputs_and_starts",
-    "jumprelu_schedule",
-    "layers_and_sites",
-    "learning_rates",
-    "rank_curves",
-    "rank_heatmap",
-    "rank_vs_tokens",
-    "save",
-    "spectra",
-    "wo_ablation",
-]

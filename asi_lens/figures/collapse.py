@@ -12,19 +12,8 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from asi_lens.base.errors import DataError
-from asi_lens.figures.parts import color_scale, curve, level, panels
-from asi_lens.figures.style import (
-    GREY,
-    label,
-    left_margin,
-    need,
-    order,
-    over,
-    pick,
-    setting,
-    single,
-    sites,
-)
+from asi_lens.figures.parts import color_scale, curve, heatmap, legend_only, level, panels, site_curves
+from asi_lens.figures.style import GREY, label, left_margin, need, order, over, pick, setting, single, sites
 from asi_lens.results.rows import LossRow, RankRow, SpectrumRow
 
 # Values of loss recovered below this are not drawn: how far a value is below ablation does not matter.
@@ -44,9 +33,7 @@ def rank_curves(table: pd.DataFrame) -> go.Figure:
         whole.notna().groupby([table.model, table.site]).transform("any")
     ]
     for col, model in enumerate(models, start=1):
-        part = table[table.model == model]
-        for site in sites(part):
-            curve(figure, part[part.site == site], "layer", "whole", site, 1, col, dash="dash")
+        site_curves(figure, table[table.model == model], "layer", "whole", 1, col, dash="dash")
     level(figure, 0.6, "paper:<br>attention 0.6", len(models))
     level(figure, 0.9, "paper: MLP,<br>residual 0.9", len(models))
     return figure
@@ -101,11 +88,7 @@ def spectra(table: pd.DataFrame, layers: Sequence[int] | None = None) -> go.Figu
     for row, model in enumerate(models, start=1):
         for col, layer in enumerate(shown[model], start=1):
             part = table[(table.model == model) & (table.layer == layer)]
-            for site in sites(part):
-                line = part[part.site == site]
-                curve(
-                    figure, line, "index_fraction", "relative_singular_value", site, row, col, markers=False
-                )
+            site_curves(figure, part, "index_fraction", "relative_singular_value", row, col, markers=False)
     # Singular values that are numerically zero would stretch the axis over many empty decades.
     lowest = max(1e-6, float(table.relative_singular_value[table.relative_singular_value > 0].min()))
     bottom = math.floor(math.log10(lowest) * 2) / 2
@@ -135,20 +118,8 @@ def rank_heatmap(table: pd.DataFrame) -> go.Figure:
     )
     means = table.groupby(["site", "model", "corpus"]).effective_rank_fraction.mean()
     for col, site in enumerate(shown, start=1):
-        grid = means[site].unstack().reindex(index=models, columns=corpora)
-        figure.add_heatmap(
-            z=grid.to_numpy(),
-            x=corpora,
-            y=models,
-            coloraxis="coloraxis",
-            texttemplate="%{z:.2f}",
-            xgap=2,
-            ygap=2,
-            hoverongaps=False,
-            hovertemplate="%{y} on %{x}: %{z:.3f}<extra></extra>",
-            row=1,
-            col=col,
-        )
+        cells = means[site].unstack().reindex(index=models, columns=corpora)
+        heatmap(figure, cells, col, gap=2, hover="%{y} on %{x}")
     scale = color_scale("effective<br>rank / width", means.min(), means.max())
     figure.update_layout(coloraxis=scale, margin_r=110)
     figure.update_xaxes(showgrid=False, ticks="", showline=False, tickangle=-38)
@@ -170,8 +141,7 @@ def rank_vs_tokens(table: pd.DataFrame) -> go.Figure:
     figure = panels("Effective rank against sample size", subtitle, [models], y="effective rank / width")
     for col, model in enumerate(models, start=1):
         part = table[table.model == model]
-        for site in sites(part):
-            curve(figure, part[part.site == site], "n_tokens", "effective_rank_fraction", site, 1, col)
+        site_curves(figure, part, "n_tokens", "effective_rank_fraction", 1, col)
         enough = 20 * int(part.d.min())
         line = {"color": GREY, "dash": "dot", "width": 1.2}
         figure.add_vline(x=enough, line=line, row=1, col=col)
@@ -221,9 +191,7 @@ def downstream_loss(table: pd.DataFrame) -> go.Figure:
     level(figure, 0.0, "site at<br>its mean", len(models))
     for subspace, dash in dashes.items():
         if (table.subspace == subspace).any():
-            line = {"color": "#444", "dash": dash, "width": 2}
-            nothing = {"x": [None], "y": [None], "mode": "lines"}
-            figure.add_scatter(**nothing, line=line, name=subspace, showlegend=True, row=1, col=1)
+            legend_only(figure, subspace, mode="lines", line={"color": "#444", "dash": dash, "width": 2})
     lowest = max(_LOWEST, float(table.loss_recovered.min()))
     figure.update_yaxes(range=[min(0, lowest) - 0.06, 1.1])
     ticks = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1]

@@ -15,39 +15,21 @@ import plotly.graph_objects as go
 from asi_lens.base.errors import DataError
 from asi_lens.figures.panels import (
     FVU,
-    RUN,
     Panel,
     check,
     dead_panel,
     ends,
     grid,
     held_out_panels,
+    in_training,
     method_curves,
+    over_training,
     subtitle_of,
     window_of,
 )
-from asi_lens.figures.parts import bar, curve, log_x, panels, root_y, strips
-from asi_lens.figures.style import (
-    GREY,
-    METHOD_COLORS,
-    color,
-    label,
-    marker,
-    methods,
-    over,
-    single,
-    sites,
-)
+from asi_lens.figures.parts import bar, curve, legend_only, log_x, panels, root_y
+from asi_lens.figures.style import GREY, color, label, marker, methods, over, single, sites
 from asi_lens.results.rows import DeadFeatureRow, RankedDeadFeatureRow
-
-__all__ = [
-    "METHOD_COLORS",
-    "d_init_sweep",
-    "dead_feature_curves",
-    "dictionary_size",
-    "layers_and_sites",
-    "learning_rates",
-]
 
 # Methods that some builders need by name.
 _RANDOM, _ASI, _AUTOMATIC = "random", "ASI", "ASI, automatic d_init"
@@ -63,11 +45,8 @@ def dead_feature_curves(table: pd.DataFrame, noun: str = "features") -> go.Figur
     axis of FVU spans the second half of training, since the first values are huge. `noun`: what can be dead.
     """
     check(table, DeadFeatureRow, "dead_feature_curves", "model", "corpus", "site", "layer", "d_sae")
-    train = table[table.split == "train"]
-    window, end = window_of(train, whole=False), train.tokens.max()
-    full = train[(train.dead_window_tokens == window) & (train.tokens >= window)]
-    # Each point in training has one row per window; these rows have the same FVU.
-    fvu = train[train.fvu.notna()].drop_duplicates([*RUN, "tokens"])
+    full, once, window = in_training(table)
+    fvu = once[once.fvu.notna()]
     shown, limits = [dead_panel(full, window, noun)], None
     if len(fvu):
         low, high = fvu.fvu.min(), fvu.fvu[fvu.tokens >= fvu.tokens.max() / 2].max()
@@ -77,15 +56,9 @@ def dead_feature_curves(table: pd.DataFrame, noun: str = "features") -> go.Figur
         shown.append(Panel(f"FVU, training batches{cut}", FVU, fvu, "fvu"))
     held = held_out_panels(table, "dead_feature_curves", noun)
     held = [panel for panel in held if panel.column != "fvu"]
-    subtitle, rows = subtitle_of(table, over(table, "seed"), noun), [shown, held] if held else [shown]
-    figure, place = grid(f"Dead {noun} over training", subtitle, rows)
-    figure.update_xaxes(title_text="training tokens", tickformat="~s", range=[0, 1.02 * end], row=1)
+    figure = over_training(f"Dead {noun} over training", table, shown, held, noun)
     if limits:
         figure.update_yaxes(range=limits, row=1, col=2)
-    for panel in shown:
-        method_curves(figure, panel, "tokens", methods(table), *place[panel.title])
-    for panel in held:
-        strips(figure, panel.rows, panel.column, methods(table), *place[panel.title])
     return figure
 
 
@@ -100,7 +73,7 @@ def d_init_sweep(table: pd.DataFrame) -> go.Figure:
     held = table[(table.split == "held_out") & (table.d_init.notna() | (table.method == _RANDOM))]
     swept = held[~held.method.isin([_RANDOM, _AUTOMATIC])]
     if swept.empty:
-        raise DataError("d_init_sweep: no held_out row has a d_init to sweep over")
+        raise DataError("d_init_sweep: the table has no held_out row with a d_init")
     single(swept, "method", "d_init_sweep")
     subtitle, shown = subtitle_of(held, over(swept, "layer", "seed")), held_out_panels(held, "d_init_sweep")
     figure, place = grid("How large the active subspace is taken", subtitle, [shown])
@@ -132,7 +105,7 @@ def d_init_sweep(table: pd.DataFrame) -> go.Figure:
     dash = {"mode": "lines", "line": {"color": GREY, "dash": "dash", "width": 2}}
     marks = {_RANDOM: ("random initialization", dash), _AUTOMATIC: ("automatic d_init", _star(GREY))}
     for name, mark in [marks[method] for method in marks if (held.method == method).any()]:
-        figure.add_scatter(x=[None], y=[None], name=name, showlegend=True, **mark)
+        legend_only(figure, name, **mark)
     return figure
 
 
@@ -170,7 +143,7 @@ def layers_and_sites(table: pd.DataFrame) -> go.Figure:
     held = held_out_panels(table, "layers_and_sites")
     for method in (_RANDOM, _ASI):
         if not held or not (held[0].rows.method == method).any():
-            raise DataError(f"layers_and_sites: no held_out row has the method {method!r}")
+            raise DataError(f"layers_and_sites: the table has no held_out row with the method {method!r}")
     rows, shown = held[0].rows, sites(held[0].rows)
     subtitle = subtitle_of(table, "mean over seeds" if rows.seed.nunique() > 1 else "")
     titles = ["random initialization, a mark per layer", "random and ASI, a line per layer"]

@@ -13,21 +13,18 @@ import plotly.graph_objects as go
 
 from asi_lens.base.errors import DataError
 from asi_lens.figures.panels import (
-    RUN,
     Panel,
     check,
     dead_panel,
     grid,
     held_out_panels,
-    method_curves,
+    in_training,
+    over_training,
     subtitle_of,
-    window_of,
 )
-from asi_lens.figures.parts import strips
-from asi_lens.figures.style import METHOD_COLORS, methods, order, over
+from asi_lens.figures.parts import seed_dots
+from asi_lens.figures.style import METHOD_COLORS, order, over
 from asi_lens.results.rows import DictionaryRow, DriftRow
-
-__all__ = ["dictionaries", "jumprelu_schedule"]
 
 _STARTS = {"random": ("random", "circle"), "asi": ("ASI", "diamond")}
 
@@ -41,10 +38,7 @@ def jumprelu_schedule(table: pd.DataFrame) -> go.Figure:
     """
     name = "jumprelu_schedule"
     check(table, DriftRow, name, "model", "corpus", "site", "layer", "d_sae", "d_active")
-    train = table[table.split == "train"]
-    window, end = window_of(train, whole=False), train.tokens.max()
-    full = train[(train.dead_window_tokens == window) & (train.tokens >= window)]
-    once = train.drop_duplicates([*RUN, "tokens"])
+    full, once, window = in_training(table)
     r = int(table.d_active.iloc[0])
     inside = f"squared norm in the top {r}<br>directions (%, mean over features)"
     shown = [
@@ -53,15 +47,9 @@ def jumprelu_schedule(table: pd.DataFrame) -> go.Figure:
         Panel("Decoder rows inside", inside, once.assign(inside=100 * once.decoder_inside), "inside"),
     ]
     held = held_out_panels(table, name)
-    subtitle = subtitle_of(table, over(table, "seed"))
-    figure, place = grid("JumpReLU from low and from high l0", subtitle, [shown, held] if held else [shown])
-    figure.update_xaxes(title_text="training tokens", tickformat="~s", range=[0, 1.02 * end], row=1)
-    for panel in shown:
-        method_curves(figure, panel, "tokens", methods(table), *place[panel.title])
+    figure = over_training("JumpReLU from low and from high l0", table, shown, held)
     low = 100 * once.decoder_inside.min()
     figure.update_yaxes(range=[low - 0.06 * (100 - low) - 0.1, 100 + 0.06 * (100 - low)], row=1, col=3)
-    for panel in held:
-        strips(figure, panel.rows, panel.column, methods(table), *place[panel.title])
     return figure
 
 
@@ -75,7 +63,7 @@ def dictionaries(table: pd.DataFrame) -> go.Figure:
     check(table, DictionaryRow, name, "model", "corpus", "site", "layer", "d_sae")
     held = held_out_panels(table, name)
     if not held:
-        raise DataError(f"{name}: no held_out row has been measured")
+        raise DataError(f"{name}: the table has no measured held_out row")
     kinds = order(held[0].rows, "dictionary")
     subtitle = subtitle_of(table, over(table, "seed"))
     figure, place = grid("ASI in every dictionary", subtitle, [[panel] for panel in held])
@@ -90,32 +78,15 @@ def dictionaries(table: pd.DataFrame) -> go.Figure:
             for side, (start, (said, symbol)) in zip((-1, 1), _STARTS.items(), strict=True):
                 rows = panel.rows[(panel.rows.dictionary == kind) & (panel.rows.init == start)]
                 if len(rows):
-                    where: dict[str, Any] = {"row": row, "col": col, "legendgroup": start}
-                    first = not any(trace.name == said for trace in figure.data)
-                    _dots(
-                        figure,
-                        rows.sort_values("seed"),
-                        panel.column,
-                        x + 0.2 * side,
-                        said,
-                        symbol,
-                        first,
-                        where,
-                    )
+                    where = {"row": row, "col": col, "legendgroup": start}
+                    _dots(figure, rows.sort_values("seed"), panel.column, x + 0.2 * side, said, symbol, where)
     ticks = {"tickvals": list(range(len(kinds))), "ticktext": kinds, "tickangle": 0, "showgrid": False}
     figure.update_xaxes(**ticks, ticks="", range=[-0.6, len(kinds) - 0.4])
     return figure
 
 
 def _dots(
-    figure: go.Figure,
-    rows: pd.DataFrame,
-    y: str,
-    x: float,
-    name: str,
-    symbol: str,
-    first: bool,
-    where: dict[str, Any],
+    figure: go.Figure, rows: pd.DataFrame, y: str, x: float, name: str, symbol: str, where: dict[str, Any]
 ) -> None:
     """Add a dot per seed around `x`, and a bar and a number at the mean."""
     tone, mean = METHOD_COLORS[name], float(rows[y].mean())
@@ -125,15 +96,7 @@ def _dots(
     # The number is above the dots: beside the dots it would overlap the next kind's number.
     number = {"text": [f"{mean:.3g}<br>\u00a0"], "textposition": "top center", "textfont": {"size": 11}}
     figure.add_scatter(x=[x], y=[float(rows[y].max())], mode="text", **number, **quiet)
-    figure.add_scatter(
-        x=[x + 0.16 * ((i + 0.5) / len(rows) - 0.5) for i in range(len(rows))],
-        y=rows[y],
-        mode="markers",
-        marker={"symbol": symbol, "size": 8, "color": tone, "line": {"width": 1, "color": "white"}},
-        name=name,
-        showlegend=first,
-        text=rows.seed,
-        hovertemplate=f"%{{customdata}}, {name}, seed %{{text}}: %{{y:.4g}}<extra></extra>",
-        customdata=rows.dictionary,
-        **where,
-    )
+    first = not any(trace.name == name for trace in figure.data)
+    hover = f"%{{customdata}}, {name}, seed %{{text}}: %{{y:.4g}}<extra></extra>"
+    told = {"text": rows.seed, "customdata": rows.dictionary, "hovertemplate": hover}
+    seed_dots(figure, rows, y, x, (tone, symbol), 8, 0.16, name=name, showlegend=first, **told, **where)

@@ -8,7 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from asi_lens.base.errors import DataError, unknown_name
-from asi_lens.figures.parts import color_scale, panels
+from asi_lens.figures.parts import color_scale, heatmap, panels
 from asi_lens.figures.style import COLORS, left_margin, need, order, pick, setting, single
 from asi_lens.results.rows import VARIANTS, HeadOverlapRow, OutputProjectionRow
 
@@ -86,7 +86,7 @@ def head_overlap(table: pd.DataFrame, layers: Sequence[int] | None = None) -> go
     shown = pick(table.layer, layers)
     off = table[table.head_a != table.head_b]
     if off.empty:
-        raise DataError("head_overlap: a model with one head has no overlap to draw")
+        raise DataError("head_overlap: the model has one head, so there is no overlap to draw")
     chance = float(off.random_mean_cosine.mean())
     figure = panels(
         "Overlap of the heads' output subspaces",
@@ -98,23 +98,11 @@ def head_overlap(table: pd.DataFrame, layers: Sequence[int] | None = None) -> go
         plot=max(180, round(860 / len(shown))) if len(shown) > 2 else 340,
     )
     heads = sorted({*off.head_a, *off.head_b})
-    names = [str(head) for head in heads]
     mirrored = pd.concat([off, off.rename(columns={"head_a": "head_b", "head_b": "head_a"})])
     means = mirrored.groupby(["layer", "head_a", "head_b"]).mean_cosine.mean()
     for col, layer in enumerate(shown, start=1):
-        figure.add_heatmap(
-            z=means[layer].unstack().reindex(index=heads, columns=heads).to_numpy(),
-            x=names,
-            y=names,
-            coloraxis="coloraxis",
-            xgap=1,
-            ygap=1,
-            hoverongaps=False,
-            hovertemplate="heads %{x} and %{y}: %{z:.3f}<extra></extra>",
-            texttemplate="%{z:.2f}" if len(heads) <= 4 else None,
-            row=1,
-            col=col,
-        )
+        cells = means[layer].unstack().reindex(index=heads, columns=heads)
+        heatmap(figure, cells, col, gap=1, hover="heads %{x} and %{y}", numbers=len(heads) <= 4)
     plain = {"showgrid": False, "type": "category", "ticks": "", "showline": False}
     figure.update_xaxes(title_text="head", **plain)
     figure.update_yaxes(autorange="reversed", **plain)

@@ -8,8 +8,8 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from asi_lens.base.errors import DataError
-from asi_lens.figures.parts import curve, panels
-from asi_lens.figures.style import label, need, setting, single, sites
+from asi_lens.figures.parts import curve, panels, strips
+from asi_lens.figures.style import label, methods, need, over, setting, single, sites
 from asi_lens.results.rows import Row
 
 # Columns that identify a dictionary.
@@ -57,7 +57,10 @@ def window_of(train: pd.DataFrame, *, whole: bool) -> int:
     shared = [set(rows.dead_window_tokens) for _, rows in last_rows.groupby(RUN, dropna=False)]
     fit = [w for w in set.intersection(*shared) if w <= last] if shared else []
     if not fit:
-        raise DataError("no window of dead features is in all runs of split train and within each")
+        raise DataError(
+            "the training runs share no dead_window_tokens that is at most as long as every run; "
+            "train them with one dead_window"
+        )
     return int(max(fit if whole else [w for w in fit if w < last] or fit))
 
 
@@ -105,6 +108,33 @@ def subtitle_of(table: pd.DataFrame, what: str, noun: str = "features") -> str:
     parts += [f"k = {n:g}" for n in table.k.dropna().unique() if table.k.nunique() == 1]
     parts.append(" to ".join(f"{n:,}" for n in dict.fromkeys([tokens[0], tokens[-1]])) + " training tokens")
     return setting(table, tokens=False, what=" · ".join([*parts, what] if what else parts))
+
+
+def in_training(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, int]:
+    """Return rows of the training split for curves, and the window of the first.
+
+    First the rows of one window (the largest that is shorter than every run) from its end on, for dead
+    features. Then one row per run and point, for numbers that the rows of all windows share.
+    """
+    train = table[table.split == "train"]
+    window = window_of(train, whole=False)
+    full = train[(train.dead_window_tokens == window) & (train.tokens >= window)]
+    return full, train.drop_duplicates([*RUN, "tokens"]), window
+
+
+def over_training(
+    title: str, table: pd.DataFrame, curves: list[Panel], held: list[Panel], noun: str = "features"
+) -> go.Figure:
+    """Return a figure with a row of curves over training and a row of held-out numbers at its end."""
+    subtitle = subtitle_of(table, over(table, "seed"), noun)
+    figure, place = grid(title, subtitle, [curves, held] if held else [curves])
+    end = table.tokens[table.split == "train"].max()
+    figure.update_xaxes(title_text="training tokens", tickformat="~s", range=[0, 1.02 * end], row=1)
+    for panel in curves:
+        method_curves(figure, panel, "tokens", methods(table), *place[panel.title])
+    for panel in held:
+        strips(figure, panel.rows, panel.column, methods(table), *place[panel.title])
+    return figure
 
 
 def method_curves(figure: go.Figure, panel: Panel, x: str, looks: dict, row: int, col: int) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from asi_lens.figures.style import GREY, TEMPLATE, color, label, marker
+from asi_lens.figures.style import GREY, TEMPLATE, color, label, marker, sites
 
 _RIGHT, _LEVEL_MARGIN = 24, 92
 # Smallest width of a panel in pixels; a narrower page scrolls sideways.
@@ -125,6 +126,59 @@ def curve(
     )
 
 
+def site_curves(
+    figure: go.Figure, table: pd.DataFrame, x: str, y: str, row: int, col: int, **look: Any
+) -> None:
+    """Add the `curve` of every site of a table."""
+    for site in sites(table):
+        curve(figure, table[table.site == site], x, y, site, row, col, **look)
+
+
+def legend_only(figure: go.Figure, name: str, **mark: Any) -> None:
+    """Add an entry to the legend that has no points."""
+    figure.add_scatter(x=[None], y=[None], name=name, showlegend=True, **mark)
+
+
+def heatmap(
+    figure: go.Figure, cells: pd.DataFrame, col: int, *, gap: int, hover: str, numbers: bool = True
+) -> None:
+    """Add a grid of colored cells to a panel of the first row; `hover` describes a cell, %{z:.3f} follows."""
+    figure.add_heatmap(
+        z=cells.to_numpy(),
+        x=[str(name) for name in cells.columns],
+        y=[str(name) for name in cells.index],
+        coloraxis="coloraxis",
+        texttemplate="%{z:.2f}" if numbers else None,
+        xgap=gap,
+        ygap=gap,
+        hoverongaps=False,
+        hovertemplate=f"{hover}: %{{z:.3f}}<extra></extra>",
+        row=1,
+        col=col,
+    )
+
+
+def seed_dots(
+    figure: go.Figure,
+    rows: pd.DataFrame,
+    y: str,
+    x: float | int,
+    look: tuple[str, str],
+    size: int,
+    width: float,
+    **more: Any,
+) -> None:
+    """Add a dot per row around `x`, evenly over `width`; `look` is color and marker."""
+    tone, symbol = look
+    figure.add_scatter(
+        x=[x + width * ((i + 0.5) / len(rows) - 0.5) for i in range(len(rows))],
+        y=rows[y],
+        mode="markers",
+        marker={"symbol": symbol, "size": size, "color": tone, "line": {"width": 1, "color": "white"}},
+        **more,
+    )
+
+
 def _range(stats: pd.DataFrame) -> dict:
     """Return the error bars of a trace, from the smallest to the largest value."""
     up, down = stats["max"] - stats["mean"], stats["mean"] - stats["min"]
@@ -162,25 +216,16 @@ def strips(
 ) -> None:
     """Add, for each method of `looks`, a dot per row (by seed), and a bar and a number at the mean."""
     told = {trace.name for trace in figure.data if trace.showlegend}
-    for x, (method, (tone, symbol)) in enumerate(looks.items()):
+    for x, (method, look) in enumerate(looks.items()):
         rows = table[table.method == method].sort_values("seed")
         if rows.empty:
             continue
         mean = float(rows[y].mean())
-        bar(figure, x, mean, f"{mean:.3g}", tone, row=row, col=col, legendgroup=method)
-        figure.add_scatter(
-            x=[x + 0.3 * ((i + 0.5) / len(rows) - 0.5) for i in range(len(rows))],
-            y=rows[y],
-            mode="markers",
-            name=method,
-            legendgroup=method,
-            showlegend=method not in told,
-            marker={"symbol": symbol, "size": 9, "color": tone, "line": {"width": 1, "color": "white"}},
-            customdata=rows.seed,
-            hovertemplate=f"{method}, seed %{{customdata}}: %{{y:.3f}}<extra></extra>",
-            row=row,
-            col=col,
-        )
+        bar(figure, x, mean, f"{mean:.3g}", look[0], row=row, col=col, legendgroup=method)
+        legend = {"name": method, "legendgroup": method, "showlegend": method not in told}
+        hover = f"{method}, seed %{{customdata}}: %{{y:.3f}}<extra></extra>"
+        more = {**legend, "customdata": rows.seed, "hovertemplate": hover, "row": row, "col": col}
+        seed_dots(figure, rows, y, x, look, 9, 0.3, **more)
     figure.update_xaxes(
         tickvals=list(range(len(looks))),
         ticktext=[in_lines(method, among=len(looks)) for method in looks],

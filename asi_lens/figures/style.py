@@ -16,15 +16,14 @@ from asi_lens.base.sites import SITES
 from asi_lens.results.rows import Row, columns
 
 COLORS = {name: site.color for name, site in SITES.items()}
-SITE_LABELS = {name: site.label for name, site in SITES.items()}
-METHOD_COLORS = {
-    "random": "#000000",
-    "random + AuxK": "#E69F00",
-    "ASI": "#56B4E9",
-    "ASI + sparse Adam": "#CC79A7",
+_METHODS = {
+    "random": ("#000000", "circle"),
+    "random + AuxK": ("#E69F00", "square"),
+    "ASI": ("#56B4E9", "diamond"),
+    "ASI + sparse Adam": ("#CC79A7", "triangle-up"),
 }
+METHOD_COLORS = {name: tone for name, (tone, _) in _METHODS.items()}
 GREY = "#777777"
-_METHOD_MARKERS = dict(zip(METHOD_COLORS, ("circle", "square", "diamond", "triangle-up"), strict=True))
 # Looks of other methods, assigned in order, so that no two methods of a figure look the same.
 _SPARE_METHODS = (
     ("#8C6D00", "cross"),
@@ -87,16 +86,18 @@ def need(table: pd.DataFrame, row_type: type[Row]) -> None:
     """Raise DataError unless `table` has rows and every column of `row_type`."""
     missing = [name for name in columns(row_type) if name not in table.columns]
     if missing:
-        raise DataError(f"not a table of {row_type.__name__}: columns {', '.join(missing)} are missing")
+        raise DataError(
+            f"the table is not a table of {row_type.__name__}: it has no column {', '.join(missing)}"
+        )
     if table.empty:
-        raise DataError(f"a table of {row_type.__name__} without rows cannot be drawn")
+        raise DataError(f"the table of {row_type.__name__} has no rows, so there is nothing to draw")
 
 
 def single(table: pd.DataFrame, column: str, builder: str) -> None:
     """Raise DataError if `column` has several values: the figure can show only one."""
     if table[column].nunique() > 1:
         names = ", ".join(str(name) for name in table[column].unique())
-        raise DataError(f"{builder} draws one {column}, the table has {names}: choose one")
+        raise DataError(f"{builder} draws one {column}; the table has {names}: select one")
 
 
 def pick(layers: Iterable[int], wanted: Sequence[int] | None) -> list[int]:
@@ -128,14 +129,14 @@ def sites(table: pd.DataFrame) -> list[str]:
 
 def label(site: str) -> str:
     """Return a site's label; a full hook name is returned as it is."""
-    return SITE_LABELS.get(site, site)
+    return SITES[site].label if site in SITES else site
 
 
 def methods(table: pd.DataFrame) -> dict[str, tuple[str, str]]:
     """Return (color, marker) of each method of a table, in the order of every legend."""
     there = order(table, "method")
-    spare = [method for method in there if method not in METHOD_COLORS]
-    known = {name: (METHOD_COLORS[name], _METHOD_MARKERS[name]) for name in METHOD_COLORS if name in there}
+    spare = [method for method in there if method not in _METHODS]
+    known = {name: look for name, look in _METHODS.items() if name in there}
     return known | {name: _SPARE_METHODS[i % len(_SPARE_METHODS)] for i, name in enumerate(spare)}
 
 

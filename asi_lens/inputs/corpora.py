@@ -29,7 +29,7 @@ from torch import Tensor
 
 from asi_lens.base.errors import CacheError, DataError, OptionError, require
 from asi_lens.base.files import cache_key, locked
-from asi_lens.base.paths import cache_dir
+from asi_lens.base.paths import cached
 from asi_lens.base.safetensors_io import read_tensors, save_tensors
 from asi_lens.inputs.documents import Corpus, corpus_names, open_corpus
 
@@ -166,7 +166,7 @@ def load_tokens(
             seed=seed,
         )
         slug = re.sub(r"[^\w.-]+", "-", corpus.name)[:60]
-        path = cache_dir("corpora") / f"{slug}-{key}.safetensors"
+        path = cached("corpora", f"{slug}-{key}.safetensors")
         ids = _cached(path, key, pack)
     if d_vocab is not None and int(ids.max()) >= d_vocab:
         raise DataError(f"the tokenizer gives token {int(ids.max())}, but the model knows {d_vocab} tokens")
@@ -199,7 +199,7 @@ def _tokenizer_and_limits(given: Any) -> tuple[PreTrainedTokenizerBase, int, int
         )
     from asi_lens.inputs import models
 
-    info = models.model_info(given)
+    info = models.model_info(given, fingerprint=False)
     return models.tokenizer_of(given), info.n_ctx, info.d_vocab
 
 

@@ -17,14 +17,16 @@ import random
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from asi_lens.base.errors import AsiLensError, DataError, FetchError, OptionError, require, unknown_name
+from asi_lens.base.cache import MANIFEST
+from asi_lens.base.errors import DataError, OptionError, require, unknown_name
 from asi_lens.base.files import cache_key, sha256_of
-from asi_lens.inputs.sources import SOURCES, fetch
-
-_SHUFFLE_BUFFER = 10_000
+from asi_lens.inputs.hub import SHUFFLE_BUFFER, column_of, hub_commit, hub_rows
+from asi_lens.inputs.sources import SOURCES, corpus_names, fetch
+from asi_lens.inputs.texts import MIXTURES, distinct, interleaved, texts_of
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,6 @@ class Corpus:
                 yield row
 
 
-def corpus_names() -> list[str]:
-    """Return the names of the packaged corpora, which need only a Python package index."""
-    return [name for name, source in SOURCES.items() if source.kind == "corpus"]
-
-
 def open_corpus(
     source: Any, *, column: str = "text", split: str = "train", name: str | None = None
 ) -> Corpus:
@@ -78,7 +75,7 @@ def open_corpus(
     require(name is None, "name", name, "left out: only hub datasets have configurations")
     require(split == "train", "split", split, "'train': nothing else is split here")
     if isinstance(source, str) and source in corpus_names():
-        return _packaged(source, column)
+        return (_mixture if source in MIXTURES else _packaged)(source, column)
     if isinstance(source, str | Path):
         return _from_path(source, column)
     if isinstance(source, list | tuple):
@@ -108,13 +105,30 @@ def _packaged(name: str, column: str) -> Corpus:
             for path in sorted(folder.glob("*.txt")):
                 # Not splitlines(), which also cuts at separators inside a line.
                 yield from _decoded(path).replace("\r\n", "\n").split("\n")
+        elif source.layout == "json":
+            seen: set[bytes] = set()
+            for path in sorted(p for p in folder.rglob("*.json*") if p.name != MANIFEST):
+                found = distinct(texts_of(path, source), seen)
+                yield from ["\n\n".join(found)] if source.joined else found
         else:
-            for _, path in _listing(folder):
-                yield _decoded(path)
+            files = (_decoded(path) for _, path in _listing(folder))
+            yield from distinct(files, set()) if source.distinct else files
 
     if source.layout != "csv":
         _only_text(column, name)
     return Corpus(name, f"{name}-{source.key}", rows)
+
+
+def _mixture(name: str, column: str) -> Corpus:
+    _only_text(column, name)
+    shares = MIXTURES[name]
+    parts = {part: _packaged(part, column) for part in shares}
+    key = cache_key(parts=[[part.fingerprint, shares[name]] for name, part in parts.items()])
+
+    def rows() -> Iterator[Any]:
+        return interleaved({name: part.documents() for name, part in parts.items()}, shares)
+
+    return Corpus(name, f"{name}-{key}", rows)
 
 
 def _from_path(source: str | Path, column: str) -> Corpus:
@@ -173,65 +187,20 @@ def _from_datasets(source: Any, column: str, split: str, name: str | None) -> Co
     info = getattr(source.info, "dataset_name", None) or type(source).__name__
     # An IterableDataset has no fingerprint: its content is known only after reading.
     fingerprint = getattr(source, "_fingerprint", None)
-    return Corpus(str(info), fingerprint, lambda: _column(source, column), _own_shuffle(source, column))
+    return Corpus(str(info), fingerprint, lambda: column_of(source, column), _own_shuffle(source, column))
 
 
 def _own_shuffle(source: Any, column: str) -> Callable[[int], Iterable[Any]] | None:
     if hasattr(source, "__len__"):
         return None
-    return lambda seed: _column(source.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER), column)
-
-
-def _column(rows: Iterable[dict[str, Any]], column: str) -> Iterator[Any]:
-    for row in rows:
-        if column not in row:
-            raise unknown_name("column", column, row)
-        yield row[column]
+    return lambda seed: column_of(source.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER), column)
 
 
 def _from_hub(source: str, column: str, split: str, name: str | None) -> Corpus:
     repo, _, revision = source.partition("@")
-    pinned = revision if re.fullmatch(r"[0-9a-f]{40}", revision) else _hub_commit(repo, revision or None)
-
-    def rows(seed: int | None = None) -> Iterator[Any]:
-        import datasets
-
-        try:
-            known = datasets.get_dataset_split_names(repo, name, revision=pinned)
-            if split not in known:
-                raise unknown_name("split", split, known)
-            stream = datasets.load_dataset(repo, name, split=split, streaming=True, revision=pinned)
-            if seed is not None:
-                stream = stream.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
-            yield from _column(stream, column)
-        except (OSError, datasets.exceptions.DatasetsError) as error:
-            raise _not_reached(repo, error) from error
-        except ValueError as error:
-            if isinstance(error, AsiLensError):
-                raise
-            # datasets raises ValueError for a missing or unknown configuration.
-            raise OptionError(f"name={name!r} is not allowed for {repo!r}: {error}") from error
-
+    pinned = revision if re.fullmatch(r"[0-9a-f]{40}", revision) else hub_commit(repo, revision or None)
+    rows = partial(hub_rows, repo, pinned, column, split, name)
     return Corpus(repo, f"{repo}@{pinned}/{name or ''}/{split}", rows, rows)
-
-
-def _hub_commit(repo: str, revision: str | None) -> str:
-    """Return the current commit of the hub name, so that cached tokens belong to one content."""
-    from huggingface_hub import HfApi
-
-    try:
-        return str(HfApi().dataset_info(repo, revision=revision, timeout=30).sha)
-    except Exception as error:  # httpx, OS and hub errors, which have no common base
-        raise _not_reached(repo, error) from error
-
-
-def _not_reached(repo: str, error: Exception) -> FetchError:
-    return FetchError(
-        f"could not read the dataset {repo!r} from the Hugging Face hub ({type(error).__name__}: {error}). "
-        f"There is no local path of that name either. Check the name and, for gated data, the login; without "
-        f"a network use a packaged corpus ({', '.join(corpus_names())}) or a local file, or name the commit, "
-        f"'{repo}@<40 hex digits>', to use tokens that were cached before."
-    )
 
 
 def _only_text(column: str, what: str) -> None:

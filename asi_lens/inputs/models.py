@@ -6,35 +6,28 @@ change the spectra of activations. A HookedTransformer (TransformerLens 3) is us
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
-import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from asi_lens.base.errors import (
-    CacheError,
     DataError,
-    FetchError,
     OptionError,
     UnknownNameError,
     UnsupportedModelError,
     require,
     unknown_name,
 )
-from asi_lens.base.paths import cache_root
-from asi_lens.inputs import gguf, twin
+from asi_lens.inputs import gguf, twin, verify
+from asi_lens.inputs.fingerprint import model_fingerprint
 from asi_lens.inputs.hooks import (
     SITES,
-    Hook,
-    ResumePoint,
     attention_write_site,
     capture_resume,
     forward,
@@ -44,6 +37,8 @@ from asi_lens.inputs.hooks import (
     output_projection,
     site_width,
 )
+from asi_lens.inputs.loading import ORIGINS, boot_bridge
+from asi_lens.inputs.passes import Hook, ResumePoint
 from asi_lens.inputs.sources import SOURCES, fetch
 
 __all__ = [
@@ -92,19 +87,18 @@ class ModelInfo:
     weights: str
     """Origin of the weights' precision: "4-bit weights, dequantised", "as released", "as given" ..."""
     fingerprint: str
-    """16 hex digits of names, shapes, dtypes and samples of all parameters, computed anew at every call."""
+    """16 hex digits of every byte of weights and buffers, the configuration and all modules; another text at
+    every call while hooks that somebody added are in force (`fingerprint.is_fixed`)."""
     normalizes_attn_out: bool
     """Attention's output is normalized before it is added (Gemma 2 and 3); z W_O is then `attn.hook_out`."""
     causal: bool
-    """True for left-to-right language models; False for encoders, which do not predict the next token."""
+    """True for left-to-right language models (measured: later tokens do not change earlier outputs); False
+    for encoders, which do not predict the next token."""
 
     @property
     def label(self) -> str:
         """Name, precision of the weights and dtype, for captions and records."""
         return f"{self.name} ({self.weights}, {self.dtype})"
-
-
-_ORIGINS: WeakKeyDictionary[nn.Module, tuple[str, str]] = WeakKeyDictionary()
 
 
 def load_model(
@@ -131,12 +125,16 @@ def load_model(
     if isinstance(model, nn.Module):
         return _as_given(model, dtype, device)
     boot = partial(
-        _boot,
+        boot_bridge,
         dtype=resolve_dtype(dtype, target),
         device=str(target),
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
+    if not isinstance(model, str | Path):
+        raise OptionError(
+            f"model={model!r:.80} is not allowed; model must be a name, a path or a ready model object"
+        )
     name = str(model)
     if name in SOURCES and SOURCES[name].kind == "model":
         folder, weights = gguf.dequantized(fetch(name) / str(SOURCES[name].main))
@@ -218,84 +216,13 @@ def _as_given(model: nn.Module, dtype: str | torch.dtype, device: str | torch.de
     return model
 
 
-def _boot(
-    source: str | Path,
-    name: str,
-    weights: str | None = None,
-    *,
-    dtype: torch.dtype,
-    device: str,
-    revision: str | None,
-    trust_remote_code: bool,
-) -> nn.Module:
-    from safetensors import SafetensorError
-    from transformer_lens.model_bridge import TransformerBridge
+def model_info(model: nn.Module, *, fingerprint: bool = True) -> ModelInfo:
+    """Return name, shape, precision and fingerprint of a model.
 
-    if isinstance(source, Path):
-        require(revision is None, "revision", revision, "left out for a model that is not on the hub")
-    _mend_neox()
-    try:
-        with warnings.catch_warnings():
-            # hook aliases of parts that an architecture lacks: asking for such a site raises later
-            warnings.filterwarnings("ignore", message="Hook alias .* did not resolve")
-            bridge = TransformerBridge.boot_transformers(
-                str(source),
-                device=device,
-                dtype=dtype,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
-            )
-    except SafetensorError as error:
-        kind = CacheError if Path(source).is_relative_to(cache_root()) else DataError
-        raise kind(f"the weights of {source} are damaged or cut off: {error}") from error
-    except OSError as error:
-        raise _load_error(source, name, error) from error
-    except (ValueError, KeyError, AttributeError) as error:
-        raise UnsupportedModelError(
-            f"cannot load {name!r} as a TransformerBridge: {str(error)[:400]}"
-        ) from error
-    quantization = getattr(bridge.original_model.config, "quantization_config", None)
-    if weights is None and quantization:
-        method = getattr(quantization, "quant_method", None) or dict(quantization).get("quant_method", "")
-        weights = f"quantised ({getattr(method, 'value', method)})"
-    _ORIGINS[bridge] = (name, weights or "as released")
-    return bridge
-
-
-def _mend_neox() -> None:
-    """Let TransformerLens 3.5 find GPT-NeoX's head, which transformers 5.14 renamed."""
-    from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
-    from transformer_lens.model_bridge.supported_architectures import NeoxArchitectureAdapter
-
-    class Mended(NeoxArchitectureAdapter):
-        def prepare_model(self, hf_model: Any) -> None:
-            super().prepare_model(hf_model)
-            head = self.component_mapping["unembed"]
-            if head.name == "embed_out" and hasattr(hf_model, "lm_head"):
-                head.name = "lm_head"
-
-    registered = ArchitectureAdapterFactory._adapters.get("GPTNeoXForCausalLM")
-    if registered is NeoxArchitectureAdapter:
-        ArchitectureAdapterFactory.register_adapter("GPTNeoXForCausalLM", Mended)
-
-
-def _load_error(source: str | Path, name: str, error: OSError) -> Exception:
-    message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if isinstance(source, Path):
-        return DataError(f"cannot load the model in {source}: {message}")
-    if "not a valid model identifier" in str(error):
-        return UnknownNameError(f"the model hub has no model {name!r} that you may see: {message}")
-    packaged = ", ".join(key for key, entry in SOURCES.items() if entry.kind == "model")
-    return FetchError(
-        f"cannot fetch {name!r} from the model hub: {message} Without the hub, use a packaged model "
-        f"({packaged}), a local folder or a `.gguf` file"
-    )
-
-
-def model_info(model: nn.Module) -> ModelInfo:
-    """Return name, shape, precision and fingerprint of a model."""
+    The fingerprint reads every byte of the weights; `fingerprint=False` leaves it empty.
+    """
     cfg: Any = model.cfg
-    name, weights = _ORIGINS.get(model, (str(cfg.model_name), "as given"))
+    name, weights = ORIGINS.get(model, (str(cfg.model_name), "as given"))
     if str(cfg.normalization_type).endswith("Pre") or getattr(model, "compatibility_mode", False):
         weights += ", processed by TransformerLens"
     architecture = str(getattr(cfg, "architecture", None) or getattr(cfg, "original_architecture", ""))
@@ -311,24 +238,10 @@ def model_info(model: nn.Module) -> ModelInfo:
         n_ctx=int(cfg.n_ctx),
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         weights=weights,
-        fingerprint=_fingerprint(model),
+        fingerprint=model_fingerprint(model) if fingerprint else "",
         normalizes_attn_out=normalizes_attn_out(model),
-        causal=not architecture.startswith(("Bert", "Hubert", "Wav2Vec")),
+        causal=verify.verification(model).causal and "ForMaskedLM" not in architecture,
     )
-
-
-def _fingerprint(model: nn.Module) -> str:
-    # Never cached: weights that were edited in place must not match the statistics of the old weights.
-    _, fast = twin.runners(model)
-    digest = hashlib.sha256()
-    for name, parameter in sorted((fast.root if fast and fast.root else model).named_parameters()):
-        flat = parameter.detach().reshape(-1)
-        if parameter.ndim == 1 and not bool(flat.any()):
-            continue  # zero biases, which only TransformerLens 3 adds
-        sample = flat[:: max(1, flat.numel() // 1024)]
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(sample.to("cpu", torch.float64).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def tokenizer_of(model: nn.Module) -> Any:

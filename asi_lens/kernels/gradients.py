@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,20 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
-from asi_lens.kernels.codes import SparseCode
+from asi_lens.kernels import devices
+from asi_lens.kernels.codes import SparseCode, marked
+
+# Elements of a weight that are summed and updated at a time on a CPU, so that reading, summing, updating and
+# normalizing stay in the cache. An accelerator takes as many as fit into its scratch memory.
+_CHUNK_ELEMENTS = 512 * 1024
+# Picks of one call of PyTorch's kernel for products of rows: it counts 32 threads a pick in 32 bits.
+_MOST_PICKS = 2**25
+
+
+def rows_per_chunk(d: int, device: torch.device) -> int:
+    """Return the number of rows of width `d` whose gradients are summed and used at a time."""
+    elements = _CHUNK_ELEMENTS if devices.is_host(device) else devices.scratch_bytes(device) // 4
+    return max(1, elements // d)
 
 
 def decode_sum(code: SparseCode, decoder: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "batch d_out"]:
@@ -35,6 +49,15 @@ def picked_dots(
     return dots.view(indices.shape)
 
 
+def add_at(
+    out: Float[Tensor, " n"], indices: Int[Tensor, " picks"], values: Float[Tensor, " picks"]
+) -> Float[Tensor, " n"]:
+    """Add values at indices that may repeat, in place and in an order that is always the same."""
+    if devices.is_host(out.device):
+        return out.index_add_(0, indices, values)
+    return out.index_put_((indices,), values, accumulate=True)  # sorts; index_add_ is atomic on a GPU
+
+
 def _sorted_dots(
     table: Float[Tensor, "rows d_out"],
     decoder: Float[Tensor, "d_sae d_out"],
@@ -48,9 +71,19 @@ def _sorted_dots(
     """
     # embedding_bag itself uses this operator for the derivative in its sample weights, on CPU and CUDA. The
     # fourth argument (where bags begin) is not used, since the fifth names the bag of each sample.
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        decoder, table, rows, features[:1], features, 0
-    )
+    parts = [
+        torch.ops.aten._embedding_bag_per_sample_weights_backward(decoder, table, own, some[:1], some, 0)
+        for own, some in zip(rows.split(_MOST_PICKS), features.split(_MOST_PICKS), strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class Edge(NamedTuple):
+    """A bound between chunks of rows: the row, and how many features that fired and picks are before it."""
+
+    row: int
+    features: int
+    picks: int
 
 
 @dataclass(frozen=True)
@@ -60,6 +93,8 @@ class Gradients:
     `offsets [d_sae + 1]`: bounds of each feature's picks. `features`: features with at least one pick (the
     only rows whose gradient is not zero). `b_enc [d_sae]` and `b_dec [d_out]`: summed gradients of the
     biases. `parallel [d_sae]`: decoder gradient . decoder row, a by-product of the sums over picks.
+    `edges`: bounds of `rows_per_chunk` rows, with their places among picks. Sums between other bounds than
+    these wait for the device.
     """
 
     features: Int[Tensor, " n"]
@@ -73,14 +108,15 @@ class Gradients:
     b_enc: Float[Tensor, " d_sae"]
     b_dec: Float[Tensor, " d_out"]
     parallel: Float[Tensor, " d_sae"]
+    edges: tuple[Edge, ...]
 
     def encoder(self, start: int, stop: int) -> Float[Tensor, "n d_in"]:
         """Return dL / d encoder for rows `start` to `stop`; zero for features that did not fire."""
-        return self._encoder(self.offsets[start : stop + 1])
+        return self._encoder(self.offsets[start : stop + 1], *self._picks_before_rows(start, stop))
 
     def encoder_of(self, first: int, last: int) -> Float[Tensor, "n d_in"]:
         """Return dL / d encoder for the rows `features[first:last]`."""
-        return self._encoder(self._bounds(first, last))
+        return self._encoder(self._bounds(first, last), *self._picks_before_features(first, last))
 
     def decoder(
         self, start: int, stop: int, unit_rows: Float[Tensor, "d_sae d_out"] | None
@@ -90,7 +126,7 @@ class Gradients:
         Given the decoder as `unit_rows` (rows of unit norm), the part along each row is removed. That part
         would only change the row's norm, which is set back to one after the update.
         """
-        grad = self._decoder(self.offsets[start : stop + 1])
+        grad = self._decoder(self.offsets[start : stop + 1], *self._picks_before_rows(start, stop))
         if unit_rows is None:
             return grad
         return grad.addcmul_(self.parallel[start:stop, None], unit_rows[start:stop], value=-1)
@@ -100,7 +136,7 @@ class Gradients:
     ) -> Float[Tensor, "n d_out"]:
         """Return dL / d decoder for the rows `features[first:last]`, without the part along the rows."""
         fired = self.features[first:last]
-        grad = self._decoder(self._bounds(first, last))
+        grad = self._decoder(self._bounds(first, last), *self._picks_before_features(first, last))
         return grad.addcmul_(self.parallel[fired, None], unit_rows[fired], value=-1)
 
     def _bounds(self, first: int, last: int) -> Int[Tensor, " bounds"]:
@@ -108,18 +144,36 @@ class Gradients:
         fired = self.features[first:last]
         return torch.cat([self.offsets[fired], self.offsets[fired[-1:] + 1]])
 
-    def _encoder(self, bounds: Tensor) -> Tensor:
-        return _sum_bags(self.encoder_table, self.encoder_rows, self.encoder_weights, bounds)
+    @cached_property
+    def _by_row(self) -> dict[int, int]:
+        return {edge.row: edge.picks for edge in self.edges}
 
-    def _decoder(self, bounds: Tensor) -> Tensor:
-        return _sum_bags(self.decoder_table, self.decoder_rows, self.decoder_weights, bounds)
+    @cached_property
+    def _by_features(self) -> dict[int, int]:
+        return {edge.features: edge.picks for edge in self.edges}
+
+    def _picks_before_rows(self, start: int, stop: int) -> tuple[int | None, int | None]:
+        return self._by_row.get(start), self._by_row.get(stop)
+
+    def _picks_before_features(self, first: int, last: int) -> tuple[int | None, int | None]:
+        return self._by_features.get(first), self._by_features.get(last)
+
+    def _encoder(self, bounds: Tensor, first: int | None, last: int | None) -> Tensor:
+        return _sum_bags(self.encoder_table, self.encoder_rows, self.encoder_weights, bounds, first, last)
+
+    def _decoder(self, bounds: Tensor, first: int | None, last: int | None) -> Tensor:
+        return _sum_bags(self.decoder_table, self.decoder_rows, self.decoder_weights, bounds, first, last)
 
     def __len__(self) -> int:
         return self.b_enc.shape[0]
 
 
-def _sum_bags(table: Tensor, rows: Tensor, weights: Tensor, bounds: Tensor) -> Tensor:
-    first, last = bounds[[0, -1]].tolist()
+def _sum_bags(
+    table: Tensor, rows: Tensor, weights: Tensor, bounds: Tensor, first: int | None, last: int | None
+) -> Tensor:
+    """Return a sum of weighted rows for each bag. `first` and `last` are the outer bounds, where known."""
+    if first is None or last is None:
+        first, last = (int(bound) for bound in devices.read(torch.stack([bounds[0], bounds[-1]])))
     return embedding_bag(
         rows[first:last],
         table,
@@ -166,14 +220,7 @@ def sum_gradients(
     widths = [term.code.indices.shape[1] for term in terms]
     rows = torch.arange(len(terms) * batch, device=x.device).view(len(terms), batch)
     table_rows = [own.repeat_interleave(width) for own, width in zip(rows, widths, strict=True)]
-    fired = torch.cat([term.code.values.flatten() for term in terms]) > 0
-    features, order = torch.cat([term.code.indices.flatten() for term in terms]), None
-    if not bool(fired.all()):
-        order = fired.nonzero().flatten()
-        features = features[order]
-    # A stable sort, so that sums run in the same order every time.
-    features, place = features.sort(stable=True)
-    order = place if order is None else order[place]
+    features, order, offsets, active, edges = _sorted_picks(terms, d_sae, decoder.shape[1])
 
     def column(parts: Sequence[Tensor | None], rest: float = 0.0) -> Tensor:
         """Join the terms' parts, for picks that fired, sorted by feature; `rest` replaces a part of None."""
@@ -196,8 +243,6 @@ def sum_gradients(
     if not all(term.to_b_enc for term in terms):
         ones = [torch.ones_like(term.code.values) if term.to_b_enc else None for term in terms]
         summed.append(into * column(ones))
-    counts = torch.bincount(features, minlength=d_sae)
-    offsets = pad(counts.cumsum(0), (1, 0))
     sums = embedding_bag(
         torch.arange(len(features), device=x.device),
         torch.stack(summed, 1),
@@ -207,7 +252,6 @@ def sum_gradients(
     )
     pre, parallel, *other = sums.unbind(1)
     b_enc = other[0] if other else pre
-    active = counts.nonzero().flatten()
     b_dec = torch.stack([term.grad.sum(0) for term in terms if term.holds_b_dec]).sum(0)
     if b_dec_is_read:
         # b_dec is subtracted before the encoder and added after the decoder.
@@ -226,4 +270,39 @@ def sum_gradients(
         b_enc=b_enc.contiguous(),
         b_dec=b_dec,
         parallel=parallel.contiguous(),
+        edges=edges,
     )
+
+
+def _sorted_picks(
+    terms: Sequence[Term], d_sae: int, d_out: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Edge, ...]]:
+    """Return the picks that fired, in the order of their features.
+
+    That is features and places of the picks [n] (places among the picks of all terms side by side), the
+    bounds of each feature's picks [d_sae + 1], the features with a pick, ascending, and the bounds of chunks.
+    """
+    fired = torch.cat([term.code.values.flatten() for term in terms]) > 0
+    features, order = torch.cat([term.code.indices.flatten() for term in terms]), None
+    on_host = devices.is_host(features.device)
+    if not on_host:
+        # The number of picks that fired is read below. Until then the others stay, behind the last feature.
+        features = features.masked_fill(~fired, d_sae)
+    elif not bool(fired.all()):
+        order = fired.nonzero().flatten()
+        features = features[order]
+    # A stable sort, so that sums run in the same order every time.
+    features, place = features.sort(stable=True)
+    order = place if order is None else order[place]
+    if on_host:
+        offsets = pad(torch.bincount(features, minlength=d_sae).cumsum(0), (1, 0))
+    else:
+        offsets = torch.searchsorted(features, torch.arange(d_sae + 1, device=features.device))
+    has_picks = offsets.diff() > 0
+    rows = [*range(0, d_sae, rows_per_chunk(d_out, features.device)), d_sae]
+    bounds = torch.arange(len(rows), device=features.device).mul_(rows[1]).clamp_(max=d_sae)
+    before = torch.cat([pad(has_picks.cumsum(0), (1, 0))[bounds], offsets[bounds]])
+    known = [int(number) for number in devices.read(before)]
+    edges = tuple(map(Edge, rows, known[: len(rows)], known[len(rows) :]))
+    n = edges[-1].picks
+    return features[:n], order[:n], offsets, marked(has_picks, edges[-1].features), edges

@@ -1,8 +1,10 @@
 """The k largest pre-activations of each row, exactly, without a sort and without a batch x d_sae array.
 
-The encoder is applied in tiles of rows and features, with a running top-k. A process may own a part of the
-features: `merge_topk` joins the codes of several chunks (or ranks). Weights come as rows, one feature per
-row.
+The encoder is applied in tiles of rows and features. On a CPU the top-k is a running one: later tiles need
+only entries above the k known ones. The number of these depends on the data, and an accelerator would wait
+for it at every tile. So there each tile gives its k largest entries, and one top-k at the end joins them. A
+process may own a part of the features: `merge_topk` joins the codes of several chunks (or ranks). Weights
+come as rows, one feature per row.
 """
 
 from __future__ import annotations
@@ -14,10 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+from asi_lens.kernels import devices
 from asi_lens.kernels.codes import SparseCode, side_by_side
 
-# Bytes of pre-activations in memory, where the whole batch's pre-activations are not needed at once.
-CHUNK_BYTES = 160 * 2**20
 # Bytes and rows of a tile on a CPU: the top-k reads a tile while it is still in the cache.
 _TILE_BYTES, _TILE_ROWS = 16 * 2**20, 512
 # Columns of a bias among the weights: 16 bytes in bfloat16, since tensor cores need aligned rows.
@@ -156,16 +157,18 @@ def encode_topk(
     Values have the dtype of `encoder`. The code has min(k, number of features) columns.
     """
     n, batch = encoder.shape[0] if features is None else features.shape[0], x.shape[0]
-    on_cpu = x.device.type == "cpu"
+    on_cpu = devices.is_host(x.device)
     height = max(1, min(batch, _TILE_ROWS) if on_cpu else batch)
-    tile = tile_bytes or (_TILE_BYTES if on_cpu else CHUNK_BYTES)
-    width = max(k, tile // (height * x.element_size()))
+    tile = tile_bytes or (_TILE_BYTES if on_cpu else devices.scratch_bytes(x.device))
+    # On a GPU a tile may be as large as the dictionary; the copy of its weights is then limited, too.
+    width = max(k, tile // ((height if on_cpu else max(height, x.shape[1])) * x.element_size()))
     # Chunks of equal size, in whole groups: the product of a narrow last chunk would be inefficient.
     chunks = max(1, -(-n // width))
     width = max(k, -(-n // (chunks * _LARGEST_GROUP)) * _LARGEST_GROUP)
     cast = workspace is not None and encoder.dtype != x.dtype
     blocks = (with_ones(x) if cast and bias is not None else x).split(height)
-    best: list[SparseCode | None] = [None] * len(blocks)
+    # Codes of each block of rows: one of the chunks so far, or one of each chunk.
+    found: list[list[SparseCode]] = [[] for _ in blocks]
     for start in range(0, n, width):
         stop = min(start + width, n)
         chosen = slice(start, stop) if features is None else features[start:stop]
@@ -183,14 +186,15 @@ def encode_topk(
                 scores = torch.mm(block, weight.T, out=out)
             else:
                 scores = torch.addmm(shift, block, weight.T, out=out)
-            known = best[place]
-            if known is None:
-                best[place] = topk_exact(scores, min(k, stop - start))
-            else:
+            known = found[place]
+            if on_cpu and known:
                 # Entries of a later chunk count only above the k known ones: fewer and fewer do.
-                code = topk_above(scores, k, known.values.detach().amin(1))
-                best[place] = merge_topk([known, SparseCode(code.indices + start, code.values)], k)
-    codes = [code for code in best if code is not None]
+                code = topk_above(scores, k, known[0].values.detach().amin(1))
+                known[:] = [merge_topk([known[0], SparseCode(code.indices + start, code.values)], k)]
+            else:
+                code = topk_exact(scores, min(k, stop - start))
+                known.append(SparseCode(code.indices + start, code.values) if start else code)
+    codes = [merge_topk(every, k) for every in found if every]
     if not codes:
         empty = x.new_zeros(batch, 0)
         codes = [SparseCode(empty.long(), empty)]

@@ -111,17 +111,18 @@ def read_attention(model: nn.Module, layer: int, context: int) -> AttentionLayer
     (without a causal mask, with ALiBi or other rotations ...). Raises OptionError for a layer or context out
     of range.
     """
-    info = models.model_info(model)
+    info = models.model_info(model, fingerprint=False)
     if not info.causal:
         raise _unsupported(model, layer, "it attends to later positions too: no causal mask")
     read, write = models.hook_name(model, READ_SITE, layer), write_site(model, layer)
     require(1 <= context <= info.n_ctx, "context", context, f"from 1 to the model's {info.n_ctx} tokens")
-    own, fast = twin.runners(model)
+    both = twin.runners(model)
+    fast = both.plain
     if fast is None or read not in fast.places:
         raise _unsupported(model, layer, "only a TransformerBridge without weight processing is read")
-    attention: Any = fast.places[read][0]
+    attention: Any = fast.places[read].module
     x, y, rotation = _run(model, attention, layer, read, write, context)
-    bridge = own.blocks[layer]._modules["attn"]
+    bridge = both.own.blocks[layer]._modules["attn"]
     n_heads, n_groups = info.n_heads, info.n_kv_heads
     W_Q, b_Q = _projection(model, layer, bridge, "q", n_heads, n_heads)
     W_K, b_K = _projection(model, layer, bridge, "k", n_groups, n_heads)
@@ -179,7 +180,7 @@ def _run(
         seen["rotation"] = kwargs.get("position_embeddings")
 
     hooks = {read: lambda x: seen.__setitem__("x", x), write: lambda y: seen.__setitem__("y", y)}
-    ids = torch.arange(context).remainder(models.model_info(model).d_vocab)[None]
+    ids = torch.arange(context).remainder(models.model_info(model, fingerprint=False).d_vocab)[None]
     handle = attention.register_forward_pre_hook(keep, with_kwargs=True)
     try:
         models.forward(model, ids, hooks, stop_after_layer=layer)
@@ -189,6 +190,12 @@ def _run(
         raise _unsupported(model, layer, "hooks that were added to the model itself are in the way")
     rotation = seen["rotation"]
     if rotation is not None:
+        pair = isinstance(rotation, tuple | list) and len(rotation) == 2
+        if not pair or not all(
+            torch.is_tensor(part) and part.is_floating_point() and part.numel() % context == 0
+            for part in rotation
+        ):
+            raise _unsupported(model, layer, "its rotation by position is not a pair of cosines and sines")
         cos, sin = (part.reshape(context, -1) for part in rotation)
         rotation = cos, sin
     return seen["x"].double().cpu(), seen["y"].double().cpu(), rotation
@@ -202,6 +209,9 @@ def _projection(
     linear: Any = None if part is None else twin.original(part)
     if not isinstance(linear, nn.Linear):
         raise _unsupported(model, layer, f"it has no projection `{name}` of its own")
+    if linear.weight.shape[0] % n_groups:
+        rows = linear.weight.shape[0]
+        raise _unsupported(model, layer, f"its projection `{name}` has {rows} rows for {n_groups} heads")
     weight = linear.weight.detach().double().cpu()
     bias = torch.zeros(len(weight)) if linear.bias is None else linear.bias.detach()
     by_head = weight.unflatten(0, (n_groups, -1)).mT
@@ -227,7 +237,7 @@ def _gain(model: nn.Module, layer: int, norm: nn.Module, d_head: int) -> Float[T
 
 
 def _unsupported(model: nn.Module, layer: int, why: str) -> UnsupportedModelError:
-    info = models.model_info(model)
+    info = models.model_info(model, fingerprint=False)
     return UnsupportedModelError(
         f"attention of layer {layer} of {info.name} ({info.architecture}) cannot be copied: {why}"
     )

@@ -146,7 +146,7 @@ def harvest_pairs(
     `models.hook_name` do.
     """
     read = models.hook_name(model, READ_SITE, layer)
-    d = int(models.model_info(model).d_model)
+    d = int(models.model_info(model, fingerprint=False).d_model)
     kept = _Kept(
         (read, layer),
         (write_site(model, layer), layer),

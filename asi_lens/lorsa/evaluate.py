@@ -72,7 +72,7 @@ def _place(lorsas: Sequence[Lorsa], model: nn.Module, layer: int | None) -> Plac
     layer = known.pop() if len(known) == 1 else None
     if layer is None:
         raise OptionError("the layer of these Lorsas is not known, or not one; give layer=...")
-    width = models.model_info(model).d_model
+    width = models.model_info(model, fingerprint=False).d_model
     for lorsa in lorsas:
         require(lorsa.d_in == width, "lorsa", f"d_in={lorsa.d_in}", f"{width} wide, as the model")
     read = models.hook_name(model, READ_SITE, layer)

@@ -21,6 +21,7 @@ from asi_lens.kernels.codes import SparseCode
 from asi_lens.kernels.draws import unit_rows_
 from asi_lens.lorsa.data import PairBatch, SequencePairs
 from asi_lens.lorsa.lorsa import Lorsa
+from asi_lens.training.checkpoint import where_it_runs
 from asi_lens.training.config import TrainConfig
 from asi_lens.training.learner import DivergedError, StepOutput
 from asi_lens.training.ledger import DeadnessLedger
@@ -47,6 +48,7 @@ class LorsaTrainer(Fits[SequencePairs, PairBatch]):
         require(config.aux_k == 0, "aux_k", config.aux_k, "0 for a Lorsa")
         dtypes = ("auto", "float32")
         require(config.compute_dtype in dtypes, "compute_dtype", config.compute_dtype, " or ".join(dtypes))
+        require(config.kernels != "triton", "kernels", config.kernels, "'auto' or 'plain' for a Lorsa")
         if not lorsa.initialization:
             raise OptionError("this Lorsa has heads without weights; run initialize_lorsa first")
         self.optimizer = torch.optim.Adam(lorsa.parameters(), lr=config.lr, fused=True)
@@ -154,8 +156,9 @@ class LorsaTrainer(Fits[SequencePairs, PairBatch]):
         lorsa = self.lorsa
         return {
             "lorsa": asdict(lorsa.config),
-            "train": asdict(self.config),
+            "train": self.config.as_dict(),
             "initialization": lorsa.initialization,
+            **where_it_runs(lorsa.W_O.device),
         }
 
     def state(self) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from asi_lens.base.paths import figures_dir, figures_root, published_dir
 from asi_lens.reproduce.board import Board
 from asi_lens.reproduce.execute import Execute, executing_in
 from asi_lens.reproduce.gallery import build_gallery
-from asi_lens.reproduce.parameters import choose, merged_parameters, parse_given
+from asi_lens.reproduce.parameters import choose, merged_parameters, parse_given, require_machine
 from asi_lens.reproduce.staleness import key_of, left_by, out_of_date, record
 from asi_lens.results import drawing
 from asi_lens.results.parameters_cell import notebook_path
@@ -56,9 +56,10 @@ def reproduce(
     The gallery is built anew after every notebook. After a failure no further notebook starts; when the
     running notebooks have ended, NotebookError is raised, with the failing cell's error and the path of the
     executed notebook. The next call continues from there. Raises UnknownNameError or OptionError before any
-    notebook runs.
+    notebook runs, also for a profile that needs another machine.
     """
     require_whole("jobs", jobs, 1)
+    require_machine(profile)
     folder = figures_dir(model, profile)
     # All parameters are checked first, so that an error in the last notebook's is not found after an hour.
     plans = {
@@ -67,7 +68,7 @@ def reproduce(
     }
     known = (folder, published_dir(model, profile))
     board = Board({name: _expected(known, name) for name in plans})
-    busy = AsiLensError(f"another run is at work in {folder}; wait for it or stop it")
+    busy = AsiLensError(f"another run is using {folder}; wait for that run or stop it")
     with locked(folder / ".reproduce", busy), _drawing_later(folder), executing_in(jobs, board) as executing:
         todo = [
             partial(_run, folder, name, parameters, board, force, executing)
@@ -121,12 +122,7 @@ def draw_images(folder: Path) -> None:
 
 
 def _run(
-    folder: Path,
-    name: str,
-    parameters: Mapping[str, Any],
-    board: Board,
-    force: bool,
-    executing: Execute,
+    folder: Path, name: str, parameters: Mapping[str, Any], board: Board, force: bool, executing: Execute
 ) -> None:
     """Run a notebook if it is out of date, and record its output files."""
     key = key_of(name, parameters)
@@ -162,7 +158,7 @@ def _time(folder: Path, name: str, seconds: float, before: Mapping[str, Any]) ->
     """Write the time of a run and the longest time with the same parameters into the notebook's sidecar."""
     found = read_sidecar(folder, name)
     if found is None:
-        raise AsiLensError(f"{name} has left no {name}.json; its last cell must be `page.done()`")
+        raise AsiLensError(f"{name} wrote no {name}.json; its last cell must be `page.done()`")
     key = cache_key(parameters=found["parameters"], sources=found["sources"])
     timed = {**found, "wall_time_s": round(seconds, 1), "timed_key": key}
     write_sidecar(folder, {**timed, "longest_wall_time_s": longest_time(timed, before)})
@@ -198,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--model", default="smollm2-135m", help="a packaged name, hub name, folder or .gguf file"
     )
-    parser.add_argument("--profile", default="quick", help="smoke, quick, full or paper")
+    parser.add_argument("--profile", default="quick", help="smoke, quick, full, gpu or paper")
     parser.add_argument(
         "--notebooks",
         default="",
@@ -233,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\nstopped: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted; the next run goes on from here", file=sys.stderr)
+        print("\ninterrupted; the next run continues from here", file=sys.stderr)
         return 130
     print(f"\ngallery: {page}")
     missing = missing_images(figures_dir(chosen.model, chosen.profile))

@@ -76,7 +76,7 @@ def execute(
             partial.replace(executed)
             raise NotebookError(
                 f"{name}, cell In[{error.exec_count}]: {error.ename}: {error.evalue}\n\n"
-                f"{_indented(error.source)}\n\nThe notebook as far as it came: {executed}"
+                f"{_indented(error.source)}\n\nThe notebook up to the error: {executed}"
             ) from error
         except OSError:
             raise
@@ -84,7 +84,7 @@ def execute(
             if partial.is_file():
                 partial.replace(executed)
             raise NotebookError(
-                f"{name}: {type(error).__name__}: {error}\n\nThe notebook as far as it came: {executed}"
+                f"{name}: {type(error).__name__}: {error}\n\nThe notebook up to the error: {executed}"
             ) from error
         finally:
             partial.unlink(missing_ok=True)

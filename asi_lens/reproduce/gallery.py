@@ -6,8 +6,10 @@ The page is built only from files of runs: sidecars, and the figures' pages and 
 from __future__ import annotations
 
 import argparse
+import html
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,13 +86,8 @@ class Run:
 
     @property
     def claims(self) -> list[Claim]:
-        """Tested claims, C2 before C10."""
-        found: dict[str, list[Evidence]] = {}
-        for notebook, sidecar in self.notebooks.items():
-            for one in sidecar["verdicts"]:
-                found.setdefault(one["claim"], []).append(self._evidence(notebook, one))
-        order = sorted(found, key=lambda name: int(name[1:]))
-        return [Claim(name, found[name]) for name in order]
+        """Tested claims; see `claims_of`."""
+        return claims_of([self])
 
     @property
     def tables(self) -> list[str]:
@@ -104,20 +101,26 @@ class Run:
         """A name that can be used as an HTML id."""
         return re.sub(r"[^\w-]+", "-", self.url)
 
-    def _evidence(self, notebook: str, one: dict[str, Any]) -> Evidence:
+    def evidence(self, notebook: str, one: dict[str, Any]) -> Evidence:
+        """Return the evidence of one verdict in a notebook's sidecar."""
         own = [figure for figure in self.figures if figure.stem in self.notebooks[notebook]["figures"]]
         named = [figure for figure in own if re.search(rf"\b{one['claim']}\b", figure.caption)]
-        return Evidence(
-            notebook,
-            self.profile,
-            one["verdict"],
-            one["statement"],
-            one["paper_value"],
-            [Number(**number) for number in one["numbers"]],
-            one["over"],
-            one["budget"],
-            next(iter([*named, *own]), None),
-        )
+        texts = {key: one[key] for key in ("verdict", "statement", "paper_value", "over", "budget")}
+        numbers, figure = [Number(**number) for number in one["numbers"]], next(iter([*named, *own]), None)
+        return Evidence(notebook, self.profile, numbers=numbers, figure=figure, **texts)
+
+
+def claims_of(runs: Sequence[Run]) -> list[Claim]:
+    """Return the claims of several runs, C2 before C10.
+
+    Each notebook's evidence is from the first run that has it.
+    """
+    found: dict[str, dict[str, Evidence]] = {}
+    for run in runs:
+        for notebook, sidecar in run.notebooks.items():
+            for one in sidecar["verdicts"]:
+                found.setdefault(one["claim"], {}).setdefault(notebook, run.evidence(notebook, one))
+    return [Claim(name, list(found[name].values())) for name in sorted(found, key=lambda name: int(name[1:]))]
 
 
 def find_runs(root: Path, newest: Path | None = None) -> list[Run]:
@@ -155,25 +158,34 @@ def build_gallery(root: Path, newest: Path | None = None) -> Path:
 
     Raises CacheError for a damaged sidecar.
     """
+    root.mkdir(parents=True, exist_ok=True)
+    script = shared_plotly_js(root)
+    page = root / "index.html"
+    with locked(root / ".gallery"):
+        write_text(page, render("gallery.html.j2", runs=find_runs(root, newest), plotly_js=script.name))
+    return page
+
+
+def render(template: str, **values: Any) -> str:
+    """Return a page from a file of `templates/`; texts in HTML pages are escaped."""
     import jinja2
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("asi_lens.reproduce", "templates"),
-        autoescape=True,
+        autoescape=".html" in template,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters["rich"] = lambda text: jinja2.utils.markupsafe.Markup(rich(text))
     environment.filters["verdict_class"] = lambda verdict: verdict.replace(" ", "-")
-    root.mkdir(parents=True, exist_ok=True)
-    script = shared_plotly_js(root)
-    page = root / "index.html"
-    with locked(root / ".gallery"):
-        runs = find_runs(root, newest)
-        text = environment.get_template("gallery.html.j2").render(runs=runs, plotly_js=script.name)
-        write_text(page, text)
-    return page
+    environment.filters["cell"] = _cell
+    return environment.get_template(template).render(**values)
+
+
+def _cell(text: str) -> str:
+    """Return text escaped for a cell of a Markdown table."""
+    return " ".join(html.escape(text, quote=False).replace("|", "\\|").split())
 
 
 def _figure(root: Path, folder: Path, stem: str, entry: dict[str, Any]) -> Figure:

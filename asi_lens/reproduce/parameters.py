@@ -11,12 +11,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from asi_lens.base.errors import DataError, OptionError, unknown_name
+from asi_lens.base.errors import DataError, OptionError, require, unknown_name
+from asi_lens.base.files import read_yaml_mapping
 from asi_lens.base.paths import parameters_dir, project_root
 from asi_lens.results.parameters_cell import notebook_defaults, notebook_names
 
 # Parameters that the runner sets in every notebook.
 ALWAYS = ("model", "profile", "output_folder", "seed")
+NEEDS = "needs"
+"""Key of a profile's file: the device without which its budgets make no sense."""
 PAPER = "paper"
 GROUPS: dict[str, range] = {PAPER: range(14), "beyond": range(14, 100), "all": range(100)}
 """Groups of notebooks by their numbers: the paper's figures, the figures beyond the paper, all figures."""
@@ -47,7 +50,23 @@ def choose(names: Sequence[str] | None) -> list[str]:
 
 def profile_names() -> list[str]:
     """Return the names of the parameter files with a section `common`."""
-    return sorted(p.stem for p in parameters_dir().glob("*.yaml") if "common" in _read(p))
+    return sorted(p.stem for p in parameters_dir().glob("*.yaml") if "common" in read_yaml_mapping(p))
+
+
+def require_machine(profile: str) -> None:
+    """Raise OptionError if a profile needs a device (`needs: cuda` in its file) that this machine lacks."""
+    path = parameters_dir() / f"{profile}.yaml"
+    needed = read_yaml_mapping(path).get(NEEDS) if path.is_file() else None
+    require(needed in (None, "cuda"), f"{NEEDS} (in {path.name})", needed, "'cuda', or left out")
+    if needed is None:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise OptionError(
+            f"the profile {profile!r} needs a CUDA device, and PyTorch {torch.__version__} finds none here; "
+            "'full' is the profile for evidence on a CPU"
+        )
 
 
 def merged_parameters(
@@ -61,17 +80,17 @@ def merged_parameters(
     defaults = notebook_defaults(notebook)
     missing = [key for key in ALWAYS if key not in defaults]
     if missing:
-        raise OptionError(f"{notebook}: no cell tagged `parameters` that sets {', '.join(missing)}")
+        raise OptionError(f"{notebook} has no cell tagged `parameters` that sets {', '.join(missing)}")
     path = parameters_dir() / f"{profile}.yaml"
     if profile not in profile_names():
         raise unknown_name("profile", profile, profile_names())
-    sections = _read(path)
+    sections = read_yaml_mapping(path)
     for section in sections:
-        if section != "common" and section not in notebook_names():
-            raise unknown_name(f"section of {path.name}", section, ["common", *notebook_names()])
+        if section not in ("common", NEEDS) and section not in notebook_names():
+            raise unknown_name(f"section of {path.name}", section, ["common", NEEDS, *notebook_names()])
     model_file = parameters_dir() / f"{model}.yaml"
     # A model given as a path or a hub name has no parameter file.
-    of_model = _read(model_file) if "/" not in model and model_file.is_file() else {}
+    of_model = read_yaml_mapping(model_file) if "/" not in model and model_file.is_file() else {}
     if not of_model and Path(model).expanduser().exists():
         model = str(Path(model).expanduser().resolve())  # notebooks run in another working folder
     layers = {
@@ -106,15 +125,3 @@ def parse_given(pairs: Sequence[str]) -> dict[str, Any]:
         except yaml.YAMLError as error:
             raise OptionError(f"-p {pair!r} is not allowed; the value must be YAML ({error})") from error
     return out
-
-
-def _read(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is no YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path} must hold keys and values")
-    return content

@@ -7,7 +7,6 @@ and writes the README's section from all published results. Only this command wr
 from __future__ import annotations
 
 import argparse
-import html
 import shutil
 import sys
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 from asi_lens.base.errors import AsiLensError, DataError
 from asi_lens.base.files import write_text, write_whole
 from asi_lens.base.paths import PUBLISHED, figures_dir, figures_root, project_root, published_dir
-from asi_lens.reproduce.gallery import DEFAULT_MODEL, Claim, Evidence, Run, build_gallery, find_runs
+from asi_lens.reproduce.gallery import DEFAULT_MODEL, Run, build_gallery, claims_of, find_runs, render
 from asi_lens.results.sidecar import files_of, join, longest_time, read_sidecars, write_sidecar
 
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
@@ -33,16 +32,18 @@ def publish(model: str, profile: str, notebooks: Sequence[str] | None = None) ->
     Raises DataError if no notebook was run, if an image is missing, or if the profile makes no claims.
     """
     if profile in _NOT_PUBLISHED:
-        raise DataError(f"profile {profile} makes no claims; there is nothing in it to publish")
+        raise DataError(f"profile {profile} is not published: its runs are too small to support a claim")
     source, target = figures_dir(model, profile), published_dir(model, profile)
     found = read_sidecars(source)
     chosen = {name: one for name, one in found.items() if not notebooks or name in notebooks}
     if not chosen:
-        raise DataError(f"{source} holds no run of {', '.join(notebooks or ['a notebook'])}; run it first")
+        raise DataError(
+            f"{source} has no run of {', '.join(notebooks or ['a notebook'])}; run `make figures` first"
+        )
     for name, one in chosen.items():
         undrawn = [stem for stem, figure in one["figures"].items() if not figure["png"]]
         if undrawn:
-            raise DataError(f"{name} has no image of {', '.join(undrawn)}; run it where a Chrome is")
+            raise DataError(f"{name} has no image of {', '.join(undrawn)}; run it where Chrome is installed")
     target.mkdir(parents=True, exist_ok=True)
     before = read_sidecars(target)
     for name, one in chosen.items():
@@ -64,23 +65,7 @@ def readme_section(root: Path) -> str:
 
     Raises DataError if no result of the default model is published.
     """
-    lines = ["| claim | paper | here | verdict |", "|---|---|---|---|"]
-    for claim in best_claims(_best(root)):
-        first = claim.evidence[0]
-        numbers = "; ".join(f"{number.name} {number.middle}" for number in first.numbers[:3])
-        sources = "; ".join(
-            f"[{one.notebook[:2]}](notebooks/{one.notebook}.ipynb) {one.profile}"
-            + (f": {one.verdict}" if one.verdict != claim.verdict else "")
-            for one in claim.evidence
-        )
-        cells = (
-            f"**{claim.name}** {_cell(first.statement)}",
-            _cell(first.paper_value),
-            _cell(numbers),
-            f"**{claim.verdict}** ({sources})",
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return render("readme.md.j2", claims=claims_of(_best(root))).rstrip()
 
 
 def evidence_page(root: Path) -> str:
@@ -88,28 +73,7 @@ def evidence_page(root: Path) -> str:
 
     The page belongs into the folder of the published results. Raises as `readme_section`.
     """
-    lines = [
-        f"# What came out on {DEFAULT_MODEL}",
-        "",
-        "Each claim of the paper, from the best run of every notebook that tests it.",
-        "`make publish` writes this page.",
-    ]
-    for claim in best_claims(_best(root)):
-        lines += ["", f"## {claim.name}: {claim.verdict}"]
-        for one in claim.evidence:
-            source = f"[{one.notebook}](../../notebooks/{one.notebook}.ipynb), profile {one.profile}"
-            lines += [
-                "",
-                f"{_cell(one.statement)}. Paper: {_cell(one.paper_value)}. {source}: {one.verdict}.",
-                "",
-            ]
-            lines += [f"| | here | spread over {_cell(one.over)} |", "|---|---|---|"]
-            for number in one.numbers:
-                lines.append(f"| {_cell(number.name)} | {number.middle} | {number.range} |")
-            lines += ["", f"*{_cell(one.budget)}.*"]
-            if one.figure is not None and one.figure.png:
-                lines += ["", f"![{_cell(one.figure.title)}]({one.figure.png.removeprefix(f'{PUBLISHED}/')})"]
-    return "\n".join(lines) + "\n"
+    return render("evidence.md.j2", model=DEFAULT_MODEL, claims=claims_of(_best(root)))
 
 
 def _best(root: Path) -> list[Run]:
@@ -118,17 +82,6 @@ def _best(root: Path) -> list[Run]:
     if not best:
         raise DataError(f"{root / PUBLISHED} has no run of {DEFAULT_MODEL} under {', '.join(BEST)}")
     return best
-
-
-def best_claims(best: Sequence[Run]) -> list[Claim]:
-    """Return the claims of several runs, each notebook's evidence from the first run that has it."""
-    found: dict[str, list[Evidence]] = {}
-    for run in best:
-        for claim in run.claims:
-            known = found.setdefault(claim.name, [])
-            have = {one.notebook for one in known}
-            known += [one for one in claim.evidence if one.notebook not in have]
-    return [Claim(name, found[name]) for name in sorted(found, key=lambda name: int(name[1:]))]
 
 
 def update_readme(readme: Path | None = None) -> bool:
@@ -147,11 +100,6 @@ def update_readme(readme: Path | None = None) -> bool:
         return False
     write_text(readme, new)
     return True
-
-
-def _cell(text: str) -> str:
-    """Return text escaped for a cell of a Markdown table."""
-    return " ".join(html.escape(text, quote=False).replace("|", "\\|").split())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -24,8 +24,8 @@ def key_of(name: str, parameters: Mapping[str, Any]) -> dict[str, str]:
     room = Path(__file__).resolve().parent
     sources = {
         path.relative_to(room.parent).as_posix(): sha256_of(path)
-        for path in sorted(room.parent.rglob("*.py"))
-        if room not in path.parents
+        for path in sorted(room.parent.rglob("*"))
+        if path.suffix in (".py", ".html", ".j2") and room not in path.parents
     }
     told = {key: value for key, value in parameters.items() if key != "output_folder"}
     return {

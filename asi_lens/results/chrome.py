@@ -20,6 +20,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from asi_lens.base.offline import VARIABLE, offline
+
 # A browser set in one of these variables comes first. kaleido itself reads BROWSER_PATH.
 VARIABLES = ("BROWSER_PATH", "CHROME")
 # Names to try if the browser that kaleido would choose does not start (Ubuntu's `chromium-browser` may be a
@@ -40,14 +42,14 @@ def chrome_or_reason() -> tuple[str | None, str]:
             path = shutil.which(named)
             if path and _starts(path):
                 return path, ""
-            return None, f"{variable}={named!r} is not a browser that starts; correct it or unset it"
+            return None, f"{variable}={named!r} does not start as a browser; correct the variable or unset it"
     tried = []
     for path in _candidates():
         if _starts(path):
             return path, ""
         tried.append(path)
     if tried:
-        return None, f"no Chrome that starts ({', '.join(tried)} does not); {_RETRY}"
+        return None, f"no installed Chrome starts (tried: {', '.join(tried)}); {_RETRY}"
     return None, f"no Chrome or Chromium is installed; {_RETRY}"
 
 
@@ -72,7 +74,7 @@ def can_draw(chrome: str) -> str:
             drawn = path.read_bytes()
         except Exception as error:  # setup continues after any error of a broken browser
             return f"{chrome} cannot draw: {type(error).__name__}: {error}"
-    return "" if drawn.startswith(b"\x89PNG\r\n") else f"{chrome} wrote something that is no PNG"
+    return "" if drawn.startswith(b"\x89PNG\r\n") else f"{chrome} wrote a file that is not a PNG"
 
 
 def _candidates() -> list[str]:
@@ -101,6 +103,8 @@ def _download() -> str:
     """Download Chrome for Testing into kaleido's folder; return "", or the reason for the failure."""
     import kaleido
 
+    if offline():
+        return f"nothing is downloaded ({VARIABLE}=1)"
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # the download sets no timeout and would hang if packets are lost
     try:
@@ -132,7 +136,7 @@ def main() -> int:
     lines = [f"  - {text}" for text in ([broken] if chrome else reasons) if text]
     print(
         "*" * 100,
-        "WARNING: figures will come out as HTML and CSV only. PNG images will be MISSING:",
+        "WARNING: figures will be written as HTML and CSV only. PNG images will be MISSING:",
         *lines,
         "*" * 100,
         sep="\n",

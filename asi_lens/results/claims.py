@@ -5,17 +5,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from asi_lens.base.errors import OptionError
-from asi_lens.results.tables import Row, read_rows
-from asi_lens.results.verdicts import Number
-
-Told = Literal["supported", "partly supported", "not supported", "not testable here"]
+from asi_lens.results.judging import Number, Outcome, require_claim
+from asi_lens.results.tables import Row
 
 CLAIMS_FILE = "claims.csv"
 
@@ -33,14 +28,13 @@ class ClaimRow(Row):
     """Spread of our value, and over what: seeds, layers or corpora."""
     budget: str
     """Model, text, tokens ... that our value was measured with."""
-    verdict: Told
+    verdict: Outcome
     notebook: str
     """Name of the notebook that tested the claim, such as `01_rank_curves`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not re.fullmatch(r"C[1-9]\d*", self.claim):
-            raise OptionError(f"claim={self.claim!r} is not allowed; claim must be C1, C2, ...")
+        require_claim(self.claim)
 
 
 def rows_of(verdicts: Sequence[Mapping[str, Any]], notebook: str) -> list[ClaimRow]:
@@ -49,25 +43,14 @@ def rows_of(verdicts: Sequence[Mapping[str, Any]], notebook: str) -> list[ClaimR
     for one in verdicts:
         numbers = [Number(**number) for number in one["numbers"]]
         spread = [f"{number.name} {number.range}" for number in numbers if number.range]
-        rows.append(
-            ClaimRow(
-                claim=one["claim"],
-                statement=one["statement"],
-                paper_value=one["paper_value"],
-                our_value="; ".join(f"{number.name} {number.middle}" for number in numbers),
-                spread=f"over {one['over']}: {'; '.join(spread)}" if spread else "",
-                budget=one["budget"],
-                verdict=one["verdict"],
-                notebook=notebook,
-            )
-        )
+        values: dict[str, Any] = {
+            **{key: one[key] for key in ("claim", "statement", "paper_value", "budget", "verdict")},
+            "our_value": "; ".join(f"{number.name} {number.middle}" for number in numbers),
+            "spread": f"over {one['over']}: {'; '.join(spread)}" if spread else "",
+            "notebook": notebook,
+        }
+        rows.append(ClaimRow(**values))
     return rows
-
-
-def read_claims(folder: Path | str) -> list[ClaimRow]:
-    """Return the rows of a folder's claims table, sorted by claim; [] if the folder has no claims table."""
-    path = Path(folder) / CLAIMS_FILE
-    return sorted(read_rows(path, ClaimRow), key=claim_order) if path.exists() else []
 
 
 def claim_order(row: ClaimRow) -> tuple[int, str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from asi_lens.base.errors import DataError
-from asi_lens.base.files import write_text, write_whole
+from asi_lens.base.files import read_json, write_text, write_whole
 from asi_lens.results.chrome import chrome_or_reason, kaleido_options
 
 LATER = "ASI_LENS_DRAW_LATER"
@@ -59,7 +59,9 @@ def draw_later(pngs: list[Path]) -> dict[Path, str]:
     The result has no entry for an image without a saved figure. Raises DataError for a saved figure that
     cannot be read.
     """
-    figures = {png: _read(_waiting(png)) for png in pngs if _waiting(png).is_file()}
+    repair = "delete it and run its notebook again"
+    waiting = {png: path for png in pngs if (path := _waiting(png)).is_file()}
+    figures = {png: read_json(path, DataError, repair) for png, path in waiting.items()}
     chrome, reason = chrome_or_reason()
     if not figures or chrome is None:
         return dict.fromkeys(figures, reason)
@@ -106,15 +108,8 @@ def _write(png: Path, image: bytes) -> str:
 
 
 def _told(chrome: str, error: Exception) -> str:
-    return f"{Path(chrome).name} could not draw it: {type(error).__name__}: {error}"
+    return f"{Path(chrome).name} could not draw the figure: {type(error).__name__}: {error}"
 
 
 def _waiting(png: Path) -> Path:
     return png.parent / _FOLDER / f"{png.stem}.json"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}); delete it and run its notebook again") from error

@@ -1,7 +1,8 @@
 """Figures on disk: an interactive page, and a still image if a Chrome is found.
 
 Pages share one local copy of plotly.js, so pages are small and work without a network. Title, subtitle and
-caption wrap: in the page as HTML text, in the image as lines broken to the image's width.
+caption wrap: in the page as HTML text, in the image as lines broken to the image's width. Plotly's own
+`write_html` is not used: its titles do not wrap on a phone, and each folder would get a plotly.js of 5 MB.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import re
 import textwrap
 from pathlib import Path
+from string import Template
 from typing import NamedTuple
 
 import plotly.graph_objects as go
@@ -40,46 +42,7 @@ _TITLE_SIZE, _SUBTITLE_SIZE, _CAPTION_SIZE = 20, 14, 13
 _LINE = 1.35
 _PAD = 16
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{plain_title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 70rem;
-  margin: 0 auto; padding: 1rem; }}
-h1 {{ font-size: 1.35rem; margin: 0; }}
-.subtitle {{ color: #555; margin: .25rem 0 1rem; }}
-.plot {{ overflow-x: auto; }}
-.plot > div {{ min-width: {min_width}px; height: {height}px; }}
-.caption {{ max-width: 46rem; }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-<p class="subtitle">{subtitle}</p>
-<div class="plot"><div id="figure"></div></div>
-<p class="caption">{caption}</p>
-<noscript>This figure is drawn by JavaScript.</noscript>
-<script src="{plotly_js}"></script>
-<script type="application/json" id="figure-data">{data}</script>
-<script>
-if (window.Plotly) {{
-  const figure = JSON.parse(document.getElementById("figure-data").textContent);
-  // A finger on the plot scrolls the page.
-  if (matchMedia("(pointer: coarse)").matches) {{
-    figure.layout.dragmode = false;
-    figure.config.displayModeBar = false;
-  }}
-  Plotly.newPlot("figure", figure.data, figure.layout, figure.config);
-}} else {{
-  document.getElementById("figure").textContent = "{plotly_js} is missing beside the figures.";
-}}
-</script>
-</body>
-</html>
-"""
+_PAGE = Path(__file__).parent / "templates" / "figure.html"
 
 
 class SavedFigure(NamedTuple):
@@ -103,16 +66,12 @@ def save(figure: go.Figure, stem: Path | str, *, caption: str) -> SavedFigure:
     stem = Path(stem)
     title, _ = titles(figure)
     require(
-        bool(title),
-        "figure.layout.title.text",
-        title,
-        "a title (the builders of asi_lens.figures set it)",
+        bool(title), "figure.layout.title.text", title, "a text (the builders of asi_lens.figures set it)"
     )
     require(bool(caption.strip()), "caption", caption, "a text")
-    page = _with_suffix(stem, ".html")
+    page, png = (stem.with_name(stem.name + suffix) for suffix in (".html", ".png"))
     script = shared_plotly_js(stem.parent)
     write_text(page, page_text(figure, caption=caption, plotly_js=_relative_url(script, stem.parent)))
-    png = _with_suffix(stem, ".png")
     reason = draw(json.loads(for_paper(figure, caption).to_json()), png)
     return SavedFigure(None if reason else png, page, reason)
 
@@ -127,7 +86,7 @@ def page_text(figure: go.Figure, *, caption: str, plotly_js: str) -> str:
         bare.update_layout(margin_t=max(40, figure.layout.margin.t - _title_height(figure)))
     data = '{"config":' + json.dumps(CONFIG) + "," + bare.to_json()[1:]
     meta = figure.layout.meta or {}
-    return _PAGE.format(
+    return Template(_PAGE.read_text(encoding="utf-8")).substitute(
         plain_title=html.escape(re.sub(r"<[^>]*>", "", title)),
         title=rich(title),
         subtitle=rich(subtitle),
@@ -161,12 +120,8 @@ def for_paper(figure: go.Figure, caption: str) -> go.Figure:
     if subtitle_lines:
         small = "<br>".join(subtitle_lines)
         head += f'<br><span style="font-size:{_SUBTITLE_SIZE}px;color:#555">{small}</span>'
-    paper.update_layout(
-        width=width,
-        height=height,
-        autosize=False,
-        margin={"t": grown_top, "b": grown_bottom},
-    )
+    margins = {"t": grown_top, "b": grown_bottom}
+    paper.update_layout(width=width, height=height, autosize=False, margin=margins)
     paper.layout.title = None
     # Annotations are placed relative to the plot's corners, so plotly must not change the margins.
     paper.update_xaxes(automargin=False)
@@ -220,10 +175,6 @@ def _title_height(figure: go.Figure) -> int:
 def _wrap(text: str, width: int, size: int) -> list[str]:
     plain = " ".join(text.split())
     return textwrap.wrap(plain, max(20, int(width / (size * _CHARACTER))), break_long_words=True)
-
-
-def _with_suffix(stem: Path, suffix: str) -> Path:
-    return stem.with_name(stem.name + suffix)  # with_suffix would replace the ".1" of a name
 
 
 def _relative_url(path: Path, folder: Path) -> str:

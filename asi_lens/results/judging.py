@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from functools import wraps
+from typing import Literal, NamedTuple, ParamSpec, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -20,7 +21,9 @@ from asi_lens.base.errors import DataError, OptionError, require, require_known
 from asi_lens.results.rows import LOSSES
 
 Values: TypeAlias = pd.Series | np.ndarray | Sequence[float | int]
+Holds: TypeAlias = bool | Literal["partly"] | None
 Outcome = Literal["supported", "partly supported", "not supported", "not testable here"]
+Given = ParamSpec("Given")
 
 OUTCOMES: tuple[str, ...] = typing.get_args(Outcome)
 """All possible outcomes of a claim."""
@@ -53,7 +56,7 @@ class Number:
         ends = (self.low, self.high)
         half = (self.low is None) != (self.high is None)
         if half or (self.low is not None and self.high is not None and self.low > self.high):
-            raise OptionError(f"{self.name}: low, high={ends!r} is not allowed; give both, low first")
+            raise OptionError(f"{self.name}: low and high={ends!r} are not allowed; give both, low first")
 
     @property
     def text(self) -> str:
@@ -95,13 +98,13 @@ class Verdict:
     """At most four numbers, which decide the verdict."""
     over: str
     """Values that the spread covers, such as `3 seeds`."""
-    holds: bool | Literal["partly"] | None
+    holds: Holds
     """Whether the claim holds; None if seeds disagree or the claim cannot be judged."""
     budget: str = ""
     """Model, text, tokens ... that the numbers were measured with."""
 
     def __post_init__(self) -> None:
-        require(re.fullmatch(r"C[1-9]\d*", self.claim) is not None, "claim", self.claim, "C1, C2, ...")
+        require_claim(self.claim)
         n = len(self.numbers)
         require(n <= MOST_NUMBERS, f"{self.claim}: numbers", n, f"at most {MOST_NUMBERS}")
 
@@ -112,6 +115,47 @@ class Verdict:
         if self.holds == "partly":
             return "partly supported"
         return "supported" if self.holds else "not supported"
+
+
+def require_claim(claim: str) -> None:
+    """Raise OptionError unless `claim` is `C1`, `C2`, ..."""
+    require(re.fullmatch(r"C[1-9]\d*", claim) is not None, "claim", claim, "C1, C2, ...")
+
+
+class UntestedError(Exception):
+    """The table lacks rows that a claim compares, so there is no verdict on the claim."""
+
+
+class Found(NamedTuple):
+    """Result of a claim's rule; see the attributes of the same names of `Verdict`."""
+
+    numbers: Sequence[Number]
+    over: str
+    holds: Holds
+
+
+Rule: TypeAlias = Callable[Given, Found]
+Judge: TypeAlias = Callable[Given, Verdict | None]
+
+
+def claim(name: str, statement: str, paper_value: str) -> Callable[[Rule[Given]], Judge[Given]]:
+    """Decorate the rule of the claim `name`: the decorated function returns a Verdict.
+
+    The decorated function returns None if the rule raises `UntestedError`.
+    """
+
+    def decorate(rule: Rule[Given]) -> Judge[Given]:
+        @wraps(rule)
+        def judge(*args: Given.args, **kwargs: Given.kwargs) -> Verdict | None:
+            try:
+                numbers, over, holds = rule(*args, **kwargs)
+            except UntestedError:
+                return None
+            return Verdict(name, statement, paper_value, tuple(numbers), over, holds)
+
+        return judge
+
+    return decorate
 
 
 def combined(verdicts: Sequence[str]) -> str:
@@ -134,29 +178,28 @@ def taken(table: pd.DataFrame, keys: Sequence[str], measures: Sequence[str]) -> 
     """
     missing = [name for name in (*keys, *measures) if name not in table.columns]
     if missing:
-        raise DataError(f"the table lacks the column {', '.join(missing)}; it has {', '.join(table.columns)}")
+        raise DataError(f"the table has no column {', '.join(missing)}; it has {', '.join(table.columns)}")
     return table[[*keys, *measures]].astype(dict.fromkeys(measures, float))
 
 
 def spread(
-    name: str, values: pd.Series, *, value: float | None = None, percent: bool = False
-) -> tuple[Number, ...]:
-    """Return the mean of `values` (or the given `value`) with their range, as a tuple of one Number.
+    name: str, values: pd.Series | float | int, *, value: float | None = None, percent: bool = False
+) -> list[Number]:
+    """Return the mean of `values` (or the given `value`) with their range, as a list of one Number.
 
-    A single value has no range. The tuple is empty if nothing was measured.
+    A single value has no range. The list is empty if nothing was measured.
     """
-    values = values.dropna()
+    values = pd.Series(values, dtype=float).dropna()
     shown = float(values.mean()) if value is None else value
     if values.empty or math.isnan(shown):
-        return ()
-    if len(values) == 1:
-        return (Number(name, shown, percent=percent),)
-    return (Number(name, shown, float(values.min()), float(values.max()), percent),)
+        return []
+    low, high = (float(values.min()), float(values.max())) if len(values) > 1 else (None, None)
+    return [Number(name, shown, low, high, percent)]
 
 
-def single(name: str, value: float, *, percent: bool = False) -> tuple[Number, ...]:
-    """Return `value` as a tuple of one Number without a spread; the tuple is empty for NaN."""
-    return spread(name, pd.Series([value], dtype=float), percent=percent)
+def spreads(values: Mapping[str, pd.Series | float | int], *, percent: bool = False) -> list[Number]:
+    """Return the `spread` of each entry of `values`, by name; what was not measured is left out."""
+    return [number for name, one in values.items() for number in spread(name, one, percent=percent)]
 
 
 def counted(n: int, noun: str) -> str:
@@ -181,6 +224,51 @@ def graded(main: pd.DataFrame, rest: pd.DataFrame) -> bool | Literal["partly"] |
     """
     found = in_every_seed(main)
     return "partly" if found and not rest.all(axis=None) else found
+
+
+def if_known(holds: Holds | np.bool_, *measured: pd.DataFrame | pd.Series | float | int) -> Holds:
+    """Return `holds`; None if one of the `measured` numbers is NaN."""
+    if any(np.isnan(np.asarray(one, dtype=float)).any() for one in measured):
+        return None
+    return bool(holds) if isinstance(holds, np.bool_) else holds
+
+
+def by_seed(numbers: Sequence[Number], holds: Holds, *measured: pd.DataFrame) -> Found:
+    """Return the result of a claim on the `measured` tables, all with a row per seed; see `if_known`."""
+    return Found(numbers, counted(len(measured[0]), "seed"), if_known(holds, *measured))
+
+
+def held_out(table: pd.DataFrame, keys: Sequence[str], measures: Sequence[str]) -> pd.DataFrame:
+    """Return the held-out rows of `DeadFeatureRow`s, with the columns of `taken`, `split` among them."""
+    table = taken(table, [*keys, "split"], measures)
+    return table[table.split == "held_out"]
+
+
+def by_method(
+    table: pd.DataFrame, keys: Sequence[str], measures: Sequence[str], methods: Sequence[str]
+) -> pd.DataFrame:
+    """Return means of held-out rows, `keys` x (measure, method).
+
+    Raises UntestedError if a method has no rows.
+    """
+    held = held_out(table, [*keys, "method"], measures)
+    held = held[held.method.isin(methods)]
+    if not set(methods) <= set(held.method):
+        raise UntestedError
+    return held.groupby([*keys, "method"])[list(measures)].mean().unstack("method")
+
+
+def ends(table: pd.DataFrame, dead_window: int, methods: Sequence[str]) -> list[pd.DataFrame]:
+    """Return `final_numbers` by seed, one table per method. Raises UntestedError if a method has no rows.
+
+    A seed that a method lacks is a row of NaN in that method's table.
+    """
+    final = final_numbers(table, dead_window)
+    if not set(methods) <= set(final.index.unique("method")):
+        raise UntestedError
+    final = final.loc[list(methods)]
+    seeds = final.index.unique("seed").sort_values()
+    return [final.xs(name, level="method").reindex(seeds) for name in methods]
 
 
 def final_numbers(table: pd.DataFrame, dead_window: int) -> pd.DataFrame:
@@ -222,7 +310,7 @@ def rank_correlation(x: Values, y: Values, seed: int = 0) -> tuple[float, float,
     All are NaN for fewer than 3 points, and if `x` or `y` does not vary; resamplings in which `x` or `y` does
     not vary are left out. Raises OptionError if `x` and `y` differ in length.
     """
-    require(len(x) == len(y), "x and y", f"{len(x)} and {len(y)} values", "equally many")
+    require(len(x) == len(y), "lengths of x and y", (len(x), len(y)), "equal")
     points = np.stack([np.asarray(x, dtype=float), np.asarray(y, dtype=float)])
     n = points.shape[1]
     if n < 3:

@@ -11,14 +11,29 @@ import numpy as np
 import pandas as pd
 
 from asi_lens.base.errors import require, unknown_name
-from asi_lens.results.judging import Verdict, counted, single, spread, taken
+from asi_lens.results.judging import (
+    Found,
+    Holds,
+    UntestedError,
+    claim,
+    counted,
+    if_known,
+    spread,
+    spreads,
+    taken,
+)
 from asi_lens.results.rows import VARIANTS
 
 OTHERS = ["mlp_out", "resid_post"]
 SITES = ["attn_out", *OTHERS]
 
 
-def c1(table: pd.DataFrame, model: str, corpus: str) -> Verdict | None:
+@claim(
+    "C1",
+    "Attention outputs use fewer directions than MLP outputs and residual streams",
+    "effective rank: attn_out 0.60, others 0.90 (v3); 0.60 hold 99 % of the variance (v1)",
+)
+def c1(table: pd.DataFrame, model: str, corpus: str) -> Found:
     """C1: attention outputs use fewer directions than MLP outputs and residual streams.
 
     Takes `RankRow`s. A measure agrees if attention outputs have the lowest mean over layers of the three
@@ -35,51 +50,34 @@ def c1(table: pd.DataFrame, model: str, corpus: str) -> Verdict | None:
     shares = taken(table, [], ["intrinsic_dimension_99", "d"])
     ranks = _ranks(table)
     wide = _ranks(table.assign(effective_rank_fraction=shares.intrinsic_dimension_99 / shares.d))
-    if ranks is None or wide is None:
-        return None
+    numbers = spreads({site: ranks[site] for site in SITES})
+    numbers += spread("attn_out, directions for 99 %", wide.attn_out)
     agree = [_attention_is_lowest(measure) for measure in (ranks, wide)]
-    unknown = ranks.mean().isna().any() or wide.mean().isna().any()
-    return Verdict(
-        claim="C1",
-        statement="Attention outputs use fewer directions than MLP outputs and residual streams",
-        paper_value="effective rank: attn_out 0.60, others 0.90 (v3); 0.60 hold 99 % of the variance (v1)",
-        numbers=(
-            *(number for site in SITES for number in spread(site, ranks[site])),
-            *spread("attn_out, directions for 99 %", wide.attn_out),
-        ),
-        over=counted(len(ranks), "layer"),
-        holds=None if unknown else all(agree) or ("partly" if any(agree) else False),
-    )
+    holds: Holds = all(agree) or ("partly" if any(agree) else False)
+    return Found(numbers, counted(len(ranks), "layer"), if_known(holds, ranks.mean(), wide.mean()))
 
 
-def c2(table: pd.DataFrame) -> Verdict | None:
+@claim("C2", "The collapse holds across model families and kinds of text", "all families and texts tried")
+def c2(table: pd.DataFrame) -> Found:
     """C2: the collapse holds across model families and kinds of text (the paper's abstract).
 
     Takes `RankRow`s. Holds if attention outputs have the lowest mean over layers on every model and text.
     Cannot be judged from one model.
     """
     ranks = _ranks(table)
-    if ranks is None:
-        return None
-    pairs = ranks.groupby(["model", "corpus"])
-    means = pairs.mean()
+    means = ranks.groupby(["model", "corpus"]).mean()
     below = _attention_is_below(ranks).groupby(["model", "corpus"]).mean()
     gap = means[OTHERS].min(axis=1) - means.attn_out
     lowest = gap >= 0
     alone = means.index.get_level_values("model").nunique() < 2
-    return Verdict(
-        claim="C2",
-        statement="The collapse holds across model families and kinds of text",
-        paper_value="all families and texts tried",
-        numbers=(
-            *single("(model, text) pairs where attention is lowest", lowest.mean(), percent=True),
-            *spread("layers where attention is lowest", below, percent=True),
-            *spread("attn_out", means.attn_out),
-            *spread("gap to the next site", gap),
-        ),
-        over=counted(len(means), "(model, text) pair"),
-        holds=None if alone or means.isna().any(axis=None) else bool(lowest.all()),
-    )
+    numbers = [
+        *spread("(model, text) pairs where attention is lowest", lowest.mean(), percent=True),
+        *spread("layers where attention is lowest", below, percent=True),
+        *spread("attn_out", means.attn_out),
+        *spread("gap to the next site", gap),
+    ]
+    holds = None if alone else lowest.all()
+    return Found(numbers, counted(len(means), "(model, text) pair"), if_known(holds, means))
 
 
 def directions_needed(table: pd.DataFrame, target: float) -> pd.DataFrame:
@@ -97,7 +95,12 @@ def directions_needed(table: pd.DataFrame, target: float) -> pd.DataFrame:
     return shares.pivot(index="layer", columns="site", values="share")
 
 
-def c3(table: pd.DataFrame, target: float) -> Verdict | None:
+@claim(
+    "C3",
+    "The loss recovers with fewer directions for attention than for MLP or residual",
+    "74.7 % of components for attention, 96.1 % for MLP (90 % of the loss; second-hand)",
+)
+def c3(table: pd.DataFrame, target: float) -> Found:
     """C3: the loss recovers with fewer directions for attention (a figure of the paper).
 
     Takes `LossRow`s. Holds if attention needs fewer directions for `target` of the loss than every other
@@ -106,23 +109,14 @@ def c3(table: pd.DataFrame, target: float) -> Verdict | None:
     needed = directions_needed(table, target)
     others = needed.columns.drop("attn_out", errors="ignore")
     if "attn_out" not in needed or others.empty:
-        return None
+        raise UntestedError
     needed = needed.dropna(how="all")
     mean = needed.mean()
     fewest = (needed.attn_out < needed[others].min(axis=1)).mean()
-    holds = bool((mean.attn_out < mean[others]).all() and fewest >= 2 / 3)
     shown = ["attn_out", *mean[others].nsmallest(2).index.sort_values()]
-    return Verdict(
-        claim="C3",
-        statement="The loss recovers with fewer directions for attention than for MLP or residual",
-        paper_value="74.7 % of components for attention, 96.1 % for MLP (90 % of the loss; second-hand)",
-        numbers=(
-            *(number for site in shown for number in spread(site, needed[site], percent=True)),
-            *single("layers where attention needs fewest", fewest, percent=True),
-        ),
-        over=counted(len(needed), "layer"),
-        holds=None if mean.isna().any() else holds,
-    )
+    numbers = {site: needed[site] for site in shown} | {"layers where attention needs fewest": fewest}
+    holds = (mean.attn_out < mean[others]).all() and fewest >= 2 / 3
+    return Found(spreads(numbers, percent=True), counted(len(needed), "layer"), if_known(holds, mean))
 
 
 def projection_ranks(table: pd.DataFrame) -> pd.DataFrame:
@@ -144,7 +138,12 @@ def drop_taken_back(table: pd.DataFrame) -> pd.DataFrame:
     return back.drop(columns=["z", "attn_out"])
 
 
-def c4(table: pd.DataFrame, ranks: pd.DataFrame) -> Verdict | None:
+@claim(
+    "C4",
+    "The output projection makes the collapse: z has a high rank, W_O squeezes it",
+    "rank of z high, restored by a flat W_O",
+)
+def c4(table: pd.DataFrame, ranks: pd.DataFrame) -> Found:
     """C4: the output projection causes the collapse (early versions of the paper; the last version says C5).
 
     Weight decay is a published mechanism of a low-rank W_V W_O (Kobayashi et al., arXiv 2410.23819).
@@ -157,63 +156,59 @@ def c4(table: pd.DataFrame, ranks: pd.DataFrame) -> Verdict | None:
     same = taken(table, about, []).drop_duplicates()
     mlp = taken(ranks, [*about, "site"], ["effective_rank_fraction"]).merge(same, on=about)
     mlp = mlp[mlp.site == "mlp_out"].effective_rank_fraction
-    wide = projection_ranks(table)
-    if not {"z", "attn_out"} <= set(wide) or mlp.empty:
-        return None
-    mean = wide.mean()
-    drop = wide.z - wide.attn_out
+    wide = _projections(table, "z", "attn_out")
+    if mlp.empty:
+        raise UntestedError
+    mean, drop = wide.mean(), wide.z - wide.attn_out
     share = _ratio(mean.z - mean.attn_out, mlp.mean() - mean.attn_out)
-    unknown = drop.isna().any() or math.isnan(share)
-    return Verdict(
-        claim="C4",
-        statement="The output projection makes the collapse: z has a high rank, W_O squeezes it",
-        paper_value="rank of z high, restored by a flat W_O",
-        numbers=(
-            *spread("z", wide.z),
-            *spread("attention output", wide.attn_out),
-            *spread("mlp_out", mlp),
-            *single("drop from z over the distance to mlp_out", share, percent=True),
-        ),
-        over=counted(len(wide), "layer"),
-        holds=None if unknown else bool((drop > 0).all() and share > 0.5),
-    )
+    numbers = spreads({"z": wide.z, "attention output": wide.attn_out, "mlp_out": mlp})
+    numbers += spread("drop from z over the distance to mlp_out", share, percent=True)
+    holds = (drop > 0).all() and share > 0.5
+    return Found(numbers, counted(len(wide), "layer"), if_known(holds, drop, share))
 
 
-def c5(table: pd.DataFrame, overlaps: pd.DataFrame) -> Verdict | None:
+@claim(
+    "C5",
+    "The squeeze comes from overlap among the heads' output subspaces",
+    "orthogonal heads restore the rank",
+)
+def c5(table: pd.DataFrame, overlaps: pd.DataFrame) -> Found:
     """C5: the collapse comes from overlap among the heads' output subspaces (abstract of the last version).
 
     Takes `OutputProjectionRow`s, and `HeadOverlapRow`s for the overlap that the verdict reports. Holds if
     orthogonal heads with the same singular values undo more than half of the mean drop from `z` to the
     attention output.
     """
-    angles = taken(overlaps, [], ["mean_cosine", "random_mean_cosine"])
-    wide = projection_ranks(table)
-    if not {"z", "attn_out", "orthogonal_heads"} <= set(wide):
-        return None
+    angles = taken(overlaps, [], ["mean_cosine", "random_mean_cosine"]).mean()
+    wide = _projections(table, "z", "attn_out", "orthogonal_heads")
     mean = wide.mean()
     share = _ratio(mean.orthogonal_heads - mean.attn_out, mean.z - mean.attn_out)
     back = drop_taken_back(table).orthogonal_heads
-    return Verdict(
-        claim="C5",
-        statement="The squeeze comes from overlap among the heads' output subspaces",
-        paper_value="orthogonal heads restore the rank",
-        numbers=(
-            *spread("drop taken back by orthogonal heads", back, value=share, percent=True),
-            *spread("rank with orthogonal heads", wide.orthogonal_heads),
-            *single("mean cosine between heads", angles.mean_cosine.mean()),
-            *single("mean cosine between random subspaces", angles.random_mean_cosine.mean()),
-        ),
-        over=counted(len(wide), "layer"),
-        holds=None if math.isnan(share) else bool(share > 0.5),
-    )
+    numbers = [
+        *spread("drop taken back by orthogonal heads", back, value=share, percent=True),
+        *spread("rank with orthogonal heads", wide.orthogonal_heads),
+        *spread("mean cosine between heads", angles.mean_cosine),
+        *spread("mean cosine between random subspaces", angles.random_mean_cosine),
+    ]
+    return Found(numbers, counted(len(wide), "layer"), if_known(share > 0.5, share))
 
 
-def _ranks(table: pd.DataFrame) -> pd.DataFrame | None:
-    """Return effective rank over width, (model, corpus, layer) x site; None if the table lacks a site."""
+def _projections(table: pd.DataFrame, *variants: str) -> pd.DataFrame:
+    """Return `projection_ranks`. Raises UntestedError if the table lacks one of the `variants`."""
+    ranks = projection_ranks(table)
+    if not set(variants) <= set(ranks):
+        raise UntestedError
+    return ranks
+
+
+def _ranks(table: pd.DataFrame) -> pd.DataFrame:
+    """Return effective rank over width, (model, corpus, layer) x site. Raises UntestedError."""
     keys = ["model", "corpus", "layer", "site"]
     table = taken(table, keys, ["effective_rank_fraction"])
     ranks = table[table.site.isin(SITES)].groupby(keys).effective_rank_fraction.mean().unstack("site")
-    return ranks.dropna(how="all") if set(SITES) <= set(ranks) else None
+    if not set(SITES) <= set(ranks):
+        raise UntestedError
+    return ranks.dropna(how="all")
 
 
 def _attention_is_below(ranks: pd.DataFrame) -> pd.Series:

@@ -15,26 +15,6 @@ from asi_lens.results.tables import Row, columns, frame, read_rows, write_rows
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = [
-    "LOSSES",
-    "VARIANTS",
-    "DeadFeatureRow",
-    "DictionaryRow",
-    "DriftRow",
-    "HeadOverlapRow",
-    "LossRow",
-    "OutputProjectionRow",
-    "RankRow",
-    "RankedDeadFeatureRow",
-    "Row",
-    "SpectrumRow",
-    "columns",
-    "frame",
-    "left_out",
-    "read_rows",
-    "write_rows",
-]
-
 Subspace = Literal["principal", "random"]
 Variant = Literal[
     "z",

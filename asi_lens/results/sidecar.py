@@ -104,5 +104,5 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
     try:
         text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise DataError(f"{path}: only JSON values can be recorded ({error})") from error
+        raise DataError(f"{path} can hold only JSON values ({error})") from error
     write_text(path, text + "\n")

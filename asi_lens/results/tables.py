@@ -1,40 +1,77 @@
 """Tidy CSV files of typed rows.
 
-A row checks its values when it is created. A NaN, an infinity, or text in a number's column is therefore an
-error at the line that created the row, not in a figure weeks later.
+A row checks its values with pydantic when it is created. A NaN, an infinity, or text in a number's column is
+therefore an error at the line that created the row, not in a figure weeks later.
 """
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import math
-import numbers
-import types
+import re
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from asi_lens.base.errors import DataError, OptionError, UnknownNameError, unknown_name
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from asi_lens.base.errors import AsiLensError, DataError, OptionError, unknown_name
 from asi_lens.base.files import write_whole
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
 class Row:
     """Base class of rows: checks values against the annotations, converts numpy scalars to Python's.
 
-    Raises OptionError for a value of the wrong type or outside its Literal, and DataError for a NaN or an
-    infinity. A NaN in a field that may be None becomes None; an infinity does not.
+    Raises OptionError for a value of the wrong type, UnknownNameError for a word outside its Literal, and
+    DataError for a NaN or an infinity. A NaN in a field that may be None becomes None; an infinity does not.
     """
 
     def __post_init__(self) -> None:
-        for name, kind in _fields(type(self)).items():
-            object.__setattr__(self, name, kind.check(type(self), name, getattr(self, name)))
+        plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in vars(self).items()}
+        nan = {name for name, value in plain.items() if isinstance(value, float) and math.isnan(value)}
+        none = dict.fromkeys(nan.intersection(self._optional()))
+        for name, value in self._checked(plain | none).items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def _checked(cls, values: Mapping[str, Any], strict: bool = True) -> dict[str, Any]:
+        """Return the values of a row after checking them; texts are read as numbers unless `strict`."""
+        try:
+            return vars(cls._cells().model_validate(values, strict=strict))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+        where, value = f"{cls.__name__}.{first['loc'][0]}", first["input"]
+        if first["type"] == "literal_error":
+            raise unknown_name(where, value, re.findall(r"'(.*?)'", first["ctx"]["expected"]))
+        if first["type"] == "finite_number":
+            raise DataError(f"{where} is {value}; only finite numbers can be written")
+        raise OptionError(f"{where}={value!r} is not allowed; {first['msg'][0].lower()}{first['msg'][1:]}")
+
+    @classmethod
+    @functools.cache
+    def _cells(cls) -> type[BaseModel]:
+        """Return a pydantic model with a field for each column."""
+        hints = typing.get_type_hints(cls)
+        fields: dict[str, Any] = {name: (hints[name], ...) for name in columns(cls)}
+        return create_model(cls.__name__, __config__=_STRICT, **fields)
+
+    @classmethod
+    @functools.cache
+    def _optional(cls) -> list[str]:
+        """Return the names of the columns that may be empty."""
+        fields = cls._cells().model_fields
+        return [name for name, field in fields.items() if type(None) in typing.get_args(field.annotation)]
 
 
 R = TypeVar("R", bound=Row)
@@ -42,7 +79,7 @@ R = TypeVar("R", bound=Row)
 
 def columns(row_type: type[Row]) -> list[str]:
     """Return the column names of a table, in order."""
-    return list(_fields(row_type))
+    return [field.name for field in dataclasses.fields(row_type)]
 
 
 def write_rows(path: Path | str, rows: Iterable[Row]) -> Path:
@@ -52,11 +89,11 @@ def write_rows(path: Path | str, rows: Iterable[Row]) -> Path:
     """
     rows = list(rows)
     if not rows:
-        raise DataError(f"no rows to write to {path}")
+        raise DataError(f"{path} needs at least one row; none was given")
     row_type = type(rows[0])
     for row in rows:
         if type(row) is not row_type:
-            raise DataError(f"{path}: {type(row).__name__} among rows of {row_type.__name__}")
+            raise DataError(f"{path} holds rows of {row_type.__name__}; one is of {type(row).__name__}")
     path = Path(path)
     with write_whole(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -72,41 +109,33 @@ def read_rows(path: Path | str, row_type: type[R]) -> list[R]:
     not fit its column.
     """
     path = Path(path)
-    kinds = _fields(row_type)
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file, strict=True)
         try:
-            _check_header(path, row_type, list(reader.fieldnames or []))
-            return [_read_row(path, reader.line_num, row_type, kinds, record) for record in reader]
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(f"{path}, line {reader.line_num}: {error}") from error
+            _check_header(row_type, list(reader.fieldnames or []))
+            return [_read_row(row_type, record) for record in reader]
+        except (csv.Error, UnicodeDecodeError, AsiLensError) as error:
+            where = f", line {reader.line_num}" if reader.line_num > 1 else ""
+            raise DataError(f"{path}{where}: {error}") from error
 
 
-def _check_header(path: Path, row_type: type[Row], header: list[str]) -> None:
+def _check_header(row_type: type[Row], header: list[str]) -> None:
     known = columns(row_type)
-    missing = [name for name in known if name not in header]
-    unknown = [name for name in header if name not in known]
-    repeated = sorted({name for name in header if header.count(name) > 1})
-    wrong = {"missing": missing, "unknown": unknown, "repeated": repeated}
-    if any(wrong.values()):
-        told = "; ".join(f"{what} columns {', '.join(names)}" for what, names in wrong.items() if names)
-        raise DataError(f"{path} is no table of {row_type.__name__}: {told}")
+    wrong = {
+        "missing": [name for name in known if name not in header],
+        "unknown": [name for name in header if name not in known],
+        "repeated": sorted({name for name in header if header.count(name) > 1}),
+    }
+    told = "; ".join(f"{what} columns {', '.join(names)}" for what, names in wrong.items() if names)
+    if told:
+        raise DataError(f"not a table of {row_type.__name__}: {told}")
 
 
-def _read_row(path: Path, line: int, row_type: type[R], kinds: dict[str, _Kind], record: dict) -> R:
+def _read_row(row_type: type[R], record: Mapping[str, str]) -> R:
     if None in record or None in record.values():
-        raise DataError(f"{path}, line {line}: {'more' if None in record else 'fewer'} cells than columns")
-    values = {}
-    for name, kind in kinds.items():
-        try:
-            values[name] = kind.parse(record[name])
-        except ValueError as error:
-            where = f"{path}, line {line}, column {name}"
-            raise DataError(f"{where}: {record[name]!r} is no {kind.label}") from error
-    try:
-        return row_type(**values)
-    except (OptionError, DataError, UnknownNameError) as error:
-        raise DataError(f"{path}, line {line}: {error}") from error
+        raise DataError(f"the line has {'more' if None in record else 'fewer'} cells than columns")
+    none = {name: None for name in row_type._optional() if record[name] == ""}
+    return row_type(**row_type._checked({**record, **none}, strict=False))
 
 
 def frame(rows: Sequence[Row]) -> pd.DataFrame:
@@ -114,67 +143,8 @@ def frame(rows: Sequence[Row]) -> pd.DataFrame:
     import pandas as pd
 
     if not rows:
-        raise DataError("no rows to make a table of")
+        raise DataError("a table needs at least one row; none was given")
     return pd.DataFrame([dataclasses.asdict(row) for row in rows], columns=columns(type(rows[0])))
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """Allowed values of one column."""
-
-    base: type
-    optional: bool
-    choices: tuple[str, ...] = ()
-
-    @property
-    def label(self) -> str:
-        name = {int: "whole number", float: "number", str: "text"}[self.base]
-        return f"{name} (or empty)" if self.optional else name
-
-    def check(self, row_type: type, name: str, value: Any) -> Any:
-        where = f"{row_type.__name__}.{name}"
-        if value is None and self.optional:
-            return None
-        if self.base is str and isinstance(value, str):
-            if self.choices and value not in self.choices:
-                raise unknown_name(where, value, self.choices)
-            return str(value)
-        if not isinstance(value, bool) and self.base is not str and isinstance(value, numbers.Real):
-            number = float(value)
-            if self.optional and math.isnan(number):
-                return None
-            if not math.isfinite(number):
-                raise DataError(f"{where} is {number}; only finite numbers can be written")
-            if self.base is float:
-                return number
-            if isinstance(value, numbers.Integral):
-                return int(value)
-        raise OptionError(f"{where}={value!r} ({type(value).__name__}) must be a {self.label}")
-
-    def parse(self, text: str) -> Any:
-        if text == "" and self.optional:
-            return None
-        return self.base(text)
-
-
-_known: dict[type[Row], dict[str, _Kind]] = {}
-
-
-def _fields(row_type: type[Row]) -> dict[str, _Kind]:
-    if row_type not in _known:
-        hints = typing.get_type_hints(row_type)
-        names = [field.name for field in dataclasses.fields(row_type)]
-        _known[row_type] = {name: _kind(hints[name]) for name in names}
-    return _known[row_type]
-
-
-def _kind(hint: Any) -> _Kind:
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        inner = [part for part in typing.get_args(hint) if part is not type(None)]
-        return dataclasses.replace(_kind(inner[0]), optional=True)
-    if typing.get_origin(hint) is Literal:
-        return _Kind(str, optional=False, choices=typing.get_args(hint))
-    return _Kind(hint, optional=False)
 
 
 def _to_text(value: Any) -> str:

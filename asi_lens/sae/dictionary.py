@@ -137,24 +137,24 @@ class SparseAutoencoder(Weights):
         self.input_mean.copy_(mean)
         self.input_scale.fill_(float(scale))
 
-    def normalize(self, x: Num[Tensor, "*batch d_in"]) -> Float[Tensor, "n d_in"]:
+    def normalize(self, x: Num[Tensor, "*batch d_in"], checked: bool = True) -> Float[Tensor, "n d_in"]:
         """Return x_n = (x - input_mean) * input_scale as rows, in the weights' dtype.
 
-        Raises DataError if `x` is not d_in wide, is empty, or holds NaN or infinity.
+        Raises DataError if `x` is not d_in wide, is empty, or (if `checked`) holds NaN or infinity.
         """
         if x.ndim == 0 or x.shape[-1] != self.d_in:
             raise DataError(f"activations of shape {tuple(x.shape)} given to an SAE with d_in={self.d_in}")
         rows = x.reshape(-1, self.d_in).to(self.input_mean)
         normalized = (rows - self.input_mean).mul_(self.input_scale)
-        if not bool(torch.isfinite(normalized.sum())):
+        if checked and not bool(torch.isfinite(normalized.sum())):
             bad = (~torch.isfinite(normalized)).any(1).sum().item()
             if bad:
                 raise DataError(f"{bad} of {len(rows)} activation rows hold NaN or infinity")
         return normalized
 
-    def centered(self, x: Num[Tensor, "*batch d_in"]) -> Float[Tensor, "n d_in"]:
+    def centered(self, x: Num[Tensor, "*batch d_in"], checked: bool = True) -> Float[Tensor, "n d_in"]:
         """Return the encoder's input, x_n - b_dec, as rows. Raises as `normalize`."""
-        return self.normalize(x).sub_(self.b_dec)
+        return self.normalize(x, checked).sub_(self.b_dec)
 
     def prepare(self, store: ActivationStore | PairedStores, *, first: bool) -> None:
         """Prepare for training on `store`. On the `first` call, a dictionary without normalization takes the
@@ -172,10 +172,12 @@ class SparseAutoencoder(Weights):
             found = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
             raise DataError(f"a batch is rows [n {self.d_in}] with n at least 1, not {found}")
 
-    def sides(self, batch: Tensor | Pair) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
+    def sides(
+        self, batch: Tensor | Pair, checked: bool = True
+    ) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
         """Return the encoder's input and the target of acts W_dec; for an autoencoder both are the same."""
         assert isinstance(batch, Tensor)  # checked by `check_batch`
-        x = self.centered(batch)
+        x = self.centered(batch, checked)
         return x, x
 
     def encode(self, x: Num[Tensor, "*batch d_in"]) -> SparseCode:

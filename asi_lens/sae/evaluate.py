@@ -277,7 +277,7 @@ def _place(saes: Sequence[SparseAutoencoder], model: nn.Module, site: str, layer
     """Return the place of a site of the model. Raises OptionError for a dictionary of another width."""
     hook, width = models.hook_name(model, site, layer), models.site_width(model, site, layer)
     for sae in saes:
-        name = models.model_info(model).name
+        name = models.model_info(model, fingerprint=False).name
         require(sae.d_in == width, "sae", f"d_in={sae.d_in}", f"{width} wide, as {site} of {name}")
     return Place(hook, hook, layer, site)
 

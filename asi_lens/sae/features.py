@@ -236,7 +236,7 @@ class Features:
     def _final(self) -> tuple[Tensor, str, models.ResumePoint]:
         """Ids of some text, the hook of the final residual stream, and the pass of the model up to there."""
         ids = self.tokens.ids[:_LOGIT_SEQUENCES, :_LOGIT_CONTEXT]
-        layers = models.model_info(self.model).n_layers
+        layers = models.model_info(self.model, fingerprint=False).n_layers
         last = models.hook_name(self.model, "resid_post", layers - 1)
         return ids, last, models.capture_resume(self.model, ids, layers)
 
@@ -294,7 +294,7 @@ class Features:
         site = self.store.metadata.get("site")
         if site not in SITES:
             return f"{site} does not add to the residual stream, so it has no direct effect on the logits"
-        if not models.model_info(self.model).causal:
+        if not models.model_info(self.model, fingerprint=False).causal:
             return "the model does not predict next tokens"
         return ""
 

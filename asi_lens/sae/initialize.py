@@ -142,6 +142,7 @@ def initialize(
     sae.b_dec.copy_(offset if b_dec == "mean" else torch.zeros_like(offset))
     sae.b_enc.zero_()
     total = sae.d_sae * mesh.config.model
+    active = None if active is None else active.to(sae.W_dec.device)
     draw = Draw(seed, active, spectrum, sample, mesh.features(total)[0], total)
     norms = _draw_rows(sae, STARTS[method], draw, tied)
     _scale(sae, options, norms, sample, sae.k if initial_l0 is None else initial_l0, mesh)
@@ -274,7 +275,7 @@ def active_subspace_of(
     if not isinstance(d_init, int) or isinstance(d_init, bool):
         raise OptionError(f"d_init={d_init!r} is not allowed; d_init must be {allowed}")
     require(1 <= d_init <= d_in, "d_init", d_init, allowed)
-    return spectrum.active_subspace(d_init).cpu()
+    return spectrum.active_subspace(d_init)
 
 
 def _set_input(
@@ -299,13 +300,13 @@ def _set_input(
 
 def largest_leak(rows: Float[Tensor, "n d"], active: Float[Tensor, "d r"]) -> float:
     """Return the largest share of a row's norm outside the subspace, computed in float64."""
-    largest = 0.0
+    active, shares = active.to(rows.device), []
     for block in rows.split(DRAW_ROWS):
-        exact = block.double().cpu()
+        exact = block.double()
         outside = exact - (exact @ active) @ active.T
         share = torch.linalg.vector_norm(outside, dim=1) / torch.linalg.vector_norm(exact, dim=1)
-        largest = max(largest, share.max().item())
-    return largest
+        shares.append(share.max())
+    return torch.stack(shares).max().item()
 
 
 def first_fit(

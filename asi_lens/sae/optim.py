@@ -14,6 +14,7 @@ Master weights and moments have the parameters' dtype (float32), independent of 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 
 import torch
@@ -22,22 +23,13 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from asi_lens.base.errors import DataError, require, unknown_name
+from asi_lens.kernels.codes import marked
 from asi_lens.kernels.gradients import Gradients
 from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.training.config import OPTIMIZERS
 
 BETAS = (0.9, 0.999)
 EPS = 1e-8
-
-# Elements of a weight updated at a time on a CPU, so that reading, summing, updating and normalizing stay in
-# the cache. A GPU updates all elements at once.
-_CHUNK_ELEMENTS = 512 * 1024
-
-
-def rows_per_chunk(d_in: int, device: torch.device) -> int:
-    """Return the number of feature rows that the optimizer updates at a time."""
-    elements = _CHUNK_ELEMENTS if device.type == "cpu" else 2**28
-    return max(1, elements // d_in)
 
 
 def gradient_norm(
@@ -54,9 +46,7 @@ def gradient_norm(
     total = grads.b_enc.square().sum()
     for grad in (own or {}).values():
         total = total + grad.square().sum()
-    step = rows_per_chunk(decoder.shape[1], decoder.device)
-    for start in range(0, len(grads), step):
-        stop = min(start + step, len(grads))
+    for (start, *_), (stop, *_) in itertools.pairwise(grads.edges):
         total = total + grads.encoder(start, stop).square().sum()
         total = total + grads.decoder(start, stop, decoder).square().sum()
     total = total if over_features is None else over_features(total)
@@ -124,12 +114,8 @@ class RowAdam:
         dense = self.kind == "adam"
         # Both decoder and encoder gradients belong to the weights before this step: they are sums over
         # picks, and only the decoder's gradient reads a weight (its own row).
-        chunk = rows_per_chunk(decoder.shape[1], decoder.device)
-        bounds = [*range(0, len(grads), chunk), len(grads)]
-        edges = torch.tensor(bounds, device=grads.features.device)
-        places = torch.searchsorted(grads.features, edges).tolist()
         decay = self._missed_decay(grads)
-        for start, stop, first, last in zip(bounds, bounds[1:], places, places[1:], strict=False):
+        for (start, first, _), (stop, last, _) in itertools.pairwise(grads.edges):
             if not dense and first == last:
                 continue
             fired = None if dense else grads.features[first:last]
@@ -197,7 +183,7 @@ class RowAdam:
         # Most rows fired: update all rows in place, then restore the few silent rows.
         silent = torch.ones(stop - start, dtype=torch.bool, device=grad.device)
         silent[local] = False
-        rest = silent.nonzero().flatten()
+        rest = marked(silent, stop - start - len(fired))
         kept = [t.index_select(0, rest) for t in tensors]
         if missed is not None:
             for t, factor in zip((m, v), missed, strict=True):
@@ -209,8 +195,8 @@ class RowAdam:
     def _update(
         self, weight: Tensor, m: Tensor, v: Tensor, grad: Tensor, lr: float, *, unit_rows: bool = False
     ) -> None:
-        # `adam` adds 1 to the count itself.
-        count = torch.tensor(float(self.steps - 1), device=weight.device)
+        # `adam` adds 1 to the count itself. Filled on the device, since a copy of a number would wait.
+        count = torch.full((), float(self.steps - 1), dtype=torch.float32, device=weight.device)
         adam(
             [weight],
             [grad],

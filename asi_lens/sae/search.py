@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from asi_lens.kernels import devices
 from asi_lens.kernels.codes import SparseCode
 from asi_lens.kernels.gradients import picked_dots
 from asi_lens.kernels.topk import BIAS_COLUMNS, Workspace, encode_topk, merge_topk, with_ones
@@ -31,7 +32,8 @@ LEAST_MASS = 0.999
 _GOAL = 0.9995
 _MEASURE_EVERY = 100
 _MEASURED_ROWS = 256
-# Features whose coordinates are computed at a time.
+# Features whose coordinates are computed at a time on a CPU. An accelerator takes as many as fit into its
+# scratch memory, since every block costs several launches.
 _REFRESHED = 2048
 # Choices of the search: multiples of this number of coordinates, and numbers of candidates for each pick.
 _COORDINATES, _WIDTHS = 32, (2, 4, 8)
@@ -85,8 +87,11 @@ class SubspaceSearch:
             self._rows, moved = encoder.new_zeros(len(encoder), width, dtype=self.dtype), None
         if moved is not None and 2 * len(moved) > len(encoder):
             moved = None
-        for first in range(0, len(encoder if moved is None else moved), _REFRESHED):
-            few = slice(first, first + _REFRESHED)
+        size = _REFRESHED
+        if not devices.is_host(encoder.device):
+            size = max(1, devices.scratch_bytes(encoder.device) // encoder[0].numel() // self.dtype.itemsize)
+        for first in range(0, len(encoder if moved is None else moved), size):
+            few = slice(first, first + size)
             part = few if moved is None else moved[few]
             self._rows[part, : self.r] = self._leading(encoder[part])
             self._rows[part, self.r] = self.sae.b_enc.data[part].to(self.dtype)

@@ -19,6 +19,7 @@ from asi_lens.base.errors import DataError, UnsupportedModelError, require
 from asi_lens.collapse.interventions import loss_recovered, skip_outliers
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
+from asi_lens.inputs.own_tokens import require_own_tokens
 
 Hooks = Mapping[str, models.Hook]
 """Hooks of a forward pass, by name."""
@@ -69,11 +70,12 @@ def hooked_losses(
     Raises UnsupportedModelError for a model that does not predict next tokens, OptionError if there is no
     token to predict, DataError for a loss that is not finite.
     """
-    info = models.model_info(model)
+    info = models.model_info(model, fingerprint=False)
     if not info.causal:
         raise UnsupportedModelError(
             f"{info.name} ({info.architecture}) does not predict next tokens: no loss"
         )
+    require_own_tokens(model, tokens)
     require(tokens.context >= 2, "context", tokens.context, "at least 2 (a first token predicts the next)")
     require(len(tokens) >= 1, "tokens", f"{len(tokens)} sequences", "at least one sequence")
     require(batch_tokens >= 1, "batch_tokens", batch_tokens, "at least 1")

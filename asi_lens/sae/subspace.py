@@ -38,7 +38,9 @@ class SubspaceStore(LinearStore):
     @property
     def fingerprint(self) -> str:
         """Fingerprint that changes with the rows and with the subspace."""
-        return hashlib.sha256(self.of.fingerprint.encode() + self.basis.numpy().tobytes()).hexdigest()[:16]
+        return hashlib.sha256(self.of.fingerprint.encode() + self.basis.cpu().numpy().tobytes()).hexdigest()[
+            :16
+        ]
 
 
 @torch.no_grad()

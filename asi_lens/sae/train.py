@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import runpy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -15,16 +15,21 @@ from tqdm.auto import tqdm
 
 from asi_lens.activations.pairs import Pair, PairedStores
 from asi_lens.activations.store import ActivationStore
-from asi_lens.base.errors import DataError, OptionError, require, require_known
+from asi_lens.base.errors import OptionError, require, require_known
+from asi_lens.kernels import devices
 from asi_lens.kernels.codes import SparseCode
-from asi_lens.kernels.gradients import Gradients, Term, decode_sum, sum_gradients
-from asi_lens.kernels.topk import Workspace, encode_topk
+from asi_lens.kernels.gradients import sum_gradients
+from asi_lens.kernels.topk import Workspace
 from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.drift import Drift
+from asi_lens.sae.finite import power, require_finite_rows, require_finite_weights, total_of
+from asi_lens.sae.kernel_step import KernelStep, choose_kernels
 from asi_lens.sae.kinds import kinds_with
 from asi_lens.sae.optim import RowAdam, gradient_norm
+from asi_lens.sae.passes import Pass, auxiliary_term
 from asi_lens.sae.search import SEARCHES, SubspaceSearch, is_due
 from asi_lens.sae.sparsity import SparsityConfig
+from asi_lens.training.checkpoint import where_it_runs
 from asi_lens.training.config import TrainConfig
 from asi_lens.training.learner import DivergedError, StepOutput
 from asi_lens.training.ledger import DeadnessLedger
@@ -49,6 +54,7 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
             (`mesh.shard`). A batch is then either the same on every rank, which picks its own tokens, or a
             `Part` with only this rank's tokens.
         search: search for the top k, one of `search.SEARCHES`; "subspace" begins with `prepare`.
+        kernels: steps by the GPU kernels (`TrainConfig.kernels`), or None; `why_plain` then has the reason.
     """
 
     def __init__(
@@ -81,10 +87,13 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
         self.search = search
         self.subspace: SubspaceSearch | None = None
         self.sparsity = kind.trained_by(sae, sparsity, self.n_steps, self.mesh)
-        self.optimizer = RowAdam(sae, self.config.optimizer)
-        self.ledger = DeadnessLedger(sae.d_sae, sae.W_dec.device)
         self.aux_k = sae.d_out // 2 if self.config.aux_k == "auto" else int(self.config.aux_k)
         self.compute_dtype = _compute_dtype(self.config.compute_dtype, sae.W_dec)
+        how = (sae, self.config, sparsity, self.mesh, search, self.compute_dtype)
+        plan, self.why_plain = choose_kernels(*how)
+        self.kernels = None if plan is None else KernelStep(sae, self.config.optimizer, plan)
+        self.optimizer = self.kernels.optimizer if self.kernels else RowAdam(sae, self.config.optimizer)
+        self.ledger = DeadnessLedger(sae.d_sae, sae.W_dec.device)
         self._workspace = Workspace()
         self._probe: Tensor | None = None
 
@@ -115,68 +124,98 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
         Raises DataError for a batch of the wrong width, without rows, or with NaN or infinity, or for weights
         with NaN or infinity before the first step. Raises DivergedError (naming the step) if the loss or a
         gradient is not finite. A step that raises changes nothing.
+
+        On a GPU the host of TopK waits for numbers two times (in `sum_gradients`, and for the checks before
+        the update), with AuxK three times, with the kernels once, however large the dictionary is.
         """
-        sae, config, mesh = self.sae, self.config, self.mesh
+        sae, mesh = self.sae, self.mesh
         if self.steps == 0:
-            _require_finite(sae)
+            require_finite_weights(sae)
         sae.check_batch(batch.rows if isinstance(batch, Part) else batch)
         n = len(batch)
         self._first_weights()
-        encoder, decoder = sae.encoder_rows, sae.W_dec.data
         first, last = mesh.tokens(n)
-        x, goal = sae.sides(batch.rows if isinstance(batch, Part) else batch[first:last])
+        given = batch.rows if isinstance(batch, Part) else batch[first:last]
+        x, goal = sae.sides(given, checked=False)  # checked by `_conclude`
+        return self._conclude(self._pass(x, goal, n) if self.kernels is None else self.kernels.forward(x))
+
+    def _pass(self, x: Float[Tensor, "part d_in"], goal: Float[Tensor, "part d_out"], n: int) -> Pass:
+        """Return the plain pass of `n` tokens, of which this rank has a part."""
+        sae, config, mesh = self.sae, self.config, self.mesh
         code = self._code(x)
         # b_dec cancels: reconstruction - x_n = acts W_dec + b_dec - x_n = acts W_dec - x.
         residual, terms = self.sparsity.terms(mesh.pick(code, sae.k), goal, n)
         penalty, own = self.sparsity.penalize(terms, self.steps)
-        error = _power(residual)
+        error = power(residual)
         aux_loss = torch.zeros_like(error)
         dead = self.ledger.dead(config.dead_window) if self.aux_k else code.indices[:0, 0]
         if self.aux_k and mesh.count(len(dead)):
-            term, aux_loss = self._auxiliary(x, residual, dead)
+            weight, to_b_enc = config.aux_weight, not self.sparsity.gates_apart
+            options = (self.aux_k, weight, to_b_enc, self.compute_dtype, self._workspace)
+            term, aux_loss = auxiliary_term(sae, mesh, x, residual, dead, *options)
             terms.append(term)
         # From here on: all tokens of the batch, and the features of this rank.
-        code, itself = terms[0].code, goal is x
+        itself = goal is x
         x = mesh.whole(x, n)
         goal = x if itself else mesh.whole(goal, n)
-        variance = _power(goal - goal.mean(0))
+        decoder = sae.W_dec.data
         grads = sum_gradients(
             terms,
             x,
-            encoder,
+            sae.encoder_rows,
             decoder,
             b_dec_is_read=not sae.is_transcoder,
             over_features=mesh.over_features,
         )
-        norm = gradient_norm(grads, decoder, own, mesh.over_features) if config.clip_norm else None
-        check = mesh.over_features(_total(grads, own)) if norm is None else norm
-        checks = [error, variance, aux_loss, penalty, check]
-        firings = mesh.over_features((code.values > 0).sum())
+        if config.clip_norm:
+            check = gradient_norm(grads, decoder, own, mesh.over_features)
+        else:
+            check = mesh.over_features(total_of(grads, own))
+
+        def apply(lr: float, scale: float) -> None:
+            self.optimizer.step(grads, lr, scale, own, self.sparsity.own_lr)
+            if self.subspace is not None:
+                self.subspace.refresh(None if config.optimizer == "adam" else grads.features)
+
+        return Pass(terms[0].code, x, goal, error, aux_loss, penalty, check, apply)
+
+    def _conclude(self, done: Pass) -> StepOutput:
+        """Update the dictionary by a pass, if all of its numbers are finite. Raises as `step`."""
+        sae, config, mesh, n = self.sae, self.config, self.mesh, len(done.x)
+        variance = power(done.goal - done.goal.mean(0))
+        # Finite rows have a finite sum, which is read with the other numbers of the step.
+        sums = done.x.sum() if done.goal is done.x else done.x.sum() + done.goal.sum()
+        fired = self.ledger.fired(done.code)
+        counts = torch.stack([fired.sum(), self.ledger.dead_after(fired, n, config.dead_window)])
+        overflow = torch.zeros_like(done.error) if done.overflow is None else done.overflow.to(done.error)
+        numbers = [done.error, variance, done.aux_loss, done.penalty, done.check, sums, overflow]
         # One wait for the device instead of a wait for each number.
-        total, spread, aux, added, size, fired = torch.stack([*checks, firings]).tolist()
-        if not all(math.isfinite(number) for number in (total, aux, added, size)):
+        everything = torch.cat([torch.stack(numbers).double(), mesh.over_features(counts).double()])
+        error, spread, aux, added, size, inputs, unsure, n_fired, n_dead = devices.read(everything)
+        if not math.isfinite(inputs):
+            require_finite_rows(done.x, done.goal)
+        if unsure and self.kernels is not None:
+            return self._conclude(self.kernels.again(done, self._code(done.x)))
+        if not all(math.isfinite(number) for number in (error, aux, added, size)):
             raise DivergedError(
-                f"step {self.steps + 1}: loss {total / n} or its gradient is not finite; "
+                f"step {self.steps + 1}: loss {error / n} or its gradient is not finite; "
                 "nothing was updated. A smaller lr or clip_norm may help"
             )
         lr = config.lr * lr_factor(self.steps, self.n_steps, config.warmup_steps, config.decay_fraction)
-        scale = min(1.0, config.clip_norm / size) if config.clip_norm and size else 1.0
-        self.optimizer.step(grads, lr, scale, own, self.sparsity.own_lr)
-        self.sparsity.after(fired / n, self.steps - 1)
-        self.ledger.update(code)
-        if self.subspace is not None:
-            self.subspace.refresh(None if config.optimizer == "adam" else grads.features)
+        done.apply(lr, min(1.0, config.clip_norm / size) if config.clip_norm and size else 1.0)
+        self.sparsity.after(n_fired / n, self.steps - 1)
+        self.ledger.update(done.code, fired)
         return StepOutput(
             step=self.steps,
             tokens=self.tokens,
-            loss=total / n,
+            loss=error / n,
             aux_loss=aux,
             penalty=added,
-            fvu=total / spread if spread else math.nan,
-            l0=fired / n,
-            dead_fraction=self.dead_fraction(config.dead_window),
+            fvu=error / spread if spread else math.nan,
+            l0=n_fired / n,
+            dead_fraction=n_dead / (sae.d_sae * mesh.config.model),
             lr=lr,
-            gradient_norm=None if norm is None else size,
+            gradient_norm=size if config.clip_norm else None,
         )
 
     def _code(self, x: Float[Tensor, "part d_in"]) -> SparseCode:
@@ -185,42 +224,17 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
             return self.sparsity.code(x.to(self.compute_dtype), self.steps, self._workspace)
         if self.subspace is None:
             raise OptionError('search="subspace" needs the inputs\' spectrum: call fit, or prepare(store)')
-        if is_due(self.steps) and (change := self.subspace.measure(x)):
-            tqdm.write(f"step {self.steps + 1}: {change}")
+        if is_due(self.steps):
+            require_finite_rows(x, x)
+            if change := self.subspace.measure(x):
+                tqdm.write(f"step {self.steps + 1}: {change}")
         return self.subspace.code(x, self._workspace)
-
-    def _auxiliary(self, x: Tensor, residual: Tensor, dead: Tensor) -> tuple[Term, Float[Tensor, ""]]:
-        """Return AuxK's term and L_aux: the top aux_k dead features of each token reconstruct the error.
-
-        L_aux = sum |e - e^|^2 / sum |e - mean e|^2 with e = x_n - reconstruction, held constant, and e^
-        without b_dec. The term added to the loss is aux_weight * d_out * L_aux. The main loss, too, is d_out
-        times an error over a variance, because normalized targets have mean square norm d_out.
-        """
-        sae, values_only = self.sae, self.sparsity.gates_apart
-        code = encode_topk(
-            x.to(self.compute_dtype),
-            sae.encoder_rows,
-            # Features with closed gates have no value; without the bias their values can still learn.
-            torch.zeros_like(sae.b_enc) if values_only else sae.b_enc.data,
-            self.aux_k,
-            features=dead,
-            workspace=self._workspace,
-        )
-        mesh, n = self.mesh, len(residual)
-        first, last = mesh.tokens(n)
-        code = mesh.pick(code, self.aux_k)
-        # residual is reconstruction - x_n, which is -e.
-        missed = mesh.over_features(decode_sum(code, sae.W_dec.data)).add_(residual[first:last])
-        code, missed = mesh.whole_code(code, n), mesh.whole(missed, n)
-        spread = (residual - residual.mean(0)).square().sum()
-        share = torch.where(spread > 0, 1 / spread, 0.0)
-        weight = self.config.aux_weight * sae.d_out * share
-        term = Term(code, missed * (2 * weight), holds_b_dec=False, to_b_enc=not values_only)
-        return term, missed.square().sum() * share
 
     def prepare(self, store: ActivationStore | PairedStores) -> None:
         """Prepare for `fit`: a dictionary without input normalization takes the store's; a search starts."""
         self.sae.prepare(store, first=self.steps == 0)
+        if self.kernels is not None:
+            self.kernels.optimizer.refresh()
         if self.search == "subspace" and self.subspace is None:
             directions = store.spectrum.active_subspace(self.d_in).to(self.sae.W_dec)
             self.subspace = SubspaceSearch(self.sae, directions, self.config.batch_size, self.compute_dtype)
@@ -248,10 +262,12 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
         """Return the options that a checkpoint must share for this trainer to continue it (JSON values)."""
         return {
             "sae": {**asdict(self.sae.config), "d_sae": self.sae.d_sae * self.mesh.config.model},
-            "train": asdict(self.config),
+            "train": {key: value for key, value in asdict(self.config).items() if key != "kernels"},
             "sparsity": asdict(self.sparsity.config),
             "initialization": self.sae.initialization,
             **({} if self.search == "exact" else {"search": self.search}),
+            **({} if self.kernels is None else {"kernels": "triton"}),
+            **where_it_runs(self.sae.W_dec.device),
         }
 
     def _first_weights(self) -> Tensor:
@@ -316,25 +332,6 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
         if self.subspace is not None:
             self.subspace.load_state(lambda name: read(f"search.{name}"))
         self.ledger.load_state({name: read(f"ledger.{name}") for name in self.ledger.state()})
-
-
-def _require_finite(sae: SparseAutoencoder) -> None:
-    """Raise DataError for NaN or infinity in weights. One call suffices: steps keep finite weights finite."""
-    for name, weight in sae.named_parameters():
-        if not bool(weight.sum().isfinite()):
-            raise DataError(f"{name} holds NaN or infinity")
-
-
-def _power(rows: Tensor) -> Float[Tensor, ""]:
-    """Return the sum of all squares, without an array of squares."""
-    flat = rows.flatten()
-    return flat @ flat
-
-
-def _total(grads: Gradients, own: Mapping[str, Tensor]) -> Tensor:
-    """Return a sum that is not finite if the gradient of a pick is not finite."""
-    total = grads.b_enc.sum() + grads.b_dec.sum() + grads.parallel.sum()
-    return total + sum(grad.sum() for grad in own.values())
 
 
 def _compute_dtype(choice: str, weights: Tensor) -> torch.dtype:

@@ -56,25 +56,27 @@ class Transcoder(SparseAutoencoder):
         self.output_mean.copy_(mean)
         self.output_scale.fill_(float(scale))
 
-    def normalize_output(self, y: Num[Tensor, "*batch d_out"]) -> Float[Tensor, "n d_out"]:
+    def normalize_output(
+        self, y: Num[Tensor, "*batch d_out"], checked: bool = True
+    ) -> Float[Tensor, "n d_out"]:
         """Return the target, (y - output_mean) * output_scale, as rows.
 
-        Raises DataError if `y` is not d_out wide, or holds NaN or infinity.
+        Raises DataError if `y` is not d_out wide, or (if `checked`) holds NaN or infinity.
         """
         if y.ndim == 0 or y.shape[-1] != self.d_out:
             raise DataError(
                 f"outputs of shape {tuple(y.shape)} given to a transcoder with d_out={self.d_out}"
             )
         normalized = (y.reshape(-1, self.d_out).to(self.output_mean) - self.output_mean) * self.output_scale
-        if not bool(torch.isfinite(normalized.sum())):
+        if checked and not bool(torch.isfinite(normalized.sum())):
             bad = (~torch.isfinite(normalized)).any(1).sum().item()
             if bad:
                 raise DataError(f"{bad} of {len(normalized)} output rows hold NaN or infinity")
         return normalized
 
-    def centered(self, x: Num[Tensor, "*batch d_in"]) -> Float[Tensor, "n d_in"]:
+    def centered(self, x: Num[Tensor, "*batch d_in"], checked: bool = True) -> Float[Tensor, "n d_in"]:
         """Return the encoder's input, x_n, as rows."""
-        return self.normalize(x)
+        return self.normalize(x, checked)
 
     def prepare(self, store: ActivationStore | PairedStores, *, first: bool) -> None:
         """See `SparseAutoencoder.prepare`. Normalizes both sides."""
@@ -95,10 +97,12 @@ class Transcoder(SparseAutoencoder):
                 f"a batch is a Pair of rows [n {self.d_in}] and [n {self.d_out}], n at least 1, not {found}"
             )
 
-    def sides(self, batch: Tensor | Pair) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
+    def sides(
+        self, batch: Tensor | Pair, checked: bool = True
+    ) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
         """See `SparseAutoencoder.sides`."""
         assert isinstance(batch, Pair)  # checked by `check_batch`
-        return self.normalize(batch.x), self.normalize_output(batch.y) - self.b_dec
+        return self.normalize(batch.x, checked), self.normalize_output(batch.y, checked) - self.b_dec
 
     def decode(self, code: SparseCode) -> Float[Tensor, "*batch d_out"]:
         """Return raw outputs [*batch d_out] from a code [*batch k]."""

@@ -101,6 +101,8 @@ def initialize_transcoder(
     sae.b_enc.zero_()
     sae.b_dec.zero_()
     sample = store.sample(min(_SAMPLE, store.n))
+    device = sae.W_dec.device
+    active = None if active is None else active.to(device)
     start.fill(sae.W_dec.data, Draw(seed, active, written, sample.y))
     linear_fvu, reads = None, None
     if reader == "regression":
@@ -112,6 +114,7 @@ def initialize_transcoder(
         if reader == "active":
             spectrum = store.inputs.spectrum
             reads = active_subspace_of("asi", spectrum, auto_d_init(spectrum), sae.d_in)
+            reads = None if reads is None else reads.to(device)
         drawn = STARTS["random" if reads is None else "asi"]
         drawn.fill(sae.encoder_rows, Draw(other_stream(seed), reads))
 
@@ -136,15 +139,16 @@ def initialize_transcoder(
 def linear_guess(sae: Transcoder, store: PairedStores) -> tuple[Float[Tensor, "d_out d_in"], float]:
     """Return M of the ridge regression y_n ~ M x_n over the whole store, float64, and the fraction of the
     outputs' variance that M x_n leaves unexplained."""
-    outer = torch.zeros(sae.d_out, sae.d_in, dtype=torch.float64)
-    power = torch.zeros(sae.d_in, sae.d_in, dtype=torch.float64)
+    device = sae.W_dec.device
+    outer = torch.zeros(sae.d_out, sae.d_in, dtype=torch.float64, device=device)
+    power = torch.zeros(sae.d_in, sae.d_in, dtype=torch.float64, device=device)
     total = 0.0
     for pair in store.in_order(8192):
-        x, y = sae.normalize(pair.x).double().cpu(), sae.normalize_output(pair.y).double().cpu()
+        x, y = sae.normalize(pair.x).double(), sae.normalize_output(pair.y).double()
         outer += y.T @ x
         power += x.T @ x
         total += y.square().sum().item()
-    ridge = power + _RIDGE * store.n * torch.eye(sae.d_in, dtype=torch.float64)
+    ridge = power + _RIDGE * store.n * torch.eye(sae.d_in, dtype=torch.float64, device=device)
     guess = torch.linalg.solve(ridge, outer.T).T
     explained = 2 * (guess * outer).sum() - ((guess @ power) * guess).sum()
     return guess, 1 - explained.item() / total

@@ -12,11 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
 from asi_lens.base.errors import AsiLensError, CacheError
 from asi_lens.base.safetensors_io import opened, save_tensors
+from asi_lens.kernels.devices import card
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 FORMAT = 1
@@ -78,6 +80,15 @@ def read_checkpoint(folder: Path) -> Iterator[tuple[dict[str, Any], Callable[[st
         yield about, file.get_tensor
 
 
+def where_it_runs(device: torch.device) -> dict[str, str]:
+    """Return the part of a run's description that names its device; empty for a CPU.
+
+    Another device, or another card, adds in another order, so a run that moved there would not end with the
+    same bits.
+    """
+    return {} if device.type == "cpu" else {"device": card(device)}
+
+
 def require_format(path: Path, about: Mapping[str, Any]) -> None:
     """Raise CacheError unless this version reads the format of the checkpoint described by `about`."""
     if about.get("format") != FORMAT:
@@ -86,7 +97,8 @@ def require_format(path: Path, about: Mapping[str, Any]) -> None:
 
 def require_same(folder: Path, stored: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """Raise OtherConfigurationError naming every field in which the two descriptions differ."""
-    old, new = _flat(stored), _flat(json.loads(json.dumps(here)))
+    # Only descriptions of runs on other devices than a CPU name theirs.
+    old, new = ({"device": "cpu", **_flat(about)} for about in (stored, json.loads(json.dumps(here))))
     differing = [
         f"{key} ({old.get(key, 'absent')!r} there, {new.get(key, 'absent')!r} here)"
         for key in sorted(old.keys() | new.keys())

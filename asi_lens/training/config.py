@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from asi_lens.base.errors import require, require_known, require_whole, unknown_name
 
 OPTIMIZERS = ("adam", "sparse_adam", "sparse_adam_decay")
 """Names of optimizers; `sae.optim` describes how each treats rows that did not fire."""
+KERNELS = ("auto", "triton", "plain")
+"""Ways to compute a step; `sae.kernel_step` says what `triton` needs."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class TrainConfig:
             for AuxK.
         compute_dtype: dtype of the encoder's product: "float32", "bfloat16", or "auto" (bfloat16 if the
             machine is fast in it). All else is float32; a float64 dictionary computes in float64.
+        kernels: arithmetic of a step: `triton` (the project's GPU kernels), `plain` (PyTorch), or `auto`
+            (`triton` on a GPU where that is possible). A checkpoint is continued by the same arithmetic.
     """
 
     lr: float = 8e-4
@@ -49,6 +53,7 @@ class TrainConfig:
     seed: int = 0
     dead_window: int = 500_000
     compute_dtype: str = "auto"
+    kernels: str = "auto"
 
     def __post_init__(self) -> None:
         require(_finite(self.lr) and self.lr > 0, "lr", self.lr, "above 0")
@@ -68,6 +73,15 @@ class TrainConfig:
         require(clip, "clip_norm", self.clip_norm, "None or above 0")
         dtypes = ("auto", "float32", "bfloat16")
         require(self.compute_dtype in dtypes, "compute_dtype", self.compute_dtype, " or ".join(dtypes))
+        if self.kernels not in KERNELS:
+            raise unknown_name("kernels", self.kernels, KERNELS)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the options as JSON values. `kernels` is there unless it is "auto"."""
+        values = asdict(self)
+        if self.kernels == "auto":
+            del values["kernels"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:

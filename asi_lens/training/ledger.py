@@ -38,13 +38,21 @@ class DeadnessLedger:
         self.last_fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
         self.counts = torch.zeros(d_sae, dtype=torch.int64, device=device)
 
-    def update(self, code: SparseCode) -> None:
-        """Count one batch."""
-        fired = code.indices[code.values > 0]
-        counts = torch.bincount(fired, minlength=len(self.counts))
+    def fired(self, code: SparseCode) -> Int[Tensor, " d_sae"]:
+        """Return on how many tokens of a batch each feature fired."""
+        counts, indices = torch.zeros_like(self.counts), code.indices.flatten()
+        return counts.scatter_add_(0, indices, (code.values > 0).flatten().to(counts.dtype))
+
+    def update(self, code: SparseCode, fired: Int[Tensor, " d_sae"] | None = None) -> None:
+        """Count one batch. `fired` is the result of the method of that name, if it is there already."""
+        fired = self.fired(code) if fired is None else fired
         self.n_tokens += len(code.indices)
-        self.counts += counts
-        self.last_fired[counts > 0] = self.n_tokens
+        self.counts += fired
+        self.last_fired.masked_fill_(fired > 0, self.n_tokens)
+
+    def dead_after(self, fired: Int[Tensor, " d_sae"], n: int, window: int) -> Int[Tensor, ""]:
+        """Return how many features `dead(window)` will hold after an update by `n` tokens, on the device."""
+        return ((fired == 0) & (self.last_fired <= self.n_tokens + n - window)).sum()
 
     def dead(self, window: int) -> Int[Tensor, " n_dead"]:
         """Return the features silent for the last `window` tokens or more, ascending."""

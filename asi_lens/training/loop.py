@@ -24,13 +24,16 @@ from asi_lens.training.ledger import DeadnessLedger
 from asi_lens.training.mesh import Mesh
 from asi_lens.training.metrics import Logger, Metrics, MetricsLog
 
+CHECKPOINT_SECONDS = 300
+"""Seconds after which a checkpoint is written, whatever `checkpoint_every` says."""
+
 
 def train_together(
     trainers: Sequence[Learner[Store, Batch]],
     store: Store,
     *,
     folders: Sequence[Path | str] | None = None,
-    checkpoint_every: int = 250_000,
+    checkpoint_every: int | None = None,
     log_every: int = 50,
     windows: Sequence[int] = (),
     loggers: Iterable[str | Logger] = (),
@@ -45,8 +48,9 @@ def train_together(
     Args:
         folders: one folder per trainer for `checkpoint.safetensors` and `metrics.csv`. A run that was
             stopped or killed continues from its folder, bit for bit. None keeps everything in memory.
-        checkpoint_every: tokens between checkpoints. A checkpoint is also written at the end, and on Ctrl-C
-            or SIGTERM after the current step (a second Ctrl-C stops at once, without a checkpoint).
+        checkpoint_every: tokens between checkpoints, beside those written every 5 minutes; None for the
+            latter alone. A checkpoint is also written at the end, and on Ctrl-C or SIGTERM after the current
+            step (a second Ctrl-C stops at once, without a checkpoint).
         log_every: steps between rows of metrics (step, tokens, fvu, l0, loss, aux_loss, penalty,
             dead_fraction_<window>, lr, tokens_per_s of time spent in steps, gradient_norm, and the columns
             of the trainer's `drift`).
@@ -59,7 +63,8 @@ def train_together(
     that differ); DivergedError, after a checkpoint of the last good state.
     """
     require(len(trainers) > 0, "trainers", [], "one or more")
-    require(checkpoint_every >= 1, "checkpoint_every", checkpoint_every, "at least 1")
+    tokens = checkpoint_every is None or checkpoint_every >= 1
+    require(tokens, "checkpoint_every", checkpoint_every, "None or at least 1")
     require(log_every >= 1, "log_every", log_every, "at least 1")
     require(all(w >= 1 for w in windows), "windows", list(windows), "of at least 1 token each")
     for key in ("batch_size", "n_tokens", "seed"):
@@ -150,7 +155,7 @@ class _Run(Generic[Store, Batch]):
         windows: Sequence[int],
         loggers: Sequence[str | Logger],
         log_every: int,
-        checkpoint_every: int,
+        checkpoint_every: int | None,
         on_log: Callable[[Any, StepOutput], None] | None,
     ):
         self.trainer = trainer
@@ -168,6 +173,7 @@ class _Run(Generic[Store, Batch]):
         }
         trainer.prepare(store)
         self.saved_at: int | None = None
+        self.saved_time = time.monotonic()
         self.busy, self.busy_tokens = 0.0, 0
         columns = ["step", "tokens", "fvu", "l0", "loss", "aux_loss", "penalty"]
         columns += [f"dead_fraction_{window}" for window in self.windows]
@@ -203,9 +209,17 @@ class _Run(Generic[Store, Batch]):
         last = trainer.tokens >= trainer.config.n_tokens
         if output.step == 1 or output.step % self.log_every == 0 or last:
             self._add_row(output)
-        if trainer.tokens // self.checkpoint_every > before // self.checkpoint_every:
+        if self._is_due(before):
             self.checkpoint()
         return output
+
+    def _is_due(self, before: int) -> bool:
+        """Return whether a checkpoint is due after a step that began at token `before`."""
+        every, tokens = self.checkpoint_every, self.trainer.tokens
+        if self.folder is None or (every is not None and tokens // every > before // every):
+            return self.folder is not None
+        # Ranks have their own clocks, but write together.
+        return self.trainer.mesh.any(time.monotonic() - self.saved_time >= CHECKPOINT_SECONDS)
 
     def _add_row(self, output: StepOutput) -> None:
         dead = {f"dead_fraction_{w}": self.trainer.dead_fraction(w) for w in self.windows}
@@ -236,7 +250,7 @@ class _Run(Generic[Store, Batch]):
             return
         about = {"run": self.about, "step": trainer.steps, "tokens": trainer.tokens}
         sharded_checkpoint.write(self.folder, trainer.state(), about, trainer.mesh)
-        self.saved_at = trainer.tokens
+        self.saved_at, self.saved_time = trainer.tokens, time.monotonic()
 
 
 def _plain(metadata: Mapping[str, Any]) -> Any:
@@ -306,7 +320,7 @@ class Fits(Generic[Store, Batch]):
         store: Store,
         *,
         folder: Path | str | None = None,
-        checkpoint_every: int = 250_000,
+        checkpoint_every: int | None = None,
         log_every: int = 50,
         windows: Sequence[int] = (),
         loggers: Iterable[str | Logger] = (),

@@ -215,6 +215,27 @@ def test_without_a_folder_it_goes_to_the_cache_under_a_key(
     assert one.folder.is_relative_to(tmp_path / "stores")
 
 
+@pytest.mark.parametrize("variable", ["ASI_LENS_CACHE", "ASI_LENS_BUNDLE"])
+def test_a_read_only_cache_serves_what_it_has(
+    tiny_llama: Any,
+    tiny_tokens: Tokens,
+    tmp_path: Path,
+    variable: str,
+    monkeypatch: pytest.MonkeyPatch,
+    refuse_writes: Any,
+) -> None:
+    monkeypatch.setenv("ASI_LENS_CACHE", str(tmp_path))
+    first = harvest_store(tiny_llama, tiny_tokens, "attn_out", 0, **OPTIONS)
+    monkeypatch.setenv("ASI_LENS_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setenv(variable, str(tmp_path))
+    refuse_writes()
+    again = harvest_store(tiny_llama, tiny_tokens, "attn_out", 0, **OPTIONS)
+    assert again.folder == first.folder
+    assert torch.equal(again.sample(9), first.sample(9))
+    with pytest.raises(OSError, match=r"cannot write .*attn_out.1: Read-only file system"):
+        harvest_store(tiny_llama, tiny_tokens, "attn_out", 1, **OPTIONS)
+
+
 # --- a harvest that stops ---------------------------------------------------------------------------
 
 

@@ -136,7 +136,7 @@ def test_a_harvest_into_the_cache_waits_for_another(
     ("change", "error", "message"),
     [
         ({"modell": "x"}, UnknownNameError, "'modell'; did you mean 'model"),
-        ({"corpus": None}, OptionError, "no corpus"),
+        ({"corpus": None}, OptionError, "no key 'corpus'"),
         ({"tokens": {"context": 8}}, OptionError, "given with n_tokens"),
         ({"tokens": {"n_tokens": 8, "contexts": 8}}, UnknownNameError, "tokens key 'contexts'"),
         ({"store": {"folder": "x"}}, UnknownNameError, "store key 'folder'"),

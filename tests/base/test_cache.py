@@ -138,3 +138,32 @@ def test_a_folder_that_was_changed_is_told_with_its_repair(tmp_path: Path, damag
         cached_folder(folder, {"format": 1}, _fill, "delete it")
     assert str(folder) in str(caught.value) or folder.name in str(caught.value)
     assert str(caught.value).endswith("delete it")
+
+
+def test_a_read_only_cache_and_a_bundle_serve_what_they_have(
+    own_cache: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, refuse_writes
+) -> None:
+    keys = [{"n": n} for n in range(3)]
+    compute = lambda missing: [10 * position for position in missing]  # noqa: E731
+    assert cached_jsons("x", keys[:2], compute) == [0, 10]
+    folder = own_cache / "downloads" / "one"
+    cached_folder(folder, {"format": 1}, lambda into: {"n": (into / "a").write_text("a")}, "Delete it.")
+    monkeypatch.setenv("ASI_LENS_CACHE", str(tmp_path_factory.mktemp("empty")))
+    monkeypatch.setenv("ASI_LENS_BUNDLE", str(own_cache))
+    refuse_writes()
+    assert cached_jsons("x", keys[:2], lambda _: pytest.fail("computed again")) == [0, 10]
+    assert cached_folder(folder, {"format": 1}, pytest.fail, "Delete it.")["n"] == 1
+    with pytest.raises(OSError, match=r"cannot write .*empty.*x.*: Read-only file system"):
+        cached_jsons("x", keys, compute)
+
+
+def test_results_that_the_bundle_lacks_go_to_the_cache(
+    own_cache: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached_json("x", {"n": 0}, lambda: "bundle")
+    monkeypatch.setenv("ASI_LENS_BUNDLE", str(own_cache))
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("ASI_LENS_CACHE", str(cache))
+    found = cached_jsons("x", [{"n": 0}, {"n": 1}], lambda missing: ["cache"] * len(missing))
+    assert found == ["bundle", "cache"]
+    assert len(list((own_cache / "x").glob("*.json"))) == len(list((cache / "x").glob("*.json"))) == 1

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asi_lens.base import files
+from asi_lens.base.errors import CacheError, DataError
 
 
 def _leftovers(folder: Path) -> list[str]:
@@ -236,3 +237,25 @@ def test_importing_the_light_modules_loads_nothing_heavy() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_damaged_json_file_is_named_with_its_repair(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"n": 1}')
+    assert files.read_json(path, CacheError, "delete it") == {"n": 1}
+    path.write_text('{"n": ')
+    with pytest.raises(CacheError, match=r"a\.json cannot be read \(Expecting value.*\); delete it$"):
+        files.read_json(path, CacheError, "delete it")
+    with pytest.raises(DataError, match=r"b\.json cannot be read"):
+        files.read_json(tmp_path / "b.json", DataError, "delete it")
+
+
+def test_a_yaml_file_holds_keys_and_values_or_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    for text, found in (("a: 1", {"a": 1}), ("", {})):
+        path.write_text(text)
+        assert files.read_yaml_mapping(path) == found
+    for text in ("a: [", "words", "[1]"):
+        path.write_text(text)
+        with pytest.raises(DataError, match=r"a\.yaml"):
+            files.read_yaml_mapping(path)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from asi_lens.base import paths
+from asi_lens.base.errors import OptionError
 
 
 def test_cache_root_follows_the_variable_and_is_not_created(
@@ -33,3 +34,26 @@ def test_project_root_is_the_checkout(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("ASI_LENS_PROJECT", str(tmp_path))
     assert paths.notebooks_dir() == tmp_path / "notebooks"
     assert paths.parameters_dir() == tmp_path / "parameters"
+
+
+def test_the_bundle_is_looked_up_first_and_never_the_place_to_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ASI_LENS_CACHE", str(tmp_path / "cache"))
+    assert paths.bundle_root() is None
+    monkeypatch.setenv("ASI_LENS_BUNDLE", str(tmp_path / "bundle"))
+    with pytest.raises(OptionError, match=r"ASI_LENS_BUNDLE='.*bundle' is not allowed.*a folder"):
+        paths.cached("corpora", "a")
+    (tmp_path / "bundle" / "corpora").mkdir(parents=True)
+    written = tmp_path / "cache" / "corpora" / "a"
+    assert paths.cached("corpora", "a") == written
+    there = tmp_path / "bundle" / "corpora" / "a"
+    there.mkdir()
+    assert paths.cached("corpora", "a") == there
+    # A folder without its mark is half there: the bundle does not have it.
+    assert paths.cached("corpora", "a", "manifest.json") == written
+    (there / "manifest.json").touch()
+    assert paths.cached("corpora", "a", "manifest.json") == there
+    assert paths.is_cached(there)
+    assert paths.is_cached(written)
+    assert not paths.is_cached(tmp_path)

@@ -32,7 +32,7 @@ def test_keys_sections_and_folders_are_read(tmp_path: Path) -> None:
         ("a: [", DataError, r"run\.yaml cannot be read"),
         ("just words", DataError, r"run\.yaml must hold keys and values"),
         ("stor: s", UnknownNameError, r"key in run\.yaml 'stor'; did you mean 'store'"),
-        ("store: s", OptionError, r"run\.yaml has no output"),
+        ("store: s", OptionError, r"run\.yaml has no key 'output'"),
         ("{store: s, output: o, train: [1]}", OptionError, r"train=\[1\] .* keys and values"),
     ],
 )

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from asi_lens.base import safetensors_io
@@ -84,7 +83,7 @@ def test_a_tensor_that_is_not_there_and_a_header_that_is_no_json_are_told(file: 
 
 def test_another_version_is_told(file: Path) -> None:
     with pytest.raises(
-        CacheError, match=r"t\.safetensors is of another version .*format '1', not '2'.*; delete"
+        CacheError, match=r"t\.safetensors is from another version .*its format is '1', not '2'.*; delete"
     ):
         read_tensors(file, CacheError, "delete it", about={"format": "2"})
 
@@ -94,17 +93,45 @@ def test_errors_of_whoever_uses_the_open_file_are_left_alone(file: Path) -> None
         raise OSError("another file")
 
 
-@pytest.mark.parametrize(
-    "error", [SafetensorError("I/O error: No space left"), OSError(errno.ENOSPC, "No space left")]
-)
-def test_a_full_disk_keeps_what_was_there(
-    file: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
+def test_saved_files_are_aligned_as_those_of_the_safetensors_package(tmp_path: Path) -> None:
+    tensors = {
+        "b.wide": torch.arange(6).double().view(2, 3),
+        "a": torch.arange(12.0).view(3, 4).T,
+        "c": torch.ones(3, dtype=torch.bool),
+        "half": torch.ones(5, dtype=torch.bfloat16),
+        "n": torch.tensor(7),
+        "empty": torch.zeros(0, 2),
+    }
+    save_tensors(tmp_path / "ours.safetensors", tensors, {"about": '{"step": 3}'})
+    found = load_file(tmp_path / "ours.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    # Sorted so, no tensor begins between two of its numbers.
+    with (tmp_path / "ours.safetensors").open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    assert header.pop("__metadata__") == {"about": '{"step": 3}'}
+    assert all(header[name]["data_offsets"][0] % tensors[name].itemsize == 0 for name in tensors)
+
+
+def test_a_tensor_is_written_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, whole = [], safetensors_io.raw_bytes
+    monkeypatch.setattr(safetensors_io, "_PIECE_BYTES", 64)
+
+    def counted(tensor: torch.Tensor) -> memoryview:
+        sizes.append(tensor.numel() * tensor.itemsize)
+        return whole(tensor)
+
+    monkeypatch.setattr(safetensors_io, "raw_bytes", counted)
+    save_tensors(tmp_path / "t.safetensors", {"a": torch.arange(100.0).view(25, 4)}, {})
+    assert max(sizes) == 64
+    assert torch.equal(load_file(tmp_path / "t.safetensors")["a"], torch.arange(100.0).view(25, 4))
+
+
+def test_a_full_disk_keeps_what_was_there(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: object, **options: object) -> None:
-        raise error
+        raise OSError(errno.ENOSPC, "No space left")
 
     before = file.read_bytes()
-    monkeypatch.setattr(safetensors_io, "save_file", full)
+    monkeypatch.setattr(safetensors_io, "raw_bytes", full)
     with pytest.raises(OSError, match=r"cannot write .*t\.safetensors: .*No space left"):
         save_tensors(file, {"a": torch.ones(1)}, {})
     assert file.read_bytes() == before

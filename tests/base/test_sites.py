@@ -21,9 +21,3 @@ def test_hooks_and_figures_read_the_table() -> None:
             site.color,
             site.marker,
         )
-
-
-def test_an_architecture_may_have_a_hook_of_its_own() -> None:
-    site = SITES["attn_out"]
-    assert site.hook("BertForMaskedLM") == "blocks.{}.attn.o.hook_out"
-    assert site.hook("LlamaForCausalLM") == "blocks.{}.hook_attn_out"

@@ -7,10 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import architectures
 import pytest
 import torch
 
-from asi_lens.base.errors import DataError, OptionError
+from asi_lens.base.errors import DataError, OptionError, UnsupportedModelError
 from asi_lens.collapse import interventions as iv
 from asi_lens.collapse.spectra import collect_spectra
 from asi_lens.inputs import models
@@ -144,3 +145,28 @@ def test_bad_input(tiny_llama: Any, tiny_tokens: Tokens) -> None:
         )
     with pytest.raises(OptionError, match="context=1"):
         iv.cross_entropy(tiny_llama, Tokens(tiny_tokens.ids[:, :1], "tiny", "tiny", 1))
+
+
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "bert-causal"])
+def test_an_encoder_has_no_next_token_loss_at_any_door(
+    architecture: str, tmp_path: Path, tiny_tokens: Tokens
+) -> None:
+    """`bert-causal` has a causal mask, and a head that was trained to fill in masked tokens."""
+    model = architectures.load(architectures.build(architecture, tmp_path / architecture))
+    if isinstance(model, Exception) or models.model_info(model).causal:
+        pytest.skip("TransformerLens 3 has no RoBERTa; TransformerLens 4 loads a causal BERT as what it is")
+    edits = {"mean": iv.mean_ablate(torch.zeros(24))}
+    doors: list[Any] = [
+        lambda: iv.cross_entropy(model, tiny_tokens, progress=False),
+        lambda: iv.edited_cross_entropy(model, tiny_tokens, *WHERE, edits, progress=False),
+        lambda: iv.truncation_sweep(
+            model,
+            tiny_tokens,
+            collect_spectra(model, tiny_tokens, [WHERE[0]], [WHERE[1]], progress=False),
+            [0.5],
+            progress=False,
+        ),
+    ]
+    for door in doors:
+        with pytest.raises(UnsupportedModelError, match="does not predict next tokens"):
+            door()

@@ -71,6 +71,43 @@ def test_a_second_call_runs_nothing_and_more_sites_run_alone(
     assert passes == [[("attn_out", 0)], [("z", 0), ("attn_out", 1), ("z", 1)]]
 
 
+@pytest.mark.parametrize("variable", ["ASI_LENS_CACHE", "ASI_LENS_BUNDLE"])
+def test_a_read_only_cache_serves_what_it_has(
+    tiny_llama: Any,
+    tiny_tokens: Tokens,
+    own_cache: Path,
+    variable: str,
+    monkeypatch: pytest.MonkeyPatch,
+    refuse_writes: Any,
+) -> None:
+    asked = {"sites": ["attn_out"], "layers": [0, 1], "progress": False}
+    first = collect_spectra(tiny_llama, tiny_tokens, **asked)
+    grown = rank_growth(tiny_llama, tiny_tokens, steps=2, **asked)
+    monkeypatch.setenv("ASI_LENS_CACHE", str(own_cache / "empty"))
+    monkeypatch.setenv(variable, str(own_cache))
+    refuse_writes()
+    again = collect_spectra(tiny_llama, tiny_tokens, **asked)
+    assert all(torch.equal(again[where].covariance, first[where].covariance) for where in first)
+    assert rank_growth(tiny_llama, tiny_tokens, steps=2, **asked) == grown
+    with pytest.raises(OSError, match=r"cannot write .*: Read-only file system"):
+        collect_spectra(tiny_llama, tiny_tokens, ["z"], [0], progress=False)
+
+
+def test_what_the_bundle_lacks_is_computed_into_the_cache(
+    tiny_llama: Any,
+    tiny_tokens: Tokens,
+    own_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    passes: list[list[tuple[str, int]]],
+) -> None:
+    collect_spectra(tiny_llama, tiny_tokens, ["attn_out"], [0], progress=False)
+    monkeypatch.setenv("ASI_LENS_BUNDLE", str(own_cache))
+    monkeypatch.setenv("ASI_LENS_CACHE", str(own_cache / "other"))
+    collect_spectra(tiny_llama, tiny_tokens, ["attn_out"], [0, 1], progress=False)
+    assert passes == [[("attn_out", 0)], [("attn_out", 1)]]
+    assert [path.name for path in files(own_cache / "other")] == ["attn_out.1.safetensors"]
+
+
 def test_other_tokens_or_options_are_other_results(
     tiny_llama: Any, tiny_tokens: Tokens, passes: list[list[tuple[str, int]]]
 ) -> None:
@@ -90,7 +127,7 @@ def test_other_weights_are_another_result(
 
     collect_spectra(tiny_llama, tiny_tokens, ["attn_out"], [0], progress=False)
     info = models.model_info(tiny_llama)
-    monkeypatch.setattr(models, "model_info", lambda model: replace(info, fingerprint="other"))
+    monkeypatch.setattr(models, "model_info", lambda model, **_: replace(info, fingerprint="other"))
     collect_spectra(tiny_llama, tiny_tokens, ["attn_out"], [0], progress=False)
     assert len(passes) == 2
 

@@ -347,6 +347,26 @@ def test_evaluations_are_kept(
         dead_feature_rows(runs, store)
 
 
+@pytest.mark.parametrize("variable", ["ASI_LENS_CACHE", "ASI_LENS_BUNDLE"])
+def test_a_read_only_cache_serves_runs_and_evaluations(
+    store: ActivationStore,
+    held_out: ActivationStore,
+    tmp_path: Path,
+    variable: str,
+    monkeypatch: pytest.MonkeyPatch,
+    refuse_writes: Any,
+) -> None:
+    runs = train_recipes(store, ["random", "ASI"], **OPTIONS)
+    found = dead_feature_rows(runs, held_out)
+    monkeypatch.setenv("ASI_LENS_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setenv(variable, str(tmp_path / "cache"))
+    refuse_writes()
+    assert train_recipes(store, ["random", "ASI"], **OPTIONS) == runs
+    assert dead_feature_rows(runs, held_out) == found
+    with pytest.raises(OSError, match=r"cannot write .*: Read-only file system"):
+        train_recipes(store, ["random"], seeds=[1], **OPTIONS)
+
+
 def test_from_a_model_to_rows_with_losses(tiny_llama: Any, tmp_path: Path) -> None:
     data = split_of(tiny_llama, tmp_path)
     where = ("attn_out", 1)

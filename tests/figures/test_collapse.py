@@ -49,9 +49,9 @@ def test_every_figure_names_its_setting_and_axes(build: Callable, table: Callabl
 @pytest.mark.parametrize(("build", "table"), BUILDERS)
 def test_a_table_of_another_kind_or_without_rows_is_refused(build: Callable, table: Callable) -> None:
     good = table()
-    with pytest.raises(DataError, match=f"columns {good.columns[3]} are missing"):
+    with pytest.raises(DataError, match=f"has no column {good.columns[3]}"):
         build(good.drop(columns=good.columns[3]))
-    with pytest.raises(DataError, match="without rows"):
+    with pytest.raises(DataError, match="has no rows"):
         build(good.iloc[:0])
 
 

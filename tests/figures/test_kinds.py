@@ -113,7 +113,7 @@ def test_tables_that_cannot_be_drawn_are_refused() -> None:
         module.dictionaries(pd.concat([table, table.assign(layer=4)]))
     with pytest.raises(DataError, match="not a table of DriftRow"):
         module.jumprelu_schedule(table)
-    with pytest.raises(DataError, match="no held_out row"):
+    with pytest.raises(DataError, match="no measured held_out row"):
         module.dictionaries(table.assign(split="train"))
 
 

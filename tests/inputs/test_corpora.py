@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import types
 from pathlib import Path
 from typing import Any
@@ -208,7 +209,7 @@ def _pretend_model(monkeypatch: pytest.MonkeyPatch, tokenizer: Any, n_ctx: int, 
     import sys
 
     stand_in = types.ModuleType("asi_lens.inputs.models")
-    stand_in.model_info = lambda model: types.SimpleNamespace(n_ctx=n_ctx, d_vocab=d_vocab)  # type: ignore[attr-defined]
+    stand_in.model_info = lambda model, **_: types.SimpleNamespace(n_ctx=n_ctx, d_vocab=d_vocab)  # type: ignore[attr-defined]
     stand_in.tokenizer_of = lambda model: tokenizer  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "asi_lens.inputs.models", stand_in)
     monkeypatch.setattr("asi_lens.inputs.models", stand_in, raising=False)
@@ -256,6 +257,17 @@ def test_the_cache_is_used_and_keyed_by_everything(
     again = load_tokens(path, byte_tokenizer(), **asked)  # an equal tokenizer, another object
     assert torch.equal(again.ids, first.ids)
     assert again.fingerprint == first.fingerprint
+
+
+def test_a_bundle_has_the_tokens(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuse_writes: Any
+) -> None:
+    first = load_tokens(["one two three"] * 9, tokenizer, n_tokens=32, context=16)
+    monkeypatch.setenv("ASI_LENS_BUNDLE", os.environ["ASI_LENS_CACHE"])
+    monkeypatch.setenv("ASI_LENS_CACHE", str(tmp_path / "empty"))
+    refuse_writes()
+    again = load_tokens(["one two three"] * 9, tokenizer, n_tokens=32, context=16)
+    assert torch.equal(again.ids, first.ids)
 
 
 def test_a_callers_padding_and_truncation_neither_matter_nor_are_lost(tmp_path: Path) -> None:

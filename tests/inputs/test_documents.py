@@ -276,6 +276,17 @@ def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
         _documents(f"owner/name@{'2' * 40}")
 
 
+def test_offline_the_hub_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = _Hub(monkeypatch)
+    monkeypatch.setenv("ASI_LENS_OFFLINE", "1")
+    with pytest.raises(FetchError, match=r"dataset 'owner/name' is not on this machine.*Name the commit"):
+        open_corpus("owner/name")
+    pinned = open_corpus(f"owner/name@{'2' * 40}")  # its tokens may be in the cache
+    with pytest.raises(FetchError, match="refuses the network"):
+        list(pinned.documents())
+    assert hub.asked == []
+
+
 def test_packaged_layouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The three layouts, on folders put where the downloads would be."""
     monkeypatch.setenv("ASI_LENS_CACHE", str(tmp_path))
@@ -302,7 +313,13 @@ def test_packaged_layouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.packaged
 @pytest.mark.parametrize(
-    ("name", "documents", "characters"), [("news-en", 3_788, 12_523_396), ("speech-de", 1_000, 1_928_645)]
+    ("name", "documents", "characters"),
+    [
+        ("news-en", 3_788, 12_523_396),
+        ("speech-de", 1_000, 1_928_645),
+        ("wiki-en", 10_033, 4_875_024),
+        ("docs-en", 1_015, 50_175_294),
+    ],
 )
 def test_real_corpora(name: str, documents: int, characters: int) -> None:
     fetch(name)
@@ -320,4 +337,10 @@ def test_corpus_names_are_the_packaged_corpora() -> None:
         "speech-nl",
         "code-python",
         "reviews-zh",
+        "docs-en",
+        "wiki-en",
+        "wiki-fr",
+        "wiki-es",
+        "code-python-large",
+        "mixture-en",
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from asi_lens.base.cache import MANIFEST
 from asi_lens.base.errors import CacheError, DataError, UnsupportedModelError
-from asi_lens.inputs import gguf, models
+from asi_lens.inputs import gguf, models, twin
 
 pytestmark = pytest.mark.model_facing
 
@@ -33,8 +34,18 @@ def interleaved(weight: np.ndarray, n_heads: int) -> np.ndarray:
     return halves.swapaxes(1, 2).reshape(weight.shape)
 
 
-def write(path: Path, architecture: str = "llama", without: str = "") -> dict[str, np.ndarray]:
-    """A llama-like model of two layers in Q4_1, as llama.cpp writes it; returns the float weights."""
+def write(
+    path: Path,
+    architecture: str = "llama",
+    without: str = "",
+    theta: float = 10_000.0,
+    metadata: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, np.ndarray]:
+    """A llama-like model of two layers in Q4_1, as llama.cpp writes it; returns the float weights.
+
+    `metadata`: further keys of the architecture. `tensors`: further tensors, in float32.
+    """
     from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quants
 
     rng = np.random.default_rng(0)
@@ -47,7 +58,7 @@ def write(path: Path, architecture: str = "llama", without: str = "") -> dict[st
     writer.add_head_count(N_HEADS)
     writer.add_head_count_kv(N_KV_HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10_000.0)
+    writer.add_rope_freq_base(theta)
     writer.add_rope_dimension_count(D_HEAD)
     writer.add_vocab_size(len(TOKENS))
     writer.add_tokenizer_model("gpt2")
@@ -86,6 +97,11 @@ def write(path: Path, architecture: str = "llama", without: str = "") -> dict[st
         writer.add_tensor(f"{name}.weight", packed, raw_dtype=kind)
         # Quantization is by blocks of a row, so it does not care about the order of rows.
         weights[name] = quants.dequantize(quants.quantize(value, kind), kind)
+    for key, value in (metadata or {}).items():
+        kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+        kinds.get(type(value), writer.add_string)(f"{architecture}.{key}", value)
+    for name, value in (tensors or {}).items():
+        writer.add_tensor(name, value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -106,7 +122,7 @@ def test_weights_and_tokenizer_come_through(tmp_path: Path) -> None:
     assert (info.name, info.weights) == ("tiny", "4-bit weights, dequantised")
     assert (info.architecture, info.n_kv_heads, info.d_head) == ("LlamaForCausalLM", N_KV_HEADS, D_HEAD)
     names = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "ffn_down": "mlp.down_proj"}
-    weights = dict(models.twin.runners(model)[1].root.named_parameters())
+    weights = dict(twin.runners(model).plain.root.named_parameters())
     for ours, theirs in names.items():
         found = weights[f"model.layers.1.{theirs}.weight"].detach().numpy()
         np.testing.assert_array_equal(found, expected[f"blk.1.{ours}"])
@@ -127,6 +143,16 @@ def test_the_second_time_nothing_is_converted(file: Path, monkeypatch: pytest.Mo
     assert gguf.dequantized(file)[0] == folder
     moved = file.rename(file.with_name("moved.gguf"))
     assert gguf.read_header(moved) == gguf.Header("llama", 4, "smollm")
+
+
+def test_a_bundle_has_the_weights(
+    file: Path, own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuse_writes: Any
+) -> None:
+    folder = gguf.dequantized(file)
+    monkeypatch.setenv("ASI_LENS_BUNDLE", str(own_cache))
+    monkeypatch.setenv("ASI_LENS_CACHE", str(tmp_path / "empty"))
+    refuse_writes()
+    assert gguf.dequantized(file) == folder
 
 
 def test_a_file_is_parsed_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +207,7 @@ def test_an_unsupported_architecture_is_named(tmp_path: Path) -> None:
 
 def test_missing_weights_are_not_made_up(tmp_path: Path, own_cache: Path) -> None:
     write(tmp_path / "part.gguf", without="blk.1.ffn_down")
-    with pytest.raises(DataError, match=r"lacks the weights model\.layers\.1\.mlp\.down_proj\.weight"):
+    with pytest.raises(DataError, match=r"lacks 1 weights .*model\.layers\.1\.mlp\.down_proj\.weight"):
         models.load_model(tmp_path / "part.gguf")
     assert not list((own_cache / "models").glob("part-*/"))
 
@@ -226,3 +252,107 @@ def test_two_processes_at_once(file: Path) -> None:
         process.join()
     assert len(folders) == 1
     assert (Path(folders.pop()) / MANIFEST).is_file()
+
+
+# ---------------------------------------------------------------------------- what changes the computation
+
+
+def frequencies(model: Any) -> tuple[np.ndarray, float]:
+    """Rotary frequencies of the loaded model, and the factor of cosines and sines."""
+    rotary = twin.runners(model).plain.root.model.rotary_emb
+    return rotary.inv_freq.double().numpy(), float(rotary.attention_scaling)
+
+
+PLAIN = 10_000.0 ** -(np.arange(0, D_HEAD, 2) / D_HEAD)
+
+
+def test_linear_scaling_is_carried_over(tmp_path: Path) -> None:
+    scaling = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
+    write(tmp_path / "linear.gguf", metadata=scaling)
+    write(tmp_path / "plain.gguf")
+    model, plain = (models.load_model(tmp_path / f"{n}.gguf", dtype="float32") for n in ("linear", "plain"))
+    np.testing.assert_allclose(frequencies(model)[0], PLAIN / 4, rtol=1e-6)
+    np.testing.assert_allclose(frequencies(plain)[0], PLAIN, rtol=1e-6)
+    ids = torch.arange(3, 40)[None]
+    ours, theirs = (models.forward(one, ids, {}, logits=True) for one in (model, plain))
+    assert float((ours - theirs).norm() / theirs.norm()) > 0.1
+
+
+def test_the_older_name_of_linear_scaling(tmp_path: Path) -> None:
+    write(tmp_path / "old.gguf", metadata={"rope.scale_linear": 2.0})
+    model = models.load_model(tmp_path / "old.gguf", dtype="float32")
+    np.testing.assert_allclose(frequencies(model)[0], PLAIN / 2, rtol=1e-6)
+
+
+def test_yarn_is_carried_over(tmp_path: Path) -> None:
+    yarn = {"type": "yarn", "factor": 8.0, "original_context_length": 16, "finetuned": True}
+    write(tmp_path / "yarn.gguf", metadata={f"rope.scaling.{key}": value for key, value in yarn.items()})
+    found, attention = frequencies(models.load_model(tmp_path / "yarn.gguf", dtype="float32"))
+    assert attention == pytest.approx(0.1 * np.log(8) + 1)
+    # turns of 16 positions below 1 are divided by the factor, above 32 not at all
+    assert np.all(found <= PLAIN * 1.000001)
+    np.testing.assert_allclose(found[-1], PLAIN[-1] / 8, rtol=1e-5)
+
+
+def test_factors_of_llama_3_1(tmp_path: Path) -> None:
+    """The tensor `rope_freqs.weight`, by the formula of Llama 3.1's own code."""
+    theta, factor, low, high, original = 500_000.0, 8.0, 1.0, 4.0, 8192
+    base = theta ** -(np.arange(0, D_HEAD, 2) / D_HEAD)
+    expected = []
+    for frequency in base:
+        wavelength = 2 * np.pi / frequency
+        if wavelength < original / high:
+            expected.append(frequency)
+        elif wavelength > original / low:
+            expected.append(frequency / factor)
+        else:
+            smooth = (original / wavelength - low) / (high - low)
+            expected.append((1 - smooth) * frequency / factor + smooth * frequency)
+    factors = (base / np.array(expected)).astype(np.float32)
+    assert factors.max() == 8.0
+    write(tmp_path / "llama31.gguf", theta=theta, tensors={"rope_freqs.weight": factors})
+    model = models.load_model(tmp_path / "llama31.gguf", dtype="float32")
+    np.testing.assert_allclose(frequencies(model)[0], expected, rtol=1e-5)
+    assert model.original_model.config.rope_parameters["rope_type"] == "llama3"
+
+
+def test_any_other_factors_of_frequencies(tmp_path: Path) -> None:
+    factors = np.linspace(1, 3, D_HEAD // 2).astype(np.float32)
+    write(tmp_path / "own.gguf", tensors={"rope_freqs.weight": factors})
+    model = models.load_model(tmp_path / "own.gguf", dtype="float32")
+    models.forward(model, torch.arange(3, 40)[None], {}, logits=True)
+    found, attention = frequencies(model)
+    np.testing.assert_allclose(found, PLAIN / factors, rtol=1e-5)
+    assert attention == 1.0
+
+
+@pytest.mark.parametrize(
+    ("metadata", "named"),
+    [
+        ({"rope.scaling.type": "longrope", "rope.scaling.factor": 4.0}, r"rope\.scaling\.type = longrope"),
+        ({"rope.scaling.type": "yarn", "rope.scaling.attn_factor": 0.7}, r".*attn_factor = 0\.7"),
+        ({"rope.scaling.factor": 4.0}, r"rope\.scaling\.factor = 4 without"),
+        ({"attention.sliding_window": 16}, r"attention\.sliding_window = 16"),
+        ({"expert_count": 8, "expert_used_count": 2}, "expert_count = 8"),
+        ({"attention.key_length": 32}, r"attention\.key_length = 32.*read as 16"),
+        ({"logit_scale": 0.5}, r"logit_scale = 0\.5"),
+        ({"attention.clamp_kqv": 8.0}, r"attention\.clamp_kqv = 8"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50"),
+    ],
+)
+def test_what_is_not_carried_over_is_named(tmp_path: Path, metadata: dict[str, Any], named: str) -> None:
+    write(tmp_path / "odd.gguf", metadata=metadata)
+    with pytest.raises(UnsupportedModelError, match=rf"odd\.gguf has {named}"):
+        models.load_model(tmp_path / "odd.gguf")
+
+
+@pytest.mark.parametrize("name", ["blk.0.attn_q.bias", "blk.0.ffn_gate_inp.weight", "blk.7.attn_norm.weight"])
+def test_a_tensor_that_the_model_lacks_is_named(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "odd.gguf", tensors={name: np.ones(D_MODEL, dtype=np.float32)})
+    with pytest.raises(UnsupportedModelError, match=f"the tensor {name}"):
+        models.load_model(tmp_path / "odd.gguf")
+
+
+def test_keys_without_effect_are_no_error(tmp_path: Path) -> None:
+    write(tmp_path / "more.gguf", metadata={"rope.scaling.type": "none", "expert_count": 0})
+    models.load_model(tmp_path / "more.gguf", dtype="float32")

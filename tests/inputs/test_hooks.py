@@ -92,18 +92,17 @@ def plain_values(architecture: str, model: Any, ids: torch.Tensor) -> dict[tuple
 @contextmanager
 def without_twin(model: Any) -> Iterator[None]:
     """The model's own hook points, as for a model that somebody else has hooked."""
-    own, fast = twin.runners(model)
-    twin._RUNNERS[model] = (own, None)
+    handle = model.register_forward_hook(lambda *_: None)
     try:
         yield
     finally:
-        twin._RUNNERS[model] = (own, fast)
+        handle.remove()
 
 
 def count_hooks(model: Any) -> int:
     """Hooks and replaced forwards in the model and its plain twin (a bridge has some of its own)."""
-    _, fast = twin.runners(model)
-    roots = [model, *([fast.root] if fast else [])]
+    plain = twin.runners(model).plain
+    roots = [model, *([plain.root] if plain else [])]
     modules = [module for root in roots for module in root.modules()]
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + ("forward" in vars(m)) for m in modules)
 
@@ -116,7 +115,7 @@ def test_every_site_equals_plain_hooks(
 ) -> None:
     expected = plain_values(architecture, plain_model, ids)
     found, logits = recorded(tiny_model, ids, all_sites(tiny_model), logits=True)
-    assert twin.runners(tiny_model)[1] is not None, "the fast path is what this compares"
+    assert twin.runners(tiny_model).plain is not None, "the fast path is what this compares"
     for where, value in found.items():
         assert value.shape == (2, 20, models.site_width(tiny_model, *where))
         torch.testing.assert_close(
@@ -177,7 +176,7 @@ def test_a_returned_tensor_goes_on(
 
 
 def test_nothing_after_the_stop_is_computed(tiny_model: Any, ids: torch.Tensor) -> None:
-    _, fast = twin.runners(tiny_model)
+    fast = twin.runners(tiny_model).plain
     ran: list[int] = []
     handles = [
         block.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, block in enumerate(fast.blocks)
@@ -254,6 +253,70 @@ def test_hooks_that_the_user_added_stay_in_force(tiny_folder: Any, ids: torch.Te
     edited = models.forward(model, ids, {"blocks.0.hook_attn_out": lambda x: x * 0}, logits=True)
     torch.testing.assert_close(hooked, edited, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(hooked, clean, atol=1e-2)
+
+
+def _loss(model: Any, ids: torch.Tensor) -> float:
+    logits = models.forward(model, ids, {}, logits=True)
+    return float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
+
+
+def test_hooks_of_pytorch_after_the_first_use_are_called(tiny_folder: Any, ids: torch.Tensor) -> None:
+    model = models.load_model(tiny_folder("llama"), dtype="float32", device="cpu")
+    clean = _loss(model, ids)
+    block = twin.original(model.blocks[1])
+    handles = [
+        block.register_forward_hook(lambda module, inputs, output: output + 3.0),
+        block.self_attn.register_forward_pre_hook(lambda module, inputs: None),
+    ]
+    with torch.inference_mode():
+        logits = model(ids)
+    expected = float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
+    assert _loss(model, ids) == pytest.approx(expected, rel=1e-5)
+    assert abs(expected - clean) > 1e-3
+    found, _ = recorded(model, ids, {"x": "blocks.1.hook_resid_post", "y": "blocks.2.hook_resid_pre"})
+    torch.testing.assert_close(found["x"], found["y"])
+    for handle in handles:
+        handle.remove()
+    assert _loss(model, ids) == clean
+
+
+def test_modules_exchanged_after_the_first_use_are_used(tiny_folder: Any, ids: torch.Tensor) -> None:
+    model = models.load_model(tiny_folder("llama"), dtype="float32", device="cpu")
+    clean = _loss(model, ids)
+
+    class Nothing(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.zeros_like(x)
+
+    block = twin.original(model.blocks[1])
+    before = block.mlp
+    block.mlp = Nothing()
+    edited = _loss(model, ids)
+    block.mlp = before
+    ablated = models.forward(model, ids, {"blocks.1.hook_mlp_out": torch.zeros_like}, logits=True)
+    expected = torch.nn.functional.cross_entropy(ablated[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert edited == pytest.approx(float(expected), rel=1e-5)
+    assert _loss(model, ids) == clean != edited
+
+
+@pytest.mark.parametrize("edit", ["scaling", "eps", "forward", "activation"])
+def test_attributes_changed_after_the_first_use_count(tiny_folder: Any, ids: torch.Tensor, edit: str) -> None:
+    model = models.load_model(tiny_folder("llama"), dtype="float32", device="cpu")
+    clean = _loss(model, ids)
+    block = twin.original(model.blocks[1])
+    mlp, attention = twin.original(block.mlp), twin.original(block.self_attn)
+    if edit == "scaling":
+        attention.scaling *= 4
+    elif edit == "eps":
+        twin.original(block.input_layernorm).variance_epsilon = 10.0
+    elif edit == "forward":
+        mlp.down_proj.forward = lambda x: torch.zeros(*x.shape[:-1], 24)
+    else:
+        mlp.act_fn = torch.nn.Identity()
+    changed = _loss(model, ids)
+    assert abs(changed - clean) > 1e-3
+    fresh = models.load_model(model)
+    assert _loss(fresh, ids) == changed
 
 
 def test_the_model_follows_its_weights(tiny_folder: Any, ids: torch.Tensor) -> None:

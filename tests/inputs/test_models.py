@@ -122,6 +122,12 @@ def test_without_a_network_a_hub_name_says_so() -> None:
         models.load_model("some-owner/some-model")
 
 
+def test_offline_the_hub_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ASI_LENS_OFFLINE", "1")
+    with pytest.raises(FetchError, match=r"'some-owner/some-model' is not on this machine.*by its path"):
+        models.load_model("some-owner/some-model")
+
+
 def test_folders_and_files_that_are_no_models(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no config\.json"):
         models.load_model(tmp_path)

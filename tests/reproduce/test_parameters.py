@@ -15,6 +15,7 @@ from asi_lens.reproduce.parameters import (
     notebook_names,
     parse_given,
     profile_names,
+    require_machine,
 )
 
 
@@ -85,13 +86,13 @@ def test_unknown_names_are_told_with_the_nearest(project: Path) -> None:
 def test_a_notebook_needs_its_parameters_cell_with_plain_values(project: Path) -> None:
     folder = project / "notebooks"
     runs.notebook(folder / "03_bare.ipynb", "x = 1", tag=False)
-    with pytest.raises(OptionError, match="03_bare: no cell tagged `parameters` that sets model, profile"):
+    with pytest.raises(OptionError, match="03_bare has no cell tagged `parameters` that sets model, profile"):
         merged("03_bare")
     runs.notebook(folder / "03_bare.ipynb", parameters='model = "tiny"\nseed = 0\n')
     with pytest.raises(OptionError, match="that sets profile, output_folder"):
         merged("03_bare")
     runs.notebook(folder / "03_bare.ipynb", parameters=runs.PARAMETERS + "x = 2 * seed\n")
-    with pytest.raises(OptionError, match="default of x is no literal"):
+    with pytest.raises(OptionError, match="default of x is not a literal"):
         merged("03_bare")
 
 
@@ -100,6 +101,24 @@ def test_a_file_that_is_no_table_of_parameters_is_told(project: Path, text: str)
     (project / "parameters" / "quick.yaml").write_text(text)
     with pytest.raises(DataError, match=r"quick\.yaml"):
         merged()
+
+
+def test_a_profile_may_need_a_device(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    path = project / "parameters" / "big.yaml"
+    path.write_text("needs: cuda\ncommon: {}\n")
+    assert merged(profile="big")["profile"] == "big"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    require_machine("quick")
+    require_machine("no_such_profile")  # another error tells of it
+    with pytest.raises(OptionError, match=r"profile 'big' needs a CUDA device.* finds none here"):
+        require_machine("big")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    require_machine("big")
+    path.write_text("needs: tpu\ncommon: {}\n")
+    with pytest.raises(OptionError, match=r"needs \(in big.yaml\)='tpu' is not allowed"):
+        require_machine("big")
 
 
 def test_notebooks_are_chosen_by_name_or_number_in_their_order(project: Path) -> None:

@@ -16,15 +16,16 @@ from asi_lens.reproduce.publish import (
     BEGIN,
     BEST,
     END,
-    best_claims,
+    claims_of,
     evidence_page,
     main,
     publish,
     readme_section,
     update_readme,
 )
-from asi_lens.results.claims import read_claims
+from asi_lens.results.claims import CLAIMS_FILE, ClaimRow
 from asi_lens.results.sidecar import read_sidecars, write_sidecar
+from asi_lens.results.tables import read_rows
 
 FIGURE = {"title": "t", "subtitle": "s", "caption": "c", "png": True, "reason": ""}
 
@@ -73,7 +74,7 @@ def test_tables_images_and_records_are_copied_and_nothing_else(root: Path) -> No
         "claims.csv",
         "run.json",
     ]
-    assert [row.claim for row in read_claims(folder)] == ["C2", "C10"]
+    assert [row.claim for row in read_rows(folder / CLAIMS_FILE, ClaimRow)] == ["C2", "C10"]
 
 
 def test_a_notebook_replaces_its_own_files_only(root: Path) -> None:
@@ -98,9 +99,9 @@ def test_the_longest_time_under_the_same_parameters_stays(root: Path) -> None:
 
 def test_what_stands_for_nothing_is_refused(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     left(root, "smoke", "01_a")
-    with pytest.raises(DataError, match="smoke makes no claims"):
+    with pytest.raises(DataError, match="smoke is not published"):
         publish(DEFAULT_MODEL, "smoke")
-    with pytest.raises(DataError, match="holds no run of a notebook"):
+    with pytest.raises(DataError, match="has no run of a notebook"):
         publish(DEFAULT_MODEL, "quick")
     left(root, "quick", "01_a", figures={"01_a": {**FIGURE, "png": False}})
     with pytest.raises(DataError, match="01_a has no image of 01_a"):
@@ -126,7 +127,7 @@ def test_the_readme_gets_one_row_a_claim_of_the_best_evidence(root: Path) -> Non
         in rows["C2"]
     )
     assert "**partly supported**" in rows["C2"]
-    found = best_claims([run for run in find_runs(root) if run.published])
+    found = claims_of([run for run in find_runs(root) if run.published])
     assert [[one.profile for one in claim.evidence] for claim in found] == [
         ["full", "quick"],
         ["full", "quick"],

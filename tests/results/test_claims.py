@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import jaxtyping
 import pytest
 
-from asi_lens.base.errors import DataError, OptionError, UnknownNameError
-from asi_lens.results.claims import ClaimRow, claim_order, read_claims, rows_of
-from asi_lens.results.tables import write_rows
+from asi_lens.base.errors import OptionError, UnknownNameError
+from asi_lens.results.claims import ClaimRow, claim_order, rows_of
 
 # Under test jaxtyping sees a wrong word before the row does (test_tables has rows that it does not see).
 REFUSED = (UnknownNameError, jaxtyping.TypeCheckError)
@@ -27,18 +25,9 @@ def test_a_claim_has_a_number_and_one_of_four_verdicts() -> None:
     assert dataclasses.replace(CLAIM, verdict="partly supported").verdict == "partly supported"
 
 
-def test_claims_are_read_sorted_by_number(tmp_path: Path) -> None:
+def test_claims_are_sorted_by_number() -> None:
     found = [dataclasses.replace(CLAIM, claim=claim) for claim in ("C10", "C2", "C1")]
-    assert read_claims(tmp_path) == []
-    write_rows(tmp_path / "claims.csv", found)
-    assert [row.claim for row in read_claims(tmp_path)] == ["C1", "C2", "C10"]
-    assert sorted(found, key=claim_order)[0].claim == "C1"
-
-
-def test_a_damaged_claims_table_is_named(tmp_path: Path) -> None:
-    (tmp_path / "claims.csv").write_text("claim,statement\nC1,x\n")
-    with pytest.raises(DataError, match="missing columns"):
-        read_claims(tmp_path)
+    assert [row.claim for row in sorted(found, key=claim_order)] == ["C1", "C2", "C10"]
 
 
 def test_numbers_without_a_spread_have_none() -> None:

@@ -86,7 +86,10 @@ def test_one_that_fails_costs_its_own_image_and_may_be_tried_again(
     for png, width in zip(pngs, (300, 400), strict=True):
         draw(sized(width), png)
     browser.fails = (300,)
-    assert draw_later(pngs) == {pngs[0]: "chrome could not draw it: ValueError: too wide", pngs[1]: ""}
+    assert draw_later(pngs) == {
+        pngs[0]: "chrome could not draw the figure: ValueError: too wide",
+        pngs[1]: "",
+    }
     assert [png.exists() for png in pngs] == [False, True]
     browser.fails = ()
     assert draw_later(pngs) == {pngs[0]: ""}
@@ -98,7 +101,7 @@ def test_without_a_browser_they_go_on_waiting(
     png = tmp_path / "01_a.png"
     draw(FIGURE, png)
     browser.begins = False
-    assert draw_later([png]) == {png: "chrome could not draw it: RuntimeError: no display"}
+    assert draw_later([png]) == {png: "chrome could not draw the figure: RuntimeError: no display"}
     monkeypatch.setattr(drawing, "chrome_or_reason", lambda: (None, "no Chrome"))
     assert draw_later([png]) == {png: "no Chrome"}
     monkeypatch.setattr(drawing, "chrome_or_reason", lambda: ("/usr/bin/chrome", ""))
@@ -126,7 +129,7 @@ def test_alone_a_failure_is_told_and_an_older_image_goes(
     monkeypatch.setattr(kaleido, "calc_fig_sync", fail)
     png = tmp_path / "01_a.png"
     png.write_bytes(b"an image of other numbers")
-    assert draw(FIGURE, png) == "chrome could not draw it: RuntimeError: crashed"
+    assert draw(FIGURE, png) == "chrome could not draw the figure: RuntimeError: crashed"
     assert not png.exists()
     monkeypatch.setattr(drawing, "chrome_or_reason", lambda: (None, "no Chrome"))
     assert draw(FIGURE, png) == "no Chrome"

@@ -102,8 +102,8 @@ def test_an_unknown_verdict_is_not_combined() -> None:
 def test_a_spread_is_of_what_was_measured() -> None:
     [number] = judging.spread("x", pd.Series([0.1, math.nan, 0.4, 0.4]))
     assert (number.value, number.low, number.high) == (pytest.approx(0.3), 0.1, 0.4)
-    assert judging.spread("x", pd.Series([0.1, math.nan])) == judging.single("x", 0.1) == (Number("x", 0.1),)
-    assert judging.spread("x", pd.Series([math.nan])) == judging.single("x", math.nan) == ()
+    assert judging.spread("x", pd.Series([0.1, math.nan])) == judging.spread("x", 0.1) == [Number("x", 0.1)]
+    assert judging.spread("x", pd.Series([math.nan])) == judging.spread("x", math.nan) == []
     assert (judging.counted(1, "seed"), judging.counted(3, "seed")) == ("1 seed", "3 seeds")
 
 
@@ -111,7 +111,7 @@ def test_a_spread_is_of_what_was_measured() -> None:
 
 
 def test_a_missing_column_is_named() -> None:
-    with pytest.raises(DataError, match=r"lacks the column fvu, kl; it has seed, l0$"):
+    with pytest.raises(DataError, match=r"has no column fvu, kl; it has seed, l0$"):
         judging.taken(pd.DataFrame({"seed": [0], "l0": [8]}), ["seed"], ["fvu", "l0", "kl"])
 
 
@@ -156,6 +156,42 @@ def test_a_claim_of_parts_needs_every_seed_either_way() -> None:
     assert judging.in_every_seed(pd.DataFrame({"a": mixed, "b": fails})) is False
 
 
+def test_a_rule_becomes_a_verdict_or_nothing() -> None:
+    @judging.claim("C3", "statement", "paper")
+    def rule(value: float) -> judging.Found:
+        if value < 0:
+            raise judging.UntestedError
+        return judging.Found(judging.spread("x", value), "3 layers", value > 1)
+
+    assert rule(2.0) == Verdict("C3", "statement", "paper", (Number("x", 2.0),), "3 layers", True)
+    assert rule(-1.0) is None
+
+
+def test_an_unknown_number_leaves_a_claim_open() -> None:
+    known, unknown = pd.DataFrame({"a": [0.1, 0.2]}), pd.Series([0.1, None], dtype=float)
+    assert judging.if_known(np.True_, known, 0.5) is True
+    assert judging.if_known(False, known) is False
+    assert judging.if_known(True, known, unknown) is judging.if_known(False, math.nan) is None
+    assert judging.if_known(None, known) is None
+    assert judging.if_known("partly", known) == "partly"
+    found = judging.by_seed([], "partly", known, known)
+    assert (found.over, found.holds) == ("2 seeds", "partly")
+
+
+def test_held_out_means_stand_by_method() -> None:
+    rows = [
+        ("held_out", 0, "a", 0.1),
+        ("held_out", 0, "a", 0.3),
+        ("held_out", 0, "b", 0.5),
+        ("train", 0, "b", 9.0),
+    ]
+    table = pd.DataFrame(rows, columns=["split", "layer", "method", "fvu"])
+    found = judging.by_method(table, ["layer"], ["fvu"], ["b", "a"]).fvu
+    assert (found.a[0], found.b[0]) == (pytest.approx(0.2), 0.5)
+    with pytest.raises(judging.UntestedError):
+        judging.by_method(table[:2], ["layer"], ["fvu"], ["a", "b"])
+
+
 # --- rank correlation -------------------------------------------------------------------------------
 
 
@@ -195,7 +231,7 @@ def test_two_points_say_nothing() -> None:
 
 
 def test_unequal_numbers_are_refused() -> None:
-    with pytest.raises(OptionError, match="equally many"):
+    with pytest.raises(OptionError, match=r"\(3, 2\) is not allowed"):
         rank_correlation([1, 2, 3], [1, 2])
 
 

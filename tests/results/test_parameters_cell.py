@@ -32,5 +32,16 @@ def test_a_notebook_that_is_not_there(project: Path) -> None:
 
 def test_a_default_that_is_no_literal(project: Path) -> None:
     runs.notebook(project / "notebooks" / "03_c.ipynb", parameters=runs.PARAMETERS + "x = len('abc')\n")
-    with pytest.raises(OptionError, match="default of x is no literal"):
+    with pytest.raises(OptionError, match="default of x is not a literal: len"):
         notebook_defaults("03_c")
+
+
+def test_a_line_that_sets_nothing(project: Path) -> None:
+    runs.notebook(project / "notebooks" / "03_c.ipynb", parameters=runs.PARAMETERS + "print('abc')\n")
+    with pytest.raises(OptionError, match=r"03_c: `print\('abc'\)` does not set a parameter"):
+        notebook_defaults("03_c")
+
+
+def test_types_may_be_stated(project: Path) -> None:
+    runs.notebook(project / "notebooks" / "03_c.ipynb", parameters=runs.PARAMETERS + "x: float = -1.5\n")
+    assert notebook_defaults("03_c")["x"] == -1.5

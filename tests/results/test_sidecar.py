@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from asi_lens.base.errors import CacheError, DataError
-from asi_lens.results.claims import read_claims
+from asi_lens.results.claims import CLAIMS_FILE, ClaimRow
 from asi_lens.results.sidecar import files_of, join, read_sidecar, read_sidecars, sidecar_path, write_sidecar
+from asi_lens.results.tables import read_rows
 
 FIGURE = {"title": "t", "subtitle": "s", "caption": "c", "png": True, "reason": ""}
 
@@ -80,7 +81,7 @@ def test_claims_are_joined_in_order_with_their_numbers(tmp_path: Path) -> None:
     write_sidecar(tmp_path, content("01_alpha", verdicts=[verdict("C10"), verdict("C2")]))
     write_sidecar(tmp_path, content("02_beta", verdicts=[verdict("C2", verdict="not supported")]))
     join(tmp_path)
-    rows = read_claims(tmp_path)
+    rows = read_rows(tmp_path / CLAIMS_FILE, ClaimRow)
     assert [(row.claim, row.notebook) for row in rows] == [
         ("C2", "01_alpha"),
         ("C2", "02_beta"),

@@ -106,9 +106,9 @@ def test_what_is_read_is_what_was_written(
 
 
 def test_a_table_has_one_type_of_row_and_at_least_one(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no rows"):
+    with pytest.raises(DataError, match="at least one row"):
         write_rows(tmp_path / "t.csv", [])
-    with pytest.raises(DataError, match="Other among rows of Sample"):
+    with pytest.raises(DataError, match="holds rows of Sample; one is of Other"):
         write_rows(tmp_path / "t.csv", [GOOD, Other("x")])
     assert list(tmp_path.iterdir()) == []
 
@@ -127,11 +127,14 @@ def test_a_failed_write_leaves_the_old_table(tmp_path: Path) -> None:
         (lambda t: t.replace("layer,", "", 1).replace("3,", "", 1), "missing columns layer"),
         (lambda t: t.replace("layer", "leyer", 1), "unknown columns leyer"),
         (lambda t: t.replace("note", "name", 1), "repeated columns name"),
-        (lambda t: t.replace("x,3", "x,three", 1), r"line 2, column layer: 'three'"),
+        (
+            lambda t: t.replace("x,3", "x,three", 1),
+            r"t.csv, line 2: Sample.layer='three' is not allowed; input should be a valid integer",
+        ),
         (lambda t: t.replace("0.5", "nan", 1), "line 2: Sample.value is nan"),
         (lambda t: t.replace(",a,", ",z,", 1), "unknown Sample.kind 'z'"),
-        (lambda t: t[: t.index("0.5")], "line 2: fewer cells"),
-        (lambda t: t.rstrip("\n") + ",extra\n", "line 2: more cells"),
+        (lambda t: t[: t.index("0.5")], "line 2: the line has fewer cells"),
+        (lambda t: t.rstrip("\n") + ",extra\n", "line 2: the line has more cells"),
         (lambda t: "", "missing columns"),
     ],
 )

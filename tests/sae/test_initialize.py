@@ -200,3 +200,17 @@ def test_bad_input(spectrum: Spectrum, sample: torch.Tensor) -> None:
         initialize(sae, "asi", spectrum, 10, broken)
     with pytest.raises(OptionError, match="variance"):
         initialize(sae, "random", sample=torch.ones(10, D_IN))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("method", list(STARTS))
+def test_a_gpu_starts_where_a_cpu_does(method: str, spectrum: Spectrum, sample: torch.Tensor) -> None:
+    options = subspace_options(method)
+    here, there = make(torch.float64), make(torch.float64).to("cuda")
+    on_gpu = Spectrum.of(sample.cuda())
+    ours = initialize(here, method, spectrum, sample=sample.double(), **options)
+    for known in (spectrum, on_gpu):
+        theirs = initialize(there, method, known, sample=sample.double().cuda(), **options)
+        torch.testing.assert_close(there.W_dec.cpu(), here.W_dec, rtol=1e-6, atol=1e-6)
+        assert theirs.encoder_norm == pytest.approx(ours.encoder_norm, rel=1e-5)
+        assert theirs.leak_decoder is None or theirs.leak_decoder < 1e-12

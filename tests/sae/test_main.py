@@ -162,7 +162,7 @@ def test_a_rank_that_hangs_is_named(store: Path, tmp_path: Path, launch: Any) ->
     said, _ = ranks.processes[0].communicate(timeout=LIMIT)
     assert ranks.processes[0].returncode == 1
     # In a step, or where a checkpoint begins.
-    assert "rank 1 died or stands still" in said or "no word from rank 1 in 3 s" in said
+    assert "rank 1 died or stands still" in said or "rank 1 did not answer within 3 s" in said
 
 
 def test_torchrun_starts_again_by_itself(store: Path, undisturbed: SparseAutoencoder, tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ def test_versions_must_agree() -> None:
         ({"fit": {"folder": "x"}}, UnknownNameError, "fit key 'folder'"),
         ({"device": "tpu"}, OptionError, "device='tpu'"),
         ({"timeout_s": 0}, OptionError, "timeout_s=0"),
-        ({"store": None}, OptionError, "no store"),
+        ({"store": None}, OptionError, "no key 'store'"),
     ],
 )
 def test_what_a_file_may_not_hold(

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from asi_lens.base.errors import OptionError, UnknownNameError
+from asi_lens.kernels import gradients as kernel
 from asi_lens.kernels.codes import SparseCode
 from asi_lens.kernels.gradients import Gradients, Term, decode_sum, sum_gradients
 from asi_lens.kernels.topk import encode_topk
-from asi_lens.sae import optim
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.optim import BETAS, EPS, RowAdam, gradient_norm
 from asi_lens.training.config import OPTIMIZERS as KINDS
@@ -95,7 +95,7 @@ def reference(
 def test_every_kind_is_its_definition(
     kind: str, only: int | None, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(optim, "_CHUNK_ELEMENTS", chunk * D_IN)
+    monkeypatch.setattr(kernel, "_CHUNK_ELEMENTS", chunk * D_IN)
     sae = make()
     optimizer, rule = RowAdam(sae, kind), reference(kind)
     state = weights(sae)

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_trainings import D_IN, quick, rows, small_store
 
+from asi_lens.activations.harvest_store import ActivationStore
 from asi_lens.activations.moments import Moments
 from asi_lens.activations.shaped import ShapedStore, power_gains
 from asi_lens.base.errors import OptionError
@@ -142,3 +143,15 @@ def test_a_dictionary_of_whitened_rows_is_one_of_raw_rows(tmp_path: Path) -> Non
     torch.testing.assert_close(SparseAutoencoder.load(tmp_path / "raw")(x), raw(x), rtol=1e-4, atol=1e-4)
     with pytest.raises(OptionError, match="given with its inverse"):
         expand(sae, store.matrix, store.center, store.matrix)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_subspace_of_a_store_on_a_gpu() -> None:
+    here, there = (SubspaceStore(ActivationStore.from_tensor(x), R) for x in (rows(), rows().cuda()))
+    assert len(there.fingerprint) == 16
+    torch.testing.assert_close(there.sample(50).cpu().abs(), here.sample(50).abs(), rtol=1e-3, atol=1e-3)
+    sae = SparseAutoencoder(SAEConfig(R, 64, 4)).to("cuda")
+    initialize(sae, "random", there.spectrum, None, there.sample(500))
+    Trainer(sae, quick()).fit(there, progress=False)
+    whole = expand(sae, there.basis, there.center)
+    assert torch.isfinite(whole(rows(10).cuda())).all()

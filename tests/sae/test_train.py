@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from small_trainings import D_IN, D_SAE, K, make, quick, rows, same_gradients
+from waits import Waits, accelerated
 
 from asi_lens.activations.pairs import Pair
+from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import DataError, OptionError, UnknownNameError
 from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.initialize import initialize
@@ -124,6 +126,54 @@ def test_a_gpu_does_what_the_cpu_does(optimizer: str) -> None:
     assert (ours.l0, ours.dead_fraction) == (theirs.l0, theirs.dead_fraction)
     for name, tensor in here.state().items():
         torch.testing.assert_close(there.state()[name].cpu(), tensor)
+
+
+@pytest.mark.parametrize(
+    ("activation", "options", "search", "waited"),
+    [
+        ("topk", {"optimizer": "adam"}, "exact", 2),
+        ("topk", {"optimizer": "sparse_adam"}, "exact", 2),
+        ("topk", {"optimizer": "sparse_adam_decay", "aux_k": 5, "clip_norm": 1.0}, "exact", 3),
+        ("topk", {"optimizer": "sparse_adam"}, "subspace", 2),
+        ("batchtopk", {"optimizer": "adam"}, "exact", 5),
+        ("relu", {"optimizer": "adam"}, "exact", 4),
+        ("jumprelu", {"optimizer": "adam"}, "exact", 8),
+        ("gated", {"optimizer": "adam"}, "exact", 6),
+    ],
+)
+def test_waits_for_a_device_are_few_and_do_not_grow_with_the_dictionary(
+    activation: str,
+    options: dict[str, Any],
+    search: str,
+    waited: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Chunks of a few rows, or all in one: the same number of waits, and what a CPU computes."""
+    free = activation in ("relu", "jumprelu", "gated")  # these wait for each block of the batch
+    found, outputs = [], []
+    for scratch in (None, 64 * D_SAE * 8, 64 * 40 * 8):
+        with monkeypatch.context() as patch:
+            if scratch is not None:
+                accelerated(patch, scratch)
+            sae = make(dtype=torch.float64, activation=activation)
+            store = ActivationStore.from_tensor(rows().double())
+            initialize(sae, "random", store.spectrum, sample=rows().double())
+            trainer = Trainer(sae, quick(dead_window=64, **options), search=search)
+            trainer.prepare(store)
+            for batch in rows(64 * 5).double().split(64):
+                trainer.step(batch)
+            with Waits(patch) as waits:
+                output = trainer.step(rows(64).double())
+            found.append(waits.total)
+            outputs.append((output, trainer.state()))
+    assert (output.aux_loss > 0) == bool(trainer.aux_k)
+    assert found[1] == waited
+    assert found[2] == found[1] or free
+    for output, state in outputs[1:]:
+        assert output.l0 == outputs[0][0].l0
+        assert output.dead_fraction == outputs[0][0].dead_fraction
+        for name, tensor in state.items():
+            torch.testing.assert_close(tensor, outputs[0][1][name])
 
 
 def test_batches_that_cannot_be_are_refused_and_change_nothing() -> None:

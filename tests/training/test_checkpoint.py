@@ -12,11 +12,14 @@ import pytest
 import torch
 from small_trainings import (
     D_SAE,
+    Stop,
     child,
     make,
     quick,
     rows,
+    same_bits,
     small_store,
+    stop_at,
     trained,
 )
 
@@ -25,7 +28,14 @@ from asi_lens.base.errors import CacheError, DataError, OptionError, UnknownName
 from asi_lens.sae.initialize import initialize
 from asi_lens.sae.train import DivergedError, StepOutput, Trainer
 from asi_lens.training import checkpoint
-from asi_lens.training.checkpoint import CHECKPOINT_FILE, FolderInUseError, OtherConfigurationError, held
+from asi_lens.training.checkpoint import (
+    CHECKPOINT_FILE,
+    FolderInUseError,
+    OtherConfigurationError,
+    held,
+    require_same,
+    where_it_runs,
+)
 from asi_lens.training.metrics import METRICS_FILE, read_metrics
 
 
@@ -169,3 +179,33 @@ def test_a_logger_that_is_not_installed_says_how_to_get_it(
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(OptionError, match=r"pip install 'asi_lens\[wandb\]'"):
         Trainer(make(), quick()).fit(store, loggers=["wandb"])
+
+
+def test_a_run_belongs_to_its_device(tmp_path: Path) -> None:
+    assert where_it_runs(torch.device("cpu")) == {}
+    here = {"lr": 1.0}
+    there = {**here, "device": "cuda (Some Card)"}
+    require_same(tmp_path, there, there)
+    require_same(tmp_path, here, {**here, "device": "cpu"})
+    for stored, now, said in (
+        (here, there, r"device \('cpu' there, 'cuda \(Some Card\)' here\)"),
+        (there, here, r"device \('cuda \(Some Card\)' there, 'cpu' here\)"),
+        (there, {**here, "device": "cuda (Other)"}, r"'cuda \(Other\)' here"),
+    ):
+        with pytest.raises(OtherConfigurationError, match=said):
+            require_same(tmp_path, stored, now)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_refuses_what_a_cpu_began_and_resumes_in_the_same_bits(tmp_path: Path) -> None:
+    store, config = small_store(), quick(aux_k=5)
+    trained(store, config, folder=tmp_path / "cpu")
+    with pytest.raises(OtherConfigurationError, match="device"):
+        Trainer(make().to("cuda"), config).fit(store, folder=tmp_path / "cpu", progress=False)
+    whole, first, second = (Trainer(make().to("cuda"), config) for _ in range(3))
+    whole.fit(store, progress=False)
+    options = {"folder": tmp_path / "gpu", "progress": False, "log_every": 1, "checkpoint_every": 64 * 5}
+    with pytest.raises(Stop):
+        first.fit(store, on_log=stop_at(12), **options)
+    second.fit(store, **options)
+    assert same_bits(whole, second)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import os
 import signal
 from pathlib import Path
@@ -26,7 +27,7 @@ from small_trainings import (
 from asi_lens.activations.harvest_store import ActivationStore
 from asi_lens.base.errors import OptionError
 from asi_lens.sae.train import StepOutput, Trainer
-from asi_lens.training import checkpoint
+from asi_lens.training import checkpoint, loop, sharded_checkpoint
 from asi_lens.training.checkpoint import CHECKPOINT_FILE
 from asi_lens.training.config import OPTIMIZERS
 from asi_lens.training.loop import train_together
@@ -86,6 +87,29 @@ def test_a_resumed_run_ends_in_the_same_bits(
     assert same_bits(whole, resumed)
     ends = [(tmp_path / name / CHECKPOINT_FILE).read_bytes() for name in ("whole", "parts")]
     assert ends[0] == ends[1]
+
+
+def test_checkpoints_are_written_by_time_too(
+    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+    write = sharded_checkpoint.write
+
+    def count(folder: Path, tensors: Any, about: Any, mesh: Any) -> None:
+        written.append(about["step"])
+        write(folder, tensors, about, mesh)
+
+    monkeypatch.setattr(sharded_checkpoint, "write", count)
+    trained(store, quick(), folder=tmp_path / "fast")
+    assert written == [30]
+    written.clear()
+    trained(store, quick(), folder=tmp_path / "tokens", checkpoint_every=64 * 12)
+    assert written == [12, 24, 30]
+    written.clear()
+    clock = itertools.count(0, 50.0)  # read when the run begins, after each step, and after a checkpoint
+    monkeypatch.setattr(loop.time, "monotonic", lambda: next(clock))
+    trained(store, quick(), folder=tmp_path / "slow")
+    assert written == [6, 12, 18, 24, 30]
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:

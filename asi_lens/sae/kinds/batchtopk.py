@@ -27,7 +27,7 @@ class BatchTopKTraining(Training["BatchTopK"]):
         sae = self.sae
         found, least = largest(x, sae.encoder_rows, sae.b_enc.data, self.target(step), workspace)
         kept = (found.values >= least) & (found.values > 0)
-        self._least = found.values[kept].amin() if bool(kept.any()) else None
+        self._least = torch.where(kept, found.values, torch.inf).amin()  # infinity if nothing fired
         return keep(found, kept)
 
     def after(self, l0: float, step: int) -> None:
@@ -35,8 +35,8 @@ class BatchTopKTraining(Training["BatchTopK"]):
         threshold = self.kind.threshold
         if self._least is not None:
             # The first batch sets the threshold, unless `set_threshold` did.
-            share = _NEWEST if bool(threshold > 0) else 1.0
-            threshold.lerp_(self._least.to(threshold), share)
+            least = torch.where(self._least.isfinite(), self._least, threshold).to(threshold)
+            threshold.lerp_(least, torch.where(threshold > 0, _NEWEST, 1.0).to(threshold))
 
 
 class BatchTopK(Thresholded):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 
 from asi_lens.kernels.codes import SparseCode, pick, stack_codes
-from asi_lens.kernels.gradients import Term, decode_sum, picked_dots
+from asi_lens.kernels.gradients import Term, add_at, decode_sum, picked_dots
 from asi_lens.kernels.topk import Workspace
 from asi_lens.sae.kinds.free import FiresFreely
 from asi_lens.sae.kinds.kind import Kind, Penalized, Sizes
@@ -70,9 +70,9 @@ class GatedTraining(Penalized["Gated"]):
         whole, features = main[0].code.values, main[0].code.indices.flatten()
         for term in main:
             into = picked_dots(term.grad, decoder, term.code.indices) * (term.code.values > 0)
-            out["b_mag"].index_add_(0, features, into.flatten())
+            add_at(out["b_mag"], features, into.flatten())
             along = into * (whole - b_mag[term.code.indices])
-            out["r_mag"].index_add_(0, features, along.flatten())
+            add_at(out["r_mag"], features, along.flatten())
         return out
 
     def after(self, l0: float, step: int) -> None:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from asi_lens.kernels.codes import SparseCode, pick, stack_codes
-from asi_lens.kernels.gradients import Term, picked_dots
+from asi_lens.kernels.gradients import Term, add_at, picked_dots
 from asi_lens.kernels.topk import Workspace
 from asi_lens.sae.kinds.free import Thresholded
 from asi_lens.sae.kinds.kind import Penalized, Sizes
@@ -71,7 +71,7 @@ class JumpReLUTraining(Penalized["JumpReLU"]):
         if self.config.penalty == "tanh":
             into += slope * (1 - torch.tanh(self._acts).square())
         gradient = -(there * into + by_count) / width * marks
-        return torch.zeros_like(threshold).index_add_(0, indices.flatten(), gradient.flatten())
+        return add_at(torch.zeros_like(threshold), indices.flatten(), gradient.flatten())
 
     def _threshold(self) -> Tensor:
         return self.kind.threshold.detach()

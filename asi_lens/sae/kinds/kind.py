@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from asi_lens.base.errors import OptionError, require
+from asi_lens.kernels import devices
 from asi_lens.kernels.codes import SparseCode
 from asi_lens.kernels.gradients import Term, decode_sum
-from asi_lens.kernels.topk import CHUNK_BYTES, Workspace, encode_topk
+from asi_lens.kernels.topk import Workspace, encode_topk
 from asi_lens.sae.sparsity import SparsityConfig
 from asi_lens.training.mesh import Mesh
 
@@ -270,8 +271,8 @@ class Kind(nn.Module):
 def pre_activations(
     x: Float[Tensor, "batch d_in"], encoder: Float[Tensor, "d_sae d_in"], bias: Float[Tensor, " d_sae"]
 ) -> Iterator[Float[Tensor, "rows d_sae"]]:
-    """Yield x W + b in the dtype of `x`, for as many rows at a time as fit into `CHUNK_BYTES`."""
-    for block in x.split(max(1, CHUNK_BYTES // (4 * len(encoder)))):
+    """Yield x W + b in the dtype of `x`, for as many rows at a time as fit into scratch memory."""
+    for block in x.split(max(1, devices.scratch_bytes(x.device) // (4 * len(encoder)))):
         yield linear(block, encoder.to(block), bias.to(block))
 
 
@@ -290,7 +291,12 @@ def largest(
     while True:
         found = encode_topk(x, encoder, bias, width, workspace=workspace)
         values = found.values.flatten()
-        least = values.kthvalue(max(1, len(values) - wanted + 1)).values
+        place = max(0, len(values) - wanted)
+        if devices.is_host(values.device):
+            least = values.kthvalue(place + 1).values
+        else:
+            # With `torch.use_deterministic_algorithms` a GPU refuses kthvalue, because of its indices.
+            least = values.sort().values[place]
         if width == len(encoder) or not bool((found.values.amin(1) > least).any()):
             return found, least
         width = min(len(encoder), 2 * width)

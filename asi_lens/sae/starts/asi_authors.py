@@ -31,6 +31,7 @@ def asi_authors(rows: Float[Tensor, "n d"], draw: Draw) -> Float[Tensor, " n"]:
     active, generator = draw.subspace, torch.Generator().manual_seed(draw.seed)
     norms = []
     for block in rows.split(DRAW_ROWS):
-        uniform = torch.rand(block.shape, generator=generator) * 2 - 1
-        norms.append(set_unit(block, uniform[:, : active.shape[1]].double() @ active.T))
+        drawn = torch.rand(block.shape, generator=generator, dtype=torch.float32, device="cpu")
+        coordinates = (drawn * 2 - 1)[:, : active.shape[1]].to(active)
+        norms.append(set_unit(block, coordinates @ active.T))
     return torch.cat(norms)

@@ -15,8 +15,8 @@ def orthogonal(rows: Float[Tensor, "n d"], draw: Draw) -> Float[Tensor, " n"]:
     d, generator = rows.shape[1], torch.Generator().manual_seed(draw.seed)
     norms = []
     for block in rows.split(d):
-        square = torch.randn(d, d, generator=generator, dtype=torch.float64)
-        q, r = torch.linalg.qr(square)
+        square = torch.randn(d, d, generator=generator, dtype=torch.float64, device="cpu")
+        q, r = torch.linalg.qr(square.to(rows.device))
         # Multiplying by the signs of R's diagonal makes the directions uniform (Mezzadri 2007).
         norms.append(set_unit(block, (q * r.diagonal().sign()).T[: len(block)]))
     return torch.cat(norms)

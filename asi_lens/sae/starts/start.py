@@ -20,7 +20,8 @@ class Draw:
 
     Attributes:
         seed: seed of the draw.
-        active: V_active [d d_init], orthonormal, float64 on the CPU; None for starts without a subspace.
+        active: V_active [d d_init], orthonormal, float64, on the device of the rows; None for starts without
+            a subspace.
         spectrum, sample: spectrum and sample of the raw activations, or None.
         first, total: the rows are those from `first` on of a draw of `total` rows; by default all rows.
     """
@@ -40,7 +41,7 @@ class Draw:
 
 
 Fill = Callable[[Tensor, Draw], Tensor]
-"""Fills rows [n d] with unit directions. Returns the norms [n] before normalization, float64 on the CPU."""
+"""Fills rows [n d] with unit directions. Returns the norms [n] before normalization, float64."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def to_unit_norm(
     """
     norms = []
     for block in rows.split(DRAW_ROWS):
-        exact = block.double().cpu()
+        exact = block.double()
         norms.append(set_unit(block, exact if move is None else move(exact)))
     return torch.cat(norms)
 

@@ -1,0 +1,294 @@
+"""A model is verified when it is first used: on a few random tokens, in its own dtype.
+
+- The plain twin with fused attention against transformers' step-by-step attention: logits, last residual.
+- The bridge's own computation against the plain twin (when a hook that only the bridge has is first used).
+- resid_pre + attn_out + mlp_out = resid_post at every layer, with the norms and multipliers that the
+  architecture has: a site is the hook whose value is really added to the stream.
+- z W_O (+ b_O) = attention's output at every layer.
+- Whether later tokens change earlier outputs.
+
+A check that does not hold makes the sites concerned unavailable, with an error that states the difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from asi_lens.base.errors import UnsupportedModelError
+from asi_lens.inputs import identities, structure, twin
+from asi_lens.inputs.identities import Check, Found
+from asi_lens.inputs.passes import run
+
+# Largest relative error of logits and residuals that rounding explains, by dtype.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
+_SEQUENCES, _POSITIONS = 2, 12
+
+
+@dataclass(repr=False)
+class Verification(Found):
+    """The outcome of a model's checks. `str` is a table; `records` are its rows."""
+
+    causal: bool = False
+    """Later tokens do not change earlier outputs."""
+    failure: str = ""
+    """Why no number of the model can be trusted; empty if it can."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether every check holds and no site is refused."""
+        return not self.failure and not self.refused and all(check.holds for check in self.checks)
+
+    def records(self) -> list[dict[str, object]]:
+        """Return one row per check: check, layer (None for the whole model), error, allowed, holds."""
+        return [
+            {
+                "check": check.what,
+                "layer": check.layer,
+                "error": check.error,
+                "allowed": check.allowed,
+                "holds": check.holds,
+            }
+            for check in self.checks
+        ]
+
+    def __str__(self) -> str:
+        lines = [f"{self.model}, {str(self.dtype).removeprefix('torch.')}, causal: {self.causal}"]
+        if self.failure:
+            lines.append(f"not usable: {self.failure}")
+        for what in dict.fromkeys(check.what for check in self.checks):
+            same = [check for check in self.checks if check.what == what]
+            worst = max(same, key=lambda check: check.error / check.allowed)
+            layer = "" if worst.layer is None else f" (layer {worst.layer})"
+            verdict = "holds" if worst.holds else "DOES NOT HOLD"
+            lines.append(
+                f"{what}: {worst.error:.1e}{layer}, rounding explains {worst.allowed:.1e}: {verdict}"
+            )
+        for site in dict.fromkeys(site for site, _ in [*self.sites, *self.refused]):
+            hooks = {
+                hook.replace(f"blocks.{at}.", "") for (one, at), hook in self.sites.items() if one == site
+            }
+            lines += [f"{site}: {', '.join(sorted(hooks))}"] * bool(hooks)
+            reasons: dict[str, list[int]] = {}
+            for (one, at), reason in self.refused.items():
+                if one == site:
+                    reasons.setdefault(reason, []).append(at)
+            lines += [f"{site}: not at layers {at}: {reason}" for reason, at in reasons.items()]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+@dataclass
+class _Known:
+    state: structure.State
+    found: Verification
+    own: str | None = None
+    """Error of the bridge's own computation; empty if it holds, None if it was not compared yet."""
+
+
+_KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
+
+
+def verify(model: nn.Module) -> Verification:
+    """Return the table of a model's checks, those of the bridge's own computation included.
+
+    The model runs four times on 24 tokens, once for every structure of the model: adding a hook, editing a
+    weight in place and loading the same model again change nothing in it or begin anew. Raises
+    UnsupportedModelError for a model without layers.
+    """
+    found = verification(model)
+    own_error(model)
+    return found
+
+
+def verification(model: nn.Module) -> Verification:
+    """Return the checks of a model, without those of the bridge's own computation unless it has no twin."""
+    return _known(model).found
+
+
+def require_own(model: nn.Module) -> None:
+    """Raise UnsupportedModelError unless the bridge's own computation equals the plain model's."""
+    error = own_error(model)
+    if error:
+        raise UnsupportedModelError(error)
+
+
+def own_error(model: nn.Module) -> str:
+    """Compare the bridge's own computation with the plain twin's; return the error's text, or ""."""
+    known = _known(model)
+    if known.own is None:
+        known.own = _compare_own(model, known.found)
+    return known.own
+
+
+def _known(model: nn.Module) -> _Known:
+    both = twin.runners(model)
+    known = _KNOWN.get(model)
+    if known is None or known.state is not both.state:
+        with structure.without_added_hooks(model):
+            known = _KNOWN[model] = _Known(both.state, _verified(model, both))
+    return known
+
+
+def _verified(model: Any, both: twin.Runners) -> Verification:
+    runner = both.plain or both.own
+    dtype = next(model.parameters()).dtype
+    found = Verification(twin.architecture(model), dtype)
+    layers = range(len(runner.blocks))
+    if both.plain is None and twin.kind_of(model) == "bridge" and not _without_a_twin_on_purpose(both):
+        found.failure = f"it cannot be compared with the plain Hugging Face model: {both.why_not}"
+    ids = sample_ids(model)
+    try:
+        values, logits = _record_all(model, runner, ids)
+        last, _ = _record(
+            model, runner, _other_last(ids, model), {"last": twin.Place(runner.blocks[-1], "out")}
+        )
+    except Exception as error:  # whatever an architecture raises where it is not one of token ids
+        text = str(error).strip().splitlines()
+        found.failure = f"it does not run on token ids ({type(error).__name__}: {(text or [''])[0][:200]})"
+    if found.failure:
+        found.refused = {(site, layer): found.failure for site in identities.SITES for layer in layers}
+        return found
+    final = values[f"{layers[-1]}.post"]
+    # Rows are computed alike in both passes: a causal model gives the same numbers but for rounding.
+    change = _error(last["last"][:, :-1], final[:, :-1], dtype)
+    found.causal = change <= 8 * torch.finfo(dtype).eps
+    for layer in layers:
+        identities.check_layer(model, runner, layer, values, found)
+    _compare_attention(model, found, ids, final, logits)
+    return found
+
+
+def _without_a_twin_on_purpose(both: twin.Runners) -> bool:
+    return "processed" in both.why_not or "several devices" in both.why_not
+
+
+def _compare_attention(
+    model: nn.Module, found: Verification, ids: Tensor, final: Tensor, logits: Tensor | None
+) -> None:
+    eager = twin.eager_runner(model)
+    if eager is None:
+        return
+    plain, plain_logits = _record(model, eager, ids, {"last": twin.Place(eager.blocks[-1], "out")})
+    for what, ours, theirs in (("last residual", final, plain["last"]), ("logits", logits, plain_logits)):
+        if ours is not None and theirs is not None:
+            error = _error(ours, theirs, found.dtype)
+            check = Check(f"{what}, fused attention = step by step", None, error, _TOLERANCE[found.dtype])
+            found.checks.append(check)
+            if not check.holds and not found.failure:
+                found.failure = f"{check.text}: transformers' two ways to compute attention differ"
+    if found.failure:
+        places = [*found.sites, *found.refused]
+        found.refused = dict.fromkeys(places, found.failure)
+        found.sites.clear()
+
+
+def _compare_own(model: nn.Module, found: Verification) -> str:
+    both = twin.runners(model)
+    if both.plain is None or found.failure:
+        return found.failure
+    ids = sample_ids(model)
+    names = [name for name in found.sites.values() if name in both.own.places]
+    with structure.without_added_hooks(model):
+        try:
+            own, own_logits = _record(model, both.own, ids, {name: both.own.places[name] for name in names})
+        except Exception as error:  # the bridge's code for an architecture, on a model that it does not fit
+            text = (str(error).strip().splitlines() or [""])[0][:200]
+            return _own_message(found, f"it fails ({type(error).__name__}: {text})")
+        plain, logits = _record(model, both.plain, ids, {name: both.plain.places[name] for name in names})
+    pairs: list[tuple[str, Any, Any]] = [("logits", own_logits, logits)]
+    pairs += [(name, own.get(name), value) for name, value in plain.items()]
+    worst = Check("the bridge's own computation = the plain model", None, 0.0, _TOLERANCE[found.dtype])
+    where = ""
+    for name, ours, theirs in pairs:
+        if theirs is None:
+            continue
+        off = float("inf") if ours is None else _error(ours, theirs, found.dtype)
+        if not off <= worst.error:
+            worst, where = Check(worst.what, None, off, worst.allowed), name
+    found.checks.append(worst)
+    return "" if worst.holds else _own_message(found, f"{where} differs by {worst.error:.1%}")
+
+
+def _own_message(found: Verification, why: str) -> str:
+    return (
+        f"hooks that only TransformerLens computes, and hooks or modules that you added, need its own "
+        f"computation of {found.model}, which is not that of the Hugging Face model: {why}. Sites "
+        "and hooks at the inputs and outputs of Hugging Face modules are computed by the model itself"
+    )
+
+
+def sample_ids(model: Any) -> Tensor:
+    """Return a few random token ids [2 12] on the model's device, the same at every call."""
+    cfg = model.cfg
+    positions = min(_POSITIONS, int(cfg.n_ctx))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(int(cfg.d_vocab), (_SEQUENCES, positions), generator=generator)
+    return ids.to(next(model.parameters()).device)
+
+
+def _other_last(ids: Tensor, model: Any) -> Tensor:
+    other = ids.clone()
+    other[:, -1] = (other[:, -1] + 1) % int(model.cfg.d_vocab)
+    return other
+
+
+def _record(
+    model: nn.Module, runner: twin.Runner, ids: Tensor, places: Mapping[str, twin.Place]
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Return the values at `places` that a pass reaches, and the logits, or None without a head."""
+    values: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[Tensor], None]:
+        return lambda x: values.__setitem__(name, x.detach().clone())
+
+    hooks = {name: keep(name) for name in places}
+    watched = twin.Runner(runner.blocks, dict(places), runner.root)
+    with torch.inference_mode():
+        logits = run(model, watched, ids, hooks, logits=_has_head(runner), reach_all=False)
+    return values, logits
+
+
+def _record_all(
+    model: nn.Module, runner: twin.Runner, ids: Tensor
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Return `_record` of `identities.wanted`, and mark places whose tensors change after their hooks."""
+    wanted = identities.wanted(runner)
+    kept: dict[str, tuple[Tensor, int, Tensor | None]] = {}
+
+    def keep(name: str) -> Callable[[Tensor], None]:
+        copies = name in wanted
+        return lambda x: kept.__setitem__(name, (x, x._version, x.clone() if copies else None))
+
+    places = {**runner.places, **wanted}
+    watched = twin.Runner(runner.blocks, places, runner.root)
+    with torch.no_grad():  # tensors of inference mode do not count their changes
+        hooks = {name: keep(name) for name in places}
+        logits = run(model, watched, ids, hooks, logits=_has_head(runner), reach_all=False)
+    for name, (x, version, _) in kept.items():
+        if x._version != version and name in runner.places:
+            runner.places[name] = runner.places[name]._replace(changes=True)
+    return {name: copy for name, (_, _, copy) in kept.items() if copy is not None}, logits
+
+
+def _has_head(runner: twin.Runner) -> bool:
+    return runner.root is None or runner.root.get_output_embeddings() is not None
+
+
+def _error(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> float:
+    """Return the relative error: of all positions together, or the median position's in half precision.
+
+    Rounding can send a token to another expert in half precision, where it is another number altogether.
+    """
+    ours, theirs = ours.double().flatten(0, -2), theirs.double().flatten(0, -2)
+    if ours.shape != theirs.shape:
+        return float("inf")
+    if dtype in (torch.float64, torch.float32):
+        return float((ours - theirs).norm() / theirs.norm())
+    return float(((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).median())

@@ -1,0 +1,40 @@
+"""Checks that weights, rows and gradients are finite, and the sums that make them cheap."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from asi_lens.base.errors import DataError
+from asi_lens.kernels.gradients import Gradients
+from asi_lens.sae.dictionary import SparseAutoencoder
+
+
+def require_finite_weights(sae: SparseAutoencoder) -> None:
+    """Raise DataError for NaN or infinity in weights. One call suffices: steps keep finite weights finite."""
+    for name, weight in sae.named_parameters():
+        if not bool(weight.sum().isfinite()):
+            raise DataError(f"{name} holds NaN or infinity")
+
+
+def require_finite_rows(x: Tensor, goal: Tensor) -> None:
+    """Raise DataError, with the number of rows, for NaN or infinity in inputs or targets."""
+    for name, rows in (("activation", x), ("output", goal)):
+        bad = int((~torch.isfinite(rows)).any(1).sum())
+        if bad:
+            raise DataError(f"{bad} of {len(rows)} {name} rows hold NaN or infinity")
+
+
+def power(rows: Tensor) -> Float[Tensor, ""]:
+    """Return the sum of all squares, without an array of squares."""
+    flat = rows.flatten()
+    return flat @ flat
+
+
+def total_of(grads: Gradients, own: Mapping[str, Tensor]) -> Tensor:
+    """Return a sum that is not finite if the gradient of a pick is not finite."""
+    total = grads.b_enc.sum() + grads.b_dec.sum() + grads.parallel.sum()
+    return total + sum(grad.sum() for grad in own.values())

@@ -1,0 +1,176 @@
+"""A TopK step by the kernels of `kernels.triton`: when it is possible, its forward pass and its update.
+
+The plain path, in PyTorch, does everything else: other kinds and prefixes, AuxK, clipping, transcoders,
+several ranks, `search="subspace"`, other dtypes than bfloat16 for the encoder's product, other devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from asi_lens.base.errors import OptionError
+from asi_lens.kernels.codes import SparseCode
+from asi_lens.kernels.triton.card import UnsupportedError, free_bytes, require_card
+from asi_lens.kernels.triton.decode import decode
+from asi_lens.kernels.triton.encode import encode
+from asi_lens.kernels.triton.picks import Picks, sort_picks
+from asi_lens.kernels.triton.plan import Plan
+from asi_lens.kernels.triton.update import Adam, Moments, update
+from asi_lens.sae.dictionary import SparseAutoencoder
+from asi_lens.sae.finite import power
+from asi_lens.sae.kinds.topk import TopK
+from asi_lens.sae.optim import BETAS, EPS, RowAdam
+from asi_lens.sae.passes import Pass
+from asi_lens.sae.sparsity import SparsityConfig
+from asi_lens.training.config import TrainConfig
+from asi_lens.training.mesh import Mesh
+
+
+def choose_kernels(
+    sae: SparseAutoencoder,
+    config: TrainConfig,
+    sparsity: SparsityConfig,
+    mesh: Mesh,
+    search: str,
+    compute_dtype: torch.dtype,
+) -> tuple[Plan | None, str]:
+    """Return the plan of a training by the kernels, or None and the reason for the plain path.
+
+    Raises OptionError with the reason for `kernels="triton"` where the kernels cannot be used.
+    """
+    if config.kernels == "plain":
+        return None, "kernels='plain'"
+    device = sae.W_dec.device
+    try:
+        if config.kernels == "auto" and device.type != "cuda":
+            raise UnsupportedError(f"the kernels run on an NVIDIA card, not on {device}")
+        _require_plain_topk(sae, config, sparsity, mesh, search, compute_dtype)
+        require_card(device)
+        plan = Plan.of(sae.d_in, sae.d_sae, sae.k)
+        free = free_bytes(device)
+        if free is not None:
+            weights = sum(parameter.nbytes for parameter in sae.parameters())
+            plan.require_memory(config.batch_size, free + weights)
+    except UnsupportedError as error:
+        if config.kernels == "triton":
+            raise OptionError(f"kernels='triton' is not possible: {error}") from error
+        return None, str(error)
+    return plan, ""
+
+
+def _require_plain_topk(
+    sae: SparseAutoencoder,
+    config: TrainConfig,
+    sparsity: SparsityConfig,
+    mesh: Mesh,
+    search: str,
+    compute_dtype: torch.dtype,
+) -> None:
+    """Raise UnsupportedError, naming the option, for a training that has more than TopK and Adam."""
+    demands = {
+        f"activation={sae.config.activation!r}; the kernels train 'topk'": isinstance(sae.activation, TopK),
+        "a transcoder; the kernels train autoencoders": not sae.is_transcoder,
+        f"prefixes={list(sparsity.prefixes)}; the kernels train without": not sparsity.prefixes,
+        f"aux_k={config.aux_k!r}; the kernels train without AuxK": config.aux_k == 0,
+        f"clip_norm={config.clip_norm}; the kernels do not clip": config.clip_norm is None,
+        f"{mesh.config.size} ranks; the kernels train on one": mesh.config.size == 1,
+        f"search={search!r}; the kernels search exactly": search == "exact",
+        f"compute_dtype={compute_dtype}; the kernels multiply in bfloat16": compute_dtype == torch.bfloat16,
+    }
+    for text, met in demands.items():
+        if not met:
+            raise UnsupportedError(text)
+
+
+class KernelAdam(RowAdam):
+    """Adam whose update is one pass of the kernels over each feature. Its state is that of `RowAdam`.
+
+    Attributes:
+        low: bfloat16 copy of the encoder, [d_sae d_in], which every update renews. `refresh` makes it anew,
+            as weights that something else has changed need it: at the first step, in `Trainer.prepare` and
+            after `load_state`.
+    """
+
+    def __init__(self, sae: SparseAutoencoder, kind: str):
+        super().__init__(sae, kind)
+        self.low = sae.encoder_rows.bfloat16()
+
+    def refresh(self) -> None:
+        """Copy the encoder's weights."""
+        self.low.copy_(self.sae.encoder_rows)
+
+    @torch.no_grad()
+    def update_picked(
+        self, picks: Picks, grad: Float[Tensor, "batch d_in"], x: Float[Tensor, "batch d_in"], lr: float
+    ) -> None:
+        """Update all parameters by the gradients of the picks. `grad` is the gradient in the reconstruction,
+        `x` are the centered rows."""
+        self.steps += 1
+        weights = self._weights()
+        encoder, decoder, bias = (
+            Moments(weights[name], *self._moments[name]) for name in ("W_enc", "W_dec", "b_enc")
+        )
+        adam = Adam(self.steps, lr, *BETAS, EPS)
+        updated = self._updated if self.kind == "sparse_adam_decay" else None
+        with torch.cuda.device_of(x):
+            through = update(picks, grad, x, encoder, decoder, bias, self.low, adam, updated)
+        # b_dec is added after the decoder and subtracted before the encoder.
+        self._update(weights["b_dec"], *self._moments["b_dec"], grad.sum(0) - through, lr)
+
+    def load_state(self, read: Callable[[str], Tensor] | Mapping[str, Tensor]) -> None:
+        """See `RowAdam.load_state`. The dictionary's weights are loaded before."""
+        super().load_state(read)
+        self.refresh()
+
+
+class KernelStep:
+    """Passes and updates of one dictionary by the kernels.
+
+    Attributes:
+        plan: sizes. optimizer: moments and the bfloat16 copy. mended: batches that were encoded again by the
+            plain path, since too many of the largest features of a row shared groups. Many of them make
+            training slow, not wrong.
+    """
+
+    def __init__(self, sae: SparseAutoencoder, optimizer: str, plan: Plan):
+        self.sae = sae
+        self.plan = plan
+        self.optimizer = KernelAdam(sae, optimizer)
+        self.mended = 0
+
+    def forward(self, x: Float[Tensor, "batch d_in"]) -> Pass:
+        """Return the pass of centered rows. Nothing here waits for the device.
+
+        If `overflow` is above 0, `again` must follow.
+        """
+        if self.optimizer.steps == 0:
+            self.optimizer.refresh()
+        with torch.cuda.device_of(x):  # Triton launches on the current card
+            code, overflow = encode(x.bfloat16(), self.optimizer.low, self.sae.b_enc.data, self.plan)
+        return self._decoded(code, x, overflow)
+
+    def again(self, before: Pass, code: SparseCode) -> Pass:
+        """Return the pass of the same rows with a code of the plain path."""
+        self.mended += 1
+        return self._decoded(code, before.x, None)
+
+    def _decoded(self, code: SparseCode, x: Tensor, overflow: Tensor | None) -> Pass:
+        short = SparseCode(code.indices.int(), code.values)
+        code = SparseCode(code.indices.long(), code.values)
+        with torch.cuda.device_of(x):
+            missed = decode(short, self.sae.W_dec.data, x, 2 / len(x))
+        picks = sort_picks(short, self.sae.d_sae, dense=self.optimizer.kind == "adam")
+        # By Cauchy and Schwarz no gradient of a feature is above this product: it is a sum over rows of v r,
+        # dot x, dot or v dot, with |dot| at most |r|.
+        check = power(missed.residual).sqrt() * (power(x) + power(code.values) + len(x)).sqrt()
+        zero = torch.zeros_like(check)
+
+        def apply(lr: float, scale: float) -> None:
+            assert scale == 1.0  # nothing is clipped
+            self.optimizer.update_picked(picks, missed.residual, x, lr)
+
+        return Pass(code, x, x, missed.error.sum(), zero, zero, check, apply, overflow)

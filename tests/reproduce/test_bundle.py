@@ -1,0 +1,219 @@
+"""Bundles: what goes in, what is told of one that is not whole, and work without a network from one alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+import yaml
+
+from asi_lens.base.errors import CacheError, DataError, OptionError, UnknownNameError
+from asi_lens.inputs.sources import SOURCES
+from asi_lens.reproduce import bundle
+
+CELL = """
+import asi_lens as al
+page = al.Page("01_alpha", globals())
+lens = page.load_model()
+tokens = page.load_tokens(lens, n_tokens)
+"""
+# Brings up the loopback of a new network namespace, which kernels need, then runs a command.
+ALONE = """
+import fcntl, os, socket, struct, sys
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+    fcntl.ioctl(one, 0x8914, struct.pack("16sh", b"lo", 0x1 | 0x40))
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+@pytest.fixture
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_folder: Any) -> Callable[..., dict[str, Any]]:
+    """Makes a bundle of a tiny project: a notebook that reads 64 tokens of articles with a tiny model."""
+    project, cache = tmp_path / "project", tmp_path / "cache"
+    monkeypatch.setenv("ASI_LENS_PROJECT", str(project))
+    monkeypatch.setenv("ASI_LENS_CACHE", str(cache))
+    runs.project(project)
+    more = 'dtype = "float32"\ncontext = 16\nmain_corpus = "wiki-en"\nn_tokens = 64\n'
+    runs.notebook(project / "notebooks" / "01_alpha.ipynb", CELL, parameters=runs.PARAMETERS + more)
+    folder = SOURCES["wiki-en"].folder
+    folder.mkdir(parents=True)
+    articles = json.dumps([{"extract": "abcde" * 9} for _ in range(3)] + [{"extract": "e" * 400}])
+    (folder / "summaries_en-us.json").write_text(articles)
+    files = {"summaries_en-us.json": {"size": len(articles), "sha256": ""}}
+    (folder / "manifest.json").write_text(json.dumps({"format": 1, "source": "wiki-en", "files": files}))
+
+    def one(folder: Path, **options: Any) -> dict[str, Any]:
+        given = {"model": str(tiny_folder("llama")), "notebooks": ["01"], "without": ["wheels"], **options}
+        return bundle.make(folder, **given)
+
+    return one
+
+
+def test_it_holds_what_the_notebooks_ask_for(
+    make: Callable[..., dict[str, Any]], tmp_path: Path, tiny_folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "a").write_text("a")
+    manifest = make(tmp_path / "b", more=[tmp_path / "store"], part_mib=1)
+    model = tiny_folder("llama")
+    assert manifest["models"] == [str(model)]
+    assert [text["source"] for text in manifest["texts"]] == ["wiki-en"]
+    assert manifest["licenses"] == {"wiki-en": SOURCES["wiki-en"].license}
+    kinds = {name.split("/")[1] for name in manifest["files"] if name.startswith("cache/")}
+    assert kinds == {"downloads", "corpora"}
+    assert f"given/{model.name}/config.json" in manifest["files"]
+    assert "given/store/a" in manifest["files"]
+    variables = bundle.use(tmp_path / "b", tmp_path / "there")
+    assert variables["ASI_LENS_BUNDLE"] == str(tmp_path / "there" / "cache")
+    assert (Path(variables["ASI_LENS_PROJECT"]) / "notebooks" / "01_alpha.ipynb").is_file()
+    # There, everything is read from the bundle, and what it lacks is refused at once.
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("ASI_LENS_CACHE", str(tmp_path / "empty"))
+    from asi_lens.inputs.corpora import load_tokens
+    from asi_lens.inputs.documents import open_corpus
+    from asi_lens.inputs.models import load_model
+
+    lens = load_model(tmp_path / "there" / "given" / model.name, dtype="float32", device="cpu")
+    load_tokens("wiki-en", lens, 64, context=16)
+    assert not (tmp_path / "empty").exists()
+    assert len(list(open_corpus("wiki-en").documents())) == 2
+    with pytest.raises(Exception, match=r"wiki_offline-0\.0\.7.* is not on this machine"):
+        list(open_corpus("wiki-fr").documents())
+
+
+def test_tokens_alone(make: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    manifest = make(tmp_path / "b", without=["wheels", "texts", "project"])
+    kinds = [name.split("/")[1] for name in manifest["files"] if name.startswith("cache/")]
+    assert kinds == ["corpora"]
+    assert not (tmp_path / "b" / "project.zip").exists()
+    assert "PYTHONPATH" not in bundle.use(tmp_path / "b")
+
+
+def test_the_commands(
+    make: Callable[..., dict[str, Any]], tmp_path: Path, tiny_folder: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(tmp_path / "b")
+    options = ["--notebooks", "01", "--without", "wheels", "--model", str(tiny_folder("llama"))]
+    assert bundle.main(["make", folder, *options, "--tokens-only", "-p", "n_tokens=32"]) == 0
+    assert "1 calls for text" in capsys.readouterr().out
+    assert bundle.main(["verify", folder]) == 0
+    assert bundle.main(["use", folder, "--into", str(tmp_path / "in to")]) == 0
+    told = capsys.readouterr().out
+    assert f"export ASI_LENS_BUNDLE='{tmp_path}/in to/cache'\n" in told
+    (tmp_path / "b" / "part-000.tar.gz").unlink()
+    assert bundle.main(["verify", folder]) == 1
+    assert "CacheError: " in capsys.readouterr().err
+
+
+def test_a_bundle_that_is_not_whole_or_of_another_version(
+    make: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "b"
+    make(folder)
+    assert bundle.verify(folder)["source"] == bundle.source_digest()
+    with (folder / "project.zip").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(CacheError, match=r"project\.zip has .* bytes, not"):
+        bundle.use(folder)
+    monkeypatch.setattr(bundle, "source_digest", lambda: "0123")
+    with pytest.raises(DataError, match=r"was made by asi_lens .*this is .* \(source 0123\)"):
+        bundle.use(folder)
+    with pytest.raises(DataError, match="is not a whole bundle"):
+        bundle.use(tmp_path)
+    assert not (folder / "unpacked").exists()
+
+
+def test_what_cannot_be_taken_along(make: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    for options, error, told in (
+        ({"model": "owner/name"}, OptionError, "model='owner/name'.*hf download"),
+        ({"given": {"main_corpus": "owner/name"}}, OptionError, "text='owner/name'.*at a commit"),
+        ({"more": [tmp_path / "nothing"]}, DataError, "no file or folder .*nothing"),
+        ({"without": ["torches"]}, UnknownNameError, "did you mean 'torch'"),
+        ({"part_mib": 0}, OptionError, "part_mib=0"),
+    ):
+        with pytest.raises(error, match=told):
+            make(tmp_path / "b", **options)
+        assert not (tmp_path / "b").exists()
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(OptionError, match="mine exists and is not a bundle"):
+        make(tmp_path / "mine")
+
+
+def test_the_digest_is_that_of_a_zip_of_the_same_source(tmp_path: Path) -> None:
+    root = Path(bundle.__file__).parents[2]
+    shutil.make_archive(str(tmp_path / "p"), "zip", root, "asi_lens")
+    code = "from asi_lens.reproduce.bundle import source_digest; print(source_digest())"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "p.zip")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == bundle.source_digest()
+
+
+def without_network(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in a namespace without a network, or where the machine forbids that, with closed proxies."""
+    python = [sys.executable, "-P"]
+    closed = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "http://127.0.0.1:9")
+    ours = ("ASI_LENS", "PIP_")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    unshare = ["unshare", "-rn", *python, "-c", ALONE, *python]
+    tried = shutil.which("unshare") and subprocess.run([*unshare, "-c", ""], capture_output=True, check=False)
+    allowed = tried and tried.returncode == 0
+    return subprocess.run(
+        [*(unshare if allowed else python), *command],
+        env={**inherited, **closed, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.packaged
+@pytest.mark.notebooks
+def test_a_notebook_and_a_training_run_from_a_bundle_alone(
+    tmp_path: Path, tiny_llama: Any, tiny_tokens: Any
+) -> None:
+    from asi_lens.activations.harvest_store import harvest_store
+
+    given = tmp_path / "given"
+    harvest_store(tiny_llama, tiny_tokens, "attn_out", 1, folder=given / "store", progress=False)
+    run = {"store": "store", "sae": {"d_sae": 64, "k": 4}, "train": {"n_tokens": 256, "batch_size": 64}}
+    run["train"] |= {"dead_window": 128}
+    run |= {"output": str(tmp_path / "run"), "initialize": {"sample": 64}}
+    (given / "run.yaml").write_text(yaml.safe_dump(run))
+    options: dict[str, Any] = {"profile": "smoke", "notebooks": ["01"], "without": ["wheels", "texts"]}
+    bundle.make(tmp_path / "b", more=[given], part_mib=30, **options)
+
+    # Unpacked by the project that it holds.
+    zipped = str(tmp_path / "b" / "project.zip")
+    done = without_network("-m", "asi_lens.reproduce.bundle", "use", str(tmp_path / "b"), PYTHONPATH=zipped)
+    assert done.returncode == 0, done.stderr
+    lines = [line.removeprefix("export ").partition("=") for line in done.stdout.splitlines()]
+    variables = {name: value for name, _, value in lines}
+    variables |= {"ASI_LENS_CACHE": str(tmp_path / "cache"), "ASI_LENS_FIGURES": str(tmp_path / "figures")}
+    variables |= {"BROWSER_PATH": "no-browser"}
+
+    done = without_network("-m", "asi_lens.reproduce", "--profile", "smoke", "--notebooks", "01", **variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    left = tmp_path / "figures" / "smollm2-135m" / "smoke"
+    assert {"01_rank_curves.csv", "01_rank_curves.json"} <= {path.name for path in left.iterdir()}
+    assert not list((tmp_path / "cache").glob("corpora/*")), "the tokens are the bundle's"
+
+    done = without_network(
+        "-m", "asi_lens.sae", str(tmp_path / "b/unpacked/given/given/run.yaml"), **variables
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "sae").is_dir()
