@@ -15,15 +15,17 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from typing import Any
 
 import torch
-from train_step import peak_mib, rows
+from train_step import forget_peak, peak_mib, rows
+from ways import seconds
 
 from asi_lens.activations.pairs import PairedStores
 from asi_lens.activations.store import ActivationStore
 from asi_lens.experiments.recipes import DICTIONARIES, dictionary_recipe
+from asi_lens.inputs.models import resolve_device
+from asi_lens.kernels.devices import card
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.initialize import initialize
 from asi_lens.sae.train import Trainer
@@ -38,26 +40,28 @@ def measure(kind: str, args: argparse.Namespace) -> dict[str, float]:
     """Seconds of a step, MiB, and the l0 of the last step."""
     store = ActivationStore.from_tensor(rows(16 * args.batch, args.d_in))
     _ = store.spectrum
-    before = peak_mib()
+    device = args.device
+    forget_peak(device)
+    before = peak_mib(device)
     config = TrainConfig(batch_size=args.batch, n_tokens=args.batch * (args.settle + args.steps))
     if kind == TRANSCODER:
         pairs = PairedStores(store, store)
-        coder = Transcoder(SAEConfig(store.d, args.d_sae, args.k, d_out=store.d))
+        coder = Transcoder(SAEConfig(store.d, args.d_sae, args.k, d_out=store.d)).to(device)
         initialize_transcoder(coder, pairs, "random", "regression")
         trainer, stream = Trainer(coder, config), pairs.batches(args.batch)
     else:
         recipe = dictionary_recipe(kind, args.d_sae)
-        sae = SparseAutoencoder(SAEConfig(store.d, args.d_sae, args.k, recipe.activation))
+        sae = SparseAutoencoder(SAEConfig(store.d, args.d_sae, args.k, recipe.activation)).to(device)
         initialize(sae, "random", store.spectrum, None, store.sample(args.batch))
         trainer, stream = Trainer(sae, config, recipe.sparsity), store.batches(args.batch)
-    seconds = []
+    took = []
     for _, batch in zip(range(args.settle + args.steps), stream, strict=False):
-        start = time.perf_counter()
+        start = seconds(device)
         output = trainer.step(batch)
-        seconds.append(time.perf_counter() - start)
+        took.append(seconds(device) - start)
     return {
-        "seconds": statistics.median(seconds[args.settle :]),
-        "peak_mib": peak_mib() - before,
+        "seconds": statistics.median(took[args.settle :]),
+        "peak_mib": peak_mib(device) - before,
         "l0": output.l0,
     }
 
@@ -66,6 +70,7 @@ def main() -> None:
     """Print one JSON object."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--device", type=resolve_device, default="cpu")
     parser.add_argument("--d-in", type=int, default=576)
     parser.add_argument("--d-sae", type=int, default=2048)
     parser.add_argument("--k", type=int, default=32)
@@ -91,7 +96,17 @@ def main() -> None:
         }
         for kind, one in found.items()
     }
-    print(json.dumps({"kinds": report, "threads": torch.get_num_threads(), "options": vars(args)}, indent=1))
+    options = vars(args) | {"device": card(args.device)}
+    print(
+        json.dumps(
+            {
+                "kinds": report,
+                "threads": torch.get_num_threads(),
+                "options": options,
+            },
+            indent=1,
+        )
+    )
 
 
 if __name__ == "__main__":

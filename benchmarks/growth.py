@@ -18,15 +18,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from train_step import forget_peak, peak_mib, rows
+from ways import seconds
 
 from asi_lens.activations.store import ActivationStore
+from asi_lens.inputs.models import resolve_device
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.initialize import initialize
 from asi_lens.sae.train import Trainer
@@ -41,25 +42,27 @@ VARIED: dict[str, list[int]] = {
 }
 
 
-def measure(d_sae: int, k: int, d_in: int, tokens: int, batch: int, steps: int) -> dict[str, float]:
+def measure(
+    d_sae: int, k: int, d_in: int, tokens: int, batch: int, *, steps: int, device: torch.device
+) -> dict[str, float]:
     """Seconds of a step and MiB, at one point."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "rows.npy")
         np.save(path, rows(tokens, d_in).numpy())
         store = ActivationStore.from_tensor(path)
         spectrum, sample = store.spectrum, store.sample(batch)
-        forget_peak()
-        before = peak_mib()
-        sae = SparseAutoencoder(SAEConfig(d_in, d_sae, k), draw=False)
+        forget_peak(device)
+        before = peak_mib(device)
+        sae = SparseAutoencoder(SAEConfig(d_in, d_sae, k), draw=False).to(device)
         initialize(sae, "random", spectrum, None, sample)
         config = TrainConfig(batch_size=batch, n_tokens=batch * (steps + 1), optimizer="sparse_adam")
         trainer = Trainer(sae, config)
-        seconds = []
+        took = []
         for rows_of_step in store.batches(batch, n_tokens=config.n_tokens):
-            start = time.perf_counter()
+            start = seconds(device)
             trainer.step(rows_of_step)
-            seconds.append(time.perf_counter() - start)
-    return {"seconds": statistics.median(seconds[1:]), "peak_mib": peak_mib() - before}
+            took.append(seconds(device) - start)
+    return {"seconds": statistics.median(took[1:]), "peak_mib": peak_mib(device) - before}
 
 
 def exponent(x: list[float], y: list[float]) -> float:
@@ -112,11 +115,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--largest", type=int, default=2**20, help="features")
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--device", type=resolve_device, default="cpu")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--point", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.point:
-        print(json.dumps(measure(**json.loads(args.point), steps=args.steps)))
+        print(json.dumps(measure(**json.loads(args.point), steps=args.steps, device=args.device)))
         return
     points: list[dict[str, Any]] = []
     for varied, values in VARIED.items():
@@ -124,7 +128,8 @@ def main() -> None:
             if varied == "d_sae" and value > args.largest:
                 continue
             point = {**BASE, varied: value}
-            command = [sys.executable, __file__, f"--steps={args.steps}", "--point", json.dumps(point)]
+            options = [f"--steps={args.steps}", f"--device={args.device}"]
+            command = [sys.executable, __file__, *options, "--point", json.dumps(point)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             points.append({"varied": varied, **point, **json.loads(done.stdout.splitlines()[-1])})
             print(json.dumps(points[-1]), file=sys.stderr, flush=True)

@@ -40,7 +40,7 @@ def as_rank(args: argparse.Namespace) -> dict[str, float]:
     with joined() as ranks:
         shape = MeshConfig(*args.mesh)
         mesh = RankMesh(shape, ranks) if shape.size > 1 else Mesh()
-        before = peak_mib()
+        before = peak_mib(torch.device("cpu"))
         whole = SAEConfig(args.d_in, args.d_sae, args.k)
         sae = SparseAutoencoder(part_of(whole, mesh), draw=False)
         initialize(sae, "random", spectrum, None, sample, mesh=mesh)
@@ -55,7 +55,7 @@ def as_rank(args: argparse.Namespace) -> dict[str, float]:
             received.append(mesh.bytes_received - sent)
         # The first step sends a few rows of the weights besides, to know the run again.
         return {
-            "peak_mib": peak_mib() - before,
+            "peak_mib": peak_mib(torch.device("cpu")) - before,
             "bytes": statistics.median(received),
             "seconds": statistics.median(seconds[1:]),
         }

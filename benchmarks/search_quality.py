@@ -19,6 +19,8 @@ import torch
 
 import asi_lens as al
 from asi_lens.activations.store import ActivationStore
+from asi_lens.inputs.models import resolve_device
+from asi_lens.kernels.devices import card
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.evaluate import evaluate_together
 from asi_lens.sae.initialize import initialize
@@ -32,6 +34,7 @@ def trained(
 ) -> tuple[Trainer, float]:
     """A trainer at the end of its run, and its tokens/s."""
     sae = SparseAutoencoder(SAEConfig(store.d, args.d_sae, args.k, seed=seed, metadata=store.metadata))
+    sae.to(args.device)
     initialize(sae, "asi", store.spectrum, "auto", store.sample(8192))
     config = TrainConfig(batch_size=args.batch, n_tokens=args.passes * args.n_tokens, seed=seed)
     trainer = Trainer(sae, config, search=search)
@@ -48,6 +51,7 @@ def main() -> None:
     """Print one line of JSON per site and search."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--device", type=resolve_device, default="cpu")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--corpus", default="news-en")
     parser.add_argument("--sites", nargs="+", default=["attn_out", "mlp_out", "resid_post"])
@@ -60,7 +64,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=16_384)
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
-    model = al.load_model(args.model)
+    model = al.load_model(args.model, device=args.device)
     data = al.harvest_split(
         model,
         args.corpus,
@@ -94,7 +98,8 @@ def main() -> None:
                 report["share_of_mass"] = [one.mass for one in searches]
                 report["share_of_picks"] = [one.picks for one in searches]
             print(json.dumps(report), flush=True)
-    print(json.dumps({"threads": torch.get_num_threads(), "options": vars(args)}))
+    options = vars(args) | {"device": card(args.device)}
+    print(json.dumps({"threads": torch.get_num_threads(), "options": options}))
 
 
 if __name__ == "__main__":

@@ -23,17 +23,17 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from ways import PEERS, WAYS, Task
+from ways import PEERS, WAYS, Task, seconds
 
 import asi_lens as al
 from asi_lens.activations.store import ActivationStore
-from asi_lens.inputs.models import resolve_dtype
+from asi_lens.inputs.models import resolve_device, resolve_dtype
+from asi_lens.kernels.devices import card
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.initialize import initialize
 
@@ -57,8 +57,10 @@ def harvest(path: str, n: int) -> None:
     np.save(path, store.sample(n).numpy())
 
 
-def peak_mib() -> float:
-    """Largest resident memory of this process so far."""
+def peak_mib(device: torch.device) -> float:
+    """Largest resident memory of this process so far; on a GPU, of its tensors there."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
     status = Path("/proc/self/status")
     if status.exists():  # elsewhere the peak of a child process begins with what its parent had
         peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
@@ -68,8 +70,10 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def forget_peak() -> None:
-    """Let the peak begin with what is resident now, where the system can (Linux)."""
+def forget_peak(device: torch.device) -> None:
+    """Let the peak begin with what is resident now, where the system can (Linux, GPUs)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -78,10 +82,11 @@ def task_of(args: argparse.Namespace) -> tuple[Task, torch.Tensor]:
     """The task, and held-out rows: centered, with a mean square norm of their width."""
     n = (args.n_batches + 1) * args.batch
     x = torch.from_numpy(np.load(args.rows)[:n]) if args.rows else rows(n, args.d_in)
+    x = x.to(args.device)
     x = x - x.mean(0)
     x = x * (x.shape[1] / x.square().sum(1).mean()).sqrt()
     *batches, held_out = x.split(args.batch)
-    sae = SparseAutoencoder(SAEConfig(x.shape[1], args.d_sae, args.k), draw=False)
+    sae = SparseAutoencoder(SAEConfig(x.shape[1], args.d_sae, args.k), draw=False).to(args.device)
     store = ActivationStore.from_tensor(torch.cat(batches))
     initialize(sae, "asi", store.spectrum, "auto", store.sample(args.batch))
     return Task(batches, sae.W_dec.detach().clone(), sae.encoder_rows.clone(), args.k), held_out
@@ -90,12 +95,12 @@ def task_of(args: argparse.Namespace) -> tuple[Task, torch.Tensor]:
 def memory_of(name: str, args: argparse.Namespace) -> float:
     """Peak MiB of a few steps above that of the process with the task alone."""
     task, _ = task_of(args)
-    forget_peak()
-    before = peak_mib()
+    forget_peak(args.device)
+    before = peak_mib(args.device)
     way = WAYS[name](task)
     for i in range(_MEMORY_STEPS):
         way.step(i)
-    return peak_mib() - before
+    return peak_mib(args.device) - before
 
 
 def main() -> None:
@@ -104,6 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--rows", help="a `.npy` file of activations")
     parser.add_argument("--harvest", metavar="FILE", help="write that file, and stop")
+    parser.add_argument("--device", type=resolve_device, default="cpu")
     parser.add_argument("--d-in", type=int, default=576, help="without rows")
     parser.add_argument("--d-sae", type=int, default=16_384)
     parser.add_argument("--k", type=int, default=32)
@@ -123,20 +129,20 @@ def main() -> None:
         print(f"{name} is not installed here: left out", file=sys.stderr)
     task, held_out = task_of(args)
     ways = {name: WAYS[name](task) for name in names}
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    took_each: dict[str, list[float]] = {name: [] for name in names}
     slow = set()
     for i in range(_WARM_UP + args.rounds):
         for name, way in ways.items():
             if name in slow and i > _SLOW_ROUNDS:
                 continue
-            start = time.perf_counter()
+            start = seconds(args.device)
             way.step(i)
-            took = time.perf_counter() - start
+            took = seconds(args.device) - start
             if took > _SLOW_SECONDS:
                 slow.add(name)
-            seconds[name].append(took)
-    seconds = {name: took[1 if name in slow else _WARM_UP :] for name, took in seconds.items()}
-    median = {name: statistics.median(times) for name, times in seconds.items()}
+            took_each[name].append(took)
+    took_each = {name: times[1 if name in slow else _WARM_UP :] for name, times in took_each.items()}
+    median = {name: statistics.median(times) for name, times in took_each.items()}
     spread = (held_out - held_out.mean(0)).square().sum()
     found: dict[str, dict[str, Any]] = {}
     for name, way in ways.items():
@@ -147,7 +153,7 @@ def main() -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         found[name] = {
             "tokens_per_s": round(args.batch / median[name]),
-            "steps": len(seconds[name]),
+            "steps": len(took_each[name]),
             "of_the_product": round(median["encoder product"] / median[name], 2),
             "times_sparsify": (round(median["sparsify"] / median[name], 2) if "sparsify" in median else None),
             "peak_mib": round(json.loads(done.stdout.splitlines()[-1])),
@@ -155,11 +161,13 @@ def main() -> None:
         }
     report = {
         "ways": found,
-        "compute_dtype": str(resolve_dtype("auto", torch.device("cpu"))),
+        "compute_dtype": str(resolve_dtype("auto", args.device)),
         "threads": torch.get_num_threads(),
         "rows": "attention outputs" if args.rows else "Gaussian",
         "options": {
-            key: value for key, value in vars(args).items() if key not in {"memory_of", "harvest", "rows"}
+            key: value
+            for key, value in (vars(args) | {"device": card(args.device)}).items()
+            if key not in {"memory_of", "harvest", "rows"}
         },
     }
     print(json.dumps(report, indent=1))

@@ -11,6 +11,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
+import time
 import types
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -28,6 +29,15 @@ from asi_lens.sae.train import Trainer
 from asi_lens.training.config import TrainConfig
 
 LR = 8e-4
+
+
+def seconds(device: torch.device) -> float:
+    """The clock, when the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 SUBSPACE = 256
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.metadata
-import os
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -31,7 +29,6 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MAX_LINES = {"asi_lens": 350, "tests": 420, "benchmarks": 420}
 MAX_FUNCTION_LINES = 80
 MAX_NOTEBOOK_LINES = 45  # beside the parameters
-TARGETS = ("setup", "figures", "test", "test-tl4", "test-triton", "lint", "lab", "bench", "clean")
 
 # A room imports only from the rooms above it.
 ROOMS = (
@@ -80,7 +77,6 @@ TESTED_ELSEWHERE = {
     "sae.finite": "sae/test_train.py",
     "sae.passes": "sae/test_train.py",
     "sae.shard": "training/test_mesh.py",
-    "sae.splice": "sae/test_evaluate.py",
     "sae.transcoder_init": "sae/test_transcoder.py",
     "training.config": "sae/test_train.py",
     "training.learner": "training/test_loop.py",
@@ -130,18 +126,6 @@ def edges() -> Iterator[tuple[str, str, str]]:
             found = next((name for name in (rest, rest.rpartition(".")[0]) if name in names), None)
             assert found, f"{path.name}:{line} imports {target}; import from the module that has it"
             yield own_name(path), found, f"{path.relative_to(ROOT)}:{line}"
-
-
-def make(*arguments: str) -> str:
-    if shutil.which("make") is None:
-        pytest.skip("no make on this machine")
-    inherited = ("MAKE", "MODEL", "PROFILE", "NOTEBOOKS", "ARGS", "VENV", "PYTHON", "MFLAGS")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(inherited)}
-    done = subprocess.run(
-        ["make", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
@@ -337,61 +321,6 @@ def test_functions_stay_short() -> None:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 lines = (node.end_lineno or 0) - node.lineno + 1
                 assert lines <= MAX_FUNCTION_LINES, f"{path.relative_to(ROOT)}: {node.name} has {lines} lines"
-
-
-# --- commands ---------------------------------------------------------------------------------------
-
-
-def test_make_help_lists_targets_and_variables() -> None:
-    shown = make("help")
-    described = dict(re.findall(r"^  ([a-z0-9-]+) +(\S.*)$", shown, re.MULTILINE))
-    assert set(TARGETS) <= set(described)
-    assert all(variable in shown for variable in ("MODEL=", "PROFILE=", "NOTEBOOKS="))
-
-
-def test_make_without_a_target_only_helps() -> None:
-    assert make() == make("help")
-
-
-def test_make_figures_passes_the_choices_on() -> None:
-    told = make("-n", "figures", "MODEL=a/b", "PROFILE=smoke", "NOTEBOOKS=01_rank_curves,03_wo_ablation")
-    assert "asi_lens.reproduce" in told
-    assert '--model "a/b" --profile "smoke" --notebooks "01_rank_curves,03_wo_ablation"' in told
-    assert '--notebooks "paper"' in make("-n", "figures")
-    assert '--notebooks "beyond"' in make("-n", "figures", "GROUP=beyond")
-
-
-def test_setup_is_done_once_and_again_when_the_lock_changes(tmp_path: Path) -> None:
-    fresh = make("-n", "figures", f"VENV={tmp_path / 'venv'}")
-    assert "-r requirements.lock" in fresh
-    assert "ipykernel install" in fresh
-    (tmp_path / "venv").mkdir()
-    newer = max((ROOT / name).stat().st_mtime for name in ("pyproject.toml", "requirements.lock")) + 10
-    newer = max(newer, (PACKAGE / "results" / "chrome.py").stat().st_mtime + 10)
-    for stamp in (".asi_lens-setup", ".asi_lens-chrome"):
-        path = tmp_path / "venv" / stamp
-        path.touch()
-        os.utime(path, (newer, newer))
-    again = make("-n", "figures", f"VENV={tmp_path / 'venv'}")
-    assert "pip install" not in again
-    assert "asi_lens.results.chrome" not in again
-    os.utime(tmp_path / "venv" / ".asi_lens-setup", (0, 0))
-    assert "pip install" in make("-n", "figures", f"VENV={tmp_path / 'venv'}")
-
-
-def test_readme_names_commands_that_exist() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"\bmake ([a-z][a-z0-9-]*)", "\n".join(re.findall(r"`[^`]+`", readme))))
-    described = set(re.findall(r"^([a-z][a-z0-9-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert {"figures", "test"} <= named
-    assert named <= described
-
-
-def test_ci_runs_what_the_readme_tells_people_to_run() -> None:
-    script = ROOT / ".ci" / "run"
-    assert os.access(script, os.X_OK)
-    for command in ("lint", "test", "test-tl4", "test-triton", "figures PROFILE=smoke GROUP=all"):
-        assert re.search(rf"^step make {command}$", script.read_text(), re.MULTILINE), command
 
 
 # --- notebooks --------------------------------------------------------------------------------------

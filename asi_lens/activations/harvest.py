@@ -28,8 +28,12 @@ SiteLayer = tuple[str, int]
 # Receives the rows of a place that a pass leaves out of a batch, before the consumers receive the other rows.
 LeftOut = Callable[[SiteLayer, Int[Tensor, " m"], Float[Tensor, "m d"]], None]
 
-# Tokens a forward pass takes at once: enough for efficient products, small enough for any cache.
-BATCH_TOKENS = 2048
+# Tokens of a forward pass: enough for efficient products, small enough for any cache. A GPU takes more, since
+# each launch of a kernel costs the same, as long as they fit into a part of its memory.
+_BATCH_TOKENS, _MOST_BATCH_TOKENS = 2048, 65_536
+_MEMORY_SHARE = 1 / 16
+# Numbers of d_model width that a token takes in a forward pass.
+_NUMBERS_PER_TOKEN = 64
 _LAYER = re.compile(r"blocks\.(\d+)\.")
 
 
@@ -67,8 +71,22 @@ def places(model: nn.Module, sites: Iterable[str], layers: Sequence[int] | None)
     for site, layer in out:
         models.hook_name(model, site, layer)
     if not out:
-        raise OptionError("no site or no layer was asked for")
+        raise OptionError(
+            f"sites={sites} with layers={layers} name no place; name at least one site and one layer"
+        )
     return list(dict.fromkeys(out))
+
+
+def batch_tokens_for(model: nn.Module, batch_tokens: int | None = None) -> int:
+    """Return the tokens of a forward pass: the given number, or for None the one that suits the device."""
+    if batch_tokens is not None:
+        return batch_tokens
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        return _BATCH_TOKENS
+    memory = torch.cuda.get_device_properties(device).total_memory * _MEMORY_SHARE
+    fits = int(memory / (4 * _NUMBERS_PER_TOKEN * models.model_info(model).d_model))
+    return max(_BATCH_TOKENS, min(_MOST_BATCH_TOKENS, 1 << fits.bit_length() - 1))
 
 
 def layer_at(model: nn.Module, fraction: float) -> int:
@@ -95,7 +113,7 @@ def harvest(
     tokens: Tokens,
     consumers: Sequence[Consumer],
     *,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     drop_first: bool = True,
     drop_massive: bool = True,
     left_out: LeftOut = _ignore,
@@ -106,6 +124,7 @@ def harvest(
     """Run the model over `tokens` and feed the consumers.
 
     Args:
+        batch_tokens: tokens of a forward pass; None for a number that suits the device (`batch_tokens_for`).
         drop_first: leave out position 0 of every sequence (BOS, the attention sink, an outlier).
         drop_massive: leave out rows with massive activations, at each place where they occur (`massive`).
         left_out: called for every batch and place with massive rows: place, numbers of the tokens (counted
@@ -118,6 +137,7 @@ def harvest(
     tokens of another model's tokenizer. Hooks are always removed, also on Ctrl-C.
     """
     require_own_tokens(model, tokens)
+    batch_tokens = batch_tokens_for(model, batch_tokens)
     require(batch_tokens >= 1, "batch_tokens", batch_tokens, "at least 1")
     require(0 <= start <= len(tokens), "start", start, f"from 0 to {len(tokens)}")
     if drop_first and tokens.context < 2:
@@ -127,7 +147,7 @@ def harvest(
         for where in consumer.wants:
             takers.setdefault(where, []).append(consumer)
     if not takers:
-        raise OptionError("no consumer wants anything")
+        raise OptionError("the consumers ask for no site; pass at least one that does")
     deepest = max(layer for _, layer in takers)
     per_batch = max(1, batch_tokens // tokens.context)
     first = 1 if drop_first else 0
@@ -154,15 +174,8 @@ def harvest(
 
         return hook
 
-    bar = tqdm(
-        total=len(tokens) * tokens.context,
-        initial=start * tokens.context,
-        unit="tok",
-        unit_scale=True,
-        desc=f"harvest {tokens.corpus}",
-        disable=not progress,
-    )
-    with bar:
+    shown = {"desc": f"harvest {tokens.corpus}", "unit": "tok", "unit_scale": True, "disable": not progress}
+    with tqdm(total=len(tokens) * tokens.context, initial=start * tokens.context, **shown) as bar:
         for begin in range(start, len(tokens), per_batch):
             ids = tokens.ids[begin : begin + per_batch]
             hooks = {name: feed(places, begin) for name, places in by_hook.items()}

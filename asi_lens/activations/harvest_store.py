@@ -20,7 +20,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from asi_lens.activations import shards
-from asi_lens.activations.harvest import BATCH_TOKENS, SiteLayer, harvest, places
+from asi_lens.activations.harvest import SiteLayer, batch_tokens_for, harvest, places
 from asi_lens.activations.shard_writer import Appending, ShardWriter, join_parts
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import CacheError, DataError, OptionError, require
@@ -52,7 +52,7 @@ def harvest_store(
     shard_tokens: int | None = None,
     drop_first: bool = True,
     drop_massive: bool = True,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     progress: bool = True,
     ranks: Ranks | None = None,
 ) -> ActivationStore:
@@ -84,7 +84,7 @@ def harvest_stores(
     shard_tokens: int | None = None,
     drop_first: bool = True,
     drop_massive: bool = True,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     progress: bool = True,
     ranks: Ranks | None = None,
 ) -> dict[SiteLayer, ActivationStore]:
@@ -103,7 +103,7 @@ def harvest_stores(
         drop_first: leave out position 0 of every sequence (see `harvest.harvest`).
         drop_massive: leave out rows with massive activations (`massive`). The store's metadata states how
             many (`left_out`), and `ActivationStore.left_out` which tokens.
-        batch_tokens: tokens of a forward pass.
+        batch_tokens: tokens of a forward pass; None for a number that suits the device.
         progress: show a bar.
         ranks: the processes that call this function together. Each runs the model over its stretch of the
             tokens; the first writes moments and manifest. All processes must see the same folder.
@@ -138,13 +138,14 @@ def _harvest(
     shard_tokens: int | None,
     drop_first: bool,
     drop_massive: bool,
-    batch_tokens: int,
+    batch_tokens: int | None,
     progress: bool,
     ranks: Ranks,
 ) -> dict[SiteLayer, ActivationStore]:
+    batch_tokens = batch_tokens_for(model, batch_tokens)
     _check(dtype, budget_gb, shard_tokens, batch_tokens)
     if not chosen:
-        raise OptionError("no (site, layer) was asked for")
+        raise OptionError("wheres=[] is not allowed; wheres must be one or more (site, layer)")
     per_sequence = tokens.context - drop_first
     n = len(tokens) * per_sequence
     if n == 0:
@@ -236,8 +237,8 @@ def _stretch(n: int, per_batch: int, ranks: Ranks) -> tuple[int, int]:
     n_batches = -(-n // per_batch)
     if n_batches < ranks.size:
         raise OptionError(
-            f"{n} sequences are {n_batches} forward batches of {per_batch}: too few for {ranks.size} "
-            "processes"
+            f"{n} sequences make {n_batches} forward batches of {per_batch}, but {ranks.size} processes need "
+            "at least one each; use fewer processes or a smaller batch_tokens"
         )
     first, last = (min(n, n_batches * k // ranks.size * per_batch) for k in (ranks.rank, ranks.rank + 1))
     return first, last

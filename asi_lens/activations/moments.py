@@ -1,19 +1,23 @@
 """Mean and second moment of a stream of activations, numerically stable and mergeable.
 
 Each batch is centred on its own mean before its products are summed. Batches are joined with the pairwise
-update of Chan, Golub and LeVeque (1983). Products run in float32 (activations are not more precise), sums
-over batches in float64; `tests/activations/test_moments.py` compares the result with float64 throughout.
+update of Chan, Golub and LeVeque (1983), in float64. On a CPU the products of a batch run in float32, as long
+as their rounding errors move the effective rank by much less than 0.5 % (`precision`); else, and on other
+devices, in float64. The error is measured: scatter times a vector of signs is also summed in float64, at a
+twentieth of the cost of the products.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from asi_lens.activations.precision import covariance_eigenvalues, exact_products, signs, tolerance
 from asi_lens.base.errors import DataError, OptionError, require
 
 # Columns of a block of the product. Only blocks on and above the diagonal are computed, which saves 3/8 of
@@ -21,6 +25,13 @@ from asi_lens.base.errors import DataError, OptionError, require
 _BLOCK = 192
 # Rows of a group that is summed in float32 when a mean is corrected.
 _FEW = 16
+# Rows whose products with a vector are summed in float64 at a time, in the cache.
+_CHECKED = 64
+# Sizes of values (the largest of a batch) whose products stay far from the ends of float32 and float64.
+_SINGLE, _DOUBLE = (2.0**-30, 2.0**30), (2.0**-450, 2.0**450)
+# Typical and least error of float32 products, as shares of the scatter's trace. The first is assumed for
+# files of older versions, which did not measure it.
+TYPICAL_NOISE, _LEAST = 2.0**-26, 2.0**-28
 
 
 @dataclass
@@ -28,43 +39,87 @@ class Moments:
     """Running moments of rows of width `d`.
 
     `n`: rows seen. `mean [d]`: float64. `scatter [d d]`: float64, the sum of (x - mean)(x - mean)^T.
+    `check [d]`: scatter @ signs, summed in float64; None if an older version wrote the moments.
+    `limit`: largest error of the scatter for the spectrum after `limit_at` rows.
     """
 
     n: int
     mean: Float[Tensor, " d"]
     scatter: Float[Tensor, "d d"]
+    check: Float[Tensor, " d"] | None = None
+    limit: float = 0.0
+    limit_at: int = 0
 
     @classmethod
     def zeros(cls, d: int, device: torch.device | str = "cpu") -> Moments:
         """Return moments of zero rows."""
         require(d >= 1, "d", d, "at least 1")
-        return cls(
-            0,
-            torch.zeros(d, dtype=torch.float64, device=device),
-            torch.zeros(d, d, dtype=torch.float64, device=device),
-        )
+        zeros = torch.zeros(d + 2, d, dtype=torch.float64, device=device)
+        return cls(0, zeros[0].clone(), zeros[2:].clone(), zeros[1].clone())
+
+    @classmethod
+    def exact(cls, n: int, mean: Float[Tensor, " d"], scatter: Float[Tensor, "d d"]) -> Moments:
+        """Return moments whose scatter has no rounding errors worth mention."""
+        return cls(n, mean, scatter, scatter @ signs(len(scatter), scatter.device))
 
     @classmethod
     def of(cls, rows: Float[Tensor, "n d"]) -> Moments:
-        """Return the moments of one block of rows (float64 rows are computed in float64).
+        """Return the moments of one block of rows.
 
-        Raises DataError if a value is not finite or there are no rows.
+        Raises DataError if a value is not finite, too large or too small, or there are no rows.
         """
-        n = rows.shape[0]
-        if n == 0:
+        return cls.zeros(rows.shape[1], rows.device).block(rows)
+
+    @exact_products()
+    def block(self, rows: Float[Tensor, "n d"]) -> Moments:
+        """Return the moments of rows, as exact as the spectrum of these moments and the rows needs.
+
+        The result is to be merged into these moments. Raises as `of` and `update` do.
+        """
+        if rows.shape[1] != self.d:
+            raise OptionError(f"rows are {rows.shape[1]} wide, these moments {self.d}")
+        if len(rows) == 0:
             raise DataError("moments of no rows")
-        wide = rows if rows.dtype == torch.float64 else rows.float()
-        mean = wide.mean(0)
-        centred = wide - mean if wide is rows else wide.sub_(mean)
-        # The float32 mean has a rounding error. The rest is subtracted in float64, from sums of a few rows
-        # each: a float64 copy of all rows would cost a tenth of the products.
-        few, others = _few_rows(centred)
-        rest = (few.sum(1).double().sum(0) + others.double().sum(0)) / n
-        if not torch.isfinite(rest).all():
+        low, high = (float(bound) for bound in rows.aminmax())
+        size = max(-low, high)
+        if not math.isfinite(size):
             raise DataError("activations hold NaN or infinity")
-        scatter = _gram(centred)
-        scatter.addr_(rest, rest, alpha=-n)
-        return cls(n, mean.double() + rest, scatter)
+        single = rows.device.type == "cpu" and rows.dtype != torch.float64 and _fits(size, _SINGLE)
+        noise = self.noise if single else math.inf
+        if single and not self._is_too_inexact(noise, len(rows)):
+            found = _summed(rows.float(), is_copy=rows.dtype != torch.float32)
+            noise = math.hypot(noise, found.noise)
+            if self.n == 0:
+                found.set_limit()
+                self.limit, self.limit_at = found.limit, found.limit_at
+            elif noise > self.limit and self.n >= 2 * self.limit_at:
+                self.set_limit()
+            if noise <= self.limit:
+                return found
+        if not _fits(size, _DOUBLE):
+            raise DataError(
+                f"activations of size {size:.3g}: their squares are too {'large' if size > 1 else 'small'}"
+            )
+        return _summed(rows.double(), is_copy=rows.dtype != torch.float64)
+
+    @property
+    def noise(self) -> float:
+        """Frobenius norm of the scatter's error (estimated from the product with one vector)."""
+        if self.check is None:
+            return TYPICAL_NOISE * self.scatter.trace().item()
+        found = self.scatter @ signs(self.d, self.scatter.device)
+        return torch.linalg.vector_norm(found - self.check).item()
+
+    def set_limit(self) -> None:
+        """Set the largest error that these moments may have, from their eigenvalues."""
+        self.limit = tolerance(covariance_eigenvalues(self.scatter))
+        self.limit_at = self.n
+
+    def _is_too_inexact(self, noise: float, n: int) -> bool:
+        """Return whether products of `n` more rows in float32 are sure to exceed the limit."""
+        if self.n == 0 or self.n >= 2 * self.limit_at:
+            return False
+        return math.hypot(noise, _LEAST * self.scatter.trace().item() * n / self.n) > self.limit
 
     @property
     def d(self) -> int:
@@ -72,10 +127,8 @@ class Moments:
         return self.mean.shape[0]
 
     def update(self, rows: Float[Tensor, "n d"]) -> Moments:
-        """Add rows in place; returns self. Raises DataError if a value is not finite."""
-        if rows.shape[1] != self.d:
-            raise OptionError(f"rows are {rows.shape[1]} wide, these moments {self.d}")
-        return self.merge(Moments.of(rows))
+        """Add rows in place; returns self. Raises DataError as `of` does, and changes nothing then."""
+        return self.merge(self.block(rows))
 
     def merge(self, other: Moments) -> Moments:
         """Add the moments of other rows in place; returns self.
@@ -89,8 +142,14 @@ class Moments:
             return self
         n = self.n + other.n
         delta = other.mean - self.mean
+        weight = self.n * other.n / n
         self.scatter += other.scatter
-        self.scatter.addr_(delta, delta, alpha=self.n * other.n / n)
+        self.scatter.addr_(delta, delta, alpha=weight)
+        if self.check is not None and other.check is not None:
+            self.check += other.check
+            self.check += delta * (weight * (delta @ signs(self.d, delta.device)))
+        else:
+            self.check = None
         self.mean += delta * (other.n / n)
         self.n = n
         return self
@@ -107,16 +166,22 @@ class Moments:
             )
         mean = (self.mean * self.n - other.mean * other.n) / n
         delta = other.mean - mean
-        scatter = self.scatter - other.scatter
-        return Moments(n, mean, scatter.addr_(delta, delta, alpha=-n * other.n / self.n))
+        weight = n * other.n / self.n
+        scatter = (self.scatter - other.scatter).addr_(delta, delta, alpha=-weight)
+        check = None
+        if self.check is not None and other.check is not None:
+            check = self.check - other.check - delta * (weight * (delta @ signs(self.d, delta.device)))
+        return Moments(n, mean, scatter, check)
 
     def to(self, device: torch.device | str) -> Moments:
         """Return these moments on `device`. Tensors already on that device are shared, not copied."""
-        return Moments(self.n, self.mean.to(device), self.scatter.to(device))
+        check = None if self.check is None else self.check.to(device)
+        return replace(self, mean=self.mean.to(device), scatter=self.scatter.to(device), check=check)
 
     def clone(self) -> Moments:
         """Return a copy that later updates do not change."""
-        return Moments(self.n, self.mean.clone(), self.scatter.clone())
+        check = None if self.check is None else self.check.clone()
+        return replace(self, mean=self.mean.clone(), scatter=self.scatter.clone(), check=check)
 
     @property
     def covariance(self) -> Float[Tensor, "d d"]:
@@ -127,25 +192,61 @@ class Moments:
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors to store. The scatter is packed as its upper triangle: half the bytes."""
-        rows, columns = torch.triu_indices(self.d, self.d)
-        return {
-            "n": torch.tensor(self.n, dtype=torch.int64),
+        rows, columns = torch.triu_indices(self.d, self.d, device="cpu")
+        state = {
+            "n": torch.tensor(self.n, dtype=torch.int64, device="cpu"),
             "mean": self.mean.cpu().contiguous(),
             "scatter": self.scatter.cpu()[rows, columns].contiguous(),
         }
+        if self.check is not None:
+            limit = torch.tensor([self.limit, self.limit_at], dtype=torch.float64, device="cpu")
+            state |= {"check": self.check.cpu().contiguous(), "limit": limit}
+        return state
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> Moments:
-        """Inverse of `state`. Raises DataError if shapes do not fit together."""
+        """Inverse of `state`, also of older versions. Raises DataError if shapes do not fit together."""
         mean, packed = state["mean"].double(), state["scatter"].double()
         d = mean.shape[0]
         if packed.shape != (d * (d + 1) // 2,):
             raise DataError(f"scatter of {packed.numel()} numbers does not belong to width {d}")
-        rows, columns = torch.triu_indices(d, d)
-        scatter = torch.zeros(d, d, dtype=torch.float64)
+        rows, columns = torch.triu_indices(d, d, device=mean.device)
+        scatter = torch.zeros(d, d, dtype=torch.float64, device=mean.device)
         scatter[rows, columns] = packed
         scatter[columns, rows] = packed
-        return cls(int(state["n"]), mean, scatter)
+        found = cls(int(state["n"]), mean, scatter)
+        if "check" in state:
+            found.check = state["check"].clone()
+            found.limit, found.limit_at = float(state["limit"][0]), int(state["limit"][1])
+        return found
+
+
+def _fits(size: float, bounds: tuple[float, float]) -> bool:
+    return size == 0 or bounds[0] <= size <= bounds[1]
+
+
+def _summed(rows: Float[Tensor, "n d"], *, is_copy: bool) -> Moments:
+    """Return the moments of one block of rows, with products in its dtype. A copy is changed."""
+    n = len(rows)
+    mean = rows.mean(0)
+    centred = rows.sub_(mean) if is_copy else rows - mean
+    # The mean has a rounding error. The rest is subtracted in float64, from sums of a few rows each: a
+    # float64 copy of all rows would cost a tenth of the products.
+    few, others = _few_rows(centred)
+    rest = (few.sum(1).double().sum(0) + others.double().sum(0)) / n
+    scatter = _gram(centred)
+    z = signs(rows.shape[1], rows.device)
+    if rows.dtype == torch.float64:
+        check = scatter @ z
+    else:
+        check = torch.zeros_like(rest)
+        scratch = torch.empty(_CHECKED, len(z), dtype=torch.float64, device=rows.device)
+        for part in centred.split(_CHECKED):
+            exact = scratch[: len(part)].copy_(part)
+            check += exact.T @ (exact @ z)
+    scatter.addr_(rest, rest, alpha=-n)
+    check -= rest * (n * (rest @ z))
+    return Moments(n, mean.double() + rest, scatter, check)
 
 
 def _few_rows(rows: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "sums few d"], Float[Tensor, "rest d"]]:

@@ -61,15 +61,12 @@ class MomentsConsumer:
 
 
 def _add(moments: dict[SiteLayer, Moments], where: SiteLayer, rows: Float[Tensor, "n d"]) -> None:
-    if len(rows) == 0:
-        return
-    new = Moments.of(rows)
-    if where in moments:
+    if len(rows):
+        known = moments.get(where) or Moments.zeros(rows.shape[1])
         # A resumed pass has read its moments to the CPU: they are moved to the device of the rows.
-        new = moments[where].to(rows.device).merge(new)
-    moments[where] = new
+        moments[where] = known.to(rows.device).update(rows)
 
 
 def moments_in(state: Mapping[str, Tensor], prefix: str) -> Moments:
     """Return the moments stored under names with this prefix."""
-    return Moments.from_state({name: state[prefix + name] for name in ("n", "mean", "scatter")})
+    return Moments.from_state({k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)})

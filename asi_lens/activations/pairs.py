@@ -34,6 +34,10 @@ class Pair:
     def __getitem__(self, part: slice) -> Pair:
         return Pair(self.x[part], self.y[part])
 
+    def split(self, n: int) -> Iterator[Pair]:
+        """Yield the tokens in order, `n` at a time, as `Tensor.split` does with rows."""
+        return (Pair(x, y) for x, y in zip(self.x.split(n), self.y.split(n), strict=True))
+
 
 class PairedStores:
     """Two stores of the same tokens, row by row: the inputs and the target outputs of a transcoder.
@@ -51,7 +55,9 @@ class PairedStores:
         for key in _SHARED:
             mine, theirs = inputs.metadata.get(key), outputs.metadata.get(key)
             if mine != theirs:
-                raise OptionError(f"inputs of {key} {mine!r} and outputs of {key} {theirs!r}")
+                raise OptionError(
+                    f"the outputs have {key} {theirs!r}, but the inputs have {key} {mine!r}; they must agree"
+                )
         inputs, outputs = without(inputs, outputs.left_out), without(outputs, inputs.left_out)
         require(inputs.n == outputs.n, "outputs", f"{outputs.n:,} rows", f"{inputs.n:,} rows, as the inputs")
         self.inputs, self.outputs = inputs, outputs
@@ -93,7 +99,7 @@ class PairedStores:
     def in_order(self, batch_size: int) -> Iterator[Pair]:
         """Yield all tokens once, in order."""
         for start in range(0, self.n, batch_size):
-            index = torch.arange(start, min(start + batch_size, self.n))
+            index = torch.arange(start, min(start + batch_size, self.n), device="cpu")
             yield Pair(self.inputs.rows(index), self.outputs.rows(index))
 
 

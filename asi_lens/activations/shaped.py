@@ -33,9 +33,9 @@ class LinearStore(ActivationStore):
         self.of, self.matrix, self.center = of, matrix.double().cpu(), center.double().cpu()
         scatter = self.matrix.T @ of.moments.scatter.to(self.matrix) @ self.matrix
         mean = (of.mean.to(self.matrix) - self.center) @ self.matrix
-        moments = Moments(of.n, mean, scatter)
+        moments = Moments.exact(of.n, mean, scatter)
         square = scatter.diagonal().sum().item() / of.n
-        empty = torch.empty(0, self.matrix.shape[1])
+        empty = torch.empty(0, self.matrix.shape[1], device=of.parts[0].device)
         super().__init__([empty], lambda: moments, mean, square, of.metadata, left_out=lambda: of.left_out)
         self.n = of.n
         self._map = self.matrix.float()

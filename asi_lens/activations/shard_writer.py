@@ -87,6 +87,8 @@ class ShardWriter:
                 "bfloat16 or float32"
             )
         seen = len(rows) + (0 if left_out is None else len(left_out))
+        self.moments = self.moments.to(kept.device)
+        batch = self.moments.block(kept) if len(rows) else None
         if self._file is None:
             self._begin_shard()
         assert self._file is not None
@@ -94,15 +96,14 @@ class ShardWriter:
             raise OptionError(f"{len(rows)} rows do not fit into what is left of a shard")
         if left_out is not None:
             self.left_out = torch.cat([self.left_out, left_out.cpu()])
-        if len(rows):
-            batch = Moments.of(kept)
+        if batch is not None:
             data = safetensors_io.raw_bytes(kept)
             try:
                 self._file.write(data)
             except OSError as error:
                 raise self._cannot_write(error) from error
             self._digest.update(data)
-            self.moments = self.moments.to(batch.mean.device).merge(batch)
+            self.moments.merge(batch)
         self.n += seen
         self._open_seen += seen
         self._open_rows += len(rows)

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -199,3 +200,12 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return tensors and metadata of a file written by `save`. Raises CacheError if missing or damaged."""
     return read_tensors(path, CacheError, f"delete {path.parent} and harvest anew")
+
+
+def take(rows: Float[Tensor, "n d"], index: Int[Tensor, " batch"], out: Float[Tensor, "batch d"]) -> None:
+    """Copy rows. On a CPU numpy copies them: torch's threads would take cores from other work."""
+    if rows.device.type != "cpu" or not rows.is_contiguous():
+        torch.index_select(rows, 0, index.to(rows.device), out=out)
+        return
+    source, target = (part.view(torch.uint8).numpy() for part in (rows, out))
+    np.take(source, index.numpy(), axis=0, out=target, mode="clip")

@@ -8,10 +8,8 @@ eigenvalues of their covariance.
 from __future__ import annotations
 
 import hashlib
-import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 
 import torch
@@ -19,6 +17,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from asi_lens.activations.moments import Moments
+from asi_lens.activations.precision import (
+    MOST_UNCERTAIN,
+    covariance_eigenvalues,
+    entropy_rank,
+    one_thread,
+    uncertainty,
+)
 from asi_lens.base.errors import DataError, require
 
 # With fewer rows per dimension the measured rank is visibly below its limit.
@@ -27,22 +32,6 @@ ROWS_PER_DIMENSION = 20
 
 class FewTokensWarning(UserWarning):
     """Fewer than 20 d rows: the effective rank is biased downwards."""
-
-
-def entropy_rank(singular_values: Float[Tensor, " d"]) -> float:
-    """Return exp(H(p)), p_i = s_i / sum_j s_j, H in nats (Roy and Vetterli 2007). Between 1 and d.
-
-    The sum runs over singular values, not their squares. Raises DataError for values that are negative,
-    not finite, or all zero.
-    """
-    values = singular_values.double()
-    if not torch.isfinite(values).all() or (values < 0).any():
-        raise DataError("singular values must be finite and at least 0")
-    total = values.sum()
-    if total == 0:
-        raise DataError("a spectrum of zeros has no effective rank (the activations never vary)")
-    p = values / total
-    return math.exp(-torch.special.xlogy(p, p).sum().item())
 
 
 class Spectrum:
@@ -64,22 +53,26 @@ class Spectrum:
         name: str = "",
         left_out: int = 0,
         rank_with_massive: float | None = None,
+        noise: float = 0.0,
     ):
+        """`noise` is the Frobenius norm of the covariance's rounding error."""
         self.eigenvalues = eigenvalues
         self.mean = mean
         self.n = n
         self.name = name
         self.left_out = left_out
         self.rank_with_massive = rank_with_massive
+        self.noise = noise
         # A spectrum read from disk loads its covariance only when directions are asked for.
         self._covariance = covariance
 
     @classmethod
     def from_moments(cls, moments: Moments, *, name: str = "", left_out: int = 0) -> Spectrum:
-        """Return the spectrum of accumulated moments."""
-        covariance = moments.covariance
+        """Return the spectrum of accumulated moments. Raises DataError if they are not finite."""
+        covariance, noise = moments.covariance, moments.noise / moments.n
         values = covariance_eigenvalues(covariance)
-        return cls(values, moments.mean, moments.n, covariance, name=name, left_out=left_out)
+        options = {"name": name, "left_out": left_out, "noise": noise}
+        return cls(values, moments.mean, moments.n, covariance, **options)  # type: ignore[arg-type]
 
     @classmethod
     def of(cls, rows: Float[Tensor, "n d"], *, name: str = "") -> Spectrum:
@@ -133,7 +126,17 @@ class Spectrum:
 
     @cached_property
     def effective_rank(self) -> float:
-        """exp of the entropy of the normalised singular values (Roy and Vetterli 2007), 1 to d."""
+        """exp of the entropy of the normalised singular values (Roy and Vetterli 2007), 1 to d.
+
+        Raises DataError if rounding errors of the covariance could move it by more than 0.5 %.
+        """
+        moved = uncertainty(self.eigenvalues, self.noise)
+        if moved > MOST_UNCERTAIN:
+            raise DataError(
+                f"{self.name or 'this spectrum'}: rounding errors of sums in float32 may move the effective "
+                f"rank by {moved:.1%}, more than {MOST_UNCERTAIN:.1%}; count the rows again (they are then "
+                "summed in float64): delete the cached file, or take the moments of `rows.double()`"
+            )
         return entropy_rank(self.eigenvalues.sqrt())
 
     @property
@@ -202,33 +205,6 @@ def warn_if_few(spectra: Iterable[Spectrum]) -> None:
             FewTokensWarning,
             stacklevel=3,
         )
-
-
-@contextmanager
-def one_thread(d: int) -> Iterator[None]:
-    """Context in which decompositions of up to 2,048 dimensions run on one thread.
-
-    Their steps are too small to share: threads that wait for each other make them slower, and several times
-    slower when other programs run on the machine.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1 if d <= 2048 else threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def covariance_eigenvalues(covariance: Float[Tensor, "d d"]) -> Float[Tensor, " d"]:
-    """Return the eigenvalues of a covariance, descending, float64.
-
-    Only the upper triangle is read, in which moments are stored. Eigenvalues below d * eps * l_1 (the
-    tolerance of a numerical rank) are rounding errors and set to zero: their square roots would count as
-    directions of relative size 1e-8.
-    """
-    with one_thread(covariance.shape[0]):
-        values = torch.linalg.eigvalsh(covariance.double(), UPLO="U").flip(0)
-    return values.where(values > len(values) * torch.finfo(torch.float64).eps * values[0], 0.0)
 
 
 def effective_rank_limit(n: Sequence[int], ranks: Sequence[float]) -> float:

@@ -96,7 +96,7 @@ class ActivationStore:
         return cls(
             shards.open_shards(folder, manifest),
             lambda: shards.read_moments(folder),
-            torch.tensor(manifest.mean, dtype=torch.float64),
+            torch.tensor(manifest.mean, dtype=torch.float64, device="cpu"),
             manifest.mean_square_norm,
             manifest.origin,
             folder,
@@ -185,7 +185,7 @@ class ActivationStore:
         for checksum in self._checksums:
             digest.update(checksum.encode())
         if not self._checksums:
-            some = self._gather(torch.arange(0, self.n, max(1, self.n // 64)), torch.float64)
+            some = self._gather(torch.arange(0, self.n, max(1, self.n // 64), device="cpu"), torch.float64)
             for part in (self.mean, self.moments.scatter, some):
                 digest.update(part.cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
@@ -228,11 +228,11 @@ class ActivationStore:
         """Return the rows as stored, in ascending order, and the order asked for."""
         # Sorted, so that each file is read once, from its beginning to its end.
         ordered, order = index.sort()
-        cuts = torch.searchsorted(ordered, torch.tensor(self._bounds)).tolist()
+        cuts = torch.searchsorted(ordered, torch.tensor(self._bounds, device="cpu")).tolist()
         found = torch.empty(len(index), self.d, dtype=self.dtype, device=self._rows[0].device)
         for part, base, (low, high) in zip(self._rows, self._bounds, itertools.pairwise(cuts), strict=False):
             if low < high:
-                _take(part, ordered[low:high] - base, found[low:high])
+                shards.take(part, ordered[low:high] - base, found[low:high])
         return ReadRows(found, order)
 
     def _placed(self, read: ReadRows, dtype: torch.dtype | None) -> Float[Tensor, "batch d"]:
@@ -264,6 +264,7 @@ class ActivationStore:
         n_tokens: int | None = None,
         dtype: torch.dtype | None = torch.float32,
         share: Callable[[int], tuple[int, int]] | None = None,
+        device: torch.device | None = None,
     ) -> Iterator[Float[Tensor, "batch d"]]:
         """Return the stream of shuffled rows from position `start` to position `n_tokens` (None: endless).
 
@@ -275,6 +276,8 @@ class ActivationStore:
             dtype: dtype of the batches; None keeps the store's dtype.
             share: maps the size n of a batch to the rows of it that are read: (first, after the last). None
                 reads all rows. Positions count whole batches.
+            device: device of the batches; None is that of the store. Rows are copied to a GPU as they are
+                stored, from pinned memory and without a wait, and converted and put into order there.
         """
         require(batch_size >= 1, "batch_size", batch_size, "at least 1")
         require(start >= 0, "start", start, "at least 0")
@@ -282,7 +285,7 @@ class ActivationStore:
         require(
             n_tokens is None or n_tokens >= start, "n_tokens", n_tokens, f"None or at least start={start}"
         )
-        return self._stream(batch_size, seed, start, n_tokens, dtype, share)
+        return self._stream(batch_size, seed, start, n_tokens, dtype, share, device)
 
     def _stream(
         self,
@@ -292,6 +295,7 @@ class ActivationStore:
         n_tokens: int | None,
         dtype: torch.dtype | None,
         share: Callable[[int], tuple[int, int]] | None,
+        device: torch.device | None,
     ) -> Iterator[Float[Tensor, "batch d"]]:
         # While one batch is in use, a thread reads the next batch from disk.
         with ThreadPoolExecutor(1) as reader:
@@ -300,11 +304,18 @@ class ActivationStore:
                 if share is not None:
                     first, last = share(len(index))
                     index = index[first:last]
-                now, ahead = ahead, reader.submit(self._read, index)
+                now, ahead = ahead, reader.submit(self._read_for, index, device)
                 if now is not None:
-                    yield self._placed(now.result(), dtype)
+                    yield self._placed(_moved(now.result(), device), dtype)
             if ahead is not None:
-                yield self._placed(ahead.result(), dtype)
+                yield self._placed(_moved(ahead.result(), device), dtype)
+
+    def _read_for(self, index: Int[Tensor, " batch"], device: torch.device | None) -> ReadRows:
+        """Return the rows as `_read` does; in pinned memory if they are to be copied to a GPU."""
+        read = self._read(index)
+        if device is None or device.type != "cuda" or read.rows.device.type != "cpu":
+            return read
+        return ReadRows(read.rows.pin_memory(), read.order.pin_memory())
 
     def _order(
         self, batch_size: int, seed: int, start: int, n_tokens: int | None
@@ -332,10 +343,8 @@ class ActivationStore:
         return self._gather(torch.from_numpy(index), torch.float32)
 
 
-def _take(rows: Float[Tensor, "n d"], index: Int[Tensor, " batch"], out: Float[Tensor, "batch d"]) -> None:
-    """Copy rows. On a CPU numpy copies them: torch's threads would take cores from other work."""
-    if rows.device.type != "cpu" or not rows.is_contiguous():
-        torch.index_select(rows, 0, index.to(rows.device), out=out)
-        return
-    source, target = (part.view(torch.uint8).numpy() for part in (rows, out))
-    np.take(source, index.numpy(), axis=0, out=target, mode="clip")
+def _moved(read: ReadRows, device: torch.device | None) -> ReadRows:
+    """Return the same rows on a device. The copy from pinned memory does not wait."""
+    if device is None:
+        return read
+    return ReadRows(*(part.to(device, non_blocking=part.is_pinned()) for part in read))

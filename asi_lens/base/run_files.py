@@ -69,12 +69,19 @@ def require_machine(device: str, timeout_s: float | int) -> None:
 
 
 def device_here(device: str) -> str:
-    """Return this process's device: "cuda:<LOCAL_RANK>", which becomes torch's current GPU, or "cpu"."""
+    """Return this process's device: "cuda:<LOCAL_RANK>", which becomes torch's current GPU, or "cpu".
+
+    Raises OptionError if this PyTorch finds no GPU, or too few.
+    """
     if device != "cuda":
         return device
     import torch
 
     here = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if torch.device(here).index >= there:
+        found = f"PyTorch {torch.__version__} finds {f'{there} GPUs' if there else 'no GPU'} on this machine"
+        raise OptionError(f"device={here!r} is not allowed: {found}; take device: cpu, or fewer processes")
     torch.cuda.set_device(here)  # else NCCL and kernels without a device would use GPU 0
     return here
 

@@ -232,7 +232,7 @@ def _truncations(spectrum: Spectrum, points: Sequence[tuple[int | None, int]]) -
     for seed in {point[0] for point in points} - {None}:
         assert seed is not None
         generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(spectrum.d, spectrum.d, generator=generator, dtype=torch.float64)
+        noise = torch.randn(spectrum.d, spectrum.d, generator=generator, dtype=torch.float64, device="cpu")
         frames[seed] = torch.linalg.qr(noise).Q
     edits = {"mean": skip_outliers(mean_ablate(spectrum.mean))}
     for which, r in points:

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from asi_lens.activations.spectrum import covariance_eigenvalues, entropy_rank, one_thread
+from asi_lens.activations.precision import covariance_eigenvalues, entropy_rank, one_thread
 from asi_lens.base.errors import OptionError, require, unknown_name
 from asi_lens.collapse.spectra import Spectra
 from asi_lens.inputs import models

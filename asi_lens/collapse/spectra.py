@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from asi_lens.activations.harvest import BATCH_TOKENS, SiteLayer, harvest, places
-from asi_lens.activations.moments import Moments
+from asi_lens.activations.harvest import SiteLayer, batch_tokens_for, harvest, places
+from asi_lens.activations.moments import TYPICAL_NOISE, Moments
 from asi_lens.activations.moments_consumer import MomentsConsumer, moments_in
 from asi_lens.activations.spectrum import Spectrum, warn_if_few
 from asi_lens.base.errors import CacheError, require
@@ -34,6 +34,7 @@ from asi_lens.inputs.fingerprint import cached_number, is_fixed, number_key
 _FORMAT = "2"
 _KIND = "moments"
 _ABOUT = {"asi_lens_moments": _FORMAT}
+_NOISE = "noise"
 # Seconds between two saved states of a running pass.
 _SAVE_EVERY = 300.0
 
@@ -106,7 +107,7 @@ def collect_spectra(
     *,
     drop_first: bool = True,
     drop_massive: bool = True,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     progress: bool = True,
 ) -> Spectra:
     """Return the spectra of `sites` at `layers` (all by default), from the cache or one pass of the model.
@@ -122,7 +123,7 @@ def collect_spectra(
     not have, DataError for activations that are not finite, CacheError for a damaged cache file.
     """
     wanted = places(model, sites, layers)
-    info = models.model_info(model)
+    info, batch_tokens = models.model_info(model), batch_tokens_for(model, batch_tokens)
     if not is_fixed(info.fingerprint):
         consumer = MomentsConsumer(wanted)
         options: dict[str, Any] = {"drop_massive": drop_massive, "left_out": consumer.leave_out}
@@ -156,7 +157,7 @@ def rank_growth(
     *,
     steps: int = 5,
     drop_first: bool = True,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     progress: bool = True,
 ) -> list[dict[str, object]]:
     """Measure the effective rank on `steps` nested samples of the tokens, each half the next.
@@ -165,7 +166,7 @@ def rank_growth(
     """
     require(2 <= steps <= 12, "steps", steps, "from 2 to 12")
     wanted = places(model, sites, layers)
-    info = models.model_info(model)
+    info, batch_tokens = models.model_info(model), batch_tokens_for(model, batch_tokens)
     sizes = sorted({max(1, len(tokens) >> k) for k in range(steps)})
     key = {**_key(info, tokens, drop_first, batch_tokens), "pairs": wanted, "sizes": sizes}
 
@@ -206,13 +207,13 @@ def _run(
     partial = _partial(folder, missing)
     done = 0
     if partial.exists():
-        state = _load(partial)
+        state, _ = _load(partial)
         done = int(state["done"])
         consumer.load_state(state)
     saved_at = time.monotonic()
 
     def save() -> None:
-        save_tensors(partial, {"done": torch.tensor(done), **consumer.state()}, _ABOUT)
+        save_tensors(partial, {"done": torch.tensor(done, device="cpu"), **consumer.state()}, _ABOUT)
 
     def after_batch(sequences: int) -> None:
         nonlocal done, saved_at
@@ -266,33 +267,36 @@ def _write(path: Path, consumer: MomentsConsumer, where: SiteLayer) -> None:
     found = consumer.spectrum(where)
     moments, massive = consumer.moments.pop(where), consumer.massive.pop(where, None)
     out = {} if massive is None else {f"massive.{name}": t for name, t in massive.state().items()}
+    # NaN: no tokens were left out
+    rank = found.rank_with_massive or math.nan
     out |= {
         "eigenvalues": found.eigenvalues,
-        "left_out": torch.tensor(found.left_out),
-        # NaN: no tokens were left out
-        "rank_with_massive": torch.tensor(found.rank_with_massive or math.nan, dtype=torch.float64),
+        "left_out": torch.tensor(found.left_out, device="cpu"),
+        "rank_with_massive": torch.tensor(rank, dtype=torch.float64, device="cpu"),
     }
-    save_tensors(path, {**moments.state(), **out}, _ABOUT)
+    save_tensors(path, {**moments.state(), **out}, {**_ABOUT, _NOISE: repr(found.noise)})
 
 
-def _load(path: Path, *names: str) -> dict[str, Tensor]:
-    """Return the tensors of a cached file: those in `names`, or all."""
-    return read_tensors(path, CacheError, "delete the file and run again", names, _ABOUT)[0]
+def _load(path: Path, *names: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a cached file (those in `names`, or all) and its metadata."""
+    return read_tensors(path, CacheError, "delete the file and run again", names, _ABOUT)
 
 
 def _read(path: Path, name: str, drop_massive: bool) -> Spectrum:
-    head = _load(path, "n", "mean", "eigenvalues", "left_out", "rank_with_massive")
-    left_out = int(head["left_out"])
+    head, about = _load(path, "n", "mean", "eigenvalues", "left_out", "rank_with_massive")
+    left_out, values = int(head["left_out"]), head["eigenvalues"]
     if left_out and not drop_massive:
-        state = _load(path)
+        state, _ = _load(path)
         whole = moments_in(state, "").merge(moments_in(state, "massive."))
         return Spectrum.from_moments(whole, name=name)
     return Spectrum(
-        head["eigenvalues"],
+        values,
         head["mean"],
         int(head["n"]),
-        lambda: Moments.from_state(_load(path)).covariance,
+        lambda: Moments.from_state(_load(path)[0]).covariance,
         name=name,
         left_out=left_out,
         rank_with_massive=head["rank_with_massive"].item() if left_out else None,
+        # Files of older versions do not state it.
+        noise=float(about.get(_NOISE, TYPICAL_NOISE * values.sum().item())),
     )

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from asi_lens.base.errors import require, require_known, unknown_name
-from asi_lens.sae.kinds import KINDS
+from asi_lens.sae.kinds import KINDS, kinds_with
 from asi_lens.sae.search import SEARCHES
 from asi_lens.sae.sparsity import SparsityConfig
 from asi_lens.sae.starts import find_start
+from asi_lens.sae.starts.start import starts_with
 from asi_lens.sae.transcoder_init import READERS
 from asi_lens.training.config import TrainConfig
 
@@ -47,24 +48,21 @@ class Recipe:
         TrainConfig(optimizer=self.optimizer, aux_k=self.aux_k)
         require_known([self.activation], KINDS, "activation")
         fits = not self.inside or (self.init == "asi" and self.d_init is not None and self.center)
-        require(fits, "inside", self.inside, "False but for a centered 'asi' with a d_init")
+        require(fits, "inside", self.inside, "False, except for init='asi' with a d_init and center=True")
         if self.reader is not None:
             require_known([self.reader], READERS, "reader")
             fits = start.transcoders and self.center and not self.inside
-            require(
-                fits, "reader", self.reader, "left out where init, center or inside are not a transcoder's"
-            )
+            starts = starts_with(lambda start: start.transcoders)
+            allowed = f"None, except for init={starts} with center=True and inside=False"
+            require(fits, "reader", self.reader, allowed)
         fits = self.whiten is None or (0 <= self.whiten <= 4 and self.reader is None and not self.inside)
-        require(
-            fits and (self.whiten is None or self.center),
-            "whiten",
-            self.whiten,
-            "None, or from 0 to 4 for centered autoencoders at full width",
-        )
+        allowed = "None, or from 0 to 4 for centered autoencoders at full width"
+        require(fits and (self.whiten is None or self.center), "whiten", self.whiten, allowed)
         require_known([self.search], SEARCHES, "search")
         plain = KINDS[self.activation].picks_k and not self.inside and self.reader is None
         fits = self.search == "exact" or plain
-        require(fits, "search", self.search, "'exact' but for TopK autoencoders at full width")
+        allowed = f"'exact', except for {kinds_with('picks_k')} autoencoders with inside=False"
+        require(fits, "search", self.search, allowed)
 
 
 RECIPES: dict[str, Recipe] = {

@@ -28,12 +28,12 @@ from asi_lens.experiments.recipes import Recipe, find_recipe
 from asi_lens.inputs.models import resolve_device, resolve_dtype
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.drift import Drift
-from asi_lens.sae.initialize import InitReport, auto_d_init, initialize
+from asi_lens.sae.initialize import auto_d_init, initialize
 from asi_lens.sae.kinds import KINDS
 from asi_lens.sae.subspace import SubspaceStore, expand
 from asi_lens.sae.train import Trainer
 from asi_lens.sae.transcoder import Transcoder
-from asi_lens.sae.transcoder_init import TranscoderInitReport, initialize_transcoder
+from asi_lens.sae.transcoder_init import initialize_transcoder
 from asi_lens.training.checkpoint import CHECKPOINT_FILE, held
 from asi_lens.training.config import TrainConfig
 from asi_lens.training.learner import Learner
@@ -193,7 +193,7 @@ def _run(
 ) -> TrainedRun:
     d_out = store.d_out if isinstance(store, PairedStores) else None
     fits = (d_out is not None) == (recipe.reader is not None)
-    require(fits, "reader", recipe.reader, "given for paired stores, and for nothing else")
+    require(fits, "reader", recipe.reader, "given for paired stores, None for rows of one site")
     config = SAEConfig(store.d, d_sae, k, recipe.activation, seed, store.metadata, d_out)
     train = replace(base, optimizer=recipe.optimizer, aux_k=recipe.aux_k, seed=seed)
     automatic = auto_d_init(store.spectrum)
@@ -255,7 +255,6 @@ def _start(
     recipe, sae = run.recipe, _untrained(run, rows)
     l0 = recipe.sparsity.initial_l0 if sae.activation.has_threshold else None
     drift, search = None, "exact"
-    report: InitReport | TranscoderInitReport
     if isinstance(rows, PairedStores):
         assert isinstance(sae, Transcoder)
         assert recipe.reader is not None  # checked by `_run`
@@ -329,7 +328,7 @@ def is_finished(folder: Path, needed: Iterable[str]) -> bool:
     for name in needed:
         if not (folder / name).exists():
             raise CacheError(
-                f"{folder / FINISHED_FILE} tells of a finished run, but {folder / name} is missing; "
+                f"{folder / FINISHED_FILE} marks a finished run, but {folder / name} is missing; "
                 f"delete {folder}"
             )
     return True

@@ -192,6 +192,9 @@ def resolve_device(device: str | torch.device) -> torch.device:
         )
     if target.type == "cuda" and not torch.cuda.is_available():
         raise OptionError(f"device={str(device)!r} is not allowed here: PyTorch finds no CUDA device")
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        n = torch.cuda.device_count()
+        raise OptionError(f"device={str(device)!r} is not allowed here: PyTorch finds {n}, counted from 0")
     return target
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from asi_lens.base.errors import UnsupportedModelError, require
 from asi_lens.inputs import models, twin
 from asi_lens.lorsa.heads import PatternConfig, QueryKeyHeads
+from asi_lens.sae.splice import Place
 
 READ_SITE = "blocks.{}.attn.hook_in"
 """Hook of an attention layer's input: the residual stream, after the layer's input norm if it has one."""
@@ -90,6 +91,11 @@ def write_site(model: nn.Module, layer: int) -> str:
     return models.hook_name(model, models.attention_write_site(model), layer)
 
 
+def layer_place(model: nn.Module, layer: int) -> Place:
+    """Return the place of a Lorsa of that layer: the attention layer's input and output."""
+    return Place.of(model, (write_site(model, layer), layer), (READ_SITE, layer))
+
+
 def origin(model: nn.Module, layer: int) -> dict[str, Any]:
     """Return metadata of a Lorsa of `model`: the model's name and fingerprint, the layer, the output hook."""
     info = models.model_info(model)
@@ -141,7 +147,9 @@ def read_attention(model: nn.Module, layer: int, context: int) -> AttentionLayer
         b_Q=b_Q,
         b_K=b_K,
         b_V=b_V,
-        b_O=torch.zeros(W_Q.shape[1], dtype=torch.float64) if b_O is None else b_O.double().cpu(),
+        b_O=torch.zeros(W_Q.shape[1], dtype=torch.float64, device="cpu")
+        if b_O is None
+        else b_O.double().cpu(),
         cos=cos.double().cpu(),
         sin=sin.double().cpu(),
         q_gain=None if norms[0] is None else _gain(model, layer, norms[0], W_Q.shape[2]),

@@ -23,8 +23,8 @@ def unit_firings(lorsa: Lorsa, pairs: SequencePairs) -> pd.DataFrame:
 
     Columns: `unit`, `head`, `frequency` (share of positions), `mean` (of the unit's values where it wrote).
     """
-    counts = torch.zeros(lorsa.n_ov, dtype=torch.float64)
-    sums = torch.zeros(lorsa.n_ov, dtype=torch.float64)
+    counts = torch.zeros(lorsa.n_ov, dtype=torch.float64, device="cpu")
+    sums = torch.zeros(lorsa.n_ov, dtype=torch.float64, device="cpu")
     for block in pairs.blocks(_BLOCK):
         code = lorsa.encode(block.x)
         units, values = code.indices[:, 1:].flatten(), code.values[:, 1:].flatten().double()

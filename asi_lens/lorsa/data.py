@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from asi_lens.activations.harvest import BATCH_TOKENS, SiteLayer, harvest
+from asi_lens.activations.harvest import SiteLayer, harvest
 from asi_lens.activations.harvest_store import harvest_stores
 from asi_lens.activations.moments import Moments
 from asi_lens.base.errors import DataError, require
@@ -56,8 +56,8 @@ class SequencePairs:
     ):
         if inputs.shape != outputs.shape or inputs.ndim != 3 or inputs.numel() == 0 or inputs.shape[1] < 2:
             raise DataError(
-                f"inputs of shape {tuple(inputs.shape)} and outputs of shape {tuple(outputs.shape)}; both "
-                "are [sequence position d], of 2 positions or more"
+                f"inputs have shape {tuple(inputs.shape)} and outputs {tuple(outputs.shape)}; both must be "
+                "[sequence position d] with at least 2 positions"
             )
         self.inputs, self.outputs = inputs, outputs
         self.d = inputs.shape[2]
@@ -105,7 +105,12 @@ class SequencePairs:
         from `seed`. Raises OptionError for a batch smaller than a sequence, or a start between batches.
         """
         each = self.context - 1
-        require(batch_size >= each, "batch_size", batch_size, f"a sequence of {each} positions at least")
+        require(
+            batch_size >= each,
+            "batch_size",
+            batch_size,
+            f"at least {each}, the positions of a sequence that count",
+        )
         n, n_sequences = len(self), batch_size // each
         require(start % (n_sequences * each) == 0, "start", start, f"a multiple of {n_sequences * each}")
         first = start // each
@@ -136,7 +141,7 @@ def harvest_pairs(
     layer: int,
     *,
     dtype: str | torch.dtype = "float32",
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     progress: bool = True,
 ) -> SequencePairs:
     """Run the model once and return the inputs and outputs of the attention of `layer`, in memory.

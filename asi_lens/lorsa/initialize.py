@@ -13,48 +13,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from asi_lens.activations.moments import Moments
-from asi_lens.activations.spectrum import one_thread
+from asi_lens.activations.precision import one_thread
 from asi_lens.base.errors import OptionError, require
-from asi_lens.kernels.draws import draw_gaussian, other_stream, unit_rows_
+from asi_lens.kernels.draws import draw_gaussian, unit_rows_
 from asi_lens.lorsa.attention import AttentionLayer, origin, read_attention
 from asi_lens.lorsa.data import SequencePairs
 from asi_lens.lorsa.lorsa import Lorsa, config_for
-from asi_lens.sae.initialize import best_scale, fit_sums
+from asi_lens.sae.initialize import InitReport
+from asi_lens.sae.scale import best_scale, fit_sums
 from asi_lens.sae.starts import STARTS, Start, find_start
 
 LORSA_METHODS = tuple(name for name, start in STARTS.items() if start.lorsas)
 """Methods for the initial units: Gaussian, or in the active subspace of the values of the unit's head."""
-
-
-@dataclass(frozen=True)
-class LorsaInitReport:
-    """Options and measured results of one `initialize_lorsa`.
-
-    Attributes:
-        d_init: dimensions of each head's active subspace; None for `random`.
-        leak_value, leak_output: largest share of the norm of a w_v (w_o) outside the image of its head's
-            active subspace in the stream. Measured in float64 on the stored weights; None for `random`.
-        value_norm: norm of every w_v (every w_o has norm 1).
-        fvu: fraction of the sample's output variance that the first reconstruction leaves unexplained.
-    """
-
-    method: str
-    d_init: int | None
-    seed: int
-    tied: bool
-    norm_search: bool
-    center: bool
-    leak_value: float | None
-    leak_output: float | None
-    value_norm: float
-    fvu: float
 
 
 @torch.no_grad()
@@ -91,25 +67,23 @@ def initialize_lorsa(
     method: str = "asi",
     d_init: int | None = None,
     *,
-    tied: bool = True,
-    norm_search: bool = True,
-    center: bool = True,
     seed: int | None = None,
-) -> LorsaInitReport:
-    """Set every weight of `lorsa` and its normalization of inputs and outputs, in place.
+) -> InitReport:
+    """Set every weight of `lorsa` and its normalization of inputs and outputs, in place. Returns a report.
+
+    The means of inputs and outputs are subtracted (buffers). A unit writes the direction that it reads,
+    mapped by its head's W_O: u W_O for ASI, (w_v W_V) W_O for `random`. One factor on all w_v gives the first
+    reconstruction of `sample` its smallest mean squared error, in closed form.
 
     Args:
         model, layer: the attention layer. Its queries and keys are copied; ASI uses its values and outputs.
         sample: data of that layer, for the means, the scales, the subspaces and the norm.
         method: one of `LORSA_METHODS`. `random` draws w_v isotropically in the stream.
         d_init: dimensions of the active subspace of a head, 1 to d_qk. ASI only.
-        tied: a unit writes the direction it reads, mapped by its head's W_O: u W_O for ASI, (w_v W_V) W_O for
-            `random`. False: w_o is drawn independently, the same way (`random`: isotropic in the stream).
-        norm_search: scale w_v so that the first reconstruction of `sample` has the smallest mean squared
-            error, in closed form. False: w_v have norm 1. They also have norm 1 where every factor makes the
-            error worse, which can happen for untied units (their w_o and w_v are independent).
-        center: subtract the means of inputs and outputs (buffers). False: b_O starts as the outputs' mean.
         seed: seed of the units; by default the configuration's seed.
+
+    In the report, a leak is the share of a w_v (w_o) outside the image of its head's active subspace in the
+    stream.
 
     Raises OptionError, UnknownNameError, DataError for a sample that is not finite or never varies, and the
     errors of `read_attention`.
@@ -129,31 +103,23 @@ def initialize_lorsa(
     seed = config.seed if seed is None else seed
     require(seed >= 0, "seed", seed, "at least 0")
 
-    _set_normalization(lorsa, sample, center)
+    _set_normalization(lorsa, sample)
     source.fill(lorsa.heads, lorsa.input_mean, lorsa.input_scale.item())
     lorsa.b_V.zero_()
+    lorsa.b_O.zero_()
     active = None if d_init is None else active_values(source, sample.input_moments.covariance, d_init)
-    _draw_units(lorsa, source, active, tied, seed)
-    if norm_search:
-        # b_V is zero, so scaling all w_v by s scales a reconstruction less b_O by s.
-        sides = ((target - lorsa.b_O, found - lorsa.b_O) for target, found, _ in lorsa.scan(sample))
-        lorsa.W_V.mul_(best_scale(*fit_sums(sides)))
-    leaks = None if active is None else _leaks(lorsa, source, active)
-    report = LorsaInitReport(
-        method=method,
-        d_init=d_init,
-        seed=seed,
-        tied=tied,
-        norm_search=norm_search,
-        center=center,
-        leak_value=None if leaks is None else leaks[0],
-        leak_output=None if leaks is None else leaks[1],
-        value_norm=lorsa.W_V.norm(dim=1).mean().item(),
+    _draw_units(lorsa, source, active, seed)
+    # The biases are zero, so scaling all w_v by s scales the first reconstruction by s.
+    lorsa.W_V.mul_(best_scale(*fit_sums((target, found) for target, found, _ in lorsa.scan(sample))))
+    lorsa.initialization = {"method": method, "d_init": d_init, "seed": seed}
+    reads, writes = (None, None) if active is None else _leaks(lorsa, source, active)
+    return InitReport(
+        dict(lorsa.initialization),
+        leak_decoder=writes,
+        leak_encoder=reads,
+        encoder_norm=lorsa.W_V.norm(dim=1).mean().item(),
         fvu=squared_error(lorsa, sample) / sample.output_moments.scatter.trace().item(),
     )
-    settings = ("method", "d_init", "seed", "tied", "norm_search", "center")
-    lorsa.initialization = {key: value for key, value in asdict(report).items() if key in settings}
-    return report
 
 
 def active_values(
@@ -184,37 +150,29 @@ def _check_d_init(start: Start, d_init: int | None, d_head: int) -> None:
     require(whole and 1 <= (d_init or 0) <= d_head, "d_init", d_init, allowed)
 
 
-def _set_normalization(lorsa: Lorsa, sample: SequencePairs, center: bool) -> None:
+def _set_normalization(lorsa: Lorsa, sample: SequencePairs) -> None:
     """Set means and scales from `sample`, so that normalized rows have mean square norm d_in."""
     sides: dict[str, Moments] = {"input": sample.input_moments, "output": sample.output_moments}
     for side, moments in sides.items():
         size = moments.covariance.trace().item()
         require(0 < size < math.inf, f"variance of the {side}s", size, "finite and above 0")
-        if not center:
-            size += moments.mean.square().sum().item()
-        getattr(lorsa, f"{side}_mean").copy_(moments.mean if center else torch.zeros_like(moments.mean))
+        getattr(lorsa, f"{side}_mean").copy_(moments.mean)
         getattr(lorsa, f"{side}_scale").fill_(math.sqrt(lorsa.d_in / size))
-    offset = (sample.output_moments.mean.to(lorsa.output_mean) - lorsa.output_mean) * lorsa.output_scale
-    lorsa.b_O.copy_(offset)
 
 
-def _draw_units(lorsa: Lorsa, source: AttentionLayer, active: Tensor | None, tied: bool, seed: int) -> None:
+def _draw_units(lorsa: Lorsa, source: AttentionLayer, active: Tensor | None, seed: int) -> None:
     """Fill w_v and w_o with rows of unit norm, a group of rows for each query-key head."""
     width = lorsa.d_in if active is None else active.shape[2]
-    reads = torch.empty(lorsa.n_ov, width, dtype=torch.float64)
-    draw_gaussian(reads, seed)
-    writes = reads
-    if not tied:
-        writes = torch.empty_like(reads)
-        draw_gaussian(writes, other_stream(seed))
+    drawn = torch.empty(lorsa.n_ov, width, dtype=torch.float64, device="cpu")
+    draw_gaussian(drawn, seed)
     for head, rows in _groups(lorsa, source):
         W_V, W_O = source.W_V[head], source.W_O[head]
         if active is not None:
-            w_v = reads[rows] @ active[head].T @ W_V.T
-            w_o = writes[rows] @ active[head].T @ W_O
+            value = drawn[rows] @ active[head].T
+            w_v, w_o = value @ W_V.T, value @ W_O
         else:
-            w_v = reads[rows]
-            w_o = w_v @ W_V @ W_O if tied else writes[rows]
+            w_v = drawn[rows]
+            w_o = w_v @ W_V @ W_O
         lorsa.W_V[rows] = unit_rows_(w_v.clone()).to(lorsa.W_V)
         lorsa.W_O[rows] = unit_rows_(w_o.clone()).to(lorsa.W_O)
 

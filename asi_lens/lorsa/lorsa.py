@@ -32,9 +32,10 @@ from asi_lens.kernels.codes import SparseCode
 from asi_lens.kernels.draws import draw_gaussian, other_stream, unit_rows_
 from asi_lens.kernels.gradients import decode_sum
 from asi_lens.kernels.topk import topk_exact
-from asi_lens.lorsa.attention import AttentionLayer, origin, read_attention
+from asi_lens.lorsa.attention import AttentionLayer, layer_place, origin, read_attention
 from asi_lens.lorsa.data import SequencePairs
 from asi_lens.lorsa.heads import PatternConfig, QueryKeyHeads
+from asi_lens.sae.splice import Place, Spliced
 
 FORMAT = 1
 _HEADER = "asi_lens_lorsa"
@@ -133,7 +134,7 @@ def config_for(
     )
 
 
-class Lorsa(nn.Module):
+class Lorsa(Spliced):
     """Query-key heads and the units that share the heads.
 
     Parameters: `heads` (see `QueryKeyHeads`), `W_V`, `W_O [n_ov d_in]`, `b_V [n_ov]`, `b_O [d_in]`.
@@ -143,6 +144,8 @@ class Lorsa(nn.Module):
     positions alike; `initialize_lorsa` copies heads from a model. `from_attention` returns the exact copy of
     a layer.
     """
+
+    place_is_given_by = "layer=..."
 
     input_mean: Tensor
     input_scale: Tensor
@@ -175,6 +178,11 @@ class Lorsa(nn.Module):
     def d_in(self) -> int:
         """Width of inputs and outputs."""
         return self.config.d_in
+
+    @property
+    def d_out(self) -> int:
+        """Width of outputs: that of the inputs."""
+        return self.d_in
 
     @property
     def n_ov(self) -> int:
@@ -262,6 +270,11 @@ class Lorsa(nn.Module):
             sizes = SparseCode(code.indices.flatten(0, 1), code.values.abs().flatten(0, 1))
             yield target, self.decode_normalized(code), sizes
 
+    def place_in(self, model: nn.Module, metadata: Mapping[str, Any]) -> Place | None:
+        """See `Spliced.place_in`. Metadata name the layer."""
+        layer = metadata.get("layer")
+        return None if layer is None else layer_place(model, int(layer))
+
     def save(self, path: Path | str) -> None:
         """Write one `.safetensors` file (see `save_lorsa`)."""
         save_lorsa(self, path)
@@ -279,11 +292,11 @@ class Lorsa(nn.Module):
     def _require_sequences(self, x: Tensor, what: str) -> None:
         if x.ndim != 3 or x.shape[-1] != self.d_in or x.numel() == 0:
             raise DataError(
-                f"{what} of shape {tuple(x.shape)}; a Lorsa takes [batch position {self.d_in}], none 0"
+                f"{what} have shape {tuple(x.shape)}; a Lorsa takes [batch position {self.d_in}], none 0"
             )
         context = self.config.pattern.context
         if x.shape[1] > context:
-            raise DataError(f"sequences of {x.shape[1]} positions given to a Lorsa with context={context}")
+            raise DataError(f"sequences have {x.shape[1]} positions, more than the Lorsa's context={context}")
         if not bool(torch.isfinite(x.sum(dtype=torch.float32))):
             bad = (~torch.isfinite(x)).flatten(1).any(1).sum().item()
             if bad:
@@ -308,21 +321,21 @@ def load_lorsa(path: Path | str) -> Lorsa:
     """
     path = _checked(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}")
+        raise FileNotFoundError(f"{path} does not exist")
     with opened(path, DataError) as file:
         text = (file.metadata() or {}).get(_HEADER)
         if text is None:
-            raise DataError(f"{path} is not the file of a Lorsa")
+            raise DataError(f"{path} is not a file of a Lorsa")
         about = json.loads(text)
         if about.get("format") != FORMAT:
-            raise DataError(f"{path} has format {about.get('format')!r}, this version reads {FORMAT}")
+            raise DataError(f"{path} has format {about.get('format')!r}, but this version reads {FORMAT}")
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     dtype = state["W_O"].dtype if "W_O" in state else torch.float32
     lorsa = Lorsa(LorsaConfig.from_dict(about["config"]), dtype=dtype)
     try:
         lorsa.load_state_dict(state)
     except RuntimeError as error:
-        raise DataError(f"{path} holds other tensors than its configuration asks for: {error}") from error
+        raise DataError(f"{path} holds other tensors than its configuration needs: {error}") from error
     lorsa.initialization = about["initialization"]
     return lorsa
 

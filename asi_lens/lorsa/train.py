@@ -50,7 +50,7 @@ class LorsaTrainer(Fits[SequencePairs, PairBatch]):
         require(config.compute_dtype in dtypes, "compute_dtype", config.compute_dtype, " or ".join(dtypes))
         require(config.kernels != "triton", "kernels", config.kernels, "'auto' or 'plain' for a Lorsa")
         if not lorsa.initialization:
-            raise OptionError("this Lorsa has heads without weights; run initialize_lorsa first")
+            raise OptionError("the heads of this Lorsa have no weights; call `initialize_lorsa` first")
         self.optimizer = torch.optim.Adam(lorsa.parameters(), lr=config.lr, fused=True)
         self.ledger = DeadnessLedger(lorsa.n_ov, lorsa.W_O.device)
         self._steps = 0
@@ -84,8 +84,8 @@ class LorsaTrainer(Fits[SequencePairs, PairBatch]):
         x, y = batch.x, batch.y
         if x.shape != y.shape or x.ndim != 3 or x.shape[1] < 2:
             raise DataError(
-                f"inputs of shape {tuple(x.shape)} and outputs of shape {tuple(y.shape)}; both are "
-                f"[batch position {self.lorsa.d_in}], of 2 positions or more"
+                f"inputs have shape {tuple(x.shape)} and outputs {tuple(y.shape)}; both must be "
+                f"[batch position {self.lorsa.d_in}] with at least 2 positions"
             )
         lorsa, config = self.lorsa, self.config
         target = lorsa.normalize_output(y)[:, 1:]
@@ -147,9 +147,11 @@ class LorsaTrainer(Fits[SequencePairs, PairBatch]):
         Raises OptionError for a longer context than the Lorsa's, or a sequence longer than the batch.
         """
         longest, each = self.lorsa.config.pattern.context, store.context - 1
-        require(store.context <= longest, "store", f"of context {store.context}", f"of {longest} at most")
+        require(
+            store.context <= longest, "store", f"of context {store.context}", f"of context {longest} at most"
+        )
         size = self.config.batch_size
-        require(size >= each, "batch_size", size, f"a sequence of {each} positions at least")
+        require(size >= each, "batch_size", size, f"at least {each}, the positions of a sequence that count")
 
     def describe(self) -> dict[str, Any]:
         """Return the options that a checkpoint must share for this trainer to continue it (JSON values)."""
@@ -168,7 +170,7 @@ class LorsaTrainer(Fits[SequencePairs, PairBatch]):
         for name, parameter in self.lorsa.named_parameters():
             for key, tensor in self.optimizer.state.get(parameter, {}).items():
                 out[f"optimizer.{name}.{key}"] = tensor
-        return out | {"steps": torch.tensor(self.steps)}
+        return out | {"steps": torch.tensor(self.steps, device="cpu")}
 
     @torch.no_grad()
     def load_state(self, read: Callable[[str], Tensor]) -> None:

@@ -133,7 +133,8 @@ def _shared_spectrum(store: ActivationStore, ranks: Ranks, device: str) -> Spect
     if ranks.size == 1:
         return store.spectrum
     d = store.d
-    values, directions = torch.zeros(d, dtype=torch.float64), torch.zeros(d, d, dtype=torch.float64)
+    values = torch.zeros(d, dtype=torch.float64, device="cpu")
+    directions = torch.zeros(d, d, dtype=torch.float64, device="cpu")
     if ranks.rank == 0:
         values, directions = store.spectrum.eigenvalues, store.spectrum.eigenvectors.contiguous()
     values, directions = (ranks.share(tensor.to(device)).cpu() for tensor in (values, directions))

@@ -12,6 +12,7 @@ Decoder rows have unit norm. `folded` returns weights of the same function on ra
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -30,6 +31,7 @@ from asi_lens.kernels.draws import draw_gaussian, unit_rows_
 from asi_lens.kernels.gradients import decode_sum
 from asi_lens.sae.kinds import KINDS
 from asi_lens.sae.kinds.kind import Weights
+from asi_lens.sae.splice import Place, Spliced, site_layer
 
 # Rows encoded at a time outside of training.
 _BLOCK = 4096
@@ -72,7 +74,7 @@ class SAEConfig:
         return cls(**values)
 
 
-class SparseAutoencoder(Weights):
+class SparseAutoencoder(Weights, Spliced):
     """A dictionary of `d_sae` directions, and the encoder that picks the features of an activation.
 
     Parameters: `W_enc [d_in d_sae]`, `b_enc [d_sae]`, `W_dec [d_sae d_in]`, `b_dec [d_in]`. W_enc is a
@@ -99,8 +101,10 @@ class SparseAutoencoder(Weights):
             dtype in (torch.float32, torch.float64), "dtype", dtype, "float32 or float64 (master weights)"
         )
         if self.is_transcoder != (config.d_out is not None):
-            kind = "a Transcoder has one" if self.is_transcoder else "only a Transcoder has one"
-            raise OptionError(f"d_out={config.d_out} is not allowed: {kind}")
+            allowed = (
+                "a whole number for a Transcoder" if self.is_transcoder else "None: only a Transcoder has one"
+            )
+            raise OptionError(f"d_out={config.d_out} is not allowed; d_out must be {allowed}")
         self.config = config
         d_in, d_sae, d_out = config.d_in, config.d_sae, config.d_out or config.d_in
         self.W_enc = nn.Parameter(torch.empty(d_sae, d_in, dtype=dtype).T)
@@ -143,7 +147,10 @@ class SparseAutoencoder(Weights):
         Raises DataError if `x` is not d_in wide, is empty, or (if `checked`) holds NaN or infinity.
         """
         if x.ndim == 0 or x.shape[-1] != self.d_in:
-            raise DataError(f"activations of shape {tuple(x.shape)} given to an SAE with d_in={self.d_in}")
+            raise DataError(
+                f"activations have shape {tuple(x.shape)}; a dictionary with d_in={self.d_in} takes [..., "
+                f"{self.d_in}]"
+            )
         rows = x.reshape(-1, self.d_in).to(self.input_mean)
         normalized = (rows - self.input_mean).mul_(self.input_scale)
         if checked and not bool(torch.isfinite(normalized.sum())):
@@ -159,10 +166,9 @@ class SparseAutoencoder(Weights):
     def prepare(self, store: ActivationStore | PairedStores, *, first: bool) -> None:
         """Prepare for training on `store`. On the `first` call, a dictionary without normalization takes the
         store's mean and scale. Raises OptionError for data that the dictionary cannot be trained on."""
-        if isinstance(store, PairedStores):
-            raise OptionError(
-                "store='pairs' is not allowed; store must be rows of one site, for an autoencoder"
-            )
+        one = not isinstance(store, PairedStores)
+        require(one, "store", "PairedStores", "rows of one site for an autoencoder")
+        assert not isinstance(store, PairedStores)
         if first and not self.is_normalized:
             self.set_normalization(store.mean, store.scale)
 
@@ -170,7 +176,7 @@ class SparseAutoencoder(Weights):
         """Raise DataError unless `batch` is rows to train on."""
         if not isinstance(batch, Tensor) or batch.ndim != 2 or len(batch) == 0:
             found = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
-            raise DataError(f"a batch is rows [n {self.d_in}] with n at least 1, not {found}")
+            raise DataError(f"the batch is {found}; it must be rows [n {self.d_in}] with n at least 1")
 
     def sides(
         self, batch: Tensor | Pair, checked: bool = True
@@ -210,13 +216,20 @@ class SparseAutoencoder(Weights):
         return self.decode(self.encode(x))
 
     def scan(
-        self, data: ActivationStore | PairedStores | Tensor
+        self, data: ActivationStore | PairedStores | Tensor | Pair
     ) -> Iterator[tuple[Float[Tensor, "n d_out"], Float[Tensor, "n d_out"], SparseCode]]:
         """Yield targets, reconstructions and codes [n k] of all rows in order, a few thousand at a time."""
-        for batch in data.split(_BLOCK) if isinstance(data, Tensor) else data.in_order(_BLOCK):
+        for batch in data.split(_BLOCK) if isinstance(data, Tensor | Pair) else data.in_order(_BLOCK):
             x, target = (batch.x, batch.y) if isinstance(batch, Pair) else (batch, batch)
             code = self.encode(x)
             yield target, self.decode(code), code
+
+    def place_in(self, model: nn.Module, metadata: Mapping[str, Any]) -> Place | None:
+        """See `Spliced.place_in`. Metadata name site and layer, or a hook inside a block (SAELens)."""
+        where = site_layer(metadata)
+        if where is None and (match := re.match(r"blocks\.(\d+)\.", str(metadata.get("hook_name")))):
+            where = str(metadata["hook_name"]), int(match[1])
+        return None if where is None else Place.of(model, where)
 
     @torch.no_grad()
     def folded(self) -> dict[str, Tensor]:

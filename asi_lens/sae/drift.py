@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from asi_lens.activations.precision import exact_products
 from asi_lens.activations.spectrum import Spectrum
 from asi_lens.sae.dictionary import SparseAutoencoder
 
@@ -38,6 +39,7 @@ class Drift:
         """Raises OptionError for a `d_init` out of range."""
         self.basis = spectrum.active_subspace(d_init).float()
 
+    @exact_products()
     @torch.no_grad()
     def shares(self, sae: SparseAutoencoder) -> tuple[Float[Tensor, " d_sae"], Float[Tensor, " d_sae"]]:
         """Return the share of squared norm inside, 0 to 1, of each decoder row and of each encoder column."""

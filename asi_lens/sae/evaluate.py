@@ -6,7 +6,6 @@ depend on how the tokens are batched. Sums run in float64.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -19,31 +18,16 @@ from asi_lens.activations.harvest import SiteLayer
 from asi_lens.activations.harvest_store import ActivationStore
 from asi_lens.activations.moments import Moments
 from asi_lens.activations.pairs import PairedStores
+from asi_lens.activations.precision import exact_products
 from asi_lens.base.errors import DataError, OptionError, require, require_both
-from asi_lens.collapse.interventions import mean_ablate, skip_outliers
-from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.kernels.codes import SparseCode
 from asi_lens.sae.dictionary import SparseAutoencoder
-from asi_lens.sae.splice import Hooks, SpliceLosses, hooked_losses, splice_through
+from asi_lens.sae.splice import Hooks, Place, SpliceLosses, hooked_losses
 from asi_lens.sae.transcoder import Transcoder
 from asi_lens.training.ledger import DeadnessLedger
 
 _ROWS = 4096
-
-
-@dataclass(frozen=True)
-class Place:
-    """The hooks of a language model that coders read and write."""
-
-    read: str
-    """Name of the hook that coders read."""
-    write: str
-    """Name of the hook that coders write; an autoencoder writes the hook that it reads."""
-    layer: int
-    """First block with one of the hooks."""
-    site: str
-    """Name of the written site, for the progress bar and errors."""
 
 
 @runtime_checkable
@@ -60,19 +44,29 @@ class Targets(Protocol):
 class Coder(Protocol):
     """A model that can be evaluated: an autoencoder, a transcoder, a Lorsa."""
 
+    config: Any
+    """Configuration; its `metadata` name the coder's place."""
+
     @property
-    def d_sae(self) -> int: ...
+    def d_sae(self) -> int:
+        """Number of features."""
+        ...
+
     @property
     def target_scale(self) -> float:
         """Factor on raw targets in `scan`."""
         ...
 
-    def __call__(self, x: Tensor, /) -> Tensor:
-        """Return reconstructed raw targets from raw inputs."""
-        ...
-
     def scan(self, data: Any) -> Iterator[tuple[Tensor, Tensor, SparseCode]]:
         """Yield targets, reconstructions and codes [n k] of all `data`; values above zero fired."""
+        ...
+
+    def place(self, model: nn.Module, *known: Mapping[str, Any]) -> Place:
+        """Return the place that metadata name. Raises OptionError if they name none, or several."""
+        ...
+
+    def hooks(self, model: nn.Module, place: Place | None = None) -> Hooks:
+        """Return hooks of a forward pass that put the coder's output in the place of the activation."""
         ...
 
 
@@ -116,6 +110,7 @@ def evaluate(
     )[0]
 
 
+@exact_products()
 def evaluate_together(
     saes: Sequence[SparseAutoencoder],
     rows: ActivationStore | Float[Tensor, "n d_in"],
@@ -141,19 +136,17 @@ def evaluate_together(
     finite. Raises UnsupportedModelError for a model that does not predict next tokens.
     """
     require(len(saes) > 0, "saes", [], "one or more")
-    require_both(model=model, tokens=tokens)
     d_in = rows.d if isinstance(rows, ActivationStore) else rows.shape[1]
     for sae in saes:
-        require(not sae.is_transcoder, "saes", "a transcoder", "autoencoders; there is evaluate_transcoder")
+        require(
+            not sae.is_transcoder, "saes", "a transcoder", "autoencoders (evaluate_transcoder evaluates it)"
+        )
         require(sae.d_in == d_in, "rows", f"of width {d_in}", f"{sae.d_in} wide, as the dictionary")
         if isinstance(rows, ActivationStore):
             _require_same_site(sae.config.metadata, rows.metadata)
-    place = None
-    if model is not None:
-        known = rows.metadata if isinstance(rows, ActivationStore) else {}
-        site, layer = where or _where(model, [*(sae.config.metadata for sae in saes), known])
-        place = _place(saes, model, site, layer)
-    return evaluate_at(saes, rows, place, model, tokens, batch_tokens=batch_tokens, progress=progress)
+    place = None if where is None or model is None else Place.of(model, where)
+    options: dict[str, Any] = {"batch_tokens": batch_tokens, "progress": progress}
+    return evaluate_at(saes, rows, model, tokens, place, **options)
 
 
 def evaluate_transcoder(
@@ -170,6 +163,7 @@ def evaluate_transcoder(
     return evaluate_transcoders([sae], store, model=model, tokens=tokens, **options)[0]
 
 
+@exact_products()
 def evaluate_transcoders(
     saes: Sequence[Transcoder],
     store: PairedStores,
@@ -193,126 +187,124 @@ def evaluate_transcoders(
     predict next tokens.
     """
     require(len(saes) > 0, "saes", [], "one or more")
-    require_both(model=model, tokens=tokens)
     widths = (store.d, store.d_out)
     for sae in saes:
-        require(widths == (sae.d_in, sae.d_out), "store", f"of widths {widths}", f"{(sae.d_in, sae.d_out)}")
-    place = None if model is None else _place_of_pairs(model, store.metadata)
-    return evaluate_at(saes, store, place, model, tokens, batch_tokens=batch_tokens, progress=progress)
+        require(
+            widths == (sae.d_in, sae.d_out),
+            "store",
+            f"of widths {widths}",
+            f"of widths {(sae.d_in, sae.d_out)}",
+        )
+    return evaluate_at(saes, store, model, tokens, batch_tokens=batch_tokens, progress=progress)
 
 
 def evaluate_at(
     coders: Sequence[Coder],
     data: Targets | ActivationStore | Tensor,
-    place: Place | None,
     model: nn.Module | None,
     tokens: Tokens | None,
+    place: Place | None = None,
     *,
     batch_tokens: int,
     progress: bool,
 ) -> list[Evaluation]:
-    """Evaluate coders of one place on their data. Every kind of coder is evaluated here.
+    """Evaluate coders of one place on their data, which are read once. Every kind of coder is evaluated here.
 
-    `place`, `model` and `tokens` are given together, for the losses, or not at all. Raises DataError for
-    targets that never vary, and as `hooked_losses`.
+    `model` and `tokens` are given together, for the losses, or not at all. `place` is by default the place
+    that the metadata of coders and data name. Raises DataError for targets that never vary, and as
+    `Spliced.hooks` and `hooked_losses`.
     """
+    require_both(model=model, tokens=tokens)
     n = len(data) if isinstance(data, Tensor) else data.n
-    require(n >= 1, "rows", n, "at least one")
-    found = [_scanned(coder, data) for coder in coders]
-    mean, variance = _spread(data)
+    require(n >= 1, "rows", f"{n} rows", "at least one row")
+    spliced: list[Hooks] = []
+    if model is not None:
+        about = [coder.config.metadata for coder in coders[1:]] + [getattr(data, "metadata", {})]
+        place = coders[0].place(model, *about) if place is None else place
+        spliced = [coder.hooks(model, place) for coder in coders]
+    found = [_Tally(coder) for coder in coders]
+    spread = _Spread()
+    with torch.inference_mode():
+        for block in _blocks(data):
+            for one in found:
+                one.add(block)
+            if isinstance(block, Tensor):
+                spread.add(block)
+    # Data of pairs know the moments of their targets.
+    mean, variance = _known_spread(data) if spread.n == 0 else spread.found()
     losses: Sequence[SpliceLosses | None] = [None] * len(coders)
     if place is not None and model is not None and tokens is not None:
-        spliced = [splice_through(coder, place.read, place.write) for coder in coders]
-        ablated: Hooks = {place.write: skip_outliers(mean_ablate(mean))}
         options: dict[str, Any] = {"batch_tokens": batch_tokens, "progress": progress}
-        losses = hooked_losses(model, tokens, place.layer, ablated, spliced, site=place.site, **options)
-    return [
-        Evaluation(n, error / variance, 1 - error / variance, fired / n, silent, loss)
-        for (error, fired, silent), loss in zip(found, losses, strict=True)
-    ]
+        losses = hooked_losses(model, tokens, place, mean, spliced, **options)
+    return [one.numbers(n, variance, loss) for one, loss in zip(found, losses, strict=True)]
 
 
-@torch.inference_mode()
-def _scanned(coder: Coder, data: Any) -> tuple[float, int, float]:
-    """Return squared error in raw units, number of firings, and share of features that never fired."""
-    error, fired, ledger = 0.0, 0, None
-    for target, reconstruction, code in coder.scan(data):
-        ledger = ledger or DeadnessLedger(coder.d_sae, code.values.device)
-        exact = target.double()
-        error += (exact - reconstruction.to(exact)).square().sum().item()
-        fired += int((code.values > 0).sum())
-        ledger.update(code)
-    assert ledger is not None  # there is a row
-    return error / coder.target_scale**2, fired, ledger.silent_fraction
+def _blocks(data: Targets | ActivationStore | Tensor) -> Iterator[Any]:
+    """Yield rows (pairs of rows) that are read from files in blocks, and data in memory as they are."""
+    if isinstance(data, Tensor):
+        return iter(data.split(_ROWS))
+    return data.in_order(_ROWS) if isinstance(data, ActivationStore | PairedStores) else iter([data])
 
 
-def _spread(data: Targets | ActivationStore | Tensor) -> tuple[Float[Tensor, " d_out"], float]:
-    """Return the mean of the targets, and the sum of their squared distances from the mean.
+class _Tally:
+    """Sums of one coder over the blocks of its data."""
 
-    Raises DataError for targets that never vary.
-    """
-    if not isinstance(data, ActivationStore | Tensor):
-        moments = data.output_moments
-        scatter = moments.scatter.trace().item()
-        if not scatter > 1e-28 * moments.n * moments.mean.square().sum().item():
-            raise DataError("the outputs never vary: the fraction of variance unexplained is not defined")
-        return moments.mean, scatter
-    shift: Tensor | None = None
-    first = square = torch.zeros((), dtype=torch.float64)
-    for block in data.in_order(_ROWS) if isinstance(data, ActivationStore) else data.split(_ROWS):
+    def __init__(self, coder: Coder):
+        self.coder = coder
+        self.error, self.fired = 0.0, 0
+        self.ledger: DeadnessLedger | None = None
+
+    def add(self, block: Any) -> None:
+        """Count a block."""
+        for target, reconstruction, code in self.coder.scan(block):
+            self.ledger = self.ledger or DeadnessLedger(self.coder.d_sae, code.values.device)
+            exact = target.double()
+            self.error += (exact - reconstruction.to(exact)).square().sum().item()
+            self.fired += int((code.values > 0).sum())
+            self.ledger.update(code)
+
+    def numbers(self, n: int, variance: float, losses: SpliceLosses | None) -> Evaluation:
+        """Return the evaluation over `n` rows whose targets have that variance (a sum, in raw units)."""
+        assert self.ledger is not None  # there is a row
+        fvu = self.error / self.coder.target_scale**2 / variance
+        return Evaluation(n, fvu, 1 - fvu, self.fired / n, self.ledger.silent_fraction, losses)
+
+
+class _Spread:
+    """Mean of rows, and the sum of their squared distances from the mean, over blocks of rows."""
+
+    def __init__(self) -> None:
+        self.n = 0
+        self.shift: Tensor | None = None
+        self.first = self.square = torch.zeros((), dtype=torch.float64, device="cpu")
+
+    def add(self, block: Float[Tensor, "n d"]) -> None:
+        """Count a block."""
         x = block.double()
-        if shift is None:
+        if self.shift is None:
             # Sums around a point near the mean keep their precision where the mean is far from zero.
-            shift = x.mean(0)
-        first = first.to(x.device) + (x - shift).sum(0)
-        square = square.to(x.device) + (x - shift).square().sum()
-    assert shift is not None  # there is a row
-    variance = (square - first.square().sum() / len(data)).item()
-    if not variance > 1e-28 * (square + len(data) * shift.square().sum()).item():
-        raise DataError("the rows never vary: the fraction of variance unexplained is not defined")
-    return shift + first / len(data), variance
+            self.shift = x.mean(0)
+        self.n += len(x)
+        self.first = self.first.to(x.device) + (x - self.shift).sum(0)
+        self.square = self.square.to(x.device) + (x - self.shift).square().sum()
+
+    def found(self) -> tuple[Float[Tensor, " d"], float]:
+        """Return the mean and the sum. Raises DataError for rows that never vary."""
+        shift, n = self.shift, self.n
+        assert shift is not None  # there is a row
+        variance = (self.square - self.first.square().sum() / n).item()
+        if not variance > 1e-28 * (self.square + n * shift.square().sum()).item():
+            raise DataError("the rows never vary: the fraction of variance unexplained is not defined")
+        return shift + self.first / n, variance
 
 
-def _place(saes: Sequence[SparseAutoencoder], model: nn.Module, site: str, layer: int) -> Place:
-    """Return the place of a site of the model. Raises OptionError for a dictionary of another width."""
-    hook, width = models.hook_name(model, site, layer), models.site_width(model, site, layer)
-    for sae in saes:
-        name = models.model_info(model, fingerprint=False).name
-        require(sae.d_in == width, "sae", f"d_in={sae.d_in}", f"{width} wide, as {site} of {name}")
-    return Place(hook, hook, layer, site)
-
-
-def _place_of_pairs(model: nn.Module, about: Mapping[str, Any]) -> Place:
-    """Return the place of the two sites of `PairedStores`, from their metadata."""
-    reads = about.get("reads", {})
-    for side in (reads, about):
-        for key in ("site", "layer"):
-            if side.get(key) is None:
-                raise OptionError(f"the {key} of these stores is not known: their metadata do not say")
-    read = models.hook_name(model, str(reads["site"]), int(reads["layer"]))
-    write = models.hook_name(model, str(about["site"]), int(about["layer"]))
-    require(read != write, "output site", write, "another than the input site")
-    first = int(reads["layer"])
-    require(first <= int(about["layer"]), "layer of the inputs", first, f"at most {about['layer']}")
-    return Place(read, write, first, str(about["site"]))
-
-
-def _where(model: nn.Module, about: Sequence[Mapping[str, Any]]) -> SiteLayer:
-    """Return the (site, layer) of the metadata. Raises OptionError if they differ or none has a site."""
-    known = {models.hook_name(model, *found): found for each in about if (found := _site_layer(each))}
-    if len(known) != 1:
-        what = f"differ ({', '.join(known)})" if known else "are not known"
-        raise OptionError(f"site and layer of the dictionaries {what}; give where=(site, layer)")
-    return next(iter(known.values()))
-
-
-def _site_layer(metadata: Mapping[str, Any]) -> SiteLayer | None:
-    site, layer, hook = (metadata.get(key) for key in ("site", "layer", "hook_name"))
-    if site is not None and layer is not None:
-        return str(site), int(layer)
-    # SAELens records only the hook.
-    match = re.match(r"blocks\.(\d+)\.", str(hook))
-    return (str(hook), int(match[1])) if match else None
+def _known_spread(data: Any) -> tuple[Float[Tensor, " d_out"], float]:
+    """Return mean and spread of the targets, as `_Spread.found`, from the moments of the data."""
+    moments = data.output_moments
+    scatter = moments.scatter.trace().item()
+    if not scatter > 1e-28 * moments.n * moments.mean.square().sum().item():
+        raise DataError("the outputs never vary: the fraction of variance unexplained is not defined")
+    return moments.mean, scatter
 
 
 def _require_same_site(sae: Mapping[str, Any], store: Mapping[str, Any]) -> None:
@@ -320,6 +312,6 @@ def _require_same_site(sae: Mapping[str, Any], store: Mapping[str, Any]) -> None
         mine, theirs = sae.get(key), store.get(key)
         if mine is not None and theirs is not None:
             if mine != theirs:
-                raise OptionError(f"a dictionary of {key} {mine!r} and a store of {key} {theirs!r}")
+                raise OptionError(f"the store has {key} {theirs!r}, but the dictionary has {key} {mine!r}")
             if key == "hook_name":
                 return

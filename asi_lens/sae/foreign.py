@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from asi_lens.activations.spectrum import Spectrum
 from asi_lens.base.errors import DataError, OptionError, require, require_whole
-from asi_lens.sae.initialize import active_subspace_of, best_scale, fit_sums, largest_leak
+from asi_lens.sae.initialize import active_subspace_of, largest_leak
+from asi_lens.sae.scale import best_scale, fit_sums
 from asi_lens.sae.starts import Draw, find_start
 
 # Rows of a sample that one forward pass of the other library sees; it may hold a dense code.

@@ -20,7 +20,7 @@ are not read.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -172,10 +172,11 @@ def _load_ours(folder: Path) -> SparseAutoencoder:
     path = folder / OURS
     ours = _read_json(path)
     if ours.get("format") != FORMAT:
-        raise DataError(f"{path} has format {ours.get('format')!r}, this version reads {FORMAT}")
+        raise DataError(f"{path} has format {ours.get('format')!r}, but this version reads {FORMAT}")
     keys = {"format", "config", "dtype", "initialization", "in_sae_weights", "sha256"}
     if set(ours) != keys or ours["dtype"] not in ("float32", "float64"):
-        raise DataError(f"{path} is not what this version writes; its keys are {', '.join(sorted(ours))}")
+        wrong = ", ".join(sorted(set(ours) ^ keys)) or f"dtype={ours['dtype']!r}"
+        raise DataError(f"{path} was not written by this version: unexpected or missing {wrong}")
     for name, expected in ours["sha256"].items():
         if not (folder / name).is_file():
             raise DataError(f"{folder / name} is missing")
@@ -192,7 +193,10 @@ def _load_ours(folder: Path) -> SparseAutoencoder:
     shared = {names.get(name, name): t for name, t in _read_tensors(folder / SAELENS).items()}
     tensors |= {name: shared[name] for name in ours["in_sae_weights"]}
     if set(tensors) != set(sae.state_dict()):
-        raise DataError(f"{folder} has weights {', '.join(sorted(tensors))}, which do not belong together")
+        raise DataError(
+            f"{folder} holds the weights {', '.join(sorted(tensors))}, but its configuration needs "
+            f"{', '.join(sorted(sae.state_dict()))}"
+        )
     sae.initialization = ours["initialization"]
     return _filled(sae, tensors, folder)
 
@@ -212,17 +216,10 @@ def _load_saelens(folder: Path) -> SparseAutoencoder:
     activation = _ARCHITECTURES[architecture]
     kind = KINDS[activation]
     require_known(values, _SAELENS_KEYS | _TRAINING_KEYS | _SPARSIFY_KEYS, "SAELens configuration key")
-    normalize = values.get("normalize_activations", "none")
-    if normalize != "none":
-        raise OptionError(
-            f"normalize_activations={normalize!r} in {folder} is not supported: it depends on the input; "
-            "supported: 'none'"
-        )
-    if values.get("reshape_activations", "none") not in ("none", "hook_z"):
-        value = values["reshape_activations"]
-        raise OptionError(f"reshape_activations={value!r} in {folder} is not supported")
-    if values.get("finetuning_scaling_factor"):
-        raise OptionError(f"finetuning_scaling_factor in {folder} is not supported")
+    # Another normalization of activations would depend on the input.
+    _require_supported(values, "normalize_activations", ("none",), folder)
+    _require_supported(values, "reshape_activations", ("none", "hook_z"), folder)
+    _require_supported(values, "finetuning_scaling_factor", (False, None), folder)
     d_in, d_sae = _size(values, "d_in", folder), _size(values, "d_sae", folder)
     # 100 is SAELens' default. In kinds other than TopK every feature may fire.
     k = values.get("k", 100) if kind.picks_k else d_sae
@@ -237,7 +234,7 @@ def _load_saelens(folder: Path) -> SparseAutoencoder:
     if values.get("rescale_acts_by_decoder_norm", False):
         if "b_enc" not in tensors:
             raise OptionError(
-                f"rescale_acts_by_decoder_norm in {folder} is not supported for {architecture!r}"
+                f"rescale_acts_by_decoder_norm=True in {folder} is not supported for {architecture!r}"
             )
         norms = tensors["W_dec"].double().norm(dim=1)
         tensors["W_enc"] = tensors["W_enc"] * norms
@@ -254,8 +251,7 @@ def _load_sparsify(folder: Path) -> SparseAutoencoder:
     values = _read_json(folder / CONFIG)
     require_known(values, _SPARSIFY_KEYS, "sparsify configuration key")
     for key, only in {"activation": "topk", "skip_connection": False, "transcode": False}.items():
-        if values.get(key, only) != only:
-            raise OptionError(f"{key}={values[key]!r} in {folder} is not supported; supported: {only!r}")
+        _require_supported(values, key, (only,), folder)
     d_in = _size(values, "d_in", folder)
     # sparsify's own defaults
     d_sae = values.get("num_latents") or d_in * values.get("expansion_factor", 32)
@@ -306,6 +302,13 @@ def _require_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[in
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != shapes:
         raise DataError(f"{path} holds {found}, but its configuration needs {dict(shapes)}")
+
+
+def _require_supported(values: Mapping[str, Any], key: str, allowed: Sequence[Any], folder: Path) -> None:
+    value = values.get(key, allowed[0])
+    if value not in allowed:
+        known = ", ".join(map(repr, allowed))
+        raise OptionError(f"{key}={value!r} in {folder} is not supported; supported: {known}")
 
 
 def _size(values: Mapping[str, Any], key: str, folder: Path) -> int:

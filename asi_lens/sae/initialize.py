@@ -10,22 +10,22 @@ rounding the weights to their dtype.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from asi_lens.activations.pairs import Pair
+from asi_lens.activations.precision import exact_products
 from asi_lens.activations.spectrum import Spectrum
 from asi_lens.base.errors import OptionError, require
 from asi_lens.kernels.draws import DRAW_ROWS, other_stream
-from asi_lens.kernels.gradients import decode_sum
 from asi_lens.sae.dictionary import SparseAutoencoder
+from asi_lens.sae.scale import first_fit, fit_scale
 from asi_lens.sae.starts import STARTS, Draw, Start, find_start
 from asi_lens.sae.starts.start import starts_with
-from asi_lens.sae.threshold import set_threshold
 from asi_lens.training.mesh import Mesh
 
 AUTO_SHARE = 0.8
@@ -47,22 +47,37 @@ class InitOptions:
 
 
 @dataclass(frozen=True)
-class InitReport(InitOptions):
-    """Options and measured results of one `initialize`.
+class InitReport:
+    """Options and measured results of one initialization: of an autoencoder, a transcoder or a Lorsa.
 
     Attributes:
-        d_init: dimensions of the active subspace; None for methods without a subspace.
-        leak_decoder, leak_encoder: largest share of a row's norm outside the subspace, measured in float64
-            on the stored weights; None for methods without a subspace.
-        encoder_norm: mean norm of the encoder's rows (decoder rows have norm 1).
+        options: the options as resolved (JSON values), also stored in the coder's `initialization`.
+        leak_decoder, leak_encoder: largest share of the norm of a row that writes (reads) outside the active
+            subspace that the row was drawn in, measured in float64 on the stored weights; None for rows drawn
+            without a subspace.
+        encoder_norm: mean norm of the rows that read (rows that write have norm 1).
         fvu: fraction of the sample's variance that the first reconstruction leaves unexplained; None
             without a sample.
+        linear_fvu: fraction of the outputs' variance that the linear prediction leaves unexplained; None
+            except for transcoders with the reader "regression".
     """
 
+    options: Mapping[str, Any]
     leak_decoder: float | None
     leak_encoder: float | None
     encoder_norm: float
     fvu: float | None
+    linear_fvu: float | None = None
+
+    @property
+    def method(self) -> str:
+        """Name of the start."""
+        return str(self.options["method"])
+
+    @property
+    def d_init(self) -> int | None:
+        """Dimensions of the active subspace; None for methods without a subspace."""
+        return self.options["d_init"]
 
 
 def auto_d_init(spectrum: Spectrum) -> int:
@@ -87,6 +102,7 @@ def auto_d_init(spectrum: Spectrum) -> int:
     return int((cumulative < AUTO_SHARE * cumulative[-1]).sum().item()) + 1
 
 
+@exact_products()
 @torch.no_grad()
 def initialize(
     sae: SparseAutoencoder,
@@ -147,7 +163,7 @@ def initialize(
     norms = _draw_rows(sae, STARTS[method], draw, tied)
     _scale(sae, options, norms, sample, sae.k if initial_l0 is None else initial_l0, mesh)
     sae.initialization = asdict(options)
-    return _report(sae, options, active, sample, mesh)
+    return _report(sae, active, sample, mesh)
 
 
 def _check(
@@ -170,7 +186,8 @@ def _check(
     elif start.norm is not None:
         instead = starts_with(lambda other: other.norm is None and other.subspace == start.subspace)
         raise OptionError(
-            f"method={method!r} is not for activation={sae.config.activation!r}; take {instead}"
+            f"method={method!r} is not allowed for activation={sae.config.activation!r}; method must be "
+            f"{instead}"
         )
     whole = start.sharded or mesh.config.model == 1
     require(whole, "method", method, f"{starts_with(lambda other: other.sharded)} over several ranks")
@@ -210,39 +227,7 @@ def _scale(
     fit_scale(sae, sample, l0, mesh, search=search)
 
 
-def fit_scale(
-    sae: SparseAutoencoder,
-    sample: Tensor | Pair,
-    l0: float | int | None = None,
-    mesh: Mesh | None = None,
-    *,
-    search: bool = True,
-) -> None:
-    """Set thresholds for `l0` (the dictionary's k by default), if the kind has any, and the encoder's scale.
-
-    The scale minimizes the squared error of the first reconstruction. `search=False` keeps the scale.
-    """
-    if sae.activation.has_threshold:
-        set_threshold(sae, sample.x if isinstance(sample, Pair) else sample, sae.k if l0 is None else l0)
-    if search:
-        scale = best_scale(*first_fit(sae, sample, mesh))
-        sae.encoder_rows.mul_(scale)
-        sae.b_enc.mul_(scale)
-        sae.activation.rescale(scale)
-
-
-def best_scale(total: float, cross: float, power: float) -> float:
-    """Return the factor on reconstructions r that minimizes the squared error to targets t.
-
-    `total`, `cross`, `power` are sums of |t|^2, t . r and |r|^2. The factor is 1 if every factor increases
-    the error.
-    """
-    return cross / power if cross > 0 else 1.0
-
-
-def _report(
-    sae: SparseAutoencoder, options: InitOptions, active: Tensor | None, sample: Tensor | None, mesh: Mesh
-) -> InitReport:
+def _report(sae: SparseAutoencoder, active: Tensor | None, sample: Tensor | None, mesh: Mesh) -> InitReport:
     """Return the report, measured on the stored weights (scaling rounded the encoder once more)."""
     fvu = None
     if sample is not None:
@@ -255,9 +240,7 @@ def _report(
     )
     norm = torch.linalg.vector_norm(sae.encoder_rows, dim=1).double().sum()
     mean_norm = mesh.over_features(norm).item() / (sae.d_sae * mesh.config.model)
-    return InitReport(
-        **asdict(options), leak_decoder=decoder, leak_encoder=encoder, encoder_norm=mean_norm, fvu=fvu
-    )
+    return InitReport(dict(sae.initialization), decoder, encoder, mean_norm, fvu)
 
 
 def active_subspace_of(
@@ -307,31 +290,6 @@ def largest_leak(rows: Float[Tensor, "n d"], active: Float[Tensor, "d r"]) -> fl
         share = torch.linalg.vector_norm(outside, dim=1) / torch.linalg.vector_norm(exact, dim=1)
         shares.append(share.max())
     return torch.stack(shares).max().item()
-
-
-def first_fit(
-    sae: SparseAutoencoder, sample: Tensor | Pair, mesh: Mesh | None = None
-) -> tuple[float, float, float]:
-    """Return `fit_sums` of centered targets and the features' reconstructions of them."""
-    mesh, n = mesh or Mesh(), 2048
-    blocks = (sample[start : start + n] for start in range(0, len(sample), n))
-    return fit_sums((sae.sides(block)[1], _written(sae, block, mesh)) for block in blocks)
-
-
-def fit_sums(sides: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float, float]:
-    """Return sums of |t|^2, t . r and |r|^2 over batches of targets t and reconstructions r, in float64."""
-    total = cross = power = 0.0
-    for target, reconstruction in sides:
-        t, r = target.double(), reconstruction.double()
-        total += t.square().sum().item()
-        cross += (t * r).sum().item()
-        power += r.square().sum().item()
-    return total, cross, power
-
-
-def _written(sae: SparseAutoencoder, block: Tensor | Pair, mesh: Mesh) -> Float[Tensor, "n d_out"]:
-    code = sae.encode(block.x if isinstance(block, Pair) else block)
-    return mesh.over_features(decode_sum(mesh.pick(code, sae.k), sae.W_dec.data))
 
 
 def _mean_pre(sae: SparseAutoencoder, sample: Tensor) -> Float[Tensor, " d_sae"]:

@@ -169,7 +169,7 @@ class KernelStep:
         check = power(missed.residual).sqrt() * (power(x) + power(code.values) + len(x)).sqrt()
         zero = torch.zeros_like(check)
 
-        def apply(lr: float, scale: float) -> None:
+        def apply(lr: float, scale: float, l0: float) -> None:
             assert scale == 1.0  # nothing is clipped
             self.optimizer.update_picked(picks, missed.residual, x, lr)
 

@@ -218,7 +218,7 @@ class RowAdam:
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors that a checkpoint stores: moments, the step, and each row's last update."""
-        out = {"steps": torch.tensor(self.steps), "updated": self._updated}
+        out = {"steps": torch.tensor(self.steps, device="cpu"), "updated": self._updated}
         for name, (m, v) in self._moments.items():
             out |= {f"{name}.m": m, f"{name}.v": v}
         return out

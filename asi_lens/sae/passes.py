@@ -25,7 +25,8 @@ class Pass:
         x, goal: centered rows and targets of all tokens; one tensor for an autoencoder.
         error: sum of squared errors. aux_loss, penalty: as in `StepOutput`.
         check: number that is not finite if a gradient is not finite.
-        apply: updates the dictionary, given the learning rate and a factor on the gradients.
+        apply: updates the dictionary, given the learning rate, a factor on the gradients, and the features
+            per token of the batch.
         overflow: number of rows whose picks may be wrong; only the GPU kernels have such rows.
     """
 
@@ -36,7 +37,7 @@ class Pass:
     aux_loss: Float[Tensor, ""]
     penalty: Float[Tensor, ""]
     check: Float[Tensor, ""]
-    apply: Callable[[float, float], None]
+    apply: Callable[[float, float, float], None]
     overflow: Int[Tensor, ""] | None = None
 
 

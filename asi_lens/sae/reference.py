@@ -37,7 +37,8 @@ class Reference:
         self.scale = (x.shape[1] / (x - self.mean).square().sum(1).mean()).sqrt()
         x = self.normalize(x)
         # Decoder: Gaussian directions, projected on the active subspace, scaled to unit norm.
-        drawn = torch.randn(d_sae, x.shape[1], generator=torch.Generator().manual_seed(seed)).double()
+        generator, shape = torch.Generator().manual_seed(seed), (d_sae, x.shape[1])
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").double()
         if d_init is not None:
             V = torch.linalg.eigh(x.T @ x).eigenvectors[:, -d_init:]
             drawn = drawn @ V @ V.T

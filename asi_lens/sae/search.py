@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from asi_lens.activations.precision import exact_products
 from asi_lens.kernels import devices
 from asi_lens.kernels.codes import SparseCode
 from asi_lens.kernels.gradients import picked_dots
@@ -110,6 +111,7 @@ class SubspaceSearch:
         best = merge_topk([SparseCode(found.indices, exact)], k)
         return SparseCode(best.indices, best.values.relu())
 
+    @exact_products()
     def measure(self, x: Float[Tensor, "batch d_in"]) -> str | None:
         """Compare with the exact search on some rows, and widen the search until it finds enough mass.
 
@@ -164,8 +166,8 @@ class SubspaceSearch:
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors that a checkpoint stores."""
-        found = torch.tensor([self.mass, self.picks], dtype=torch.float64)
-        return {"shape": torch.tensor([self.r, self.width]), "found": found}
+        found = torch.tensor([self.mass, self.picks], dtype=torch.float64, device="cpu")
+        return {"shape": torch.tensor([self.r, self.width], device="cpu"), "found": found}
 
     def load_state(self, read: Callable[[str], Tensor]) -> None:
         """Restore the tensors of `state`; coordinates are computed when they are needed."""

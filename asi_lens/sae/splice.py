@@ -1,28 +1,133 @@
-"""Losses of the language model with a reconstruction in place of an activation.
+"""Coders in a forward pass of the language model: their hooks, and the losses with a reconstruction in place.
 
-Sums over all predicted tokens run in float64. The clean and the ablated model run once for all dictionaries.
+Sums over all predicted tokens run in float64. The clean and the ablated model run once for all coders.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from asi_lens.base.errors import DataError, UnsupportedModelError, require
-from asi_lens.collapse.interventions import loss_recovered, skip_outliers
+from asi_lens.activations.harvest import SiteLayer
+from asi_lens.base.errors import DataError, OptionError, UnsupportedModelError, require
+from asi_lens.collapse.interventions import loss_recovered, mean_ablate, skip_outliers
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.inputs.own_tokens import require_own_tokens
 
 Hooks = Mapping[str, models.Hook]
 """Hooks of a forward pass, by name."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """The hooks of a language model that a coder reads and writes.
+
+    Attributes:
+        read, write: names of the hooks; an autoencoder writes the hook that it reads.
+        d_in, d_out: widths of the activations there.
+        layer: first block with one of the hooks.
+        site: the written site, for the progress bar and errors.
+    """
+
+    read: str
+    write: str
+    d_in: int
+    d_out: int
+    layer: int
+    site: str = field(compare=False)
+
+    @classmethod
+    def of(cls, model: nn.Module, writes: SiteLayer, reads: SiteLayer | None = None) -> Place:
+        """Return the place of the (site, layer) that a coder writes and reads; by default they are the same.
+
+        Raises OptionError if `reads` is the written hook or belongs to a later layer, and the errors of
+        `models.hook_name`.
+        """
+        (site, layer), write = writes, models.hook_name(model, *writes)
+        d_out = models.site_width(model, site, layer)
+        if reads is None:
+            return cls(write, write, d_out, d_out, layer, site)
+        read = models.hook_name(model, *reads)
+        require(read != write, "reads", reads, f"another site than the written {write}")
+        require(
+            reads[1] <= layer, "reads", reads, f"of layer {layer} at most, the layer of the written {write}"
+        )
+        return cls(read, write, models.site_width(model, *reads), d_out, reads[1], site)
+
+
+def site_layer(metadata: Mapping[str, Any]) -> SiteLayer | None:
+    """Return the (site, layer) that `metadata` name, None if they lack one of them."""
+    site, layer = metadata.get("site"), metadata.get("layer")
+    return None if site is None or layer is None else (str(site), int(layer))
+
+
+class Spliced(nn.Module):
+    """Base of coders: a module whose output can take the place of an activation of the language model."""
+
+    config: Any
+    place_is_given_by: ClassVar[str] = "where=(site, layer)"
+    """How a user names the place to an evaluation, for errors."""
+
+    @property
+    def d_in(self) -> int:
+        """Width of the activations that the coder reads."""
+        raise NotImplementedError
+
+    @property
+    def d_out(self) -> int:
+        """Width of the activations that the coder writes."""
+        raise NotImplementedError
+
+    def place_in(self, model: nn.Module, metadata: Mapping[str, Any]) -> Place | None:
+        """Return the place that `metadata` names, None if they do not name any."""
+        raise NotImplementedError
+
+    def place(self, model: nn.Module, *known: Mapping[str, Any]) -> Place:
+        """Return the place that the coder's own metadata and `known` (metadata of its data) name.
+
+        Raises OptionError if they name no place, or different places.
+        """
+        given = (self.place_in(model, about) for about in (self.config.metadata, *known))
+        places = dict.fromkeys(place for place in given if place is not None)
+        if len(places) != 1:
+            what = f"differ ({', '.join(each.write for each in places)})" if places else "are not known"
+            raise OptionError(
+                f"site and layer of the {type(self).__name__} {what}; give {self.place_is_given_by} to an "
+                "evaluation, place=Place.of(model, ...) to hooks"
+            )
+        return next(iter(places))
+
+    def hooks(self, model: nn.Module, place: Place | None = None) -> Hooks:
+        """Return hooks for `models.forward` that put the coder's output in the place of the activation.
+
+        Position 0 and massive rows (`massive`) stay unchanged. An autoencoder does not receive position 0;
+        coders with two sites do, because a Lorsa attends to it. `place` is that of the metadata by default.
+
+        Raises OptionError for a place of other widths, and as `place` does.
+        """
+        place = self.place(model) if place is None else place
+        for side, mine, theirs in (("in", self.d_in, place.d_in), ("out", self.d_out, place.d_out)):
+            hook = place.read if side == "in" else place.write
+            require(mine == theirs, f"d_{side}", mine, f"{theirs}, the width of {hook}")
+        if place.read == place.write:
+            return {place.write: skip_outliers(lambda x: self(x).to(x))}
+        seen: list[Tensor] = []
+
+        def look(x: Tensor) -> None:
+            seen[:] = [x]
+
+        def put(y: Tensor) -> Tensor:
+            return torch.cat([y[:, :1], self(seen.pop())[:, 1:].to(y)], dim=1)
+
+        return {place.read: look, place.write: put}
 
 
 @dataclass(frozen=True)
@@ -54,18 +159,17 @@ class SpliceLosses:
 def hooked_losses(
     model: nn.Module,
     tokens: Tokens,
-    layer: int,
-    ablated: Hooks,
+    place: Place,
+    mean: Float[Tensor, " d_out"],
     spliced: Sequence[Hooks],
     *,
-    site: str,
     batch_tokens: int = 1024,
     progress: bool = True,
 ) -> list[SpliceLosses]:
     """Return losses of the language model under each of `spliced`, compared with clean and ablated losses.
 
-    All hooks are in block `layer` or later, so the blocks below run once per batch. `site` names the edited
-    site, for the progress bar and errors.
+    All hooks of `spliced` belong to `place`, so the blocks below its layer run once per batch. `mean` is put
+    in the place of the written activation for the ablated losses.
 
     Raises UnsupportedModelError for a model that does not predict next tokens, OptionError if there is no
     token to predict, DataError for a loss that is not finite.
@@ -73,13 +177,14 @@ def hooked_losses(
     info = models.model_info(model, fingerprint=False)
     if not info.causal:
         raise UnsupportedModelError(
-            f"{info.name} ({info.architecture}) does not predict next tokens: no loss"
+            f"{info.name} ({info.architecture}) does not predict next tokens, so it has no loss"
         )
     require_own_tokens(model, tokens)
     require(tokens.context >= 2, "context", tokens.context, "at least 2 (a first token predicts the next)")
     require(len(tokens) >= 1, "tokens", f"{len(tokens)} sequences", "at least one sequence")
     require(batch_tokens >= 1, "batch_tokens", batch_tokens, "at least 1")
-    edits = [ablated, *spliced]
+    site, layer = place.site, place.layer
+    edits: list[Hooks] = [{place.write: skip_outliers(mean_ablate(mean))}, *spliced]
     # Sums for each sequence. The first list is of the clean model.
     sums: list[list[Tensor]] = [[] for _ in range(1 + len(edits))]
     divergences = [0.0] * len(edits)
@@ -118,25 +223,6 @@ def hooked_losses(
         delta = loss - clean_loss
         out.append(SpliceLosses(loss, clean_loss, ablated_loss, delta, error, recovered, divergence / n, n))
     return out
-
-
-def splice_through(coder: Callable[[Tensor], Tensor], read: str, write: str) -> Hooks:
-    """Return hooks that apply `coder` to the activation at `read` and put the result at `write`.
-
-    Position 0 and massive rows (`massive`) at `write` stay unchanged. If both are the same hook, `coder` does
-    not receive position 0.
-    """
-    if read == write:
-        return {write: skip_outliers(lambda x: coder(x).to(x))}
-    seen: list[Tensor] = []
-
-    def look(x: Tensor) -> None:
-        seen[:] = [x]
-
-    def put(y: Tensor) -> Tensor:
-        return skip_outliers(lambda _: coder(seen.pop())[:, 1:])(y)
-
-    return {read: look, write: put}
 
 
 def _log_probabilities(logits: Float[Tensor, "batch position d"]) -> Float[Tensor, "batch predicted d"]:

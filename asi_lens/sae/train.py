@@ -17,7 +17,6 @@ from asi_lens.activations.pairs import Pair, PairedStores
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import OptionError, require, require_known
 from asi_lens.kernels import devices
-from asi_lens.kernels.codes import SparseCode
 from asi_lens.kernels.gradients import sum_gradients
 from asi_lens.kernels.topk import Workspace
 from asi_lens.sae.dictionary import SparseAutoencoder
@@ -25,6 +24,7 @@ from asi_lens.sae.drift import Drift
 from asi_lens.sae.finite import power, require_finite_rows, require_finite_weights, total_of
 from asi_lens.sae.kernel_step import KernelStep, choose_kernels
 from asi_lens.sae.kinds import kinds_with
+from asi_lens.sae.kinds.kind import Picked
 from asi_lens.sae.optim import RowAdam, gradient_norm
 from asi_lens.sae.passes import Pass, auxiliary_term
 from asi_lens.sae.search import SEARCHES, SubspaceSearch, is_due
@@ -142,13 +142,13 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
     def _pass(self, x: Float[Tensor, "part d_in"], goal: Float[Tensor, "part d_out"], n: int) -> Pass:
         """Return the plain pass of `n` tokens, of which this rank has a part."""
         sae, config, mesh = self.sae, self.config, self.mesh
-        code = self._code(x)
+        picks = self._picks(x)
         # b_dec cancels: reconstruction - x_n = acts W_dec + b_dec - x_n = acts W_dec - x.
-        residual, terms = self.sparsity.terms(mesh.pick(code, sae.k), goal, n)
-        penalty, own = self.sparsity.penalize(terms, self.steps)
+        residual, terms = self.sparsity.terms(picks, goal, n)
+        penalty, own = self.sparsity.penalize(terms, picks, self.steps)
         error = power(residual)
         aux_loss = torch.zeros_like(error)
-        dead = self.ledger.dead(config.dead_window) if self.aux_k else code.indices[:0, 0]
+        dead = self.ledger.dead(config.dead_window) if self.aux_k else picks.code.indices[:0, 0]
         if self.aux_k and mesh.count(len(dead)):
             weight, to_b_enc = config.aux_weight, not self.sparsity.gates_apart
             options = (self.aux_k, weight, to_b_enc, self.compute_dtype, self._workspace)
@@ -172,8 +172,9 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
         else:
             check = mesh.over_features(total_of(grads, own))
 
-        def apply(lr: float, scale: float) -> None:
+        def apply(lr: float, scale: float, l0: float) -> None:
             self.optimizer.step(grads, lr, scale, own, self.sparsity.own_lr)
+            self.sparsity.after(picks, l0, self.steps - 1)
             if self.subspace is not None:
                 self.subspace.refresh(None if config.optimizer == "adam" else grads.features)
 
@@ -195,15 +196,14 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
         if not math.isfinite(inputs):
             require_finite_rows(done.x, done.goal)
         if unsure and self.kernels is not None:
-            return self._conclude(self.kernels.again(done, self._code(done.x)))
+            return self._conclude(self.kernels.again(done, self._picks(done.x).code))
         if not all(math.isfinite(number) for number in (error, aux, added, size)):
             raise DivergedError(
                 f"step {self.steps + 1}: loss {error / n} or its gradient is not finite; "
                 "nothing was updated. A smaller lr or clip_norm may help"
             )
         lr = config.lr * lr_factor(self.steps, self.n_steps, config.warmup_steps, config.decay_fraction)
-        done.apply(lr, min(1.0, config.clip_norm / size) if config.clip_norm and size else 1.0)
-        self.sparsity.after(n_fired / n, self.steps - 1)
+        done.apply(lr, min(1.0, config.clip_norm / size) if config.clip_norm and size else 1.0, n_fired / n)
         self.ledger.update(done.code, fired)
         return StepOutput(
             step=self.steps,
@@ -218,17 +218,17 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
             gradient_norm=size if config.clip_norm else None,
         )
 
-    def _code(self, x: Float[Tensor, "part d_in"]) -> SparseCode:
+    def _picks(self, x: Float[Tensor, "part d_in"]) -> Picked:
         """Return the picks of centered rows."""
         if self.search == "exact":
-            return self.sparsity.code(x.to(self.compute_dtype), self.steps, self._workspace)
+            return self.sparsity.picks(x.to(self.compute_dtype), self.steps, self._workspace)
         if self.subspace is None:
             raise OptionError('search="subspace" needs the inputs\' spectrum: call fit, or prepare(store)')
         if is_due(self.steps):
             require_finite_rows(x, x)
             if change := self.subspace.measure(x):
                 tqdm.write(f"step {self.steps + 1}: {change}")
-        return self.subspace.code(x, self._workspace)
+        return Picked(self.subspace.code(x, self._workspace))
 
     def prepare(self, store: ActivationStore | PairedStores) -> None:
         """Prepare for `fit`: a dictionary without input normalization takes the store's; a search starts."""
@@ -248,12 +248,15 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
 
     def stream(self, store: ActivationStore | PairedStores, start: int) -> Iterator[Tensor | Pair | Part]:
         """Yield batches from token `start` to `n_tokens`; with several ranks, this rank's parts of them."""
-        if self.mesh.config.data == 1 or isinstance(store, PairedStores):
+        config, device, one = self.config, self.sae.W_dec.device, self.mesh.config.data == 1
+        if isinstance(store, PairedStores) or (one and device.type == "cpu"):
             yield from super().stream(store, start)
             return
-        config = self.config
         options: dict[str, Any] = {"seed": config.seed, "start": start, "n_tokens": config.n_tokens}
-        for rows in store.batches(config.batch_size, **options, share=self.mesh.tokens):
+        if one:
+            yield from store.batches(config.batch_size, **options, device=device)
+            return
+        for rows in store.batches(config.batch_size, **options, share=self.mesh.tokens, device=device):
             n = min(config.batch_size, config.n_tokens - start)
             start += n
             yield Part(rows, n)

@@ -13,10 +13,12 @@ normalization, to mean square norm d_in (inputs) and d_out (outputs):
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float, Num
-from torch import Tensor
+from torch import Tensor, nn
 
 from asi_lens.activations.pairs import Pair, PairedStores
 from asi_lens.activations.store import ActivationStore
@@ -25,6 +27,7 @@ from asi_lens.kernels.codes import SparseCode
 from asi_lens.kernels.draws import draw_gaussian, other_stream, unit_rows_
 from asi_lens.kernels.gradients import decode_sum
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
+from asi_lens.sae.splice import Place, site_layer
 
 
 class Transcoder(SparseAutoencoder):
@@ -35,6 +38,7 @@ class Transcoder(SparseAutoencoder):
     """
 
     is_transcoder = True
+    place_is_given_by = "stores whose metadata name both sites and layers"
 
     output_mean: Tensor
     output_scale: Tensor
@@ -65,7 +69,8 @@ class Transcoder(SparseAutoencoder):
         """
         if y.ndim == 0 or y.shape[-1] != self.d_out:
             raise DataError(
-                f"outputs of shape {tuple(y.shape)} given to a transcoder with d_out={self.d_out}"
+                f"outputs have shape {tuple(y.shape)}; a transcoder with d_out={self.d_out} takes [..., "
+                f"{self.d_out}]"
             )
         normalized = (y.reshape(-1, self.d_out).to(self.output_mean) - self.output_mean) * self.output_scale
         if checked and not bool(torch.isfinite(normalized.sum())):
@@ -82,7 +87,12 @@ class Transcoder(SparseAutoencoder):
         """See `SparseAutoencoder.prepare`. Normalizes both sides."""
         require(isinstance(store, PairedStores), "store", type(store).__name__, "PairedStores")
         assert isinstance(store, PairedStores)
-        require(store.d_out == self.d_out, "store", f"with outputs {store.d_out} wide", f"{self.d_out} wide")
+        require(
+            store.d_out == self.d_out,
+            "store",
+            f"with outputs {store.d_out} wide",
+            f"with outputs {self.d_out} wide",
+        )
         super().prepare(store.inputs, first=first)
         plain = not bool((self.output_scale != 1) | (self.output_mean != 0).any())
         if first and plain:
@@ -94,7 +104,8 @@ class Transcoder(SparseAutoencoder):
             sizes = [tuple(side.shape) for side in (batch.x, batch.y)] if isinstance(batch, Pair) else None
             found = sizes or type(batch).__name__
             raise DataError(
-                f"a batch is a Pair of rows [n {self.d_in}] and [n {self.d_out}], n at least 1, not {found}"
+                f"the batch is {found}; it must be a Pair of rows [n {self.d_in}] and [n {self.d_out}], n at "
+                "least 1"
             )
 
     def sides(
@@ -109,6 +120,11 @@ class Transcoder(SparseAutoencoder):
         flat = SparseCode(*(part.reshape(-1, part.shape[-1]) for part in code))
         raw = (decode_sum(flat, self.W_dec) + self.b_dec) / self.output_scale + self.output_mean
         return raw.view(*code.indices.shape[:-1], self.d_out)
+
+    def place_in(self, model: nn.Module, metadata: Mapping[str, Any]) -> Place | None:
+        """See `Spliced.place_in`. Metadata name both sites, as those of `PairedStores` do."""
+        writes, reads = site_layer(metadata), site_layer(metadata.get("reads") or {})
+        return None if writes is None or reads is None else Place.of(model, writes, reads)
 
     @torch.no_grad()
     def folded(self) -> dict[str, Tensor]:

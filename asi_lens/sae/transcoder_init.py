@@ -14,8 +14,6 @@ Encoder rows get unit norm. Then one factor on all rows minimizes the error of t
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -23,7 +21,8 @@ from torch import Tensor
 from asi_lens.activations.pairs import PairedStores
 from asi_lens.base.errors import require, unknown_name
 from asi_lens.kernels.draws import other_stream, unit_rows_
-from asi_lens.sae.initialize import active_subspace_of, auto_d_init, first_fit, fit_scale, largest_leak
+from asi_lens.sae.initialize import InitReport, active_subspace_of, auto_d_init, largest_leak
+from asi_lens.sae.scale import first_fit, fit_scale
 from asi_lens.sae.starts import STARTS, Draw, find_start
 from asi_lens.sae.transcoder import Transcoder
 
@@ -37,31 +36,6 @@ _RIDGE = 1e-2
 _SAMPLE = 8192
 
 
-@dataclass(frozen=True)
-class TranscoderInitReport:
-    """Options and measured results of one `initialize_transcoder`.
-
-    Attributes:
-        d_init: dimensions of the outputs' active subspace; None for "random".
-        d_reads: dimensions of the inputs' active subspace; None except for reader "active".
-        leak_decoder: largest share of a decoder row's norm outside, in float64; None for "random".
-        encoder_norm: mean norm of the encoder's rows.
-        linear_fvu: fraction of the outputs' variance that the linear prediction leaves unexplained; None
-            except for reader "regression".
-        fvu: fraction of the sample's output variance that the first reconstruction leaves unexplained.
-    """
-
-    method: str
-    reader: str
-    d_init: int | None
-    d_reads: int | None
-    seed: int
-    leak_decoder: float | None
-    encoder_norm: float
-    linear_fvu: float | None
-    fvu: float
-
-
 @torch.no_grad()
 def initialize_transcoder(
     sae: Transcoder,
@@ -72,8 +46,11 @@ def initialize_transcoder(
     *,
     initial_l0: float | int | None = None,
     seed: int | None = None,
-) -> TranscoderInitReport:
+) -> InitReport:
     """Set every weight of `sae` and the normalization of both sides, in place. Returns a report.
+
+    In its options, `d_reads` is the dimension of the inputs' active subspace, None except for the reader
+    "active".
 
     Args:
         store: the training data, for means, scales, subspaces, the regression and the norm.
@@ -87,8 +64,13 @@ def initialize_transcoder(
     start = find_start(method, TRANSCODER_METHODS)
     if reader not in READERS:
         raise unknown_name("reader", reader, READERS)
-    require(store.d == sae.d_in, "store", f"with inputs {store.d} wide", f"{sae.d_in} wide")
-    require(store.d_out == sae.d_out, "store", f"with outputs {store.d_out} wide", f"{sae.d_out} wide")
+    require(store.d == sae.d_in, "store", f"with inputs {store.d} wide", f"with inputs {sae.d_in} wide")
+    require(
+        store.d_out == sae.d_out,
+        "store",
+        f"with outputs {store.d_out} wide",
+        f"with outputs {sae.d_out} wide",
+    )
     if not sae.activation.has_threshold:
         require(initial_l0 is None, "initial_l0", initial_l0, "left out for an activation without thresholds")
     written = store.outputs.spectrum if start.subspace else None
@@ -120,20 +102,21 @@ def initialize_transcoder(
 
     fit_scale(sae, sample, initial_l0)
     total, cross, power = first_fit(sae, sample)
-    report = TranscoderInitReport(
-        method=method,
-        reader=reader,
-        d_init=None if active is None else active.shape[1],
-        d_reads=None if reads is None else reads.shape[1],
-        seed=seed,
+    sae.initialization = {
+        "method": method,
+        "reader": reader,
+        "d_init": None if active is None else active.shape[1],
+        "d_reads": None if reads is None else reads.shape[1],
+        "seed": seed,
+    }
+    return InitReport(
+        dict(sae.initialization),
         leak_decoder=None if active is None else largest_leak(sae.W_dec.data, active),
+        leak_encoder=None if reads is None else largest_leak(sae.encoder_rows, reads),
         encoder_norm=torch.linalg.vector_norm(sae.encoder_rows, dim=1).mean().item(),
-        linear_fvu=linear_fvu,
         fvu=(total - 2 * cross + power) / total,
+        linear_fvu=linear_fvu,
     )
-    settings = ("method", "reader", "d_init", "d_reads", "seed")
-    sae.initialization = {key: value for key, value in asdict(report).items() if key in settings}
-    return report
 
 
 def linear_guess(sae: Transcoder, store: PairedStores) -> tuple[Float[Tensor, "d_out d_in"], float]:

@@ -92,7 +92,9 @@ def where_it_runs(device: torch.device) -> dict[str, str]:
 def require_format(path: Path, about: Mapping[str, Any]) -> None:
     """Raise CacheError unless this version reads the format of the checkpoint described by `about`."""
     if about.get("format") != FORMAT:
-        raise CacheError(f"{path} has format {about.get('format')!r}, this version reads {FORMAT}; delete it")
+        raise CacheError(
+            f"{path} has format {about.get('format')!r}, but this version reads {FORMAT}; delete it"
+        )
 
 
 def require_same(folder: Path, stored: Mapping[str, Any], here: Mapping[str, Any]) -> None:
@@ -106,7 +108,7 @@ def require_same(folder: Path, stored: Mapping[str, Any], here: Mapping[str, Any
     ]
     if differing:
         raise OtherConfigurationError(
-            f"{folder / CHECKPOINT_FILE} is of another configuration: {', '.join(differing)}; "
+            f"{folder / CHECKPOINT_FILE} belongs to another configuration: {', '.join(differing)}; "
             "use another folder, or delete the checkpoint to start over"
         )
 

@@ -67,19 +67,21 @@ class DeadnessLedger:
     def silent_fraction(self) -> float:
         """Share of features that never fired, 0 to 1. Raises DataError if no tokens were counted."""
         if self.n_tokens == 0:
-            raise DataError("this ledger has counted no tokens")
+            raise DataError("the ledger has not counted any tokens")
         return (self.counts == 0).double().mean().item()
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors to store."""
         # The checkpoint format has a field for the token at which counting began, which is always 0.
-        tokens = torch.tensor([self.n_tokens, 0])
+        tokens = torch.tensor([self.n_tokens, 0], device="cpu")
         return {"tokens": tokens, "last_fired": self.last_fired, "counts": self.counts}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Inverse of `state`. Raises DataError for another number of features."""
         if state["counts"].shape != self.counts.shape:
-            raise DataError(f"a ledger of {len(state['counts'])} features, not {len(self.counts)}")
+            raise DataError(
+                f"the stored ledger has {len(state['counts'])} features, but this one has {len(self.counts)}"
+            )
         self.n_tokens = int(state["tokens"][0])
         self.last_fired.copy_(state["last_fired"])
         self.counts.copy_(state["counts"])

@@ -70,18 +70,20 @@ def train_together(
     for key in ("batch_size", "n_tokens", "seed"):
         values = {getattr(trainer.config, key) for trainer in trainers}
         if len(values) > 1:
-            raise OptionError(f"trainers on one stream have different {key}: {sorted(values)}")
+            raise OptionError(
+                f"{key} differs between the trainers ({sorted(values)}); on one stream it must be the same"
+            )
     for trainer in trainers:
         require(store.d == trainer.d_in, "store", f"of width {store.d}", f"{trainer.d_in} wide")
     paths: list[Path | None] = [None] * len(trainers)
     if folders is not None:
         paths = [Path(folder) for folder in folders]
         distinct = len({path.resolve() for path in paths if path}) == len(trainers)
-        require(distinct, "folders", [str(path) for path in paths], "one of its own for each trainer")
+        require(distinct, "folders", [str(path) for path in paths], "a different folder for each trainer")
 
     mesh = trainers[0].mesh
     one = mesh.config.size == 1 or all(trainer.mesh is mesh for trainer in trainers)
-    require(one, "mesh", "another for some", "the same one for all trainers")
+    require(one, "mesh", "different for some trainers", "the same for all trainers")
     loggers = list(loggers) if mesh.leads else []
     with ExitStack() as stack:
 

@@ -134,13 +134,13 @@ class RankMesh(Mesh):
 
         if ranks.size != config.size:
             raise OptionError(
-                f"a mesh of data={config.data} x model={config.model} needs {config.size} processes, there "
-                f"are {ranks.size}"
+                f"a mesh of data={config.data} x model={config.model} needs {config.size} processes, "
+                f"but there are {ranks.size}"
             )
         self.config = config
         self.ranks = ranks
         self.device = torch.device(device)
-        places = torch.arange(config.size).view(config.data, config.model)
+        places = torch.arange(config.size, device="cpu").view(config.data, config.model)
         limit = timedelta(seconds=ranks.timeout_s)
         with ranks.talking():
             self._data, _ = dist.new_subgroups_by_enumeration(places.T.tolist(), timeout=limit)

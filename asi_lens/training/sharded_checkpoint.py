@@ -156,7 +156,7 @@ class _Shards:
         import torch.distributed.checkpoint as dcp
 
         if name not in self.about["rows"]:
-            return torch.empty(0)
+            return torch.empty(0, dtype=torch.float32, device="cpu")
         sizes, dtype = list(self.tensors[name].size), self.tensors[name].properties.dtype
         first, last = self.mesh.features(sizes[0]) if name in _BY_FEATURE else (0, sizes[0])
         out = torch.empty(last - first, *sizes[1:], dtype=dtype, device=self.mesh.device)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from small_stores import sinking
 
-from asi_lens.activations.harvest import harvest, places
+from asi_lens.activations.harvest import batch_tokens_for, harvest, places
 from asi_lens.base.errors import DataError, OptionError, UnknownNameError
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
@@ -141,7 +142,7 @@ def test_pairs_are_checked_before_anything_runs(tiny_llama: Any) -> None:
         places(tiny_llama, ["atn_out"], None)
     with pytest.raises(OptionError, match=rf"layer=99 .* from 0 to {last}"):
         places(tiny_llama, ["attn_out"], [99])
-    with pytest.raises(OptionError, match="no site or no layer"):
+    with pytest.raises(OptionError, match="name at least one site and one layer"):
         places(tiny_llama, [], None)
 
 
@@ -151,8 +152,25 @@ def test_options_out_of_range(tiny_llama: Any, tiny_tokens: Tokens) -> None:
         harvest(tiny_llama, tiny_tokens, [keep], start=len(tiny_tokens) + 1)
     with pytest.raises(OptionError, match="batch_tokens="):
         harvest(tiny_llama, tiny_tokens, [keep], batch_tokens=0)
-    with pytest.raises(OptionError, match="no consumer"):
+    with pytest.raises(OptionError, match="consumers ask for no site"):
         harvest(tiny_llama, tiny_tokens, [])
     short = Tokens(tiny_tokens.ids[:, :1], "tiny", "tiny", 1)
     with pytest.raises(OptionError, match="context of 1"):
         harvest(tiny_llama, short, [keep])
+
+
+def test_batches_suit_the_device(tiny_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert batch_tokens_for(tiny_llama) == 2048
+    assert batch_tokens_for(tiny_llama, 77) == 77
+
+    class OnCard(torch.nn.Module):
+        """A model on a card."""
+
+        def parameters(self, recurse: bool = True) -> Any:
+            return iter([SimpleNamespace(device=torch.device("cuda"))])
+
+    for gib, width, expected in ((80, 576, 32_768), (80, 64, 65_536), (8, 4096, 2048), (24, 1024, 4096)):
+        monkeypatch.setattr(models, "model_info", lambda model, width=width: SimpleNamespace(d_model=width))
+        memory = SimpleNamespace(total_memory=gib * 2**30)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, memory=memory: memory)
+        assert batch_tokens_for(OnCard()) == expected

@@ -108,7 +108,7 @@ def test_more_processes_than_forward_batches(tiny_llama: Any, tiny_tokens: Token
     class Many(Ranks):
         rank, size = 3, 7
 
-    with pytest.raises(OptionError, match="12 sequences are 6 forward batches of 2: too few for 7 processes"):
+    with pytest.raises(OptionError, match="12 sequences make 6 forward batches of 2, but 7 processes"):
         harvest_store(tiny_llama, tiny_tokens, "z", 1, folder=tmp_path, batch_tokens=64, ranks=Many())
 
 

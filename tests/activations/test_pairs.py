@@ -67,7 +67,7 @@ def test_stores_of_other_tokens_are_refused() -> None:
     inputs = store("resid_pre", D_IN)
     with pytest.raises(OptionError, match=r"outputs=.100 rows. .* 200 rows, as the inputs"):
         PairedStores(inputs, store("attn_out", D_OUT, n=100))
-    with pytest.raises(OptionError, match="model 'm' and outputs of model 'another'"):
+    with pytest.raises(OptionError, match="model 'another', but the inputs have model 'm'"):
         PairedStores(inputs, store("attn_out", D_OUT, model="another"))
 
 

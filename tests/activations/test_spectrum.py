@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asi_lens.activations.moments import Moments
-from asi_lens.activations.spectrum import FewTokensWarning, Spectrum, effective_rank_limit, entropy_rank
+from asi_lens.activations.precision import entropy_rank
+from asi_lens.activations.spectrum import FewTokensWarning, Spectrum, effective_rank_limit
 from asi_lens.base.errors import DataError, OptionError
 
 

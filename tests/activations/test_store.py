@@ -242,3 +242,13 @@ def test_rows_that_cannot_be_used(tmp_path: Path) -> None:
         ActivationStore.from_tensor(tmp_path / "words.npy")
     with pytest.raises(DataError, match="cannot be used"):
         ActivationStore.from_tensor(np.array([["a", "b"]]))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_batches_are_copied_to_a_gpu_ahead() -> None:
+    for rows in (torch.randn(300, 6).bfloat16(), torch.randn(300, 6).bfloat16().cuda()):
+        store = ActivationStore.from_tensor(rows)
+        on_gpu = list(store.batches(64, n_tokens=200, device=torch.device("cuda")))
+        here = list(store.batches(64, n_tokens=200))
+        assert {batch.device.type for batch in on_gpu} == {"cuda"}
+        assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(on_gpu, here, strict=True))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from asi_lens.base import run_files
 from asi_lens.base.errors import DataError, OptionError, UnknownNameError
@@ -54,6 +56,28 @@ def test_a_machine_that_cannot_be(device: str, timeout_s: Any, told: str) -> Non
     run_files.require_machine("cuda", 0.5)
     with pytest.raises(OptionError, match=told):
         run_files.require_machine(device, timeout_s)
+
+
+@pytest.mark.parametrize(("n", "rank", "told"), [(0, "0", "no GPU"), (2, "2", "2 GPUs")])
+def test_a_gpu_that_is_not_there_is_told(
+    monkeypatch: pytest.MonkeyPatch, n: int, rank: str, told: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: n > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: n)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    assert run_files.device_here("cpu") == "cpu"
+    with pytest.raises(OptionError, match=rf"device='cuda:{rank}' is not allowed.*finds {told}"):
+        run_files.device_here("cuda")
+
+
+def test_ranks_agree_from_a_checkout_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def installed(name: str) -> str:
+        if name == "asi_lens":
+            raise PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr(run_files, "version", installed)
+    run_files.agree(Ranks(), {"k": 1})
 
 
 @dataclass

@@ -2,24 +2,49 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from asi_lens.base.errors import OptionError, UnknownNameError
 from asi_lens.experiments.recipes import RECIPES, Recipe
 
 
-def test_bad_recipes_are_named() -> None:
-    with pytest.raises(UnknownNameError, match="asii"):
-        Recipe("x", "asii")
-    with pytest.raises(UnknownNameError, match="sgd"):
-        Recipe("x", optimizer="sgd")
-    with pytest.raises(OptionError, match="aux_k"):
-        Recipe("x", aux_k=-1)
-    with pytest.raises(OptionError, match="inside"):
-        Recipe("x", inside=True)
-    with pytest.raises(UnknownNameError, match="subspac"):
-        Recipe("x", search="subspac")
-    for other in ({"activation": "batchtopk"}, {"reader": "random"}, dict(init="asi", d_init=6, inside=True)):
-        with pytest.raises(OptionError, match="search"):
-            Recipe("x", search="subspace", **other)
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"init": "asii"}, UnknownNameError, "unknown initialization method 'asii'; did you mean 'asi'"),
+        ({"optimizer": "sgd"}, UnknownNameError, "unknown optimizer 'sgd'; .*Known: adam, sparse_adam"),
+        ({"aux_k": -1}, OptionError, "aux_k=-1 .* 'auto' or a whole number of at least 0"),
+        ({"inside": True}, OptionError, "inside=True .* False, except for init='asi' with a d_init"),
+        ({"reader": "randm"}, UnknownNameError, "unknown reader 'randm'; did you mean 'random'"),
+        (
+            {"init": "orthogonal", "reader": "random"},
+            OptionError,
+            "reader='random' .* None, except for init='asi' or 'random' with center=True",
+        ),
+        (
+            {"center": False, "reader": "random"},
+            OptionError,
+            "reader='random' .* center=True and inside=False",
+        ),
+        ({"search": "subspac"}, UnknownNameError, "unknown search 'subspac'; did you mean 'subspace'"),
+        *(
+            ({"search": "subspace", **other}, OptionError, "search='subspace' .* 'exact', except for 'topk'")
+            for other in (
+                {"activation": "batchtopk"},
+                {"reader": "random"},
+                {"init": "asi", "d_init": 6, "inside": True},
+            )
+        ),
+    ],
+)
+def test_bad_recipes_name_key_value_and_what_is_allowed(
+    options: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        Recipe("x", **options)
+
+
+def test_the_first_recipes_are_the_papers() -> None:
     assert list(RECIPES)[:4] == ["random", "random + AuxK", "ASI", "ASI + sparse Adam"]

@@ -13,9 +13,11 @@ from asi_lens.collapse import interventions
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.inputs.models import load_model
+from asi_lens.lorsa.attention import layer_place
 from asi_lens.lorsa.data import SequencePairs, harvest_pairs
 from asi_lens.lorsa.evaluate import evaluate_lorsa
 from asi_lens.lorsa.initialize import from_attention
+from asi_lens.sae.evaluate import Coder
 
 pytestmark = pytest.mark.model_facing
 EACH = CONTEXT - 1
@@ -74,6 +76,29 @@ def test_the_write_before_a_norm_is_what_is_replaced(tiny_folder: Any, tiny_toke
     assert abs(found.losses.cross_entropy_mean_ablated - found.losses.cross_entropy_clean) > 1e-4
 
 
+def test_its_hooks_put_its_output_in_place(
+    tiny_llama: Any, tiny_tokens: Tokens, pairs: SequencePairs
+) -> None:
+    lorsa = started(tiny_llama, pairs)
+    ids = tiny_tokens.ids[:3]
+    hooks = lorsa.hooks(tiny_llama)
+    x, y = read_and_written(tiny_llama, ids, LAYER)
+    read, write = hooks
+    hooks[read](x)
+    with torch.no_grad():
+        torch.testing.assert_close(hooks[write](y), torch.cat([y[:, :1], lorsa(x)[:, 1:]], 1))
+    assert isinstance(lorsa, Coder)
+    object.__setattr__(lorsa.config, "metadata", {})
+    with pytest.raises(OptionError, match=r"layer of the Lorsa are not known; give layer=\.\.\."):
+        lorsa.hooks(tiny_llama)
+    assert list(lorsa.hooks(tiny_llama, layer_place(tiny_llama, LAYER))) == [read, write]
+    found = [
+        evaluate_lorsa(lorsa, data, model=tiny_llama, tokens=tiny_tokens, layer=layer, progress=False)
+        for data, layer in ((SequencePairs(pairs.inputs, pairs.outputs), LAYER), (pairs, None))
+    ]
+    assert found[0] == found[1]
+
+
 def test_bad_input(tiny_llama: Any, tiny_tokens: Tokens, pairs: SequencePairs) -> None:
     lorsa = started(tiny_llama, pairs)
     with pytest.raises(OptionError, match="belong together"):
@@ -81,7 +106,10 @@ def test_bad_input(tiny_llama: Any, tiny_tokens: Tokens, pairs: SequencePairs) -
     with pytest.raises(OptionError, match="of width 20"):
         evaluate_lorsa(lorsa, SequencePairs(pairs.inputs[..., :20], pairs.outputs[..., :20]))
     elsewhere = SequencePairs(pairs.inputs, pairs.outputs, {"hook_name": "blocks.0.hook_attn_out"})
-    with pytest.raises(OptionError, match=r"a Lorsa of blocks\.1\.hook_attn_out and pairs of blocks\.0"):
+    with pytest.raises(
+        OptionError,
+        match=r"'blocks\.0\.hook_attn_out', but the Lorsa has hook_name 'blocks\.1\.hook_attn_out'",
+    ):
         evaluate_lorsa(lorsa, elsewhere)
     with pytest.raises(DataError, match="never vary"):
         evaluate_lorsa(lorsa, SequencePairs(pairs.inputs, torch.ones_like(pairs.outputs)))

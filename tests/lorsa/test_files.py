@@ -50,7 +50,7 @@ def test_files_that_are_something_else_are_refused(
     with pytest.raises(DataError, match="has format 9"):
         load_lorsa(path)
     save_file(tensors, path)
-    with pytest.raises(DataError, match="is not the file of a Lorsa"):
+    with pytest.raises(DataError, match="is not a file of a Lorsa"):
         load_lorsa(path)
     path.write_bytes(whole.replace(b'"W_O"', b'"W_X"'))
     with pytest.raises(DataError, match="other tensors"):

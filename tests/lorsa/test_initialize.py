@@ -29,16 +29,15 @@ def d_init(method: str) -> int | None:
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
-@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("n_qk_heads", [4, 8])
 def test_nothing_leaks_out_of_the_subspace(
-    tiny_llama: Any, pairs: SequencePairs, dtype: torch.dtype, limit: float, tied: bool, n_qk_heads: int
+    tiny_llama: Any, pairs: SequencePairs, dtype: torch.dtype, limit: float, n_qk_heads: int
 ) -> None:
     lorsa = Lorsa(config(tiny_llama, n_qk_heads=n_qk_heads), dtype=dtype)
-    report = initialize_lorsa(lorsa, tiny_llama, LAYER, pairs, "asi", D_INIT, tied=tied)
-    assert report.leak_value is not None
-    assert report.leak_output is not None
-    assert max(report.leak_value, report.leak_output) < limit
+    report = initialize_lorsa(lorsa, tiny_llama, LAYER, pairs, "asi", D_INIT)
+    assert report.leak_encoder is not None
+    assert report.leak_decoder is not None
+    assert max(report.leak_encoder, report.leak_decoder) < limit
     # By the definition once more: a value in head space, z of a unit depends on its top directions alone.
     source = read_attention(tiny_llama, LAYER, CONTEXT)
     x = pairs.inputs[:, 1:].flatten(0, 1).double()
@@ -52,8 +51,7 @@ def test_nothing_leaks_out_of_the_subspace(
         for direction in (read, written):
             outside = (direction - U @ (U.T @ direction)).norm() / direction.norm()
             assert outside < 1e-5 if dtype == torch.float32 else outside < 1e-10
-        if tied:
-            assert torch.cosine_similarity(read, written, dim=0).item() == pytest.approx(1, abs=1e-6)
+        assert torch.cosine_similarity(read, written, dim=0).item() == pytest.approx(1, abs=1e-6)
     # The directions of each head fill its subspace.
     group = lorsa.W_V.detach().double()[: N_OV // n_qk_heads]
     assert torch.linalg.matrix_rank(group, rtol=1e-5) == D_INIT
@@ -70,26 +68,17 @@ def test_the_subspace_is_that_of_the_values(tiny_llama: Any, pairs: SequencePair
 
 
 @pytest.mark.parametrize("method", LORSA_METHODS)
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("center", [True, False])
-def test_no_other_norm_is_better(
-    tiny_llama: Any, pairs: SequencePairs, method: str, tied: bool, center: bool
-) -> None:
+def test_no_other_norm_is_better(tiny_llama: Any, pairs: SequencePairs, method: str) -> None:
     lorsa = Lorsa(config(tiny_llama), dtype=torch.float64)
-    report = initialize_lorsa(
-        lorsa, tiny_llama, LAYER, pairs, method, d_init(method), tied=tied, center=center
-    )
+    report = initialize_lorsa(lorsa, tiny_llama, LAYER, pairs, method, d_init(method))
+    assert report.options == lorsa.initialization == {"method": method, "d_init": d_init(method), "seed": 0}
     norms = lorsa.W_V.norm(dim=1)
-    torch.testing.assert_close(norms, torch.full_like(norms, report.value_norm))
+    torch.testing.assert_close(norms, torch.full_like(norms, report.encoder_norm))
     torch.testing.assert_close(lorsa.W_O.norm(dim=1), torch.ones_like(norms))
     best = squared_error(lorsa, pairs)
     y = pairs.outputs[:, 1:].double()
     assert best == pytest.approx((lorsa(pairs.inputs)[:, 1:] - y).square().sum().item())
     assert report.fvu == pytest.approx(best / (y - y.mean((0, 1))).square().sum().item())
-    if not tied and report.value_norm == pytest.approx(1):
-        # What units write has nothing to do with what they read: every norm makes it worse.
-        assert report.fvu > 1
-        return
     for factor in (0.9, 0.999, 1.001, 1.1):
         lorsa.W_V.data.mul_(factor)
         assert squared_error(lorsa, pairs) > best
@@ -104,17 +93,16 @@ def test_active_directions_explain_more_from_the_start(tiny_llama: Any, pairs: S
     assert fvu["asi"] < fvu["random"] < 1
 
 
-@pytest.mark.parametrize("center", [True, False])
-def test_heads_look_where_the_layer_looks(tiny_llama: Any, pairs: SequencePairs, center: bool) -> None:
+def test_heads_look_where_the_layer_looks(tiny_llama: Any, pairs: SequencePairs) -> None:
     lorsa = Lorsa(config(tiny_llama), dtype=torch.float64)
-    initialize_lorsa(lorsa, tiny_llama, LAYER, pairs, "random", center=center)
+    initialize_lorsa(lorsa, tiny_llama, LAYER, pairs, "random")
     x = pairs.inputs[:2].double()
     source = read_attention(tiny_llama, LAYER, CONTEXT)
     patterns = lorsa.heads(lorsa.normalize(x))
     z = patterns @ (torch.einsum("bpd,hdv->bhpv", x, source.W_V) + source.b_V[:, None])
     y = torch.einsum("bhpv,hvd->bpd", z, source.W_O) + source.b_O
     torch.testing.assert_close(y, source.output(x))
-    assert lorsa.input_mean.any() == center
+    assert lorsa.input_mean.any()
 
 
 def test_normalized_data_have_the_stated_size(tiny_llama: Any, pairs: SequencePairs) -> None:

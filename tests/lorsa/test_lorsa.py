@@ -187,9 +187,9 @@ def test_sequences_that_cannot_be_are_refused(lorsa: Lorsa) -> None:
     broken = torch.zeros(3, 5, 24)
     broken[1, 2, 3] = float("nan")
     for x, message in [
-        (torch.zeros(2, CONTEXT + 1, 24), f"sequences of {CONTEXT + 1} positions .* context={CONTEXT}"),
-        (torch.zeros(2, 5, 23), r"inputs of shape \(2, 5, 23\)"),
-        (torch.zeros(0, 5, 24), r"inputs of shape \(0, 5, 24\)"),
+        (torch.zeros(2, CONTEXT + 1, 24), f"sequences have {CONTEXT + 1} positions, .* context={CONTEXT}"),
+        (torch.zeros(2, 5, 23), r"inputs have shape \(2, 5, 23\)"),
+        (torch.zeros(0, 5, 24), r"inputs have shape \(0, 5, 24\)"),
         (broken, "1 of 3 sequences of inputs hold NaN"),
     ]:
         with pytest.raises(DataError, match=message):

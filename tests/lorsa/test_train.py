@@ -72,7 +72,7 @@ def test_batches_are_shuffled_sequences_and_go_on_anywhere() -> None:
     assert [int(x) for batch in later for x in batch.x[:, 0, 0]] == order[15:]
     other = [int(x) for batch in pairs.batches(9, seed=1, n_tokens=9 * 14) for x in batch.x[:, 0, 0]]
     assert other != order
-    with pytest.raises(OptionError, match=r"batch_size=2 .* a sequence of 3"):
+    with pytest.raises(OptionError, match=r"batch_size=2 .* at least 3"):
         next(pairs.batches(2, seed=0))
     with pytest.raises(OptionError, match="start=4"):
         next(pairs.batches(9, seed=0, start=4))
@@ -81,7 +81,7 @@ def test_batches_are_shuffled_sequences_and_go_on_anywhere() -> None:
 def test_pairs_that_cannot_be_are_refused() -> None:
     x = torch.zeros(3, 4, 2)
     for inputs, outputs in ((x, x[:2]), (x[0], x[0]), (x[:, :1], x[:, :1]), (x[:0], x[:0])):
-        with pytest.raises(DataError, match="inputs of shape"):
+        with pytest.raises(DataError, match="inputs have shape"):
             SequencePairs(inputs, outputs)
     assert len(SequencePairs(x, x)[1:]) == 2
     assert SequencePairs(x, x).fingerprint != SequencePairs(x, x + 1).fingerprint
@@ -162,8 +162,8 @@ def test_steps_that_cannot_be_are_refused_and_change_nothing(tiny_llama: Any, pa
     broken[0, 3, 3] = float("nan")
     for inputs, outputs, message in [
         (x, broken, "1 of 2 sequences of outputs hold NaN"),
-        (x, y[:1], "outputs of shape"),
-        (x[:, :1], y[:, :1], "2 positions or more"),
+        (x, y[:1], "and outputs"),
+        (x[:, :1], y[:, :1], "at least 2 positions"),
         (x[..., :20], y[..., :20], r"\[batch position 24\]"),
         (x.repeat(1, 2, 1), y.repeat(1, 2, 1), f"context={CONTEXT}"),
     ]:
@@ -189,7 +189,7 @@ def test_a_training_that_cannot_be_is_refused(
 ) -> None:
     with pytest.raises(OptionError, match=named):
         trainer(tiny_llama, pairs, **change)
-    with pytest.raises(OptionError, match="run initialize_lorsa first"):
+    with pytest.raises(OptionError, match="call `initialize_lorsa` first"):
         LorsaTrainer(Lorsa(started(tiny_llama, pairs).config))
 
 

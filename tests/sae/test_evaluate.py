@@ -125,6 +125,22 @@ def test_several_dictionaries_at_once_are_those_alone() -> None:
     assert evaluate_together(saes, rows) == [evaluate(sae, rows) for sae in saes]
 
 
+def test_several_dictionaries_read_the_rows_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ActivationStore.from_tensor(data())
+    saes = [trained_like(data(), seed=seed) for seed in range(3)]
+    expected, real = [evaluate(sae, store) for sae in saes], ActivationStore.in_order
+    read: list[int] = []
+
+    def counted(self: ActivationStore, batch_size: int) -> Any:
+        for block in real(self, batch_size):
+            read.append(len(block))
+            yield block
+
+    monkeypatch.setattr(ActivationStore, "in_order", counted)
+    assert evaluate_together(saes, store) == expected
+    assert sum(read) == store.n
+
+
 def test_stores_and_tensors_give_the_same(tmp_path: Path) -> None:
     rows = data()
     sae = trained_like(rows)
@@ -149,9 +165,9 @@ def test_rows_that_cannot_be_evaluated() -> None:
 def test_a_store_of_another_site_than_the_dictionary() -> None:
     rows = data()
     sae = trained_like(rows, metadata={"site": "attn_out", "layer": 3})
-    with pytest.raises(OptionError, match=r"site 'attn_out' and a store of site 'mlp_out'"):
+    with pytest.raises(OptionError, match=r"site 'mlp_out', but the dictionary has site 'attn_out'"):
         evaluate(sae, ActivationStore.from_tensor(rows, {"site": "mlp_out", "layer": 3}))
-    with pytest.raises(OptionError, match=r"layer 3 and a store of layer 4"):
+    with pytest.raises(OptionError, match=r"layer 4, but the dictionary has layer 3"):
         evaluate(sae, ActivationStore.from_tensor(rows, {"site": "attn_out", "layer": 4}))
 
 
@@ -304,7 +320,7 @@ def test_where_the_site_comes_from(store: ActivationStore, tiny_llama: Any, tiny
     assert evaluate(hooked, store, **options).losses == expected
     assert evaluate(hooked, rows, **options).losses == expected
     assert evaluate(anonymous, rows, where=("attn_out", 1), **options).losses == expected
-    with pytest.raises(OptionError, match=r"are not known; give where"):
+    with pytest.raises(OptionError, match=r"are not known; give where=\(site, layer\)"):
         evaluate(anonymous, rows, **options)
     other = small_sae(store)
     object.__setattr__(other.config, "metadata", {"site": "attn_out", "layer": 2})
@@ -320,7 +336,7 @@ def test_models_and_widths_that_do_not_fit(
     with pytest.raises(UnsupportedModelError, match="does not predict next tokens"):
         evaluate(small_sae(store), store, model=bert, tokens=tiny_tokens, progress=False)
     options: dict[str, Any] = {"model": tiny_llama, "progress": False}
-    with pytest.raises(OptionError, match=r"24 wide, as attn_out"):
+    with pytest.raises(OptionError, match=r"d_in=5 .* 24, the width of blocks.1.hook_attn_out"):
         evaluate(perfect(5), torch.rand(9, 5), tokens=tiny_tokens, where=("attn_out", 1), **options)
     with pytest.raises(OptionError, match="at least one sequence"):
         evaluate(small_sae(store), store, tokens=tiny_tokens[:0], **options)

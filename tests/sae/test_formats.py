@@ -211,10 +211,10 @@ def test_an_edited_or_missing_file_is_found(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"format": 2}, DataError, "has format 2, this version reads 1"),
-        ({"colour": 1}, DataError, "not what this version writes"),
-        ({"dtype": "int8"}, DataError, "not what this version writes"),
-        ({"in_sae_weights": []}, DataError, "do not belong together"),
+        ({"format": 2}, DataError, "has format 2, but this version reads 1"),
+        ({"colour": 1}, DataError, "not written by this version: unexpected or missing colour"),
+        ({"dtype": "int8"}, DataError, "not written by this version: .* dtype='int8'"),
+        ({"in_sae_weights": []}, DataError, "its configuration needs W_dec, W_enc, b_dec"),
         ({"config": {"d_in": D, "d_sae": D_SAE, "kk": 3}}, UnknownNameError, "did you mean 'k'"),
         ({"config": {"d_in": D, "d_sae": D_SAE, "k": 99}}, OptionError, "k=99"),
         ({"config": {"d_in": D + 1, "d_sae": D_SAE}}, DataError, "needs"),

@@ -20,6 +20,7 @@ from asi_lens.kernels.topk import encode_topk
 from asi_lens.sae import kernel_step
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.initialize import initialize
+from asi_lens.sae.kinds.kind import Picked
 from asi_lens.sae.train import DivergedError, Trainer
 from asi_lens.training.checkpoint import OtherConfigurationError
 from asi_lens.training.config import OPTIMIZERS
@@ -42,11 +43,11 @@ def trainer(kernels: str = "triton", dtype: torch.dtype = torch.float32, **chang
 def rounded(of: Trainer) -> None:
     """Let a float64 trainer pick by products of numbers rounded to bfloat16, as the kernels do."""
 
-    def code(x: torch.Tensor, step: int, workspace: Any) -> SparseCode:
+    def picks(x: torch.Tensor, step: int, workspace: Any) -> Picked:
         x, encoder = x.bfloat16().double(), of.sae.encoder_rows.bfloat16().double()
-        return encode_topk(x, encoder, of.sae.b_enc.data, of.sae.k)
+        return Picked(encode_topk(x, encoder, of.sae.b_enc.data, of.sae.k))
 
-    of.sparsity.code = code  # type: ignore[method-assign]
+    of.sparsity.picks = picks  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -215,7 +215,7 @@ def test_an_output_in_use_is_left_alone(store: Path, tmp_path: Path, launch: Any
 def test_a_mesh_of_another_size_is_refused(store: Path, tmp_path: Path, capsys: Any) -> None:
     path = file_of(tmp_path, values(store, tmp_path / "out", 2, 2))
     assert main([str(path)]) == 1
-    assert "data=2 x model=2 needs 4 processes, there are 1" in capsys.readouterr().err
+    assert "data=2 x model=2 needs 4 processes, but there are 1" in capsys.readouterr().err
 
 
 def test_versions_must_agree() -> None:

@@ -23,7 +23,7 @@ from asi_lens.sae.train import Trainer
         ({"anneal_fraction": 1.5}, "anneal_fraction=1.5"),
         ({"prefixes": (8, 4)}, "prefixes"),
         ({"prefixes": (8, D_SAE)}, f"below d_sae={D_SAE}"),
-        ({"initial_l0": 2.0}, "annealed down to k=4"),
+        ({"initial_l0": 2.0}, "must be from k=4"),
     ],
 )
 def test_bad_options_are_named(options: dict[str, Any], named: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_trainings import D_IN, D_SAE, K, make, quick, rows, same_gradients
+from small_trainings import D_IN, D_SAE, K, make, quick, rows, same_bits, same_gradients
 from waits import Waits, accelerated
 
 from asi_lens.activations.pairs import Pair
@@ -184,8 +184,8 @@ def test_batches_that_cannot_be_are_refused_and_change_nothing() -> None:
     for batch, message in [
         (torch.zeros(64, D_IN + 1), f"d_in={D_IN}"),
         (torch.zeros(0, D_IN), "at least 1"),
-        (torch.zeros(()), "a batch is rows"),
-        (Pair(rows(4), rows(4)), "not Pair"),
+        (torch.zeros(()), "must be rows"),
+        (Pair(rows(4), rows(4)), "the batch is Pair"),
         (broken, "1 of 64 activation rows hold NaN"),
     ]:
         with pytest.raises(DataError, match=message):
@@ -231,3 +231,27 @@ def test_unknown_names_are_refused() -> None:
         TrainConfig.from_dict({"batchsize": 3})
     with pytest.raises(OptionError, match="bfloat16"):
         Trainer(make(dtype=torch.float64), quick(compute_dtype="bfloat16"))
+
+
+@pytest.mark.parametrize(
+    ("activation", "start"), [("topk", "asi"), ("topk", "orthogonal"), ("gated", "random")]
+)
+def test_defaults_that_the_user_set_change_nothing(activation: str, start: str) -> None:
+    """The default dtype, and (for a dictionary that is there) the default device."""
+    ends, data = [], rows()
+    for dtype, device in ((torch.float32, "cpu"), (torch.float64, "cpu"), (torch.float32, "meta")):
+        sae = make(activation=activation) if device == "meta" else None
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                store = ActivationStore.from_tensor(data)
+                sae = sae or make(activation=activation)
+                d_init = 4 if start == "asi" else None
+                initialize(sae, start, store.spectrum, d_init, store.sample(200))
+                config = quick(optimizer="sparse_adam_decay", aux_k=3, dead_window=64, n_tokens=64 * 5)
+                ends.append(Trainer(sae, config))
+                ends[-1].fit(store, progress=False)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert same_bits(ends[0], ends[1])
+    assert same_bits(ends[0], ends[2])

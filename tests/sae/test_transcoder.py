@@ -105,7 +105,7 @@ def test_step_gradients_equal_autograd(activation: str, aux_k: int, monkeypatch:
     trainer.ledger.n_tokens = 10
     trainer.ledger.last_fired[:60] = 10
     x = (pair.x - sae.input_mean) * sae.input_scale
-    code = trainer.sparsity.code(x.detach(), 0)
+    code = trainer.sparsity.picks(x.detach(), 0).code
     fired = torch.zeros(64, D_SAE, dtype=torch.float64).scatter_add(
         1, code.indices, (code.values > 0).double()
     )
@@ -158,8 +158,13 @@ def test_it_begins_where_it_was_asked_to(method: str, reader: str) -> None:
         assert report.leak_decoder is not None
         assert report.leak_decoder < 1e-6
         assert inside.min().item() == pytest.approx(1)
+        assert report.d_init == R
     else:
         assert inside.mean().item() == pytest.approx(R / D_OUT, abs=0.1)
+    if reader == "active":
+        U = store.inputs.spectrum.active_subspace(report.options["d_reads"])
+        outside = sae.encoder_rows.double() - sae.encoder_rows.double() @ U @ U.T
+        assert report.leak_encoder == pytest.approx((outside.norm(dim=1) / report.encoder_norm).max().item())
     # The scale is the best one: the first reconstruction cannot be improved by another.
     pair = store.sample(store.n)
     goal = sae.normalize_output(pair.y) - sae.b_dec
@@ -170,6 +175,8 @@ def test_it_begins_where_it_was_asked_to(method: str, reader: str) -> None:
         # What is read at random has nothing to do with what is written: no norm is better than none.
         assert report.encoder_norm == pytest.approx(1)
     assert report.fvu == pytest.approx(((goal - made).square().sum() / goal.square().sum()).item(), rel=1e-4)
+    assert (report.linear_fvu is None) == (reader != "regression")
+    assert report.options == sae.initialization
     again = make()
     initialize_transcoder(again, store, method, reader, R if method == "asi" else None)
     assert torch.equal(again.W_enc, sae.W_enc)
@@ -299,7 +306,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(OptionError, match="d_out=0"):
         SAEConfig(D_IN, D_SAE, K, d_out=0)
     trainer = Trainer(make(), quick())
-    with pytest.raises(DataError, match="a batch is a Pair"):
+    with pytest.raises(DataError, match="must be a Pair"):
         trainer.step(pair.x)
     with pytest.raises(DataError, match="n at least 1"):
         trainer.step(Pair(pair.x, pair.y[:5]))
@@ -314,8 +321,13 @@ def test_what_does_not_fit_is_refused() -> None:
         plain.fit(store, progress=False)
     with pytest.raises(OptionError, match="autoencoder"):
         expand(make(), torch.eye(D_IN)[:, :D_IN], torch.zeros(D_IN))
-    with pytest.raises(OptionError, match="evaluate_transcoder"):
+    with pytest.raises(OptionError, match=r"saes='a transcoder' .* autoencoders .*evaluate_transcoder"):
         evaluate(make(), pair.x)
+    narrow = PairedStores(store.inputs, store.inputs)
+    with pytest.raises(OptionError, match=r"store='of widths \(12, 12\)' .* of widths \(12, 20\)"):
+        evaluate_transcoder(make(), narrow)
+    with pytest.raises(OptionError, match=r"store='with outputs 12 wide' .* with outputs 20 wide"):
+        initialize_transcoder(make(), narrow, "random")
 
 
 def test_stores_of_other_tokens_are_refused() -> None:
@@ -323,7 +335,7 @@ def test_stores_of_other_tokens_are_refused() -> None:
     with pytest.raises(OptionError, match="1,000 rows"):
         PairedStores(store.inputs, stores(1000).outputs)
     other = ActivationStore.from_tensor(data().y, metadata={"model": "another"})
-    with pytest.raises(OptionError, match="model 'm' and outputs of model 'another'"):
+    with pytest.raises(OptionError, match="model 'another', but the inputs have model 'm'"):
         PairedStores(store.inputs, other)
 
 

@@ -65,7 +65,7 @@ def test_a_stored_ledger_comes_back() -> None:
     other.load_state(ledger.state())
     assert other.last_fired.tolist() == ledger.last_fired.tolist() == [2, 3, 0, 0]
     assert (other.counts.tolist(), other.n_tokens) == ([1, 2, 0, 0], 3)
-    with pytest.raises(DataError, match="4 features, not 5"):
+    with pytest.raises(DataError, match="4 features, but this one has 5"):
         DeadnessLedger(5).load_state(ledger.state())
 
 
@@ -73,5 +73,5 @@ def test_bad_options() -> None:
     ledger = DeadnessLedger(3)
     with pytest.raises(OptionError, match="window=0"):
         ledger.dead_fraction(0)
-    with pytest.raises(DataError, match="no tokens"):
+    with pytest.raises(DataError, match="not counted any tokens"):
         _ = ledger.silent_fraction

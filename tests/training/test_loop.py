@@ -25,7 +25,7 @@ from small_trainings import (
 )
 
 from asi_lens.activations.harvest_store import ActivationStore
-from asi_lens.base.errors import OptionError
+from asi_lens.base.errors import OptionError, UnknownNameError
 from asi_lens.sae.train import StepOutput, Trainer
 from asi_lens.training import checkpoint, loop, sharded_checkpoint
 from asi_lens.training.checkpoint import CHECKPOINT_FILE
@@ -181,10 +181,26 @@ def test_several_on_one_stream_end_as_each_alone(store: ActivationStore, tmp_pat
 
 def test_trainers_of_different_streams_are_refused(store: ActivationStore, tmp_path: Path) -> None:
     pair = [Trainer(make(), quick()), Trainer(make(), quick(seed=1))]
-    with pytest.raises(OptionError, match="different seed"):
+    with pytest.raises(OptionError, match="seed differs between the trainers"):
         train_together(pair, store)
     same = [Trainer(make(), quick()), Trainer(make(), quick())]
     with pytest.raises(OptionError, match="folders"):
         train_together(same, store, folders=[tmp_path, tmp_path])
     with pytest.raises(OptionError, match="width 15"):
         train_together(same, ActivationStore.from_tensor(rows()[:, 1:]))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"log_every": 0}, "log_every=0 .* at least 1"),
+        ({"checkpoint_every": 0}, "checkpoint_every=0 .* at least 1"),
+        ({"windows": [256, 0]}, r"windows=\[256, 0\] .* at least 1 token each"),
+        ({"loggers": ["tensorbord"]}, "unknown logger 'tensorbord'; did you mean 'tensorboard'"),
+    ],
+)
+def test_bad_options_are_named(store: ActivationStore, options: dict[str, Any], said: str) -> None:
+    with pytest.raises((OptionError, UnknownNameError), match=said):
+        Trainer(make(), quick()).fit(store, **options)
+    with pytest.raises(OptionError, match=r"trainers=\[\] .* one or more"):
+        train_together([], store)

@@ -2,41 +2,47 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from asi_lens.kernels.codes import SparseCode, keep
+from asi_lens.kernels.codes import keep
 from asi_lens.kernels.topk import Workspace
 from asi_lens.sae.kinds.free import Thresholded
-from asi_lens.sae.kinds.kind import Sizes, Training, largest
+from asi_lens.sae.kinds.kind import Picked, Sizes, Training, largest
 
 # Weight of the newest batch in the running threshold.
 _NEWEST = 0.01
 
 
-class BatchTopKTraining(Training["BatchTopK"]):
+@dataclass(frozen=True)
+class BatchPicks(Picked):
+    """Picked of a batch, and the smallest value among them (infinity if nothing fired)."""
+
+    least: Float[Tensor, ""]
+
+
+class BatchTopKTraining(Training["BatchTopK", BatchPicks]):
     """Training of BatchTopK: the k x batch largest pre-activations above zero fire. There is no penalty."""
 
-    _least: Tensor | None = None
-
-    def code(
+    def picks(
         self, x: Float[Tensor, "batch d_in"], step: int, workspace: Workspace | None = None
-    ) -> SparseCode:
-        """See `Training.code`."""
+    ) -> BatchPicks:
+        """See `Training.picks`."""
         sae = self.sae
         found, least = largest(x, sae.encoder_rows, sae.b_enc.data, self.target(step), workspace)
         kept = (found.values >= least) & (found.values > 0)
-        self._least = torch.where(kept, found.values, torch.inf).amin()  # infinity if nothing fired
-        return keep(found, kept)
+        # Infinity if nothing fired.
+        return BatchPicks(keep(found, kept), torch.where(kept, found.values, torch.inf).amin())
 
-    def after(self, l0: float, step: int) -> None:
+    def after(self, picks: BatchPicks, l0: float, step: int) -> None:
         """See `Training.after`. Updates the threshold of inference."""
         threshold = self.kind.threshold
-        if self._least is not None:
-            # The first batch sets the threshold, unless `set_threshold` did.
-            least = torch.where(self._least.isfinite(), self._least, threshold).to(threshold)
-            threshold.lerp_(least, torch.where(threshold > 0, _NEWEST, 1.0).to(threshold))
+        # The first batch sets the threshold, unless `set_threshold` did.
+        least = torch.where(picks.least.isfinite(), picks.least, threshold).to(threshold)
+        threshold.lerp_(least, torch.where(threshold > 0, _NEWEST, 1.0).to(threshold))
 
 
 class BatchTopK(Thresholded):

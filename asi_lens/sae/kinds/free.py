@@ -79,7 +79,10 @@ class Thresholded(FiresFreely):
     def to_saelens(self, folded: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
         """See `Kind.to_saelens`. Writes one threshold for each feature."""
         if bool((folded["threshold"] < 0).any()):
-            raise OptionError(f"{folder}: thresholds below zero cannot be written; zero is the same function")
+            raise OptionError(
+                f"{folder} cannot hold thresholds below zero, which SAELens does not have; zero is the same "
+                "function"
+            )
         wide = folded["threshold"].expand(len(folded["b_enc"])).contiguous()
         return {**folded, "threshold": wide}
 

@@ -8,6 +8,7 @@ gates: the squared error of the reconstruction from ReLU(gate), with the decoder
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -19,40 +20,45 @@ from asi_lens.kernels.codes import SparseCode, pick, stack_codes
 from asi_lens.kernels.gradients import Term, add_at, decode_sum, picked_dots
 from asi_lens.kernels.topk import Workspace
 from asi_lens.sae.kinds.free import FiresFreely
-from asi_lens.sae.kinds.kind import Kind, Penalized, Sizes
+from asi_lens.sae.kinds.kind import Kind, Penalized, Picked, Sizes
 from asi_lens.sae.sparsity import SparsityConfig
 
 
-class GatedTraining(Penalized["Gated"]):
+@dataclass(frozen=True)
+class GatedPicks(Picked):
+    """Picked of a batch, and its open gates with their pre-activations."""
+
+    gates: SparseCode
+
+
+class GatedTraining(Penalized["Gated", GatedPicks]):
     """Training of Gated: the main loss trains the magnitudes, and a loss of its own trains the gates."""
 
     gates_apart = True
-    _gates: SparseCode
 
-    def code(
+    def picks(
         self, x: Float[Tensor, "batch d_in"], step: int, workspace: Workspace | None = None
-    ) -> SparseCode:
-        """See `Training.code`. Keeps the open gates for `terms`."""
+    ) -> GatedPicks:
+        """See `Training.picks`."""
         fired, gates, bias = [], [], self.sae.b_enc.data
         for z in self.pre_activations(x):
             values = self.kind.magnitude(z, bias)
             fired.append(pick((z > 0) & (values > 0), values))
             gates.append(pick(z > 0, z))
-        self._gates = stack_codes(gates)
-        return stack_codes(fired)
+        return GatedPicks(stack_codes(fired), stack_codes(gates))
 
     def terms(
-        self, code: SparseCode, goal: Float[Tensor, "part d_out"], n: int
+        self, picks: GatedPicks, goal: Float[Tensor, "part d_out"], n: int
     ) -> tuple[Float[Tensor, "batch d_out"], list[Term]]:
         """See `Training.terms`. The last term is the loss of the gates."""
-        residual, terms = super().terms(code, goal, n)
-        gain = self.kind.r_mag.detach().exp()[code.indices]
+        residual, terms = super().terms(picks, goal, n)
+        gain = self.kind.r_mag.detach().exp()[picks.code.indices]
         terms = [term._replace(gain=gain, to_b_enc=False) for term in terms]
         # b_dec is held constant too.
-        missed = decode_sum(self._gates, self.sae.W_dec.data).sub_(goal).mul_(2 / len(goal))
-        return residual, [*terms, Term(self._gates, missed, holds_b_dec=False, moves_decoder=False)]
+        missed = decode_sum(picks.gates, self.sae.W_dec.data).sub_(goal).mul_(2 / len(goal))
+        return residual, [*terms, Term(picks.gates, missed, holds_b_dec=False, moves_decoder=False)]
 
-    def penalize(self, terms: list[Term], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def penalize(self, terms: list[Term], picks: GatedPicks, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """See `Training.penalize`."""
         *main, gates = terms
         batch = len(gates.grad)
@@ -75,7 +81,7 @@ class GatedTraining(Penalized["Gated"]):
             add_at(out["r_mag"], features, along.flatten())
         return out
 
-    def after(self, l0: float, step: int) -> None:
+    def after(self, picks: GatedPicks, l0: float, step: int) -> None:
         """See `Training.after`."""
         self.steer(l0, step)
 

@@ -8,6 +8,8 @@ c d_out / target mean_b sum_j tanh(act), with a steered coefficient c.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -16,33 +18,41 @@ from asi_lens.kernels.codes import SparseCode, pick, stack_codes
 from asi_lens.kernels.gradients import Term, add_at, picked_dots
 from asi_lens.kernels.topk import Workspace
 from asi_lens.sae.kinds.free import Thresholded
-from asi_lens.sae.kinds.kind import Penalized, Sizes
+from asi_lens.sae.kinds.kind import Penalized, Picked, Sizes
 from asi_lens.sae.sparsity import SparsityConfig
 
 
-class JumpReLUTraining(Penalized["JumpReLU"]):
+@dataclass(frozen=True)
+class JumpPicks(Picked):
+    """Picked of a batch, and the pre-activations near a threshold, from which thresholds learn.
+
+    Attributes:
+        near: features near their threshold, with ones; zeros are padding.
+        acts: values of these features, zero for those that did not fire.
+    """
+
+    near: SparseCode
+    acts: Float[Tensor, "batch near"]
+
+
+class JumpReLUTraining(Penalized["JumpReLU", JumpPicks]):
     """Training of JumpReLU: thresholds learn from the pre-activations near them."""
 
-    _near: SparseCode
-    _acts: Tensor
-
-    def code(
+    def picks(
         self, x: Float[Tensor, "batch d_in"], step: int, workspace: Workspace | None = None
-    ) -> SparseCode:
-        """See `Training.code`. Keeps the picks near a threshold for `penalize`."""
+    ) -> JumpPicks:
+        """See `Training.picks`."""
         threshold = self._threshold()
         fired, near, acts = [], [], []
         for z in self.pre_activations(x):
             on = (z > threshold) & (z > 0)
             fired.append(pick(on, z))
             close = (z - threshold).abs() < self.config.bandwidth / 2
-            # Ones mark pre-activations near a threshold; zeros are padding.
             near.append(pick(close, torch.ones_like(z)))
             acts.append(pick(close, z * on))
-        self._near, self._acts = stack_codes(near), stack_codes(acts).values
-        return stack_codes(fired)
+        return JumpPicks(stack_codes(fired), stack_codes(near), stack_codes(acts).values)
 
-    def penalize(self, terms: list[Term], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def penalize(self, terms: list[Term], picks: JumpPicks, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """See `Training.penalize`."""
         code, batch = terms[0].code, len(terms[0].grad)
         weight, target, width = self.weight(step), self.target(step), self.config.bandwidth
@@ -56,27 +66,31 @@ class JumpReLUTraining(Penalized["JumpReLU"]):
             loss = weight / (target * batch) * soft.sum()
             terms[0] = terms[0]._replace(pull=weight / (target * batch) * (1 - soft.square()))
         return loss, {
-            "threshold": self._threshold_gradient(terms, by_l0 / batch, weight / (target * batch), width)
+            "threshold": self._threshold_gradient(
+                terms, picks, by_l0 / batch, weight / (target * batch), width
+            )
         }
 
-    def _threshold_gradient(self, terms: list[Term], by_count: Tensor, slope: float, width: float) -> Tensor:
+    def _threshold_gradient(
+        self, terms: list[Term], picks: JumpPicks, by_count: Tensor, slope: float, width: float
+    ) -> Tensor:
         """Return sums of -(threshold / width) dL/d act - (1 / width) dL/d [fired] over the picks near each
         threshold."""
-        indices, marks = self._near
+        indices, marks = picks.near
         threshold = self._threshold()
         there = threshold[indices]
         into = torch.zeros_like(marks)
         for term, size in zip(terms, [len(threshold), *self.config.prefixes], strict=True):
             into += picked_dots(term.grad, self.sae.W_dec.data, indices) * (indices < size)
         if self.config.penalty == "tanh":
-            into += slope * (1 - torch.tanh(self._acts).square())
+            into += slope * (1 - torch.tanh(picks.acts).square())
         gradient = -(there * into + by_count) / width * marks
         return add_at(torch.zeros_like(threshold), indices.flatten(), gradient.flatten())
 
     def _threshold(self) -> Tensor:
         return self.kind.threshold.detach()
 
-    def after(self, l0: float, step: int) -> None:
+    def after(self, picks: JumpPicks, l0: float, step: int) -> None:
         """See `Training.after`. Sets thresholds below zero to zero."""
         self._threshold().clamp_(min=0)
         if self.config.penalty == "tanh":

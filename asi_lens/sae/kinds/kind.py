@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Generic, Protocol, TypeVar, cast, runtime_checkable
 
@@ -16,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from asi_lens.base.errors import OptionError, require
+from asi_lens.base.errors import require
 from asi_lens.kernels import devices
 from asi_lens.kernels.codes import SparseCode
 from asi_lens.kernels.gradients import Term, decode_sum
@@ -79,10 +80,22 @@ class Weights(nn.Module):
         return self.W_enc.data.T
 
 
+@dataclass(frozen=True)
+class Picked:
+    """The features that a training step picked; kinds add what later methods of the step need.
+
+    Attributes:
+        code: features and values that enter the reconstruction.
+    """
+
+    code: SparseCode
+
+
 K = TypeVar("K", bound="Kind")
+P = TypeVar("P", bound=Picked)
 
 
-class Training(Generic[K]):
+class Training(Generic[K, P]):
     """Training of a kind. This base class has no penalty and uses the picks of inference (TopK).
 
     Attributes:
@@ -97,11 +110,8 @@ class Training(Generic[K]):
         for size in config.prefixes:
             require(size < sae.d_sae, "prefixes", size, f"below d_sae={sae.d_sae}")
         start = sae.k if config.initial_l0 is None else config.initial_l0
-        if not sae.k <= start <= sae.d_sae:
-            raise OptionError(
-                f"initial_l0={start} is not allowed; a schedule that is annealed down to k={sae.k} begins "
-                f"from there to d_sae={sae.d_sae}"
-            )
+        allowed = f"from k={sae.k}, to which it is annealed, to d_sae={sae.d_sae}"
+        require(sae.k <= start <= sae.d_sae, "initial_l0", start, allowed)
         self.sae = sae
         self.kind = cast(K, sae.activation)
         self.config = config
@@ -121,34 +131,33 @@ class Training(Generic[K]):
         share = min(1.0, step / steps) if steps else 1.0
         return start + share * (self.sae.k - start)
 
-    def code(
-        self, x: Float[Tensor, "batch d_in"], step: int, workspace: Workspace | None = None
-    ) -> SparseCode:
-        """Return the picks of a batch of centered rows."""
-        return self.kind.code(x, self.sae.encoder_rows, self.sae.b_enc.data, workspace)
+    def picks(self, x: Float[Tensor, "batch d_in"], step: int, workspace: Workspace | None = None) -> P:
+        """Return the picks of a batch of centered rows; over ranks, those of this rank's features."""
+        code = self.kind.code(x, self.sae.encoder_rows, self.sae.b_enc.data, workspace)
+        return cast(P, Picked(self.mesh.pick(code, self.sae.k)))
 
     def terms(
-        self, code: SparseCode, goal: Float[Tensor, "part d_out"], n: int
+        self, picks: P, goal: Float[Tensor, "part d_out"], n: int
     ) -> tuple[Float[Tensor, "batch d_out"], list[Term]]:
         """Return reconstruction minus goal (both without b_dec), and the terms of the main loss: the whole
-        dictionary, then its prefixes. `code` and `goal` are of this rank's tokens, the results of all `n`
+        dictionary, then its prefixes. `picks` and `goal` are of this rank's tokens, the results of all `n`
         tokens of the batch."""
         decoder, scale = self.sae.W_dec.data, 2 / n
-        residual = self.mesh.over_features(decode_sum(code, decoder)).sub_(goal)
-        code, residual = self.mesh.whole_code(code, n), self.mesh.whole(residual, n)
+        residual = self.mesh.over_features(decode_sum(picks.code, decoder)).sub_(goal)
+        code, residual = self.mesh.whole_code(picks.code, n), self.mesh.whole(residual, n)
         terms = [Term(code, residual * scale)]
         for size in self.config.prefixes:
             part = SparseCode(code.indices, code.values * (code.indices < size))
             terms.append(Term(part, decode_sum(part, decoder).sub_(goal).mul_(scale)))
         return residual, terms
 
-    def penalize(self, terms: list[Term], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def penalize(self, terms: list[Term], picks: P, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the penalty and the gradients of the activation's own parameters. May set the `pull` of
         `terms[0]`, the penalty's gradient on the values."""
         return terms[0].grad.new_zeros(()), {}
 
-    def after(self, l0: float, step: int) -> None:
-        """Update the training's state after a step whose batch had `l0` features per token."""
+    def after(self, picks: P, l0: float, step: int) -> None:
+        """Update the training's state after a step with these picks, `l0` features per token."""
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors that a checkpoint stores."""
@@ -158,13 +167,13 @@ class Training(Generic[K]):
         """Restore the tensors of `state`; `read` returns the tensor of a name."""
 
 
-class Penalized(Training[K]):
+class Penalized(Training[K, P]):
     """Training with a penalty. Its coefficient may be steered: every step multiplies the coefficient by
     exp(0.03 (l0 / target - 1)), with the change limited to about 3 % up or down."""
 
     def state(self) -> dict[str, Tensor]:
         """See `Training.state`."""
-        return {"coefficient": torch.tensor(self.coefficient, dtype=torch.float64)}
+        return {"coefficient": torch.tensor(self.coefficient, dtype=torch.float64, device="cpu")}
 
     def load_state(self, read: Callable[[str], Tensor]) -> None:
         """See `Training.load_state`."""

@@ -11,21 +11,21 @@ from torch.nn.functional import relu
 
 from asi_lens.kernels.gradients import Term
 from asi_lens.sae.kinds.free import FiresFreely
-from asi_lens.sae.kinds.kind import Penalized
+from asi_lens.sae.kinds.kind import Penalized, Picked
 from asi_lens.sae.sparsity import SparsityConfig
 
 
-class ReLUTraining(Penalized["ReLU"]):
+class ReLUTraining(Penalized["ReLU", Picked]):
     """Training of ReLU: L1, steered towards the target."""
 
-    def penalize(self, terms: list[Term], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def penalize(self, terms: list[Term], picks: Picked, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """See `Training.penalize`."""
         code, batch = terms[0].code, len(terms[0].grad)
         weight = self.weight(step) / (self.target(step) * batch)
         terms[0] = terms[0]._replace(pull=torch.full_like(code.values, weight))
         return weight * code.values.sum(), {}
 
-    def after(self, l0: float, step: int) -> None:
+    def after(self, picks: Picked, l0: float, step: int) -> None:
         """See `Training.after`."""
         self.steer(l0, step)
 

@@ -15,7 +15,7 @@ def test_batchtopk_keeps_the_largest_of_the_batch() -> None:
     x[0] = 30 * (x[0] - 1) + 1
     trainer = Trainer(sae, quick())
     centered = sae.normalize(x) - sae.b_dec.detach()
-    code = trainer.sparsity.code(centered, 0)
+    code = trainer.sparsity.picks(centered, 0).code
     dense = torch.zeros(50, D_SAE, dtype=torch.float64).scatter_add(1, code.indices, code.values)
     z = (centered @ sae.W_enc + sae.b_enc).detach().relu()
     least = z.flatten().topk(K * 50).values.min()

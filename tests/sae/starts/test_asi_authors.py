@@ -7,6 +7,8 @@ import torch
 from small_starts import D_IN, D_SAE, make, mse, rows
 
 from asi_lens.activations.spectrum import Spectrum
+from asi_lens.base.errors import OptionError
+from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.initialize import initialize
 
 
@@ -44,3 +46,11 @@ def test_the_authors_grid_is_theirs(spectrum: Spectrum, sample: torch.Tensor) ->
     coarse = min((0.1 * i for i in range(1, 51)), key=loss)
     fine = min((coarse - 0.09 + 0.01 * i for i in range(20)), key=loss)
     assert found == pytest.approx(fine)
+
+
+def test_it_is_refused_for_kinds_with_thresholds(spectrum: Spectrum, sample: torch.Tensor) -> None:
+    sae = SparseAutoencoder(SAEConfig(D_IN, D_SAE, 4, "jumprelu"))
+    with pytest.raises(
+        OptionError, match=r"method='asi_authors' .* activation='jumprelu'; method must be 'asi'"
+    ):
+        initialize(sae, "asi_authors", spectrum, 10, sample)

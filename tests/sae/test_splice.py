@@ -1,0 +1,96 @@
+"""Coders in a forward pass: what they replace, at which hooks, and where they may not stand.
+
+Losses with a coder spliced in are in `test_evaluate`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from asi_lens.base.errors import OptionError, UnknownNameError
+from asi_lens.inputs import models
+from asi_lens.inputs.corpora import Tokens
+from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
+from asi_lens.sae.evaluate import Coder
+from asi_lens.sae.splice import Place
+from asi_lens.sae.transcoder import Transcoder
+
+pytestmark = pytest.mark.model_facing
+D = 24
+SITE = {"site": "attn_out", "layer": 1}
+READS = {"site": "blocks.1.hook_resid_pre", "layer": 1}
+
+
+def autoencoder(metadata: dict[str, Any], d: int = D) -> SparseAutoencoder:
+    return SparseAutoencoder(SAEConfig(d, 48, 4, metadata=metadata))
+
+
+def transcoder(metadata: dict[str, Any]) -> Transcoder:
+    return Transcoder(SAEConfig(D, 48, 4, d_out=D, metadata=metadata))
+
+
+def seen(model: nn.Module, ids: torch.Tensor, name: str, hooks: Any) -> torch.Tensor:
+    """The residual stream after the layer, and thereby what was written there."""
+    found: list[torch.Tensor] = []
+    models.forward(model, ids, {**hooks, name: lambda x: found.append(x.clone())})
+    return found[0]
+
+
+def test_an_autoencoder_replaces_what_it_reads(tiny_llama: Any, tiny_tokens: Tokens) -> None:
+    sae, ids = autoencoder(SITE), tiny_tokens.ids[:2]
+    assert isinstance(sae, Coder)
+    (name,) = hooks = sae.hooks(tiny_llama)
+    assert name == "blocks.1.hook_attn_out"
+    x = seen(tiny_llama, ids, name, {})
+    with torch.no_grad():
+        expected = torch.cat([x[:, :1], sae(x[:, 1:])], 1)
+    torch.testing.assert_close(hooks[name](x), expected)
+    stream = [seen(tiny_llama, ids, "blocks.1.hook_resid_post", given) for given in ({}, hooks)]
+    assert torch.equal(stream[0][:, 0], stream[1][:, 0])
+    assert not torch.allclose(stream[0][:, 1:], stream[1][:, 1:])
+
+
+def test_a_transcoder_reads_one_site_and_replaces_another(tiny_llama: Any, tiny_tokens: Tokens) -> None:
+    coder, ids = transcoder({**SITE, "reads": READS}), tiny_tokens.ids[:2]
+    assert isinstance(coder, Coder)
+    read, write = hooks = coder.hooks(tiny_llama)
+    assert (read, write) == ("blocks.1.hook_resid_pre", "blocks.1.hook_attn_out")
+    x, y = (seen(tiny_llama, ids, name, {}) for name in (read, write))
+    assert hooks[read](x) is None
+    with torch.no_grad():
+        torch.testing.assert_close(hooks[write](y), torch.cat([y[:, :1], coder(x)[:, 1:]], 1))
+
+
+def test_a_place_that_metadata_do_not_name_is_given(tiny_llama: Any) -> None:
+    plain = autoencoder({})
+    with pytest.raises(OptionError, match=r"site and layer of the SparseAutoencoder are not known; give"):
+        plain.hooks(tiny_llama)
+    place = Place.of(tiny_llama, ("attn_out", 1))
+    assert list(plain.hooks(tiny_llama, place)) == ["blocks.1.hook_attn_out"]
+    assert plain.place(tiny_llama, SITE) == place
+    # A hook alone, as SAELens records it, is the same place.
+    assert autoencoder({"hook_name": "blocks.1.hook_attn_out"}).place(tiny_llama, SITE) == place
+    with pytest.raises(OptionError, match=r"differ \(blocks.1.hook_attn_out, blocks.2.hook_attn_out\)"):
+        autoencoder(SITE).place(tiny_llama, {"site": "attn_out", "layer": 2})
+    with pytest.raises(OptionError, match=r"of the Transcoder are not known; give stores whose metadata"):
+        transcoder(SITE).hooks(tiny_llama)
+
+
+def test_places_that_do_not_fit_are_refused(tiny_llama: Any) -> None:
+    with pytest.raises(OptionError, match=r"d_in=5 .* must be 24, the width of blocks\.1\.hook_attn_out"):
+        autoencoder(SITE, d=5).hooks(tiny_llama)
+    narrow = Transcoder(SAEConfig(D, 48, 4, d_out=7))
+    place = Place.of(tiny_llama, ("attn_out", 1), ("resid_post", 0))
+    assert (place.layer, place.d_in, place.d_out) == (0, D, D)
+    with pytest.raises(OptionError, match=r"d_out=7 .* must be 24, the width of blocks\.1\.hook_attn_out"):
+        narrow.hooks(tiny_llama, place)
+    with pytest.raises(OptionError, match=r"reads=\('attn_out', 1\) .* another site than the written"):
+        Place.of(tiny_llama, ("attn_out", 1), ("attn_out", 1))
+    with pytest.raises(OptionError, match=r"reads=\('resid_post', 2\) .* of layer 1 at most"):
+        Place.of(tiny_llama, ("attn_out", 1), ("resid_post", 2))
+    with pytest.raises(UnknownNameError, match="did you mean 'attn_out'"):
+        Place.of(tiny_llama, ("atn_out", 1))
