@@ -4,6 +4,7 @@ PYTHON    ?= python3
 VENV      ?= .venv
 VENV_TL4  ?= .venv-tl4
 VENV_PEERS ?= .venv-peers
+VENV_DOCS ?= .venv-docs
 VENV_TRITON ?= .venv-triton
 MODEL     ?= smollm2-135m
 PROFILE   ?= quick
@@ -18,6 +19,7 @@ SETUP      := $(VENV)/.asi_lens-setup
 CHROME     := $(VENV)/.asi_lens-chrome
 SETUP_TL4  := $(VENV_TL4)/.asi_lens-setup
 SETUP_PEERS := $(VENV_PEERS)/.asi_lens-setup
+SETUP_DOCS := $(VENV_DOCS)/.asi_lens-setup
 SETUP_TRITON := $(VENV_TRITON)/.asi_lens-setup
 # Tests of the kernels; without Triton most of them are skipped.
 TRITON_TESTS := tests/kernels/triton tests/sae/test_kernel_training.py
@@ -27,7 +29,7 @@ PIP_QUIET  := $(if $(CI),--quiet)
 NBSTRIPOUT := $(BIN)/nbstripout --keep-id
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-tl4 setup-peers setup-triton figures publish test test-tl4 test-peers test-triton lint format lab bench lock clean clean-all
+.PHONY: help setup setup-tl4 setup-peers setup-triton setup-docs docs figures publish test test-tl4 test-peers test-triton lint format lab bench lock clean clean-all
 .DELETE_ON_ERROR:
 
 help: ## show this
@@ -61,6 +63,8 @@ setup-peers: $(SETUP_PEERS)
 
 setup-triton: $(SETUP_TRITON)
 
+setup-docs: $(SETUP_DOCS)
+
 test-tl4: $(SETUP_TL4) ## run the model-facing tests in a second environment with TransformerLens 4
 	$(VENV_TL4)/bin/python -m pytest -n auto --dist loadfile -m model_facing $(ARGS)
 
@@ -69,6 +73,9 @@ test-peers: $(SETUP_PEERS) ## check dictionaries against the real SAELens and sp
 
 test-triton: $(SETUP_TRITON) ## run the kernels in Triton's interpreter and compile them for Hopper, without a card
 	TRITON_INTERPRET=1 $(VENV_TRITON)/bin/python -m pytest -n auto $(TRITON_TESTS) $(ARGS)
+
+docs: $(SETUP_DOCS) ## build the documentation as pages that open from disk, site/index.html
+	NO_MKDOCS_2_WARNING=1 $(VENV_DOCS)/bin/python -m mkdocs build --quiet --strict $(ARGS)
 
 lint: $(SETUP) ## ruff, format, types, and no outputs in notebooks
 	$(BIN)/ruff check .
@@ -94,7 +101,7 @@ lock: $(SETUP) ## write requirements.lock anew from what .venv holds
 	@mv .requirements.lock requirements.lock
 
 clean: ## remove what runs leave (not the published figures, environments or downloads)
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find asi_lens tests benchmarks notebooks -name __pycache__ -prune -exec rm -rf {} +
 	find figures -mindepth 1 -maxdepth 1 ! -name published -exec rm -rf {} +
 
@@ -132,6 +139,10 @@ endef
 
 $(SETUP_PEERS): $(SETUP) requirements-peers.txt
 	$(call laid-over,$(VENV_PEERS),requirements-peers.txt)
+	@touch $@
+
+$(SETUP_DOCS): $(SETUP) requirements-docs.txt
+	$(call laid-over,$(VENV_DOCS),requirements-docs.txt)
 	@touch $@
 
 $(SETUP_TL4): $(SETUP) requirements-tl4.txt

@@ -122,10 +122,10 @@ def load_tokens(
         n_tokens: total number of positions, BOS included; rounded down to whole sequences.
         context: positions per sequence.
         prepend_bos: start every sequence with the tokenizer's BOS (else its EOS, else its CLS) token.
-        seed: shuffles the documents; None keeps the order of the corpus. A hub stream is shuffled through a
-            buffer of 10,000 documents.
+        seed: shuffles the documents (a hub stream through a buffer of 10,000); None keeps their order.
         column: column of a table that holds the text.
-        split, name: split and configuration of a hub dataset.
+        split: split of a hub dataset.
+        name: configuration of a hub dataset.
         offset: number of sequences to skip first. Rows [0, n) and rows from offset n on share no text
             position, so they can be a training set and a held-out set (same corpus, context and seed).
 

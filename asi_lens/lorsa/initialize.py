@@ -76,7 +76,8 @@ def initialize_lorsa(
     reconstruction of `sample` its smallest mean squared error, in closed form.
 
     Args:
-        model, layer: the attention layer. Its queries and keys are copied; ASI uses its values and outputs.
+        model: the model of the attention layer.
+        layer: number of the layer. Its queries and keys are copied; ASI uses its values and outputs.
         sample: data of that layer, for the means, the scales, the subspaces and the norm.
         method: one of `LORSA_METHODS`. `random` draws w_v isotropically in the stream.
         d_init: dimensions of the active subspace of a head, 1 to d_qk. ASI only.

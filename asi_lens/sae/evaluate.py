@@ -126,8 +126,8 @@ def evaluate_together(
     The clean and the ablated model run once for all of them.
 
     Args:
-        model, tokens: give both for the losses of the language model, or neither. The tokens are text that
-            no dictionary was trained on.
+        model: give model and tokens for the losses of the language model, or neither.
+        tokens: text that no dictionary was trained on.
         where: (site, layer) of the dictionaries; by default that of their or the store's metadata.
         batch_tokens: tokens of a forward pass; the logits of all of them are held in memory.
 
@@ -178,8 +178,9 @@ def evaluate_transcoders(
     The clean and the ablated model run once for all transcoders.
 
     Args:
-        model, tokens: give both for the losses of the language model, or neither. A transcoder reads the
+        model: give model and tokens for the losses of the language model, or neither. A transcoder reads the
             input site, and its output replaces the output site in the same forward pass.
+        tokens: see `model`.
 
     Raises OptionError for options that do not go together, widths that differ, losses on stores whose hooks
     are not known, or inputs of a later layer than the outputs. Raises DataError for outputs that never vary,
