@@ -147,11 +147,9 @@ def _harvest(
 ) -> dict[SiteLayer, ActivationStore]:
     batch_tokens = batch_tokens_for(model, batch_tokens)
     _check(dtype, budget_gb, shard_tokens, batch_tokens)
-    if not chosen:
-        raise OptionError("wheres=[] is not allowed; wheres must be one or more (site, layer)")
+    require(len(chosen) > 0, "wheres", [], "one or more (site, layer)")
     per_sequence = tokens.context - drop_first
-    n = len(tokens) * per_sequence
-    if n == 0:
+    if len(tokens) * per_sequence == 0:
         raise DataError(
             f"no rows to store from {len(tokens)} sequences of {tokens.context} with drop_first={drop_first}"
         )
@@ -192,7 +190,7 @@ def _harvest(
                 )
                 stack.callback(writers[where].close)
             if writers:
-                _state_size(writers, n, size, budget_gb, ranks)
+                _state_size(writers, len(tokens) * per_sequence, size, budget_gb, ranks)
 
         ranks.together("beginning the harvest", begin)
         if writers:

@@ -109,15 +109,12 @@ class ActivationStore:
 
     @classmethod
     def from_tensor(
-        cls,
-        rows: Tensor | np.ndarray | Path | str,
-        metadata: Mapping[str, Any] | None = None,
+        cls, rows: Tensor | np.ndarray | Path | str, metadata: Mapping[str, Any] | None = None
     ) -> ActivationStore:
         """Return a store of rows [n d] in memory, or of a file or folder of rows, mapped, not loaded.
 
-        The rows are read once to compute their moments. `row_files` names the formats. Raises DataError for
-        rows that are not a matrix of floating point numbers, and for a NaN or infinite value (naming the
-        row), and the errors of `row_files.open_rows`.
+        The rows are read once to compute their moments. Raises DataError for rows that are not a matrix of
+        floating point numbers, and for a NaN or infinite value (naming the row), and as `row_files.open_rows`.
         """
         if isinstance(rows, str | Path):
             parts, origin = open_rows(Path(rows))
@@ -137,9 +134,11 @@ class ActivationStore:
     @classmethod
     def _of_parts(cls, parts: Sequence[Float[Tensor, "_ d"]], origin: Mapping[str, Any]) -> ActivationStore:
         """Return a store of rows whose moments are not known yet. Raises DataError naming a bad row."""
-        moments, n = Moments.zeros(parts[0].shape[1], parts[0].device), sum(map(len, parts))
+        moments = Moments.zeros(parts[0].shape[1], parts[0].device)
         # A bar is shown only if reading takes seconds.
-        with tqdm(total=n, desc="mean and scale", unit="row", unit_scale=True, delay=3) as bar:
+        with tqdm(
+            total=sum(map(len, parts)), desc="mean and scale", unit="row", unit_scale=True, delay=3
+        ) as bar:
             for part in (part for rows in parts for part in rows.split(_CHUNK)):
                 bad = ~torch.isfinite(part).all(1)
                 if bad.any():
