@@ -5,7 +5,8 @@
     tokens: {n_tokens: 1000000, context: 256}    # its other arguments
     sites: [[attn_out, 15], [mlp_out, 15]]
     output: stores                     # a store for each in it: `stores/attn_out.15` ...
-    store: {budget_gb: 20}             # optional: dtype, budget_gb, shard_tokens, drop_first, batch_tokens
+    store: {budget_gb: 20}             # optional: dtype, budget_gb, shard_tokens, drop_first, drop_massive,
+                                       # batch_tokens
     model_dtype: auto                  # optional: of the forward pass
     device: cpu                        # optional: cpu or cuda
     timeout_s: 600                     # optional: how long a process waits for another that does not get on
@@ -32,7 +33,7 @@ from asi_lens.inputs.corpora import load_tokens
 from asi_lens.inputs.models import load_model
 
 _TOKENS = ("n_tokens", "context", "prepend_bos", "seed", "column", "split", "name", "offset")
-_STORE = ("dtype", "budget_gb", "shard_tokens", "drop_first", "batch_tokens")
+_STORE = ("dtype", "budget_gb", "shard_tokens", "drop_first", "drop_massive", "batch_tokens")
 
 
 @checked

@@ -157,6 +157,25 @@ class Moments:
         self.n = n
         return self
 
+    def without(self, other: Moments) -> Moments:
+        """Return the moments of these rows without those that `other` counts, which must be among them.
+
+        The inverse of `merge`, up to float64 rounding: rows far longer than those left cost precision.
+        """
+        n = self.n - other.n
+        if other.d != self.d or n < 1:
+            raise OptionError(
+                f"cannot take {other.n} rows of width {other.d} from {self.n} of width {self.d}"
+            )
+        mean = (self.mean * self.n - other.mean * other.n) / n
+        delta = other.mean - mean
+        weight = n * other.n / self.n
+        scatter = (self.scatter - other.scatter).addr_(delta, delta, alpha=-weight)
+        check = None
+        if self.check is not None and other.check is not None:
+            check = self.check - other.check - delta * (weight * (delta @ signs(self.d, delta.device)))
+        return Moments(n, mean, scatter, check)
+
     def to(self, device: torch.device | str) -> Moments:
         """Return these moments on `device`. Tensors already on that device are shared, not copied."""
         check = None if self.check is None else self.check.to(device)

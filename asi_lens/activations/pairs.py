@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Num
+from jaxtyping import Int, Num
 from torch import Tensor
 
 from asi_lens.activations.harvest_store import ActivationStore
@@ -51,14 +52,18 @@ class PairedStores:
     """
 
     def __init__(self, inputs: ActivationStore, outputs: ActivationStore):
-        """Pair two stores. Raises OptionError for stores of different length, model or text."""
-        require(inputs.n == outputs.n, "outputs", f"{outputs.n:,} rows", f"{inputs.n:,} rows, as the inputs")
+        """Pair two stores. Tokens that one store left out (massive activations) are left out of both.
+
+        Raises OptionError for stores of different length, model or text.
+        """
         for key in _SHARED:
             mine, theirs = inputs.metadata.get(key), outputs.metadata.get(key)
             if mine != theirs:
                 raise OptionError(
                     f"the outputs have {key} {theirs!r}, but the inputs have {key} {mine!r}; they must agree"
                 )
+        inputs, outputs = without(inputs, outputs.left_out), without(outputs, inputs.left_out)
+        require(inputs.n == outputs.n, "outputs", f"{outputs.n:,} rows", f"{inputs.n:,} rows, as the inputs")
         self.inputs, self.outputs = inputs, outputs
         self.n, self.d, self.d_out = inputs.n, inputs.d, outputs.d
         of_inputs = {key: inputs.metadata.get(key) for key in ("site", "layer", "hook_name")}
@@ -104,3 +109,33 @@ class PairedStores:
         for start in range(0, self.n, batch_size):
             index = torch.arange(start, min(start + batch_size, self.n), device="cpu")
             yield Pair(self.inputs.rows(index), self.outputs.rows(index))
+
+
+def without(store: ActivationStore, tokens: Int[Tensor, " m"]) -> ActivationStore:
+    """Return a store without some of its harvested tokens (numbers as in `left_out`), as views of its rows.
+
+    Returns the store itself if none of the tokens is among its rows.
+    """
+    tokens = tokens[~torch.isin(tokens, store.left_out)].unique()
+    if len(tokens) == 0:
+        return store
+    gone = tokens - torch.searchsorted(store.left_out, tokens)
+    removed = Moments.of(store.rows(gone).double())
+    moments = store.moments.without(removed.to(store.moments.mean.device))
+    parts, base = [], 0
+    for part in store.parts:
+        own = gone[(gone >= base) & (gone < base + len(part))] - base
+        cuts = [-1, *own.tolist(), len(part)]
+        parts += [part[first + 1 : last] for first, last in itertools.pairwise(cuts) if first + 1 < last]
+        base += len(part)
+    left_out = torch.cat([store.left_out, tokens]).sort().values
+    return ActivationStore(
+        parts,
+        lambda: moments,
+        moments.mean.cpu(),
+        moments.scatter.diagonal().sum().item() / moments.n,
+        {**store.metadata, "left_out": len(left_out)},
+        store.folder,
+        [store.fingerprint, f"without {tokens.tolist()}"],
+        lambda: left_out,
+    )

@@ -66,11 +66,13 @@ class ActivationStore:
         metadata: Mapping[str, Any],
         folder: Path | None = None,
         checksums: Sequence[str] = (),
+        left_out: Callable[[], Int[Tensor, " m"]] | None = None,
     ):
         require(len(rows) > 0, "rows", rows, "one matrix [n d] or more")
         self._rows = list(rows)
         self._bounds = list(itertools.accumulate((len(part) for part in rows), initial=0))
         self._moments = moments
+        self._left_out = left_out
         self.n: int = self._bounds[-1]
         self.d: int = rows[0].shape[1]
         self.dtype = rows[0].dtype
@@ -102,19 +104,17 @@ class ActivationStore:
             manifest.origin,
             folder,
             [shard.sha256 for shard in manifest.shards],
+            lambda: shards.read_left_out(folder),
         )
 
     @classmethod
     def from_tensor(
-        cls,
-        rows: Tensor | np.ndarray | Path | str,
-        metadata: Mapping[str, Any] | None = None,
+        cls, rows: Tensor | np.ndarray | Path | str, metadata: Mapping[str, Any] | None = None
     ) -> ActivationStore:
         """Return a store of rows [n d] in memory, or of a file or folder of rows, mapped, not loaded.
 
-        The rows are read once to compute their moments. `row_files` names the formats. Raises DataError for
-        rows that are not a matrix of floating point numbers, and for a NaN or infinite value (naming the
-        row), and the errors of `row_files.open_rows`.
+        The rows are read once to compute their moments. Raises DataError for rows that are not a matrix of
+        floating point numbers, and for a NaN or infinite value (naming the row), and as `row_files.open_rows`.
         """
         if isinstance(rows, str | Path):
             parts, origin = open_rows(Path(rows))
@@ -134,9 +134,11 @@ class ActivationStore:
     @classmethod
     def _of_parts(cls, parts: Sequence[Float[Tensor, "_ d"]], origin: Mapping[str, Any]) -> ActivationStore:
         """Return a store of rows whose moments are not known yet. Raises DataError naming a bad row."""
-        moments, n = Moments.zeros(parts[0].shape[1], parts[0].device), sum(map(len, parts))
+        moments = Moments.zeros(parts[0].shape[1], parts[0].device)
         # A bar is shown only if reading takes seconds.
-        with tqdm(total=n, desc="mean and scale", unit="row", unit_scale=True, delay=3) as bar:
+        with tqdm(
+            total=sum(map(len, parts)), desc="mean and scale", unit="row", unit_scale=True, delay=3
+        ) as bar:
             for part in (part for rows in parts for part in rows.split(_CHUNK)):
                 bad = ~torch.isfinite(part).all(1)
                 if bad.any():
@@ -145,6 +147,11 @@ class ActivationStore:
                 bar.update(len(part))
         square = moments.scatter.diagonal().sum().item() / moments.n
         return cls(parts, lambda: moments, moments.mean.cpu(), square, origin)
+
+    @property
+    def parts(self) -> Sequence[Float[Tensor, "n_i d"]]:
+        """Rows as they are stored, in parts."""
+        return self._rows
 
     @cached_property
     def scale(self) -> float:
@@ -159,10 +166,19 @@ class ActivationStore:
         return self._moments()
 
     @cached_property
+    def left_out(self) -> Int[Tensor, " m"]:
+        """Numbers of the harvested tokens that are not among the rows (massive activations), ascending.
+
+        Tokens are counted over all sequences, without position 0 if the harvest dropped it.
+        """
+        return torch.empty(0, dtype=torch.int64) if self._left_out is None else self._left_out()
+
+    @cached_property
     def spectrum(self) -> Spectrum:
         """Spectrum of the stored rows, from which ASI can start."""
         site, layer = self.metadata.get("site"), self.metadata.get("layer")
-        return Spectrum.from_moments(self.moments, name="" if site is None else f"{site} {layer}")
+        name = "" if site is None else f"{site} {layer}"
+        return Spectrum.from_moments(self.moments, name=name, left_out=len(self.left_out))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -181,6 +197,8 @@ class ActivationStore:
 
     def __repr__(self) -> str:
         what = shards.describe(self.metadata) if "site" in self.metadata else "rows"
+        if out := self.metadata.get("left_out"):
+            what += f" without {out:,} massive"
         where = self.folder or "memory"
         return f"ActivationStore({what}: {self.n:,} x {self.d} {str(self.dtype)[6:]}, in {where})"
 
@@ -216,7 +234,7 @@ class ActivationStore:
         found = torch.empty(len(index), self.d, dtype=self.dtype, device=self._rows[0].device)
         for part, base, (low, high) in zip(self._rows, self._bounds, itertools.pairwise(cuts), strict=False):
             if low < high:
-                _take(part, ordered[low:high] - base, found[low:high])
+                shards.take(part, ordered[low:high] - base, found[low:high])
         return ReadRows(found, order)
 
     def _placed(self, read: ReadRows, dtype: torch.dtype | None) -> Float[Tensor, "batch d"]:
@@ -234,7 +252,10 @@ class ActivationStore:
             raise OptionError("this store was not harvested from tokens: its rows have no positions")
         first = int(self.metadata["drop_first"])
         kept = int(self.metadata["context"]) - first
-        return torch.stack([index // kept, index % kept + first], dim=1)
+        # Left-out token j stands before row i if it has at most i rows before it.
+        rows_before = self.left_out - torch.arange(len(self.left_out))
+        token = index + torch.searchsorted(rows_before, index, right=True)
+        return torch.stack([token // kept, token % kept + first], dim=1)
 
     def batches(
         self,
@@ -329,12 +350,3 @@ def _moved(read: ReadRows, device: torch.device | None) -> ReadRows:
     if device is None:
         return read
     return ReadRows(*(part.to(device, non_blocking=part.is_pinned()) for part in read))
-
-
-def _take(rows: Float[Tensor, "n d"], index: Int[Tensor, " batch"], out: Float[Tensor, "batch d"]) -> None:
-    """Copy rows. On a CPU numpy copies them: torch's threads would take cores from other work."""
-    if rows.device.type != "cpu" or not rows.is_contiguous():
-        torch.index_select(rows, 0, index.to(rows.device), out=out)
-        return
-    source, target = (part.view(torch.uint8).numpy() for part in (rows, out))
-    np.take(source, index.numpy(), axis=0, out=target, mode="clip")

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from asi_lens.activations.massive import massive_rows
 from asi_lens.activations.spectrum import Spectrum
 from asi_lens.base.doors import checked
 from asi_lens.base.errors import DataError, UnsupportedModelError, require
@@ -50,11 +51,16 @@ def mean_ablate(mean: Float[Tensor, " d"]) -> Edit:
     return lambda x: mean.to(x).expand_as(x).clone()
 
 
-def skip_first(edit: Edit) -> Edit:
-    """Return `edit` without position 0: the mean and the directions were measured without position 0."""
+def skip_outliers(edit: Edit) -> Edit:
+    """Return `edit` without position 0 and massive rows (`massive`), which stay as they are.
+
+    The mean and the directions were measured without them.
+    """
 
     def skipping(x: Tensor) -> Tensor:
-        return torch.cat([x[:, :1], edit(x[:, 1:])], dim=1)
+        kept, _ = massive_rows(x)
+        edited = edit(x[:, 1:]).to(x)
+        return torch.cat([x[:, :1], torch.where(kept[:, 1:, None], x[:, 1:], edited)], dim=1)
 
     return skipping
 
@@ -140,7 +146,7 @@ def truncation_sweep(
         random_ranks: numbers of random directions, for comparison with the top directions; None is `ranks`.
         random_seeds: one random subspace per seed, the same for a site at every r (nested); () draws none.
 
-    The first position is not edited. The spectra should be measured on other tokens than `tokens`.
+    Position 0 and massive rows are not edited. The spectra should be measured on other tokens than `tokens`.
     Raises OptionError for a rank or seed out of range.
     """
     random_ranks = ranks if random_ranks is None else random_ranks
@@ -160,6 +166,7 @@ def truncation_sweep(
         points += [(seed, r) for seed in random_seeds for r in _sizes(random_ranks, spectrum.d)]
         about = {
             **base,
+            "left_alone": ["position 0", "massive rows"],
             "site": site,
             "layer": layer,
             "edits": ["mean", *(_name(*point) for point in points)],
@@ -231,9 +238,9 @@ def _truncations(spectrum: Spectrum, points: Sequence[tuple[int | None, int]]) -
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(spectrum.d, spectrum.d, generator=generator, dtype=torch.float64, device="cpu")
         frames[seed] = torch.linalg.qr(noise).Q
-    edits = {"mean": skip_first(mean_ablate(spectrum.mean))}
+    edits = {"mean": skip_outliers(mean_ablate(spectrum.mean))}
     for which, r in points:
-        edits[_name(which, r)] = skip_first(project(spectrum.mean, frames[which][:, :r]))
+        edits[_name(which, r)] = skip_outliers(project(spectrum.mean, frames[which][:, :r]))
     return edits
 
 

@@ -138,6 +138,10 @@ def budget(model: nn.Module, runs: Sequence[TrainedRun], data: Split, *, losses:
         f"lr {', '.join(lrs)}, batch {train.batch_size:,}, dead window {train.dead_window:,} tokens",
         f"{data.held_out_tokens.n_tokens:,} held-out tokens",
     ]
+    out = {f"{s} {layer}": n for (s, layer), one in data.train.items() if (n := one.metadata.get("left_out"))}
+    if out:
+        told = ", ".join(f"{n:,} at {where}" for where, n in out.items())
+        parts.append(f"massive activations left out of {store.n:,} training rows: {told}")
     searched = [run for run in runs if run.recipe.search != "exact"]
     found = [row["search_mass"] or 0.0 for run in searched for row in run.history()]
     if found:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 
 from asi_lens.activations.pairs import PairedStores
+from asi_lens.activations.shaped import ShapedStore, power_gains
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import CacheError, require
 from asi_lens.base.files import cache_key, file_name, locked, write_text
@@ -74,8 +75,11 @@ class TrainedRun:
         return self.d_init if self.recipe.inside else None
 
     def history(self) -> list[Metrics]:
-        """Return logged metrics, as `Trainer.fit` returned them; the FVU is that of whole activations."""
+        """Return logged metrics, as `Trainer.fit` returned them. The FVU is that of whole activations in raw
+        units; None for whitened inputs, where that is measured on held-out rows only."""
         history = read_metrics(self.folder / METRICS_FILE)
+        if self.recipe.whiten is not None:  # the step's FVU is of whitened activations
+            history = [{**row, "fvu": None} for row in history]
         if self.subspace is not None:
             floor = about_run(self.folder)["discarded"]
             for row in history:
@@ -197,8 +201,10 @@ def _run(
     options = {**asdict(recipe), "name": None, "d_init": d_init}
     if not KINDS[recipe.activation].threshold_learns:
         del options["sparsity"]["threshold_lr"]
-    if recipe.search == "exact":  # keeps the keys of runs from before this option existed
-        del options["search"]
+    # Options at their defaults are left out: keeps the keys of runs from before these options existed.
+    for name, default in (("search", "exact"), ("whiten", None)):
+        if options[name] == default:
+            del options[name]
     if options.pop("reader") is not None:
         options["init"] = f"{recipe.init}, reads {recipe.reader}"
     key = cache_key(
@@ -225,10 +231,14 @@ def _train(
     progress: bool,
 ) -> None:
     """Train the missing runs; dictionaries that read the same rows are trained together."""
-    for r in dict.fromkeys(run.subspace for run in runs):
-        rows = SubspaceStore(store, r) if r is not None and isinstance(store, ActivationStore) else store
+    for r, power in dict.fromkeys((run.subspace, run.recipe.whiten) for run in runs):
+        rows = store
+        if r is not None and isinstance(store, ActivationStore):
+            rows = SubspaceStore(store, r)
+        elif power is not None and isinstance(store, ActivationStore):
+            rows = ShapedStore(store, power_gains(store.spectrum, power))
         train_missing(
-            [run for run in runs if run.subspace == r],
+            [run for run in runs if (run.subspace, run.recipe.whiten) == (r, power)],
             [_SAE],
             rows,
             partial(_start, rows=rows, device=device),
@@ -269,6 +279,10 @@ def _untrained(run: TrainedRun, rows: ActivationStore | PairedStores) -> SparseA
 
 def _save(run: TrainedRun, trainer: Trainer, rows: ActivationStore | PairedStores) -> dict[str, Any]:
     """Write the trained dictionary to the run's folder, at full width."""
+    if run.recipe.whiten is not None:
+        assert isinstance(rows, ShapedStore)
+        expand(trainer.sae, rows.matrix, rows.center, rows.inverse).save(run.folder / _SAE)
+        return {}
     if not isinstance(rows, SubspaceStore):
         trainer.sae.save(run.folder / _SAE)
         return {}

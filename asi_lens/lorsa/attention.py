@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from asi_lens.base.errors import UnsupportedModelError, require
-from asi_lens.inputs import models, twin
+from asi_lens.inputs import models, structure, twin
 from asi_lens.lorsa.heads import PatternConfig, QueryKeyHeads
 from asi_lens.sae.splice import Place
 
@@ -122,6 +122,9 @@ def read_attention(model: nn.Module, layer: int, context: int) -> AttentionLayer
         raise _unsupported(model, layer, "it attends to later positions too: no causal mask")
     read, write = models.hook_name(model, READ_SITE, layer), write_site(model, layer)
     require(1 <= context <= info.n_ctx, "context", context, f"from 1 to the model's {info.n_ctx} tokens")
+    if hooked := structure.added_hooks(model):
+        where = ", ".join(hooked)
+        raise _unsupported(model, layer, f"hooks that were added to the model are in the way (on {where})")
     both = twin.runners(model)
     fast = both.plain
     if fast is None or read not in fast.places:
@@ -195,7 +198,7 @@ def _run(
     finally:
         handle.remove()
     if "rotation" not in seen:
-        raise _unsupported(model, layer, "hooks that were added to the model itself are in the way")
+        raise _unsupported(model, layer, "a forward pass does not run its own attention module")
     rotation = seen["rotation"]
     if rotation is not None:
         pair = isinstance(rotation, tuple | list) and len(rotation) == 2

@@ -162,7 +162,8 @@ def harvest_pairs(
         (write_site(model, layer), layer),
         torch.empty(2, tokens.ids.numel(), d, dtype=models.resolve_dtype(dtype, torch.device("cpu"))),
     )
-    harvest(model, tokens, [kept], batch_tokens=batch_tokens, drop_first=False, progress=progress)
+    whole: dict[str, Any] = {"drop_first": False, "drop_massive": False}
+    harvest(model, tokens, [kept], batch_tokens=batch_tokens, progress=progress, **whole)
     inputs, outputs = kept.rows.unflatten(1, (len(tokens), tokens.context))
     about = {**origin(model, layer), "corpus": tokens.corpus, "tokens": tokens.fingerprint}
     return SequencePairs(inputs, outputs, about)
@@ -184,7 +185,8 @@ def stored_pairs(
     Raises as `harvest_stores` and `models.hook_name` do.
     """
     wheres = ((models.hook_name(model, READ_SITE, layer), layer), (write_site(model, layer), layer))
-    stores = harvest_stores(model, tokens, wheres, drop_first=False, budget_gb=budget_gb, progress=progress)
+    whole: dict[str, Any] = {"drop_first": False, "drop_massive": False}
+    stores = harvest_stores(model, tokens, wheres, budget_gb=budget_gb, progress=progress, **whole)
     inputs, outputs = (
         torch.cat(list(stores[where].in_order(8192))).view(len(tokens), tokens.context, -1)
         for where in wheres
