@@ -74,10 +74,8 @@ class ActivationStore:
         self._moments = moments
         self._left_out = left_out
         self.n: int = self._bounds[-1]
-        self.d: int = rows[0].shape[1]
-        self.dtype = rows[0].dtype
-        self.mean = mean
-        self.mean_square_norm = mean_square_norm
+        self.d, self.dtype = int(rows[0].shape[1]), rows[0].dtype
+        self.mean, self.mean_square_norm = mean, mean_square_norm
         self.metadata: Mapping[str, Any] = MappingProxyType(dict(metadata))
         self.folder = folder
         self._checksums = tuple(checksums)
@@ -114,7 +112,7 @@ class ActivationStore:
         """Return a store of rows [n d] in memory, or of a file or folder of rows, mapped, not loaded.
 
         The rows are read once to compute their moments. Raises DataError for rows that are not a matrix of
-        floating point numbers, and for a NaN or infinite value (naming the row), and as `row_files.open_rows`.
+        floating point numbers, and for a NaN or infinite value (naming the row), and as `open_rows` does.
         """
         if isinstance(rows, str | Path):
             parts, origin = open_rows(Path(rows))
