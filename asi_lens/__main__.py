@@ -24,6 +24,11 @@ COMMANDS = {
     ),
     "harvest": Command("activations.__main__", "store activations, by a YAML file", "harvest.yaml"),
     "train": Command("sae.__main__", "train a dictionary, by a YAML file", "run.yaml"),
+    "diagnose": Command(
+        "experiments.diagnose",
+        "tell what dictionaries of a model will suffer from, before any is trained",
+        "smollm2-135m news-en --features 16384",
+    ),
     "browse": Command(
         "sae.browse",
         "write a page of cards of a dictionary's features",

@@ -33,6 +33,7 @@ COMMANDS: dict[str, list[str]] = {
     "harvest_memory": ["harvest.py", "memory"],
     "counterfactuals": ["harvest.py", "counterfactuals"],
     "startup": ["startup.py"],
+    "first_use": ["first_use.py"],
 }
 """Scripts and their arguments, by name."""
 
@@ -144,6 +145,12 @@ def _startup(results: list[Any]) -> str:
     return table(["everything in the cache", "seconds"], [list(row) for row in rows.items()])
 
 
+def _first_use(results: list[Any]) -> str:
+    keys = ("megabytes", "load", "verification", "own_computation", "fingerprint", "forward_of_64_tokens")
+    head = ["model", *(key.replace("_", " ") for key in keys)]
+    return table(head, [[f"`{one['model']}`", *(one[key] for key in keys)] for one in results[0]["models"]])
+
+
 TABLES: dict[str, Callable[[list[Any]], str]] = {
     "train_step": _train_step,
     "search_quality": _search_quality,
@@ -154,6 +161,7 @@ TABLES: dict[str, Callable[[list[Any]], str]] = {
     "harvest_memory": _harvest_memory,
     "counterfactuals": _counterfactuals,
     "startup": _startup,
+    "first_use": _first_use,
 }
 
 

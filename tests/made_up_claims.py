@@ -97,6 +97,7 @@ def points(dead: list[float]) -> pd.DataFrame:
         rank = 0.1 * (i + 1)
         about: dict[str, Any] = {"site": ("attn_out", "mlp_out")[i // len(dead)], "layer": i % len(dead)}
         about |= {"kind": RankedDeadFeatureRow, "effective_rank_fraction": rank}
+        about |= {"intrinsic_dimension_99": 10 * (i + 1), "participation_ratio": 9.0}
         for seed, times in ((0, 1.5), (1, 0.5)):
             rows.append(row("random", seed=seed, dead_fraction=times * silent, **about))
             rows.append(row("random", seed=seed, dead_fraction=rank, split="train", **about))
@@ -129,7 +130,7 @@ def drift(seeds: int = 0, part: str = "") -> pd.DataFrame:
             ("random, low l0", 0.4, 0.3),
             ("random, high l0", 0.3, 0.3),
             ("ASI, low l0", 0.2, 0.9),
-            ("ASI, high l0", 0.15 if fails == "gain" else 0.25, 0.95 if fails == "drift" else 0.7),
+            ("ASI, high l0", 0.15 if fails == "gain" else 0.25, 0.95 if fails == "drift" else 0.4),
         ):
             about: dict[str, Any] = {**dict.fromkeys(sides, 0.5), "decoder_inside": inside}
             about |= {"activation": "jumprelu", "initial_l0": None, "d_active": 8}

@@ -107,6 +107,8 @@ def ranked(methods: tuple[str, ...] = ("random", "ASI")) -> pd.DataFrame:
             seed=seed,
             dead_fraction=(base + layer + seed) / (100 if method == "random" else 10_000),
             effective_rank_fraction=rank + 0.01 * layer,
+            intrinsic_dimension_99=30 + layer,
+            participation_ratio=9.0,
         )
         for site, rank, base in (("attn_out", 0.5, 35), ("resid_post", 0.8, 3))
         for layer in (1, 3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,30 @@ def hooked(
             stop_after_layer=layer,
         )
     return torch.cat(found)
+
+
+@contextmanager
+def sinking(model: Any, tokens: Tokens) -> Iterator[tuple[Tokens, torch.Tensor]]:
+    """Tokens with a massive activation in the residual stream at three places, while the context lasts.
+
+    Yields the tokens and the numbers of the three, counted without first positions.
+    """
+    embedding, sink = model.original_model.get_input_embeddings().weight, tiny_models.D_VOCAB - 1
+    ids = tokens.ids.clone()
+    ids[ids == sink] = sink - 1
+    places = torch.tensor([[3, 5], [7, 1], [7, 30]])
+    ids[places[:, 0], places[:, 1]] = sink
+    before = embedding.detach()[sink].clone()
+    with torch.no_grad():
+        embedding[sink, 0] = 1e4
+    try:
+        yield (
+            Tokens(ids, "sinks", tokens.tokenizer, tokens.context),
+            places[:, 0] * (tokens.context - 1) + places[:, 1] - 1,
+        )
+    finally:
+        with torch.no_grad():
+            embedding[sink] = before
 
 
 def everything(of: ActivationStore) -> torch.Tensor:

@@ -15,7 +15,7 @@ import tiny_models
 from asi_lens.reproduce import __main__ as runner
 from asi_lens.reproduce.__main__ import reproduce
 from asi_lens.reproduce.parameters import merged_parameters, profile_names
-from asi_lens.results import rows
+from asi_lens.results import beyond_rows, rows
 from asi_lens.results.claims import CLAIMS_FILE, ClaimRow
 from asi_lens.results.parameters_cell import notebook_defaults, notebook_names
 from asi_lens.results.rows import LossRow, Row, columns, read_rows
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.notebooks
 MODEL = "smollm2-135m"
 ROWS = {
     tuple(columns(kind)): kind
-    for kind in vars(rows).values()
+    for kind in (*vars(rows).values(), *vars(beyond_rows).values())
     if isinstance(kind, type) and issubclass(kind, Row) and kind is not Row
 }
 

@@ -45,8 +45,8 @@ ROOMS = (
     "experiments",  # trainings side by side, each done once
     "reproduce",  # runs the notebooks
 )
-# Beside the rooms: the lazy public names, and the older name of a command.
-DOORS = ("__init__", "__main__", "harvest_run")
+# Beside the rooms: the lazy public names, and short or older names of commands.
+DOORS = ("__init__", "__main__", "diagnose", "harvest_run")
 # Bound when they are called, so that `save` and `load` are methods: the only circle that stays.
 LATE = {("sae.dictionary", "sae.formats")}
 OPTIONAL = {"triton": PACKAGE / "kernels" / "triton" / "language.py"}  # comes with PyTorch for NVIDIA cards
@@ -54,6 +54,8 @@ OPTIONAL = {"triton": PACKAGE / "kernels" / "triton" / "language.py"}  # comes w
 TESTED_ELSEWHERE = {
     "experiments.held_out": "experiments/test_runs.py",
     "experiments.rows": "experiments/test_runs.py",
+    "activations.moments_consumer": "collapse/test_spectra.py",
+    "results.beyond_rows": "results/test_beyond_verdicts.py",
     "figures.panels": "figures/test_dead_features.py",
     "figures.parts": "figures/test_dead_features.py",
     "figures.style": "figures/test_collapse.py",

@@ -5,7 +5,8 @@
     tokens: {n_tokens: 1000000, context: 256}    # its other arguments
     sites: [[attn_out, 15], [mlp_out, 15]]
     output: stores                     # a store for each in it: `stores/attn_out.15` ...
-    store: {budget_gb: 20}             # optional: dtype, budget_gb, shard_tokens, drop_first, batch_tokens
+    store: {budget_gb: 20}             # optional: dtype, budget_gb, shard_tokens, drop_first, drop_massive,
+                                       # batch_tokens
     model_dtype: auto                  # optional: of the forward pass
     device: cpu                        # optional: cpu or cuda
     timeout_s: 600                     # optional: how long a process waits for another that does not get on
@@ -25,15 +26,17 @@ from asi_lens.activations.harvest import SiteLayer
 from asi_lens.activations.harvest_store import harvest_stores
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base import run_files
+from asi_lens.base.doors import check_options, checked
 from asi_lens.base.errors import require, require_known
 from asi_lens.base.ranks import Ranks
 from asi_lens.inputs.corpora import load_tokens
 from asi_lens.inputs.models import load_model
 
 _TOKENS = ("n_tokens", "context", "prepend_bos", "seed", "column", "split", "name", "offset")
-_STORE = ("dtype", "budget_gb", "shard_tokens", "drop_first", "batch_tokens")
+_STORE = ("dtype", "budget_gb", "shard_tokens", "drop_first", "drop_massive", "batch_tokens")
 
 
+@checked
 @dataclass(frozen=True)
 class HarvestConfig:
     """Options of a harvest file, checked. Raises OptionError or UnknownNameError."""
@@ -57,6 +60,8 @@ class HarvestConfig:
         )
         require(pairs and len(self.sites) > 0, "sites", self.sites, "a list of [site, layer]")
         run_files.require_machine(self.device, self.timeout_s)
+        check_options(load_tokens, self.tokens)
+        check_options(harvest_stores, self.store)
 
     @classmethod
     def read(cls, path: Path | str) -> HarvestConfig:

@@ -13,10 +13,12 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from asi_lens.activations.massive import massive_rows
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import DataError, OptionError, require
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
@@ -24,6 +26,8 @@ from asi_lens.inputs.own_tokens import require_own_tokens
 
 # A site at a layer, as in ("attn_out", 15).
 SiteLayer = tuple[str, int]
+# Receives the rows of a place that a pass leaves out of a batch, before the consumers receive the other rows.
+LeftOut = Callable[[SiteLayer, Int[Tensor, " m"], Float[Tensor, "m d"]], None]
 
 # Tokens of a forward pass: enough for efficient products, small enough for any cache. A GPU takes more, since
 # each launch of a kernel costs the same, as long as they fit into a part of its memory.
@@ -48,7 +52,8 @@ class Consumer(Protocol):
         ...
 
 
-def places(model: nn.Module, sites: Iterable[str], layers: Sequence[int] | None) -> list[SiteLayer]:
+@checked
+def places(model: nn.Module, sites: str | Iterable[str], layers: Sequence[int] | None) -> list[SiteLayer]:
     """Return every (site, layer) asked for, checked against the model; `layers=None` means all layers.
 
     Negative layers count from the end, as in Python. A full hook name (`blocks.3.attn.hook_out`) names its
@@ -86,6 +91,7 @@ def batch_tokens_for(model: nn.Module, batch_tokens: int | None = None) -> int:
     return max(_BATCH_TOKENS, min(_MOST_BATCH_TOKENS, 1 << fits.bit_length() - 1))
 
 
+@checked
 def layer_at(model: nn.Module, fraction: float) -> int:
     """Return the layer at a fraction of the depth: floor(fraction * n_layers), the last layer for 1.
 
@@ -96,9 +102,14 @@ def layer_at(model: nn.Module, fraction: float) -> int:
     return min(n_layers - 1, int(fraction * n_layers))
 
 
+@checked
 def layers_at(model: nn.Module, fractions: Iterable[float]) -> list[int]:
     """Return the layers at several fractions of the depth (see `layer_at`), ascending, each once."""
     return sorted({layer_at(model, fraction) for fraction in fractions})
+
+
+def _ignore(where: SiteLayer, tokens: Tensor, rows: Tensor) -> None:
+    """Do nothing about rows that are left out."""
 
 
 def harvest(
@@ -108,6 +119,8 @@ def harvest(
     *,
     batch_tokens: int | None = None,
     drop_first: bool = True,
+    drop_massive: bool = True,
+    left_out: LeftOut = _ignore,
     start: int = 0,
     after_batch: Callable[[int], None] | None = None,
     progress: bool = True,
@@ -116,24 +129,23 @@ def harvest(
 
     Args:
         batch_tokens: tokens of a forward pass; None for a number that suits the device (`batch_tokens_for`).
-        drop_first: leave out position 0 of every sequence (BOS, the attention sink: its norm is an
-            outlier that would dominate every statistic).
+        drop_first: leave out position 0 of every sequence (BOS, the attention sink, an outlier).
+        drop_massive: leave out rows with massive activations, at each place where they occur (`massive`).
+        left_out: called for every batch and place with massive rows: place, numbers of the tokens (counted
+            over all sequences, without position 0 if it is dropped), and the rows.
         start: sequence to start from, for a pass that resumes.
         after_batch: called after each batch with the number of sequences done.
         progress: show a bar with tokens/s and the time left.
 
     Raises DataError naming site, layer and batch where an activation is NaN or infinite, OptionError for
-    tokens of another model's tokenizer. Hooks are removed however the pass ends, also on Ctrl-C.
+    tokens of another model's tokenizer. Hooks are always removed, also on Ctrl-C.
     """
     require_own_tokens(model, tokens)
     batch_tokens = batch_tokens_for(model, batch_tokens)
     require(batch_tokens >= 1, "batch_tokens", batch_tokens, "at least 1")
     require(0 <= start <= len(tokens), "start", start, f"from 0 to {len(tokens)}")
     if drop_first and tokens.context < 2:
-        raise OptionError(
-            "a context of 1 holds only the first position, which drop_first=True leaves out; use "
-            "drop_first=False"
-        )
+        raise OptionError("a context of 1 holds only the first position; use drop_first=False")
     takers: dict[SiteLayer, list[Consumer]] = {}
     for consumer in consumers:
         for where in consumer.wants:
@@ -143,36 +155,34 @@ def harvest(
     deepest = max(layer for _, layer in takers)
     per_batch = max(1, batch_tokens // tokens.context)
     first = 1 if drop_first else 0
-
     # Two names may mean the same hook ("z" and "blocks.3.attn.hook_z"): that hook is added once.
     by_hook: dict[str, list[SiteLayer]] = {}
     for where in takers:
         by_hook.setdefault(models.hook_name(model, *where), []).append(where)
 
-    def feed(places: list[SiteLayer], batch: int) -> Callable[[Tensor], None]:
+    def feed(places: list[SiteLayer], begin: int) -> Callable[[Tensor], None]:
         def hook(activation: Tensor) -> None:
+            massive, peak = massive_rows(activation)
+            if not torch.isfinite(peak[:, first:].sum()):
+                where, batch = places[0], begin // per_batch
+                raise DataError(f"{where[0]} of layer {where[1]}, batch {batch}: NaN or infinity")
             rows = rearrange(activation[:, first:], "batch position d -> (batch position) d")
-            # One sum finds any NaN or infinity without a second array of flags.
-            if not torch.isfinite(rows.sum(dtype=torch.float32)):
-                raise DataError(f"{places[0][0]} of layer {places[0][1]}, batch {batch}: NaN or infinity")
+            hit = massive[:, first:].flatten()
+            if drop_massive and len(out := hit.nonzero().flatten()):
+                for where in places:
+                    left_out(where, out + begin * (activation.shape[1] - first), rows[out])
+                rows = rows[~hit]
             for where in places:
                 for consumer in takers[where]:
                     consumer.consume(where, rows)
 
         return hook
 
-    bar = tqdm(
-        total=len(tokens) * tokens.context,
-        initial=start * tokens.context,
-        unit="tok",
-        unit_scale=True,
-        desc=f"harvest {tokens.corpus}",
-        disable=not progress,
-    )
-    with bar:
+    shown = {"desc": f"harvest {tokens.corpus}", "unit": "tok", "unit_scale": True, "disable": not progress}
+    with tqdm(total=len(tokens) * tokens.context, initial=start * tokens.context, **shown) as bar:
         for begin in range(start, len(tokens), per_batch):
             ids = tokens.ids[begin : begin + per_batch]
-            hooks = {name: feed(places, begin // per_batch) for name, places in by_hook.items()}
+            hooks = {name: feed(places, begin) for name, places in by_hook.items()}
             models.forward(model, ids, hooks, stop_after_layer=deepest)
             bar.update(ids.numel())
             if after_batch is not None:

@@ -8,24 +8,24 @@ killed resumes at the last complete shard and ends with the same bytes. Several 
 from __future__ import annotations
 
 import errno
-import re
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from asi_lens.activations import shards
 from asi_lens.activations.harvest import SiteLayer, batch_tokens_for, harvest, places
-from asi_lens.activations.shard_writer import ShardWriter, join_parts
+from asi_lens.activations.shard_writer import Appending, ShardWriter, join_parts
 from asi_lens.activations.store import ActivationStore
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import CacheError, DataError, OptionError, require
-from asi_lens.base.files import cache_key, locked
+from asi_lens.base.files import cache_key, file_name, locked
+from asi_lens.base.metadata import plain_metadata
 from asi_lens.base.paths import cached
 from asi_lens.base.ranks import Ranks
 from asi_lens.inputs import models
@@ -37,10 +37,11 @@ __all__ = ["ActivationStore", "harvest_store", "harvest_stores"]
 # Bytes of a shard if `shard_tokens` is None: a kill loses at most one shard, and the files are not too many.
 _SHARD_BYTES = 128 * 2**20
 # Two stores of one format and dtype hold the same rows if these fields agree.
-_CONTENT = ("weights_fingerprint", "model_dtype", "tokens_fingerprint", "drop_first")
+_CONTENT = ("weights_fingerprint", "model_dtype", "tokens_fingerprint", "drop_first", "drop_massive")
 _IDENTITY = (*_CONTENT, "hook_name", "layer")
 
 
+@checked
 def harvest_store(
     model: nn.Module,
     tokens: Tokens,
@@ -52,6 +53,7 @@ def harvest_store(
     budget_gb: int | float = 20,
     shard_tokens: int | None = None,
     drop_first: bool = True,
+    drop_massive: bool = True,
     batch_tokens: int | None = None,
     progress: bool = True,
     ranks: Ranks | None = None,
@@ -66,12 +68,14 @@ def harvest_store(
         budget_gb=budget_gb,
         shard_tokens=shard_tokens,
         drop_first=drop_first,
+        drop_massive=drop_massive,
         batch_tokens=batch_tokens,
         progress=progress,
         ranks=ranks or Ranks(),
     )[where]
 
 
+@checked
 def harvest_stores(
     model: nn.Module,
     tokens: Tokens,
@@ -82,6 +86,7 @@ def harvest_stores(
     budget_gb: int | float = 20,
     shard_tokens: int | None = None,
     drop_first: bool = True,
+    drop_massive: bool = True,
     batch_tokens: int | None = None,
     progress: bool = True,
     ranks: Ranks | None = None,
@@ -99,6 +104,8 @@ def harvest_stores(
         budget_gb: refuse to write more than this many 10^9 bytes.
         shard_tokens: rows of a shard, rounded to whole forward batches (None: 128 MiB).
         drop_first: leave out position 0 of every sequence (see `harvest.harvest`).
+        drop_massive: leave out rows with massive activations (`massive`). The store's metadata states how
+            many (`left_out`), and `ActivationStore.left_out` which tokens.
         batch_tokens: tokens of a forward pass; None for a number that suits the device.
         progress: show a bar.
         ranks: the processes that call this function together. Each runs the model over its stretch of the
@@ -109,15 +116,15 @@ def harvest_stores(
     another process writes to `folder` and for damaged files, OSError for a full disk or a read-only folder.
     """
     chosen = [places(model, [site], [layer])[0] for site, layer in wheres]
-    parent = None if folder is None else Path(folder)
     return _harvest(
         model,
         tokens,
-        {where: None if parent is None else parent / f"{where[0]}.{where[1]}" for where in chosen},
+        {at: None if folder is None else Path(folder) / f"{at[0]}.{at[1]}" for at in chosen},
         dtype=dtype,
         budget_gb=budget_gb,
         shard_tokens=shard_tokens,
         drop_first=drop_first,
+        drop_massive=drop_massive,
         batch_tokens=batch_tokens,
         progress=progress,
         ranks=ranks or Ranks(),
@@ -133,6 +140,7 @@ def _harvest(
     budget_gb: int | float,
     shard_tokens: int | None,
     drop_first: bool,
+    drop_massive: bool,
     batch_tokens: int | None,
     progress: bool,
     ranks: Ranks,
@@ -147,7 +155,7 @@ def _harvest(
         raise DataError(
             f"no rows to store from {len(tokens)} sequences of {tokens.context} with drop_first={drop_first}"
         )
-    origins = _origins(model, tokens, list(chosen), drop_first)
+    origins = _origins(model, tokens, list(chosen), drop_first, drop_massive)
     folders = {where: folder or _cached(origins[where], dtype) for where, folder in chosen.items()}
     size = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
     # Shards hold whole forward batches: a pass that resumes cuts the text into the same batches.
@@ -189,18 +197,20 @@ def _harvest(
         ranks.together("beginning the harvest", begin)
         if writers:
             start = min(writer.n for writer in writers.values())
+            appending = Appending(writers, start)
             harvest(
                 model,
                 tokens[:last],
-                [_Appending(writers, start)],
+                [appending],
                 batch_tokens=batch_tokens,
                 drop_first=drop_first,
+                drop_massive=drop_massive,
+                left_out=appending.leave_out,
                 start=first + start // per_sequence,
                 after_batch=lambda done: ranks.advance(),
                 progress=progress and ranks.rank == 0,
             )
             ranks.exchange("the harvest", "", patient=True)
-
             ranks.together("finishing the store", lambda: _finish(writers, folders, ranks))
     return {where: ActivationStore.open(folder) for where, folder in folders.items()}
 
@@ -247,23 +257,8 @@ def _require_begun_so(folder: Path, own: Path) -> None:
         )
 
 
-class _Appending:
-    """A harvest consumer that appends to one writer per (site, layer)."""
-
-    def __init__(self, writers: Mapping[SiteLayer, ShardWriter], start: int):
-        self.wants: Collection[SiteLayer] = tuple(writers)
-        self._writers = writers
-        self._seen = dict.fromkeys(writers, start)
-
-    def consume(self, where: SiteLayer, rows: Float[Tensor, "n d"]) -> None:
-        """Append one batch, unless the store already holds it (from before a kill)."""
-        if self._seen[where] == self._writers[where].n:
-            self._writers[where].append(rows)
-        self._seen[where] += len(rows)
-
-
 def _origins(
-    model: nn.Module, tokens: Tokens, wheres: Sequence[SiteLayer], drop_first: bool
+    model: nn.Module, tokens: Tokens, wheres: Sequence[SiteLayer], drop_first: bool, drop_massive: bool
 ) -> dict[SiteLayer, dict[str, Any]]:
     """Return the manifest's `origin` for each store: model, tokens, site and layer of its rows."""
     info = models.model_info(model)
@@ -279,29 +274,28 @@ def _origins(
         "context": tokens.context,
         "bos": tokens.bos,
         "drop_first": drop_first,
+        "drop_massive": drop_massive,
     }
-    return {
-        (site, layer): {
-            **shared,
-            "site": site,
-            "layer": layer,
-            "hook_name": models.hook_name(model, site, layer),
-        }
-        for site, layer in wheres
+    own = {
+        where: {"site": where[0], "layer": where[1], "hook_name": models.hook_name(model, *where)}
+        for where in wheres
     }
+    # Values that no manifest can hold are found here, before a shard is written.
+    return {where: plain_metadata({**shared, **parts}) for where, parts in own.items()}
 
 
 def _cached(origin: Mapping[str, Any], dtype: str) -> Path:
-    weights, model_dtype, tokens, drop_first = (origin[name] for name in _CONTENT)
+    weights, model_dtype, tokens, drop_first, drop_massive = (origin[name] for name in _CONTENT)
     if not is_fixed(weights):
         raise OptionError(
             "folder=None is not allowed while hooks that somebody added to the model are in force: no cache "
             "key covers their code; name a folder"
         )
     options = {"format": shards.FORMAT, "store_dtype": dtype, "drop_first": drop_first}
+    if drop_massive:  # left out where False: keeps the keys of stores from before this option existed
+        options["drop_massive"] = True
     key = cache_key(**number_key(weights, model_dtype, tokens, **options))
-    # Names may be paths or hub names: only letters, digits, dot and dash are kept, so no subfolder is made.
-    parent = re.sub(r"[^\w.-]+", "-", f"{origin['model']}-{origin['corpus']}-{key}")
+    parent = file_name(origin["model"], origin["corpus"], key=key)
     return cached("stores", f"{parent}/{origin['site']}.{origin['layer']}", shards.MANIFEST)
 
 
@@ -334,7 +328,8 @@ def _state_size(
 def _require_same(folder: Path, origin: Mapping[str, Any], dtype: str) -> None:
     manifest = shards.Manifest.read(folder)
     asked = {**{key: origin[key] for key in _IDENTITY}, "dtype": dtype}
-    differ = shards.differences({**manifest.origin, "dtype": manifest.dtype}, asked)
+    # Stores from before `drop_massive` existed hold all rows.
+    differ = shards.differences({"drop_massive": False, **manifest.origin, "dtype": manifest.dtype}, asked)
     if differ:
         raise OptionError(
             f"{folder} holds {shards.describe(manifest.origin)}, not {shards.describe(origin)} ({differ}); "

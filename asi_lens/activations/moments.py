@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from asi_lens.activations.precision import covariance_eigenvalues, exact_products, signs, tolerance
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import DataError, OptionError, require
 
 # Columns of a block of the product. Only blocks on and above the diagonal are computed, which saves 3/8 of
@@ -34,6 +35,7 @@ _SINGLE, _DOUBLE = (2.0**-30, 2.0**30), (2.0**-450, 2.0**450)
 TYPICAL_NOISE, _LEAST = 2.0**-26, 2.0**-28
 
 
+@checked
 @dataclass
 class Moments:
     """Running moments of rows of width `d`.
@@ -60,6 +62,7 @@ class Moments:
     @classmethod
     def exact(cls, n: int, mean: Float[Tensor, " d"], scatter: Float[Tensor, "d d"]) -> Moments:
         """Return moments whose scatter has no rounding errors worth mention."""
+        mean, scatter = mean.double(), scatter.double()
         return cls(n, mean, scatter, scatter @ signs(len(scatter), scatter.device))
 
     @classmethod
@@ -154,6 +157,25 @@ class Moments:
         self.n = n
         return self
 
+    def without(self, other: Moments) -> Moments:
+        """Return the moments of these rows without those that `other` counts, which must be among them.
+
+        The inverse of `merge`, up to float64 rounding: rows far longer than those left cost precision.
+        """
+        n = self.n - other.n
+        if other.d != self.d or n < 1:
+            raise OptionError(
+                f"cannot take {other.n} rows of width {other.d} from {self.n} of width {self.d}"
+            )
+        mean = (self.mean * self.n - other.mean * other.n) / n
+        delta = other.mean - mean
+        weight = n * other.n / self.n
+        scatter = (self.scatter - other.scatter).addr_(delta, delta, alpha=-weight)
+        check = None
+        if self.check is not None and other.check is not None:
+            check = self.check - other.check - delta * (weight * (delta @ signs(self.d, delta.device)))
+        return Moments(n, mean, scatter, check)
+
     def to(self, device: torch.device | str) -> Moments:
         """Return these moments on `device`. Tensors already on that device are shared, not copied."""
         check = None if self.check is None else self.check.to(device)
@@ -187,6 +209,8 @@ class Moments:
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> Moments:
         """Inverse of `state`, also of older versions. Raises DataError if shapes do not fit together."""
+        if missing := {"n", "mean", "scatter"} - set(state):
+            raise DataError(f"a state of moments without {', '.join(sorted(missing))}")
         mean, packed = state["mean"].double(), state["scatter"].double()
         d = mean.shape[0]
         if packed.shape != (d * (d + 1) // 2,):

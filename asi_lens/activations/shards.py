@@ -2,7 +2,7 @@
 
     manifest.json           description and origin of the rows, and a checksum of every other file
     shard-00000.safetensors one tensor `rows [n_i d]`; the shards in order are the rows in order
-    moments.safetensors     count, mean and scatter of all rows, float64
+    moments.safetensors     count, mean and scatter of all rows, float64; numbers of the tokens left out
     partial.safetensors     instead of the manifest while a harvest runs: the complete shards
     part-000/ ...           the shards of each process, if several processes harvest
 
@@ -17,8 +17,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from asi_lens.activations.moments import Moments
@@ -147,6 +148,12 @@ def read_moments(folder: Path) -> Moments:
     return Moments.from_state(state)
 
 
+def read_left_out(folder: Path) -> Int[Tensor, " m"]:
+    """Return the numbers of the tokens that were left out, ascending. Raises as `read_moments`."""
+    state, _ = load(folder / MOMENTS)
+    return state.get("left_out", torch.empty(0, dtype=torch.int64))
+
+
 def unfinished(folder: Path) -> list[Path]:
     """Return the folders in which an unfinished harvest, by one process or several, has complete shards."""
     return sorted(path.parent for path in (*folder.glob(PARTIAL), *folder.glob(f"part-*/{PARTIAL}")))
@@ -193,3 +200,12 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return tensors and metadata of a file written by `save`. Raises CacheError if missing or damaged."""
     return read_tensors(path, CacheError, f"delete {path.parent} and harvest anew")
+
+
+def take(rows: Float[Tensor, "n d"], index: Int[Tensor, " batch"], out: Float[Tensor, "batch d"]) -> None:
+    """Copy rows. On a CPU numpy copies them: torch's threads would take cores from other work."""
+    if rows.device.type != "cpu" or not rows.is_contiguous():
+        torch.index_select(rows, 0, index.to(rows.device), out=out)
+        return
+    source, target = (part.view(torch.uint8).numpy() for part in (rows, out))
+    np.take(source, index.numpy(), axis=0, out=target, mode="clip")

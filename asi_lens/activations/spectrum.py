@@ -24,6 +24,7 @@ from asi_lens.activations.precision import (
     one_thread,
     uncertainty,
 )
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import DataError, require
 
 # With fewer rows per dimension the measured rank is visibly below its limit.
@@ -34,11 +35,14 @@ class FewTokensWarning(UserWarning):
     """Fewer than 20 d rows: the effective rank is biased downwards."""
 
 
+@checked
 class Spectrum:
     """Eigenvalues of the covariance of centred activations, with ranks and subspaces computed from them.
 
     `eigenvalues [d]`: descending, float64 (variances, in squared activation units). `mean [d]`: the mean
-    activation, float64. `n`: rows (tokens) counted. `d`: width. Eigenvectors are computed on first use.
+    activation, float64. `n`: rows (tokens) counted. `d`: width. `left_out`: tokens with massive activations
+    that were not counted (`massive`). `rank_with_massive`: effective rank over d with these tokens counted;
+    None if there are none, or if it was not measured. Eigenvectors are computed on first use.
     """
 
     def __init__(
@@ -49,6 +53,8 @@ class Spectrum:
         covariance: Float[Tensor, "d d"] | Callable[[], Float[Tensor, "d d"]],
         *,
         name: str = "",
+        left_out: int = 0,
+        rank_with_massive: float | None = None,
         noise: float = 0.0,
     ):
         """`noise` is the Frobenius norm of the covariance's rounding error."""
@@ -56,16 +62,19 @@ class Spectrum:
         self.mean = mean
         self.n = n
         self.name = name
+        self.left_out = left_out
+        self.rank_with_massive = rank_with_massive
         self.noise = noise
         # A spectrum read from disk loads its covariance only when directions are asked for.
         self._covariance = covariance
 
     @classmethod
-    def from_moments(cls, moments: Moments, *, name: str = "") -> Spectrum:
+    def from_moments(cls, moments: Moments, *, name: str = "", left_out: int = 0) -> Spectrum:
         """Return the spectrum of accumulated moments. Raises DataError if they are not finite."""
         covariance, noise = moments.covariance, moments.noise / moments.n
         values = covariance_eigenvalues(covariance)
-        return cls(values, moments.mean, moments.n, covariance, name=name, noise=noise)
+        options = {"name": name, "left_out": left_out, "noise": noise}
+        return cls(values, moments.mean, moments.n, covariance, **options)  # type: ignore[arg-type]
 
     @classmethod
     def of(cls, rows: Float[Tensor, "n d"], *, name: str = "") -> Spectrum:
@@ -165,7 +174,7 @@ class Spectrum:
         require(known, "d_init", d_init, f"a whole number from 1 to {self.d}")
         return self.eigenvectors[:, :d_init]
 
-    def summary(self) -> dict[str, float | int]:
+    def summary(self) -> dict[str, float | int | None]:
         """Return the numbers of `01_rank_curves.csv`: d, ranks and dimensions."""
         return {
             "d": self.d,
@@ -174,11 +183,14 @@ class Spectrum:
             "intrinsic_dimension_99": self.intrinsic_dimension(0.99),
             "participation_ratio": self.participation_ratio,
             "stable_rank": self.stable_rank,
+            "n_left_out": self.left_out,
+            "rank_with_massive": self.rank_with_massive,
         }
 
     def __repr__(self) -> str:
+        without = f" without {self.left_out:,} massive" if self.left_out else ""
         return (
-            f"Spectrum({self.name or 'unnamed'}: n={self.n:,}, d={self.d}, "
+            f"Spectrum({self.name or 'unnamed'}: n={self.n:,}{without}, d={self.d}, "
             f"effective_rank={self.effective_rank:.1f} ({self.effective_rank_fraction:.3f} of d))"
         )
 
@@ -197,6 +209,7 @@ def warn_if_few(spectra: Iterable[Spectrum]) -> None:
         )
 
 
+@checked
 def effective_rank_limit(n: Sequence[int], ranks: Sequence[float]) -> float:
     """Return the effective rank that a growing sample tends to, from ranks measured on nested samples.
 

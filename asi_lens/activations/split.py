@@ -9,6 +9,7 @@ from torch import nn
 
 from asi_lens.activations.harvest import SiteLayer
 from asi_lens.activations.harvest_store import ActivationStore, harvest_stores
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import require
 from asi_lens.inputs.corpora import Tokens, load_tokens
 
@@ -25,6 +26,7 @@ class Split(NamedTuple):
     """The first of the held-out tokens, for losses of the language model."""
 
 
+@checked
 def harvest_split(
     model: nn.Module,
     corpus: Any,

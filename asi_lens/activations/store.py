@@ -27,6 +27,7 @@ from asi_lens.activations import shards
 from asi_lens.activations.moments import Moments
 from asi_lens.activations.row_files import open_rows
 from asi_lens.activations.spectrum import Spectrum
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import DataError, OptionError, require
 from asi_lens.base.permutation import Permutation
 
@@ -42,6 +43,7 @@ class ReadRows(NamedTuple):
     order: Int[Tensor, " batch"]
 
 
+@checked
 class ActivationStore:
     """Rows `[n d]` of one site, in the order of their tokens.
 
@@ -64,10 +66,13 @@ class ActivationStore:
         metadata: Mapping[str, Any],
         folder: Path | None = None,
         checksums: Sequence[str] = (),
+        left_out: Callable[[], Int[Tensor, " m"]] | None = None,
     ):
+        require(len(rows) > 0, "rows", rows, "one matrix [n d] or more")
         self._rows = list(rows)
         self._bounds = list(itertools.accumulate((len(part) for part in rows), initial=0))
         self._moments = moments
+        self._left_out = left_out
         self.n: int = self._bounds[-1]
         self.d: int = rows[0].shape[1]
         self.dtype = rows[0].dtype
@@ -99,6 +104,7 @@ class ActivationStore:
             manifest.origin,
             folder,
             [shard.sha256 for shard in manifest.shards],
+            lambda: shards.read_left_out(folder),
         )
 
     @classmethod
@@ -143,6 +149,11 @@ class ActivationStore:
         square = moments.scatter.diagonal().sum().item() / moments.n
         return cls(parts, lambda: moments, moments.mean.cpu(), square, origin)
 
+    @property
+    def parts(self) -> Sequence[Float[Tensor, "n_i d"]]:
+        """Rows as they are stored, in parts."""
+        return self._rows
+
     @cached_property
     def scale(self) -> float:
         """sqrt(d / mean ||row - mean||^2). Raises DataError if all rows are equal."""
@@ -156,10 +167,19 @@ class ActivationStore:
         return self._moments()
 
     @cached_property
+    def left_out(self) -> Int[Tensor, " m"]:
+        """Numbers of the harvested tokens that are not among the rows (massive activations), ascending.
+
+        Tokens are counted over all sequences, without position 0 if the harvest dropped it.
+        """
+        return torch.empty(0, dtype=torch.int64) if self._left_out is None else self._left_out()
+
+    @cached_property
     def spectrum(self) -> Spectrum:
         """Spectrum of the stored rows, from which ASI can start."""
         site, layer = self.metadata.get("site"), self.metadata.get("layer")
-        return Spectrum.from_moments(self.moments, name="" if site is None else f"{site} {layer}")
+        name = "" if site is None else f"{site} {layer}"
+        return Spectrum.from_moments(self.moments, name=name, left_out=len(self.left_out))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -178,6 +198,8 @@ class ActivationStore:
 
     def __repr__(self) -> str:
         what = shards.describe(self.metadata) if "site" in self.metadata else "rows"
+        if out := self.metadata.get("left_out"):
+            what += f" without {out:,} massive"
         where = self.folder or "memory"
         return f"ActivationStore({what}: {self.n:,} x {self.d} {str(self.dtype)[6:]}, in {where})"
 
@@ -213,7 +235,7 @@ class ActivationStore:
         found = torch.empty(len(index), self.d, dtype=self.dtype, device=self._rows[0].device)
         for part, base, (low, high) in zip(self._rows, self._bounds, itertools.pairwise(cuts), strict=False):
             if low < high:
-                _take(part, ordered[low:high] - base, found[low:high])
+                shards.take(part, ordered[low:high] - base, found[low:high])
         return ReadRows(found, order)
 
     def _placed(self, read: ReadRows, dtype: torch.dtype | None) -> Float[Tensor, "batch d"]:
@@ -231,7 +253,10 @@ class ActivationStore:
             raise OptionError("this store was not harvested from tokens: its rows have no positions")
         first = int(self.metadata["drop_first"])
         kept = int(self.metadata["context"]) - first
-        return torch.stack([index // kept, index % kept + first], dim=1)
+        # Left-out token j stands before row i if it has at most i rows before it.
+        rows_before = self.left_out - torch.arange(len(self.left_out))
+        token = index + torch.searchsorted(rows_before, index, right=True)
+        return torch.stack([token // kept, token % kept + first], dim=1)
 
     def batches(
         self,
@@ -326,12 +351,3 @@ def _moved(read: ReadRows, device: torch.device | None) -> ReadRows:
     if device is None:
         return read
     return ReadRows(*(part.to(device, non_blocking=part.is_pinned()) for part in read))
-
-
-def _take(rows: Float[Tensor, "n d"], index: Int[Tensor, " batch"], out: Float[Tensor, "batch d"]) -> None:
-    """Copy rows. On a CPU numpy copies them: torch's threads would take cores from other work."""
-    if rows.device.type != "cpu" or not rows.is_contiguous():
-        torch.index_select(rows, 0, index.to(rows.device), out=out)
-        return
-    source, target = (part.view(torch.uint8).numpy() for part in (rows, out))
-    np.take(source, index.numpy(), axis=0, out=target, mode="clip")

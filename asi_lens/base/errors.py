@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+_SHOWN = 120
+"""Characters of a value in an error's text."""
 
 
 class AsiLensError(Exception):
@@ -48,10 +51,24 @@ def unknown_name(kind: str, name: object, allowed: Iterable[str]) -> UnknownName
     return UnknownNameError(f"unknown {kind} {name!r}; {hint}Known: {known or 'none'}")
 
 
+def shown(value: object) -> str:
+    """Return a value for an error's text: its repr, cut to 120 characters; shape and dtype of an array."""
+    kind = type(value).__name__
+    if hasattr(value, "shape") and hasattr(value, "dtype") and not isinstance(value, type):
+        return f"{kind} of shape {tuple(value.shape)} and dtype {value.dtype}"
+    if hasattr(value, "state_dict") and not isinstance(value, type):  # the repr of a model fills pages
+        return f"{kind}(...)"
+    try:
+        text = repr(value)
+    except Exception:  # any object may come here, also one that is not whole
+        return f"an object of {kind}"
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 4]} ..."
+
+
 def require(condition: bool, key: str, value: Any, allowed: str) -> None:
     """Raise OptionError with the key, the value and the allowed values, unless `condition` is true."""
     if not condition:
-        raise OptionError(f"{key}={value!r} is not allowed; {key} must be {allowed}")
+        raise OptionError(f"{key}={shown(value)} is not allowed; {key} must be {allowed}")
 
 
 def require_both(**pair: Any) -> None:
@@ -64,6 +81,12 @@ def require_whole(key: str, value: Any, least: int) -> None:
     """Raise OptionError unless `value` is an int of at least `least`; True and False are not allowed."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     require(whole and value >= least, key, value, f"a whole number of at least {least}")
+
+
+def require_keys(values: Mapping[str, Any], keys: Iterable[str], kind: str) -> None:
+    """Raise OptionError for the first of `keys` that `values` lacks; `kind` says what the values are of."""
+    for key in keys:
+        require(key in values, kind, sorted(map(str, values)), f"keys and values, {key} among them")
 
 
 def require_known(keys: Iterable[str], known: Iterable[str], kind: str) -> None:

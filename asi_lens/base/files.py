@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +14,41 @@ from pathlib import Path
 from typing import Any
 
 from asi_lens.base.errors import AsiLensError, DataError
+
+_NAME_BYTES = 140
+"""Most bytes of a file name made of names that a user chose.
+
+File systems allow 255; locks, temporary files and suffixes add to a name."""
+
+
+def existing(name: Path | str) -> Path | None:
+    """Return the path of a file or folder that exists, with `~` resolved; None for any other text.
+
+    Texts that no file system takes as a path (too long, zero bytes) are not paths either, nor is "".
+    """
+    try:
+        path = Path(name).expanduser()
+        return path if str(name) and path.exists() else None
+    except (OSError, ValueError, RuntimeError):
+        return None
+
+
+def plain_name(path: Path) -> str:
+    """Return the name of a file or folder as valid text; "" for the root of the file system."""
+    return path.resolve().name.encode("utf-8", "backslashreplace").decode()
+
+
+def file_name(*words: object, key: str = "") -> str:
+    """Return words that a user chose and a key as a name of one file, joined by dashes.
+
+    Letters, digits, dots and dashes are kept, so that a path or a hub name makes no subfolder. Words that are
+    too long for a file name are cut, and get a hash of their own, so that two long names stay different.
+    """
+    told = re.sub(r"[^\w.-]+", "-", "-".join(map(str, words)))
+    data, room = told.encode("utf-8"), _NAME_BYTES - len(key)
+    if len(data) > room:
+        told = f"{data[: room - 9].decode(errors='ignore')}-{hashlib.sha256(data).hexdigest()[:8]}"
+    return f"{told}-{key}" if key else told
 
 
 @contextmanager
@@ -44,9 +80,17 @@ def write_whole(path: Path | str) -> Iterator[Path]:
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Write a text file in UTF-8, whole or not at all; see `write_whole`."""
+    """Write a text file in UTF-8, whole or not at all; see `write_whole`.
+
+    Raises DataError for a text with half of a surrogate pair, which no file can hold.
+    """
+    try:
+        data = text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        part = text[max(0, error.start - 20) : error.start + 1]
+        raise DataError(f"{path}: {part!r} ends in half of a surrogate pair, which is not text") from error
     with write_whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(data)
 
 
 def read_json(path: Path | str, error: type[AsiLensError], repair: str) -> Any:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from asi_lens.base.errors import require
+from asi_lens.base.files import cache_key, existing, file_name, plain_name
 
 CACHE_VARIABLE = "ASI_LENS_CACHE"
 BUNDLE_VARIABLE = "ASI_LENS_BUNDLE"
@@ -115,11 +116,17 @@ def figures_root() -> Path:
 def figures_dir(model: str, profile: str) -> Path:
     """Return the folder of one model's figures and tables under one profile.
 
-    A model given as a folder or file is called by that folder's or file's name. Slashes of hub names
-    become `--`.
+    A model given as a folder or file is called by that folder's or file's name and 8 hex digits of its path:
+    checkpoints of several runs often have one name. Slashes of hub names become `--`.
     """
-    name = Path(model).expanduser().resolve().name if Path(model).expanduser().exists() else model
-    return figures_root() / name.replace("/", "--") / profile
+    path = existing(model)
+    if path is None:
+        return figures_root() / model.replace("/", "--") / profile
+    return (
+        figures_root()
+        / file_name(plain_name(path), key=cache_key(path=os.fspath(path.resolve()))[:8])
+        / profile
+    )
 
 
 def published_dir(model: str, profile: str) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -32,6 +33,8 @@ class RunFile(Protocol):
         ...
 
 
+# Numbers without a point or without a sign in the exponent are text for YAML 1.1.
+_EXPONENT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+")
 Config = TypeVar("Config", bound=RunFile)
 
 
@@ -48,7 +51,8 @@ def read_yaml(
     file's folder.
 
     Raises DataError for a file that cannot be read or is not a mapping, UnknownNameError for a key that is
-    not in `known`, and OptionError for a missing key of `needed` or a section that is not a mapping.
+    not in `known`, and OptionError for a missing key of `needed`, a section that is not a mapping, or a
+    number that YAML reads as text.
     """
     path = Path(path)
     values = read_yaml_mapping(path)
@@ -56,9 +60,23 @@ def read_yaml(
     for key in needed:
         if key not in values:
             raise OptionError(f"{path.name} has no key {key!r}; add it")
+    _require_numbers(values, [key for key in values if key not in folders])
     for key in sections:
         require(isinstance(values.get(key, {}), dict), key, values.get(key), "keys and values")
     return values | {key: path.parent / Path(str(values[key])).expanduser() for key in folders}
+
+
+def _require_numbers(values: Mapping[str, Any], keys: Sequence[str]) -> None:
+    """Raise OptionError for a number that YAML reads as text, such as 8e-4."""
+    for key in keys:
+        value = values[key]
+        if isinstance(value, dict):
+            _require_numbers(value, list(value))
+        elif isinstance(value, str) and _EXPONENT.fullmatch(value):
+            raise OptionError(
+                f"{key}={value!r} is not allowed: YAML reads {value} as text; write {float(value)!r} or, for "
+                f"a large whole number, {float(value):_.0f}"
+            )
 
 
 def require_machine(device: str, timeout_s: float | int) -> None:

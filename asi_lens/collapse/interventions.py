@@ -17,7 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from asi_lens.activations.massive import massive_rows
 from asi_lens.activations.spectrum import Spectrum
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import DataError, UnsupportedModelError, require
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
@@ -49,11 +51,16 @@ def mean_ablate(mean: Float[Tensor, " d"]) -> Edit:
     return lambda x: mean.to(x).expand_as(x).clone()
 
 
-def skip_first(edit: Edit) -> Edit:
-    """Return `edit` without position 0: the mean and the directions were measured without position 0."""
+def skip_outliers(edit: Edit) -> Edit:
+    """Return `edit` without position 0 and massive rows (`massive`), which stay as they are.
+
+    The mean and the directions were measured without them.
+    """
 
     def skipping(x: Tensor) -> Tensor:
-        return torch.cat([x[:, :1], edit(x[:, 1:])], dim=1)
+        kept, _ = massive_rows(x)
+        edited = edit(x[:, 1:]).to(x)
+        return torch.cat([x[:, :1], torch.where(kept[:, 1:, None], x[:, 1:], edited)], dim=1)
 
     return skipping
 
@@ -69,6 +76,7 @@ def next_token_loss(
     return rearrange(losses, "(batch position) -> batch position", batch=len(ids))
 
 
+@checked
 def cross_entropy(
     model: nn.Module, tokens: Tokens, *, batch_tokens: int = 2048, progress: bool = True
 ) -> float:
@@ -86,6 +94,7 @@ def cross_entropy(
     return total / _predictions(tokens)
 
 
+@checked
 def edited_cross_entropy(
     model: nn.Module,
     tokens: Tokens,
@@ -115,6 +124,7 @@ def edited_cross_entropy(
     return {name: total / _predictions(tokens) for name, total in totals.items()}
 
 
+@checked
 def truncation_sweep(
     model: nn.Module,
     tokens: Tokens,
@@ -136,7 +146,7 @@ def truncation_sweep(
         random_ranks: numbers of random directions, for comparison with the top directions; None is `ranks`.
         random_seeds: one random subspace per seed, the same for a site at every r (nested); () draws none.
 
-    The first position is not edited. The spectra should be measured on other tokens than `tokens`.
+    Position 0 and massive rows are not edited. The spectra should be measured on other tokens than `tokens`.
     Raises OptionError for a rank or seed out of range.
     """
     random_ranks = ranks if random_ranks is None else random_ranks
@@ -156,6 +166,7 @@ def truncation_sweep(
         points += [(seed, r) for seed in random_seeds for r in _sizes(random_ranks, spectrum.d)]
         about = {
             **base,
+            "left_alone": ["position 0", "massive rows"],
             "site": site,
             "layer": layer,
             "edits": ["mean", *(_name(*point) for point in points)],
@@ -227,9 +238,9 @@ def _truncations(spectrum: Spectrum, points: Sequence[tuple[int | None, int]]) -
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(spectrum.d, spectrum.d, generator=generator, dtype=torch.float64, device="cpu")
         frames[seed] = torch.linalg.qr(noise).Q
-    edits = {"mean": skip_first(mean_ablate(spectrum.mean))}
+    edits = {"mean": skip_outliers(mean_ablate(spectrum.mean))}
     for which, r in points:
-        edits[_name(which, r)] = skip_first(project(spectrum.mean, frames[which][:, :r]))
+        edits[_name(which, r)] = skip_outliers(project(spectrum.mean, frames[which][:, :r]))
     return edits
 
 

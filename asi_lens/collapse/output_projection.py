@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from asi_lens.activations.precision import covariance_eigenvalues, entropy_rank, one_thread
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import OptionError, require, unknown_name
 from asi_lens.collapse.spectra import Spectra
 from asi_lens.inputs import models
@@ -41,6 +42,7 @@ CLOSED_FORMS = (
 RANDOM_FORMS = ("gaussian", "rotated_input", "random_orthogonal")
 
 
+@checked
 def counterfactual_ranks(
     W_O: Float[Tensor, "n_heads d_head d_model"],
     z_covariance: Float[Tensor, "d_z d_z"],
@@ -131,6 +133,7 @@ class HeadOverlap:
     random_mean_cosine: float
 
 
+@checked
 def head_overlap(
     W_O: Float[Tensor, "n_heads d_head d_model"],
     z_covariance: Float[Tensor, "d_z d_z"],

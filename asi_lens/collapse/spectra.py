@@ -8,28 +8,30 @@ the model runs only for the new sites.
 from __future__ import annotations
 
 import itertools
-import re
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from asi_lens.activations.harvest import SiteLayer, batch_tokens_for, harvest, places
 from asi_lens.activations.moments import TYPICAL_NOISE, Moments
+from asi_lens.activations.moments_consumer import MomentsConsumer, moments_in
 from asi_lens.activations.spectrum import Spectrum, warn_if_few
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import CacheError, require
-from asi_lens.base.files import cache_key, locked
+from asi_lens.base.files import cache_key, file_name, locked
 from asi_lens.base.paths import cache_dir, cached
 from asi_lens.base.safetensors_io import read_tensors, save_tensors
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.inputs.fingerprint import cached_number, is_fixed, number_key
 
-_FORMAT = "1"
+_FORMAT = "2"
 _KIND = "moments"
 _ABOUT = {"asi_lens_moments": _FORMAT}
 _NOISE = "noise"
@@ -37,20 +39,7 @@ _NOISE = "noise"
 _SAVE_EVERY = 300.0
 
 
-class MomentsConsumer:
-    """A harvest consumer that keeps the moments of every (site, layer) it wants."""
-
-    def __init__(self, wants: Sequence[SiteLayer]):
-        self.wants = tuple(wants)
-        self.moments: dict[SiteLayer, Moments] = {}
-
-    def consume(self, where: SiteLayer, rows: Float[Tensor, "n d"]) -> None:
-        """Add one batch of rows."""
-        known = self.moments.get(where) or Moments.zeros(rows.shape[1])
-        # A resumed pass has read its moments to the CPU: they are moved to the device of the rows.
-        self.moments[where] = known.to(rows.device).update(rows)
-
-
+@checked
 class Spectra(Mapping[SiteLayer, Spectrum]):
     """Spectra by (site, layer), as in `spectra["attn_out", 15]`, with their model and corpus."""
 
@@ -81,7 +70,7 @@ class Spectra(Mapping[SiteLayer, Spectrum]):
                 "corpus": self.corpus,
                 "site": site,
                 "layer": layer,
-                "n_tokens": spectrum.n,
+                "n_tokens": spectrum.n + spectrum.left_out,
                 **spectrum.summary(),
             }
             for (site, layer), spectrum in self._spectra.items()
@@ -96,7 +85,7 @@ class Spectra(Mapping[SiteLayer, Spectrum]):
                 "site": site,
                 "layer": layer,
                 "d": spectrum.d,
-                "n_tokens": spectrum.n,
+                "n_tokens": spectrum.n + spectrum.left_out,
                 "index": i,
                 "index_fraction": i / spectrum.d,
                 "relative_singular_value": value,
@@ -111,17 +100,22 @@ class Spectra(Mapping[SiteLayer, Spectrum]):
         return f"Spectra({self.model.name} on {self.corpus}: {len(self)} spectra of {', '.join(sites)})"
 
 
+@checked
 def collect_spectra(
     model: nn.Module,
     tokens: Tokens,
-    sites: Iterable[str] = models.SITES,
+    sites: str | Iterable[str] = models.SITES,
     layers: Sequence[int] | None = None,
     *,
     drop_first: bool = True,
+    drop_massive: bool = True,
     batch_tokens: int | None = None,
     progress: bool = True,
 ) -> Spectra:
     """Return the spectra of `sites` at `layers` (all by default), from the cache or one pass of the model.
+
+    Position 0 of every sequence and rows with massive activations are left out (see `harvest.harvest`).
+    With and without massive rows are one pass: whichever is asked for later is read from the cache.
 
     A running pass takes 8 d^2 bytes per (site, layer) for any number of tokens. Ctrl-C saves the state of
     the pass; the next call continues from there, with the same bits as a pass without a stop. With hooks that
@@ -134,13 +128,10 @@ def collect_spectra(
     info, batch_tokens = models.model_info(model), batch_tokens_for(model, batch_tokens)
     if not is_fixed(info.fingerprint):
         consumer = MomentsConsumer(wanted)
-        harvest(
-            model, tokens, [consumer], batch_tokens=batch_tokens, drop_first=drop_first, progress=progress
-        )
-        found = {
-            (site, layer): Spectrum.from_moments(consumer.moments[site, layer], name=f"{site} {layer}")
-            for site, layer in wanted
-        }
+        options: dict[str, Any] = {"drop_massive": drop_massive, "left_out": consumer.leave_out}
+        options |= {"batch_tokens": batch_tokens, "drop_first": drop_first, "progress": progress}
+        harvest(model, tokens, [consumer], **options)
+        found = {where: consumer.spectrum(where) for where in wanted}
         warn_if_few(found.values())
         return Spectra(found, info, tokens.corpus)
     folder = _folder(info, tokens, drop_first, batch_tokens)
@@ -153,17 +144,18 @@ def collect_spectra(
         if missing := absent():
             consumer = _run(model, tokens, missing, folder, drop_first, batch_tokens, progress)
             for where in missing:
-                _write(_file(folder, where), consumer.moments.pop(where))
+                _write(_file(folder, where), consumer, where)
             _partial(folder, missing).unlink(missing_ok=True)
-    spectra = {where: _read(_file(folder, where), f"{where[0]} {where[1]}") for where in wanted}
+    spectra = {where: _read(_file(folder, where), f"{where[0]} {where[1]}", drop_massive) for where in wanted}
     warn_if_few(spectra.values())
     return Spectra(spectra, info, tokens.corpus)
 
 
+@checked
 def rank_growth(
     model: nn.Module,
     tokens: Tokens,
-    sites: Iterable[str],
+    sites: str | Iterable[str],
     layers: Sequence[int],
     *,
     steps: int = 5,
@@ -191,13 +183,14 @@ def rank_growth(
                 [consumer],
                 batch_tokens=batch_tokens,
                 drop_first=drop_first,
+                left_out=consumer.leave_out,
                 start=start,
                 progress=progress,
             )
-            for (site, layer), moments in consumer.moments.items():
-                spectrum = Spectrum.from_moments(moments)
+            for site, layer in wanted:
+                spectrum = consumer.spectrum((site, layer))
                 record = {"model": info.name, "corpus": tokens.corpus, "site": site, "layer": layer}
-                records.append({**record, "n_tokens": moments.n, **spectrum.summary()})
+                records.append({**record, "n_tokens": consumer.n((site, layer)), **spectrum.summary()})
         return records
 
     return cached_number(_KIND, key, measure)
@@ -219,17 +212,11 @@ def _run(
     if partial.exists():
         state, _ = _load(partial)
         done = int(state["done"])
-        for k, where in enumerate(missing):
-            prefix = f"{k}."
-            parts = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
-            consumer.moments[where] = Moments.from_state(parts)
+        consumer.load_state(state)
     saved_at = time.monotonic()
 
     def save() -> None:
-        state = {"done": torch.tensor(done, device="cpu")}
-        for k, where in enumerate(missing):
-            state |= {f"{k}.{name}": t for name, t in consumer.moments[where].state().items()}
-        save_tensors(partial, state, _ABOUT)
+        save_tensors(partial, {"done": torch.tensor(done, device="cpu"), **consumer.state()}, _ABOUT)
 
     def after_batch(sequences: int) -> None:
         nonlocal done, saved_at
@@ -245,6 +232,7 @@ def _run(
             [consumer],
             batch_tokens=batch_tokens,
             drop_first=drop_first,
+            left_out=consumer.leave_out,
             start=done,
             after_batch=after_batch,
             progress=progress,
@@ -252,7 +240,7 @@ def _run(
     except KeyboardInterrupt:
         # A batch may be half counted: a state is saved only if every (site, layer) has the same rows.
         rows = done * (tokens.context - drop_first)
-        if done and all(m.n == rows for m in consumer.moments.values()):
+        if done and all(consumer.n(where) == rows for where in missing):
             save()
         raise
     return consumer
@@ -265,9 +253,7 @@ def _key(info: models.ModelInfo, tokens: Tokens, drop_first: bool, batch_tokens:
 
 def _folder(info: models.ModelInfo, tokens: Tokens, drop_first: bool, batch_tokens: int) -> Path:
     key = cache_key(**_key(info, tokens, drop_first, batch_tokens))
-    name = f"{info.name}-{tokens.corpus}-{key}"
-    # Names may be paths or hub names: only letters, digits, dot and dash are kept, so no subfolder is made.
-    return cache_dir(_KIND) / re.sub(r"[^\w.-]+", "-", name)
+    return cache_dir(_KIND) / file_name(info.name, tokens.corpus, key=key)
 
 
 def _file(folder: Path, where: SiteLayer) -> Path:
@@ -278,10 +264,18 @@ def _partial(folder: Path, missing: Sequence[SiteLayer]) -> Path:
     return folder / f"partial-{cache_key(missing=[list(where) for where in missing])}.safetensors"
 
 
-def _write(path: Path, moments: Moments) -> None:
-    spectrum = Spectrum.from_moments(moments)
-    tensors = {**moments.state(), "eigenvalues": spectrum.eigenvalues}
-    save_tensors(path, tensors, {**_ABOUT, _NOISE: repr(spectrum.noise)})
+def _write(path: Path, consumer: MomentsConsumer, where: SiteLayer) -> None:
+    found = consumer.spectrum(where)
+    moments, massive = consumer.moments.pop(where), consumer.massive.pop(where, None)
+    out = {} if massive is None else {f"massive.{name}": t for name, t in massive.state().items()}
+    # NaN: no tokens were left out
+    rank = found.rank_with_massive or math.nan
+    out |= {
+        "eigenvalues": found.eigenvalues,
+        "left_out": torch.tensor(found.left_out, device="cpu"),
+        "rank_with_massive": torch.tensor(rank, dtype=torch.float64, device="cpu"),
+    }
+    save_tensors(path, {**moments.state(), **out}, {**_ABOUT, _NOISE: repr(found.noise)})
 
 
 def _load(path: Path, *names: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -289,15 +283,21 @@ def _load(path: Path, *names: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     return read_tensors(path, CacheError, "delete the file and run again", names, _ABOUT)
 
 
-def _read(path: Path, name: str) -> Spectrum:
-    head, about = _load(path, "n", "mean", "eigenvalues")
-    values = head["eigenvalues"]
+def _read(path: Path, name: str, drop_massive: bool) -> Spectrum:
+    head, about = _load(path, "n", "mean", "eigenvalues", "left_out", "rank_with_massive")
+    left_out, values = int(head["left_out"]), head["eigenvalues"]
+    if left_out and not drop_massive:
+        state, _ = _load(path)
+        whole = moments_in(state, "").merge(moments_in(state, "massive."))
+        return Spectrum.from_moments(whole, name=name)
     return Spectrum(
         values,
         head["mean"],
         int(head["n"]),
         lambda: Moments.from_state(_load(path)[0]).covariance,
         name=name,
+        left_out=left_out,
+        rank_with_massive=head["rank_with_massive"].item() if left_out else None,
         # Files of older versions do not state it.
         noise=float(about.get(_NOISE, TYPICAL_NOISE * values.sum().item())),
     )

@@ -16,6 +16,7 @@ from asi_lens.activations.harvest import SiteLayer
 from asi_lens.activations.pairs import PairedStores
 from asi_lens.activations.split import Split, harvest_split
 from asi_lens.activations.store import ActivationStore
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import OptionError, require, require_whole
 from asi_lens.base.paths import figures_dir
 from asi_lens.experiments import rows as run_rows
@@ -25,7 +26,7 @@ from asi_lens.inputs.corpora import Tokens, load_tokens
 from asi_lens.inputs.models import load_model, model_info
 from asi_lens.results import provenance
 from asi_lens.results.figure_files import save, titles
-from asi_lens.results.parameters_cell import notebook_defaults
+from asi_lens.results.parameters_cell import checked_parameters, notebook_defaults
 from asi_lens.results.rows import DeadFeatureRow
 from asi_lens.results.sidecar import write_sidecar
 from asi_lens.results.tables import Row, frame, write_rows
@@ -33,6 +34,7 @@ from asi_lens.results.verdicts import Verdict
 from asi_lens.training.config import TrainConfig
 
 
+@checked
 class Page:
     """A run of a notebook: parameters, loaded sources, written files.
 
@@ -49,7 +51,7 @@ class Page:
 
     def __init__(self, notebook: str, namespace: Mapping[str, Any]):
         """Raises UnknownNameError for a notebook that does not exist, OptionError for a parameter that is
-        missing in the namespace or a number of seeds below one."""
+        missing in the namespace or not of the kind of its default, or a number of seeds below one."""
         names = notebook_defaults(notebook)
         missing = [name for name in names if name not in namespace]
         if missing:
@@ -57,7 +59,7 @@ class Page:
                 f"{notebook}: {', '.join(missing)} is not set; run the cell of parameters first"
             )
         self.notebook = notebook
-        self.parameters = {name: namespace[name] for name in names}
+        self.parameters = checked_parameters(notebook, {name: namespace[name] for name in names})
         self.profile = str(self["profile"])
         folder = self.parameters.get("output_folder")
         self.folder = Path(folder) if folder else figures_dir(self["model"], self.profile)

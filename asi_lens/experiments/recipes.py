@@ -37,6 +37,9 @@ class Recipe:
     """Options of sparsity (`sae.sparsity`)."""
     reader: str | None = None
     """Start of a transcoder's encoder, one of `transcoder_init.READERS`; None for autoencoders."""
+    whiten: float | int | None = None
+    """Power of the input's spectrum in training: 0 whitens, 1 changes nothing (`shaped`), None is off. The
+    trained dictionary is put back to raw activations exactly."""
     search: str = "exact"
     """Search for the top k, one of `search.SEARCHES`; "subspace" is for TopK autoencoders at full width."""
 
@@ -52,6 +55,9 @@ class Recipe:
             starts = starts_with(lambda start: start.transcoders)
             allowed = f"None, except for init={starts} with center=True and inside=False"
             require(fits, "reader", self.reader, allowed)
+        fits = self.whiten is None or (0 <= self.whiten <= 4 and self.reader is None and not self.inside)
+        allowed = "None, or from 0 to 4 for centered autoencoders at full width"
+        require(fits and (self.whiten is None or self.center), "whiten", self.whiten, allowed)
         require_known([self.search], SEARCHES, "search")
         plain = KINDS[self.activation].picks_k and not self.inside and self.reader is None
         fits = self.search == "exact" or plain

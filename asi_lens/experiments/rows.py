@@ -13,6 +13,7 @@ from torch import nn
 from asi_lens.activations.pairs import PairedStores
 from asi_lens.activations.split import Split
 from asi_lens.activations.store import ActivationStore
+from asi_lens.base.errors import require
 from asi_lens.experiments.held_out import NO_LOSSES, held_out_numbers
 from asi_lens.experiments.runs import FORMAT, TrainedRun
 from asi_lens.inputs.corpora import Tokens
@@ -122,6 +123,7 @@ def seen_fvu(runs: Sequence[TrainedRun], store: ActivationStore, n: int, progres
 
 def budget(model: nn.Module, runs: Sequence[TrainedRun], data: Split, *, losses: bool = True) -> str:
     """Return the setting of some runs in words, for captions and the claims table."""
+    require(len(runs) > 0, "runs", [], "one or more")
     info, store = model_info(model, fingerprint=False), next(iter(data.train.values()))
     sites = dict.fromkeys(run.config.metadata["site"] for run in runs)
     layers = {run.config.metadata["layer"] for run in runs}
@@ -136,6 +138,10 @@ def budget(model: nn.Module, runs: Sequence[TrainedRun], data: Split, *, losses:
         f"lr {', '.join(lrs)}, batch {train.batch_size:,}, dead window {train.dead_window:,} tokens",
         f"{data.held_out_tokens.n_tokens:,} held-out tokens",
     ]
+    out = {f"{s} {layer}": n for (s, layer), one in data.train.items() if (n := one.metadata.get("left_out"))}
+    if out:
+        told = ", ".join(f"{n:,} at {where}" for where, n in out.items())
+        parts.append(f"massive activations left out of {store.n:,} training rows: {told}")
     searched = [run for run in runs if run.recipe.search != "exact"]
     found = [row["search_mass"] or 0.0 for run in searched for row in run.history()]
     if found:

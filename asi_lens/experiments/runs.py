@@ -7,7 +7,6 @@ they depend on, so a notebook that runs again reads them, and a notebook that wa
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -18,9 +17,10 @@ from typing import Any, TypeVar
 import torch
 
 from asi_lens.activations.pairs import PairedStores
+from asi_lens.activations.shaped import ShapedStore, power_gains
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import CacheError, require
-from asi_lens.base.files import cache_key, locked, write_text
+from asi_lens.base.files import cache_key, file_name, locked, write_text
 from asi_lens.base.paths import cached
 from asi_lens.experiments.held_out import AnyRun
 from asi_lens.experiments.recipes import Recipe, find_recipe
@@ -75,8 +75,11 @@ class TrainedRun:
         return self.d_init if self.recipe.inside else None
 
     def history(self) -> list[Metrics]:
-        """Return logged metrics, as `Trainer.fit` returned them; the FVU is that of whole activations."""
+        """Return logged metrics, as `Trainer.fit` returned them. The FVU is that of whole activations in raw
+        units; None for whitened inputs, where that is measured on held-out rows only."""
         history = read_metrics(self.folder / METRICS_FILE)
+        if self.recipe.whiten is not None:  # the step's FVU is of whitened activations
+            history = [{**row, "fvu": None} for row in history]
         if self.subspace is not None:
             floor = about_run(self.folder)["discarded"]
             for row in history:
@@ -198,8 +201,10 @@ def _run(
     options = {**asdict(recipe), "name": None, "d_init": d_init}
     if not KINDS[recipe.activation].threshold_learns:
         del options["sparsity"]["threshold_lr"]
-    if recipe.search == "exact":  # keeps the keys of runs from before this option existed
-        del options["search"]
+    # Options at their defaults are left out: keeps the keys of runs from before these options existed.
+    for name, default in (("search", "exact"), ("whiten", None)):
+        if options[name] == default:
+            del options[name]
     if options.pop("reader") is not None:
         options["init"] = f"{recipe.init}, reads {recipe.reader}"
     key = cache_key(
@@ -226,10 +231,14 @@ def _train(
     progress: bool,
 ) -> None:
     """Train the missing runs; dictionaries that read the same rows are trained together."""
-    for r in dict.fromkeys(run.subspace for run in runs):
-        rows = SubspaceStore(store, r) if r is not None and isinstance(store, ActivationStore) else store
+    for r, power in dict.fromkeys((run.subspace, run.recipe.whiten) for run in runs):
+        rows = store
+        if r is not None and isinstance(store, ActivationStore):
+            rows = SubspaceStore(store, r)
+        elif power is not None and isinstance(store, ActivationStore):
+            rows = ShapedStore(store, power_gains(store.spectrum, power))
         train_missing(
-            [run for run in runs if run.subspace == r],
+            [run for run in runs if (run.subspace, run.recipe.whiten) == (r, power)],
             [_SAE],
             rows,
             partial(_start, rows=rows, device=device),
@@ -270,6 +279,10 @@ def _untrained(run: TrainedRun, rows: ActivationStore | PairedStores) -> SparseA
 
 def _save(run: TrainedRun, trainer: Trainer, rows: ActivationStore | PairedStores) -> dict[str, Any]:
     """Write the trained dictionary to the run's folder, at full width."""
+    if run.recipe.whiten is not None:
+        assert isinstance(rows, ShapedStore)
+        expand(trainer.sae, rows.matrix, rows.center, rows.inverse).save(run.folder / _SAE)
+        return {}
     if not isinstance(rows, SubspaceStore):
         trainer.sae.save(run.folder / _SAE)
         return {}
@@ -279,8 +292,7 @@ def _save(run: TrainedRun, trainer: Trainer, rows: ActivationStore | PairedStore
 
 def run_folder(words: Iterable[object], key: str) -> Path:
     """Return the cache folder of a run. `key` covers all it depends on; `words` make the name readable."""
-    name = re.sub(r"[^\w.-]+", "-", "-".join([*map(str, words), key]))
-    return cached("runs", name, FINISHED_FILE)
+    return cached("runs", file_name(*words, key=key), FINISHED_FILE)
 
 
 @contextmanager

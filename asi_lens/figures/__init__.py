@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from asi_lens.figures.collapse import downstream_loss, rank_curves, rank_heatmap, rank_vs_tokens, spectra
+from asi_lens.figures.beyond import death_at_start, dose_response, inputs_and_starts
+from asi_lens.figures.collapse import (
+    dimension_curves,
+    downstream_loss,
+    rank_curves,
+    rank_heatmap,
+    rank_vs_tokens,
+    spectra,
+)
 from asi_lens.figures.dead_features import (
     d_init_sweep,
     dead_feature_curves,

@@ -23,16 +23,45 @@ _LOWEST = -0.5
 def rank_curves(table: pd.DataFrame) -> go.Figure:
     """Draw effective rank / width over layers, a line per site, a panel per model (C1, C2).
 
-    Takes `RankRow`s. Lines are means over corpora, bands their range.
+    Takes `RankRow`s. Lines are means over corpora, bands their range. A dashed line shows the rank with
+    massive activations of a site that has them.
     """
-    need(table, RankRow)
+    figure = _by_layer(table, "effective_rank_fraction", "Effective rank by layer", "effective rank / width")
     models = order(table, "model")
-    subtitle = setting(table, what=over(table, "corpus"))
-    figure = panels("Effective rank by layer", subtitle, [models], y="effective rank / width")
+    whole = table.rank_with_massive.astype(float)
+    table = table.assign(whole=whole.fillna(table.effective_rank_fraction))[
+        whole.notna().groupby([table.model, table.site]).transform("any")
+    ]
     for col, model in enumerate(models, start=1):
-        site_curves(figure, table[table.model == model], "layer", "effective_rank_fraction", 1, col)
+        site_curves(figure, table[table.model == model], "layer", "whole", 1, col, dash="dash")
     level(figure, 0.6, "paper:<br>attention 0.6", len(models))
     level(figure, 0.9, "paper: MLP,<br>residual 0.9", len(models))
+    return figure
+
+
+def dimension_curves(table: pd.DataFrame) -> go.Figure:
+    """Draw the share of the directions that hold 99 % of the variance over layers (C1, versions 1 and 2).
+
+    Takes `RankRow`s. A line per site, a panel per model. Lines are means over corpora, bands their range.
+    """
+    need(table, RankRow)
+    shares = table.assign(share=table.intrinsic_dimension_99 / table.d)
+    figure = _by_layer(
+        shares, "share", "Directions that hold 99 % of the variance", "directions for<br>99 % / width"
+    )
+    level(figure, 0.6, "paper v1:<br>attention 0.6", table.model.nunique())
+    return figure
+
+
+def _by_layer(table: pd.DataFrame, column: str, title: str, y: str) -> go.Figure:
+    """Return a figure of `column` over layers, a line per site, a panel per model."""
+    need(table, RankRow)
+    models = order(table, "model")
+    figure = panels(title, setting(table, what=over(table, "corpus")), [models], y=y)
+    for col, model in enumerate(models, start=1):
+        part = table[table.model == model]
+        for site in sites(part):
+            curve(figure, part[part.site == site], "layer", column, site, 1, col)
     figure.update_xaxes(title_text="layer")
     figure.update_yaxes(range=[0, 1.02])
     return figure

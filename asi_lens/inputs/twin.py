@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from asi_lens.base.errors import UnsupportedModelError
+from asi_lens.base.errors import OptionError, UnsupportedModelError
 from asi_lens.inputs import structure
 
 
@@ -83,8 +83,19 @@ def kind_of(model: object) -> Literal["bridge", "hooked"] | None:
     return None
 
 
+def require_model(model: nn.Module) -> None:
+    """Raise OptionError for a module that is not a model of TransformerLens."""
+    if kind_of(model) is None:
+        raise OptionError(
+            f"model={type(model).__name__}(...) is not allowed; model must be a TransformerBridge or a "
+            "HookedTransformer (load_model returns one; for a Hugging Face model: "
+            "TransformerBridge.boot_transformers(..., hf_model=m))"
+        )
+
+
 def runners(model: nn.Module) -> Runners:
     """Return the model's runners, made anew if modules, attributes or the configuration have changed."""
+    require_model(model)
     state = structure.state_of(model)
     known = _RUNNERS.get(model)
     if known is None or known.state != state:

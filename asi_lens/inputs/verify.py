@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import UnsupportedModelError
 from asi_lens.inputs import identities, structure, twin
 from asi_lens.inputs.identities import Check, Found
@@ -95,6 +96,7 @@ class _Known:
 _KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
 
 
+@checked
 def verify(model: nn.Module) -> Verification:
     """Return the table of a model's checks, those of the bridge's own computation included.
 

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from asi_lens.base.errors import UnsupportedModelError, require
-from asi_lens.inputs import models, twin
+from asi_lens.inputs import models, structure, twin
 from asi_lens.lorsa.heads import PatternConfig, QueryKeyHeads
 from asi_lens.sae.splice import Place
 
@@ -126,6 +126,8 @@ def read_attention(model: nn.Module, layer: int, context: int) -> AttentionLayer
     fast = both.plain
     if fast is None or read not in fast.places:
         raise _unsupported(model, layer, "only a TransformerBridge without weight processing is read")
+    if structure.added_hooks(model):
+        raise _unsupported(model, layer, "hooks that were added to the model itself are in the way")
     attention: Any = fast.places[read].module
     x, y, rotation = _run(model, attention, layer, read, write, context)
     bridge = both.own.blocks[layer]._modules["attn"]
@@ -194,8 +196,6 @@ def _run(
         models.forward(model, ids, hooks, stop_after_layer=layer)
     finally:
         handle.remove()
-    if "rotation" not in seen:
-        raise _unsupported(model, layer, "hooks that were added to the model itself are in the way")
     rotation = seen["rotation"]
     if rotation is not None:
         pair = isinstance(rotation, tuple | list) and len(rotation) == 2

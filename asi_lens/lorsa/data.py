@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from asi_lens.activations.harvest import SiteLayer, harvest
 from asi_lens.activations.harvest_store import harvest_stores
 from asi_lens.activations.moments import Moments
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import DataError, require
 from asi_lens.base.permutation import Permutation
 from asi_lens.inputs import models
@@ -41,6 +42,7 @@ class PairBatch:
         return self.x.shape[0] * (self.x.shape[1] - 1)
 
 
+@checked
 class SequencePairs:
     """Inputs and outputs [sequence position d] of one attention layer, in memory.
 
@@ -92,6 +94,7 @@ class SequencePairs:
 
     def blocks(self, n_sequences: int) -> Iterator[PairBatch]:
         """Yield all sequences once, in order, `n_sequences` at a time."""
+        require(n_sequences >= 1, "n_sequences", n_sequences, "at least 1")
         sides = (self.inputs.split(n_sequences), self.outputs.split(n_sequences))
         return itertools.starmap(PairBatch, zip(*sides, strict=True))
 
@@ -105,6 +108,7 @@ class SequencePairs:
         from `seed`. Raises OptionError for a batch smaller than a sequence, or a start between batches.
         """
         each = self.context - 1
+        require(seed >= 0, "seed", seed, "at least 0")
         require(
             batch_size >= each,
             "batch_size",
@@ -135,6 +139,7 @@ class SequencePairs:
         return _moments(self.outputs)
 
 
+@checked
 def harvest_pairs(
     model: nn.Module,
     tokens: Tokens,
@@ -157,12 +162,14 @@ def harvest_pairs(
         (write_site(model, layer), layer),
         torch.empty(2, tokens.ids.numel(), d, dtype=models.resolve_dtype(dtype, torch.device("cpu"))),
     )
-    harvest(model, tokens, [kept], batch_tokens=batch_tokens, drop_first=False, progress=progress)
+    whole: dict[str, Any] = {"drop_first": False, "drop_massive": False}
+    harvest(model, tokens, [kept], batch_tokens=batch_tokens, progress=progress, **whole)
     inputs, outputs = kept.rows.unflatten(1, (len(tokens), tokens.context))
     about = {**origin(model, layer), "corpus": tokens.corpus, "tokens": tokens.fingerprint}
     return SequencePairs(inputs, outputs, about)
 
 
+@checked
 def stored_pairs(
     model: nn.Module,
     tokens: Tokens,
@@ -178,7 +185,8 @@ def stored_pairs(
     Raises as `harvest_stores` and `models.hook_name` do.
     """
     wheres = ((models.hook_name(model, READ_SITE, layer), layer), (write_site(model, layer), layer))
-    stores = harvest_stores(model, tokens, wheres, drop_first=False, budget_gb=budget_gb, progress=progress)
+    whole: dict[str, Any] = {"drop_first": False, "drop_massive": False}
+    stores = harvest_stores(model, tokens, wheres, budget_gb=budget_gb, progress=progress, **whole)
     inputs, outputs = (
         torch.cat(list(stores[where].in_order(8192))).view(len(tokens), tokens.context, -1)
         for where in wheres

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import OptionError, require
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.lorsa.attention import layer_place
@@ -15,6 +16,7 @@ from asi_lens.lorsa.lorsa import Lorsa
 from asi_lens.sae.evaluate import Evaluation, evaluate_at
 
 
+@checked
 def evaluate_lorsa(
     lorsa: Lorsa,
     pairs: SequencePairs,

@@ -10,9 +10,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import require, require_whole
 
 
+@checked
 @dataclass(frozen=True)
 class PatternConfig:
     """Rules that turn scores into patterns. Raises OptionError for invalid values.

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from asi_lens.activations.moments import Moments
 from asi_lens.activations.precision import one_thread
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import OptionError, require
 from asi_lens.kernels.draws import draw_gaussian, unit_rows_
 from asi_lens.lorsa.attention import AttentionLayer, origin, read_attention
@@ -33,6 +34,7 @@ LORSA_METHODS = tuple(name for name, start in STARTS.items() if start.lorsas)
 """Methods for the initial units: Gaussian, or in the active subspace of the values of the unit's head."""
 
 
+@checked
 @torch.no_grad()
 def from_attention(
     model: nn.Module, layer: int, context: int, *, dtype: torch.dtype = torch.float32
@@ -58,6 +60,7 @@ def from_attention(
     return lorsa
 
 
+@checked
 @torch.no_grad()
 def initialize_lorsa(
     lorsa: Lorsa,

@@ -25,7 +25,8 @@ import torch
 from jaxtyping import Float, Num
 from torch import Tensor, nn
 
-from asi_lens.base.errors import DataError, OptionError, require, require_known, require_whole
+from asi_lens.base.doors import checked
+from asi_lens.base.errors import DataError, require, require_keys, require_known, require_whole
 from asi_lens.base.metadata import plain_metadata
 from asi_lens.base.safetensors_io import opened, save_tensors
 from asi_lens.kernels.codes import SparseCode
@@ -43,6 +44,7 @@ _HEADER = "asi_lens_lorsa"
 _BLOCK = 2**25
 
 
+@checked
 @dataclass(frozen=True)
 class LorsaConfig:
     """Sizes and rules of a Lorsa. Raises OptionError or UnknownNameError for invalid values.
@@ -81,7 +83,9 @@ class LorsaConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> LorsaConfig:
         """Return the configuration in `values`, as `dataclasses.asdict` writes it. Raises UnknownNameError
         for an unknown key."""
-        for kind, given in ((cls, values), (PatternConfig, values.get("pattern", {}))):
+        require_keys(values, ("d_in", "d_qk", "n_qk_heads", "n_ov", "k", "pattern"), "LorsaConfig")
+        require(isinstance(values["pattern"], Mapping), "pattern", values["pattern"], "keys and values")
+        for kind, given in ((cls, values), (PatternConfig, values["pattern"])):
             require_known(given, [f.name for f in fields(kind)], f"{kind.__name__} key")
         return cls(**{**values, "pattern": PatternConfig(**values["pattern"])})
 
@@ -134,6 +138,7 @@ def config_for(
     )
 
 
+@checked
 class Lorsa(Spliced):
     """Query-key heads and the units that share the heads.
 
@@ -323,8 +328,7 @@ def load_lorsa(path: Path | str) -> Lorsa:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     with opened(path, DataError) as file:
-        text = (file.metadata() or {}).get(_HEADER)
-        if text is None:
+        if (text := (file.metadata() or {}).get(_HEADER)) is None:
             raise DataError(f"{path} is not a file of a Lorsa")
         about = json.loads(text)
         if about.get("format") != FORMAT:
@@ -342,6 +346,5 @@ def load_lorsa(path: Path | str) -> Lorsa:
 
 def _checked(path: Path | str) -> Path:
     path = Path(path)
-    if path.suffix != ".safetensors":
-        raise OptionError(f"path={str(path)!r} is not allowed; path must be a `.safetensors` file")
+    require(path.suffix == ".safetensors", "path", str(path), "a `.safetensors` file")
     return path

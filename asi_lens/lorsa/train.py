@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import DataError, OptionError, require
 from asi_lens.kernels.codes import SparseCode
 from asi_lens.kernels.draws import unit_rows_
@@ -30,6 +31,7 @@ from asi_lens.training.metrics import Metrics
 from asi_lens.training.schedule import lr_factor
 
 
+@checked
 class LorsaTrainer(Fits[SequencePairs, PairBatch]):
     """Trainer of one Lorsa: changes the Lorsa in place, on the device of the Lorsa when the trainer is made.
 

@@ -98,8 +98,9 @@ class Run:
 
     @property
     def id(self) -> str:
-        """A name that can be used as an HTML id."""
-        return re.sub(r"[^\w-]+", "-", self.url)
+        """A name that can be used as an HTML id, different for each run."""
+        plain = self.url.replace("/", "-")
+        return re.sub(r"[^\w-]", lambda found: f"_{ord(found[0]):x}_", plain)
 
     def evidence(self, notebook: str, one: dict[str, Any]) -> Evidence:
         """Return the evidence of one verdict in a notebook's sidecar."""

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from asi_lens.base.errors import DataError, OptionError, require, unknown_name
-from asi_lens.base.files import read_yaml_mapping
+from asi_lens.base.errors import DataError, OptionError, require, shown, unknown_name
+from asi_lens.base.files import existing, read_yaml_mapping
 from asi_lens.base.paths import parameters_dir, project_root
-from asi_lens.results.parameters_cell import notebook_defaults, notebook_names
+from asi_lens.results.parameters_cell import checked_parameters, notebook_defaults, notebook_names
 
 # Parameters that the runner sets in every notebook.
 ALWAYS = ("model", "profile", "output_folder", "seed")
@@ -74,8 +74,9 @@ def merged_parameters(
 ) -> dict[str, Any]:
     """Return all parameters that a notebook will run with, including its own defaults.
 
-    Raises UnknownNameError for an unknown profile, section or key, and OptionError for a notebook without a
-    cell tagged `parameters` or without one of the keys that the runner sets.
+    Raises UnknownNameError for an unknown profile, section or key, and OptionError for a value of another
+    kind than its default, and for a notebook without a cell tagged `parameters` or without one of the keys
+    that the runner sets.
     """
     defaults = notebook_defaults(notebook)
     missing = [key for key in ALWAYS if key not in defaults]
@@ -90,21 +91,18 @@ def merged_parameters(
             raise unknown_name(f"section of {path.name}", section, ["common", NEEDS, *notebook_names()])
     model_file = parameters_dir() / f"{model}.yaml"
     # A model given as a path or a hub name has no parameter file.
-    of_model = read_yaml_mapping(model_file) if "/" not in model and model_file.is_file() else {}
-    if not of_model and Path(model).expanduser().exists():
-        model = str(Path(model).expanduser().resolve())  # notebooks run in another working folder
+    of_model = read_yaml_mapping(model_file) if "/" not in model and existing(model_file) else {}
+    if not of_model and (there := existing(model)):
+        model = str(there.resolve())  # notebooks run in another working folder
     layers = {
-        f"{path.name}, common": sections.get("common") or {},
-        f"{path.name}, {notebook}": sections.get(notebook) or {},
+        f"{path.name}, common": _section(path, sections, "common"),
+        f"{path.name}, {notebook}": _section(path, sections, notebook),
         model_file.name: of_model,
         "the command line": dict(given or {}),
     }
     out = dict(defaults)
     for where, layer in layers.items():
-        for key, value in layer.items():
-            if key not in defaults:
-                raise unknown_name(f"parameter of {notebook} (in {where})", key, defaults)
-            out[key] = value
+        out |= checked_parameters(notebook, layer, where)
     out |= {"profile": profile, "output_folder": str(output_folder)}
     if "model" not in of_model and "model" not in (given or {}):
         out["model"] = model
@@ -125,3 +123,10 @@ def parse_given(pairs: Sequence[str]) -> dict[str, Any]:
         except yaml.YAMLError as error:
             raise OptionError(f"-p {pair!r} is not allowed; the value must be YAML ({error})") from error
     return out
+
+
+def _section(path: Path, sections: Mapping[str, Any], name: str) -> dict[str, Any]:
+    section = sections.get(name) or {}
+    if not isinstance(section, dict):
+        raise DataError(f"{path.name}, {name} must hold keys and values, not {shown(section)}")
+    return section

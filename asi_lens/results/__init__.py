@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_OTHERS = ("LOSSES", "VARIANTS", "columns", "frame", "read_rows", "write_rows")
+_OTHERS = ("LOSSES", "VARIANTS", "columns", "frame", "left_out", "read_rows", "write_rows")
 
 
 def __getattr__(name: str) -> Any:

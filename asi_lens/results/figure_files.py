@@ -15,6 +15,7 @@ import textwrap
 from pathlib import Path
 from string import Template
 from typing import NamedTuple
+from urllib.parse import quote
 
 import plotly.graph_objects as go
 
@@ -178,4 +179,4 @@ def _wrap(text: str, width: int, size: int) -> list[str]:
 
 
 def _relative_url(path: Path, folder: Path) -> str:
-    return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
+    return quote(Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix())

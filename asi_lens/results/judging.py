@@ -217,6 +217,15 @@ def in_every_seed(better: pd.DataFrame) -> bool | None:
     return False if bool((~better).all(axis=0).any()) else None
 
 
+def graded(main: pd.DataFrame, rest: pd.DataFrame) -> bool | Literal["partly"] | None:
+    """Return whether a claim holds that has a main and another part; both have a row per seed.
+
+    True if both hold in every seed, "partly" if the main part does, else `in_every_seed` of the main part.
+    """
+    found = in_every_seed(main)
+    return "partly" if found and not rest.all(axis=None) else found
+
+
 def if_known(holds: Holds | np.bool_, *measured: pd.DataFrame | pd.Series | float | int) -> Holds:
     """Return `holds`; None if one of the `measured` numbers is NaN."""
     if any(np.isnan(np.asarray(one, dtype=float)).any() for one in measured):

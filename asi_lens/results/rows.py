@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import typing
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from asi_lens.results.tables import Row, columns, frame, read_rows, write_rows
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Subspace = Literal["principal", "random"]
 Variant = Literal[
@@ -47,7 +50,7 @@ class RankRow(Row):
     d: int
     """Width of the site."""
     n_tokens: int
-    """Tokens in the covariance."""
+    """Tokens seen; `n_left_out` of them are not in the covariance."""
     effective_rank: float
     """exp of the entropy (nats) of the singular values divided by their sum (Roy & Vetterli 2007)."""
     effective_rank_fraction: float
@@ -58,6 +61,21 @@ class RankRow(Row):
     """(sum of eigenvalues)^2 / sum of their squares."""
     stable_rank: float
     """Sum of eigenvalues / the largest."""
+    n_left_out: int = 0
+    """Tokens with massive activations (`activations.massive`)."""
+    rank_with_massive: float | None = None
+    """`effective_rank_fraction` with these tokens in the covariance; None if there are none."""
+
+
+def left_out(table: pd.DataFrame) -> str:
+    """Return in words how many massive activations the `RankRow`s of a table leave out."""
+    hit = table[table.n_left_out > 0]
+    if hit.empty:
+        return "no massive activations were found"
+    most = hit.loc[hit.n_left_out.idxmax()]
+    share = f"{most.n_left_out:,} of {most.n_tokens:,} tokens"
+    where = f"most at {most.site} of layer {most.layer}: {share}"
+    return f"massive activations are left out at {len(hit)} of {len(table)} places ({where})"
 
 
 @dataclass(frozen=True)
@@ -191,6 +209,10 @@ class RankedDeadFeatureRow(DeadFeatureRow):
 
     effective_rank_fraction: float
     """Effective rank over width of the activations that the dictionary was trained on."""
+    intrinsic_dimension_99: int
+    """Directions that hold 99 % of their variance."""
+    participation_ratio: float
+    """(sum of eigenvalues)^2 / sum of their squares."""
 
 
 @dataclass(frozen=True)

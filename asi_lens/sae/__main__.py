@@ -27,6 +27,7 @@ import torch
 from asi_lens.activations.spectrum import Spectrum
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base import run_files
+from asi_lens.base.doors import check_options, checked
 from asi_lens.base.errors import require, require_known, require_whole
 from asi_lens.base.ranks import Ranks
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
@@ -50,6 +51,7 @@ _INITIALIZE = (
 _FIT = ("checkpoint_every", "log_every", "windows", "loggers")
 
 
+@checked
 @dataclass(frozen=True)
 class RunConfig:
     """Options of a run file, checked. Raises OptionError or UnknownNameError.
@@ -86,6 +88,9 @@ class RunConfig:
         require_whole("sample", self.initialize.get("sample", SAMPLE_ROWS), 1)
         require_known([self.search], SEARCHES, "search")
         TrainConfig(**self.train)
+        check_options(SAEConfig.__init__, self.sae)
+        check_options(initialize, {key: one for key, one in self.initialize.items() if key != "sample"})
+        check_options(Trainer.fit, self.fit)
         MeshConfig(**self.mesh)
 
     @classmethod

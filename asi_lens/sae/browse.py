@@ -18,6 +18,7 @@ from torch import nn
 from asi_lens.activations.harvest_store import harvest_store
 from asi_lens.activations.pairs import PairedStores
 from asi_lens.activations.store import ActivationStore
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import AsiLensError, OptionError, require
 from asi_lens.base.files import write_text
 from asi_lens.inputs.corpora import Tokens, load_tokens
@@ -92,6 +93,7 @@ class Browser:
         return bundle | {"text/html": f"<p>{_STATIC}</p>{self.out.value}"}
 
 
+@checked
 def browse(
     sae: SparseAutoencoder,
     store_or_tokens: ActivationStore | PairedStores | Tokens,

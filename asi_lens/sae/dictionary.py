@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from asi_lens.activations.pairs import Pair, PairedStores
 from asi_lens.activations.store import ActivationStore
-from asi_lens.base.errors import DataError, OptionError, require, require_known, require_whole
+from asi_lens.base.doors import checked
+from asi_lens.base.errors import DataError, OptionError, require, require_keys, require_known, require_whole
 from asi_lens.base.metadata import plain_metadata
 from asi_lens.kernels.codes import SparseCode, stack_codes
 from asi_lens.kernels.draws import draw_gaussian, unit_rows_
@@ -37,6 +38,7 @@ from asi_lens.sae.splice import Place, Spliced, site_layer
 _BLOCK = 4096
 
 
+@checked
 @dataclass(frozen=True)
 class SAEConfig:
     """Sizes and kind of a dictionary. Raises OptionError or UnknownNameError for invalid values.
@@ -71,9 +73,11 @@ class SAEConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> SAEConfig:
         """Return the configuration in `values`. Raises UnknownNameError for an unknown key."""
         require_known(values, [f.name for f in fields(cls)], "SAEConfig key")
+        require_keys(values, ("d_in", "d_sae"), "SAEConfig")
         return cls(**values)
 
 
+@checked
 class SparseAutoencoder(Weights, Spliced):
     """A dictionary of `d_sae` directions, and the encoder that picks the features of an activation.
 
@@ -182,7 +186,8 @@ class SparseAutoencoder(Weights, Spliced):
         self, batch: Tensor | Pair, checked: bool = True
     ) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
         """Return the encoder's input and the target of acts W_dec; for an autoencoder both are the same."""
-        assert isinstance(batch, Tensor)  # checked by `check_batch`
+        self.check_batch(batch)
+        assert isinstance(batch, Tensor)
         x = self.centered(batch, checked)
         return x, x
 
@@ -216,7 +221,7 @@ class SparseAutoencoder(Weights, Spliced):
         return self.decode(self.encode(x))
 
     def scan(
-        self, data: ActivationStore | PairedStores | Tensor | Pair
+        self, data: ActivationStore | PairedStores | Num[Tensor, "n d_in"] | Pair
     ) -> Iterator[tuple[Float[Tensor, "n d_out"], Float[Tensor, "n d_out"], SparseCode]]:
         """Yield targets, reconstructions and codes [n k] of all rows in order, a few thousand at a time."""
         for batch in data.split(_BLOCK) if isinstance(data, Tensor | Pair) else data.in_order(_BLOCK):

@@ -19,6 +19,7 @@ from asi_lens.activations.harvest_store import ActivationStore
 from asi_lens.activations.moments import Moments
 from asi_lens.activations.pairs import PairedStores
 from asi_lens.activations.precision import exact_products
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import DataError, OptionError, require, require_both
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.kernels.codes import SparseCode
@@ -70,6 +71,7 @@ class Coder(Protocol):
         ...
 
 
+@checked
 @dataclass(frozen=True)
 class Evaluation:
     """Numbers of one dictionary on held-out activations."""
@@ -88,6 +90,7 @@ class Evaluation:
     """Losses of the language model; None without a model."""
 
 
+@checked
 def evaluate(
     sae: SparseAutoencoder,
     rows: ActivationStore | Float[Tensor, "n d_in"],
@@ -110,6 +113,7 @@ def evaluate(
     )[0]
 
 
+@checked
 @exact_products()
 def evaluate_together(
     saes: Sequence[SparseAutoencoder],
@@ -149,6 +153,7 @@ def evaluate_together(
     return evaluate_at(saes, rows, model, tokens, place, **options)
 
 
+@checked
 def evaluate_transcoder(
     sae: Transcoder,
     store: PairedStores,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from asi_lens.activations.pairs import PairedStores
 from asi_lens.activations.spectrum import Spectrum
 from asi_lens.activations.store import ActivationStore
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import OptionError, UnsupportedModelError, require, require_whole
 from asi_lens.base.sites import SITES
 from asi_lens.inputs import models
@@ -81,6 +82,7 @@ class Card:
     similar: list[tuple[int, float]]
 
 
+@checked
 class Features:
     """A dictionary looked at on the rows of a store and their text.
 
@@ -145,6 +147,8 @@ class Features:
     def card(self, feature: int, *, n_logits: int = 8, n_similar: int = 6) -> Card:
         """Return the facts of one feature. Raises OptionError for a feature that does not exist."""
         self._require(feature)
+        most = models.model_info(self.model).d_vocab
+        require(0 <= n_logits <= most, "n_logits", n_logits, f"from 0 to {most}")
         mean = self.firings.mean[feature].item()
         fires = int(self.firings.counts[feature]) > 0
         raised, lowered, why = [], [], "the feature never fires here" if not fires else self._why_no_logits()
@@ -200,6 +204,7 @@ class Features:
     def similar(self, feature: int, n: int = 6) -> list[tuple[int, float]]:
         """Return the `n` features whose decoder rows have the largest cosine with this one's."""
         self._require(feature)
+        require_whole("n", n, 0)
         rows = self.sae.W_dec.detach()
         cosines = (rows @ rows[feature]) / (rows.norm(dim=1) * rows[feature].norm()).clamp_min(1e-30)
         cosines[feature] = -2
@@ -208,6 +213,7 @@ class Features:
 
     def written(self, feature: int) -> Float[Tensor, " d_out"]:
         """Return what a feature adds to the reconstruction per unit of its value, in raw units."""
+        self._require(feature)
         scale = self.sae.output_scale if isinstance(self.sae, Transcoder) else self.sae.input_scale
         return self.sae.W_dec.detach()[feature] / scale
 
@@ -255,6 +261,7 @@ class Features:
     def search(self, text: str, n: int = 20) -> list[int]:
         """Return features that fire most on a token that contains `text`, by their largest value there."""
         require(bool(text), "text", text, "not empty")
+        require_whole("n", n, 0)
         rows, values = self.firings.top.rows, self.firings.top.values
         known = rows >= 0
         places = self._rows.positions(rows[known])
@@ -282,6 +289,7 @@ class Features:
     def word(self, token: int) -> str:
         """Return the text of a token id."""
         if token not in self._words:
+            require(0 <= token < 2**32, "token", token, "the id of a token")
             self._words[token] = str(models.tokenizer_of(self.model).decode([token]))
         return self._words[token]
 

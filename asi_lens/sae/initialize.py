@@ -20,6 +20,7 @@ from torch import Tensor
 
 from asi_lens.activations.precision import exact_products
 from asi_lens.activations.spectrum import Spectrum
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import OptionError, require
 from asi_lens.kernels.draws import DRAW_ROWS, other_stream
 from asi_lens.sae.dictionary import SparseAutoencoder
@@ -102,6 +103,7 @@ def auto_d_init(spectrum: Spectrum) -> int:
     return int((cumulative < AUTO_SHARE * cumulative[-1]).sum().item()) + 1
 
 
+@checked
 @exact_products()
 @torch.no_grad()
 def initialize(

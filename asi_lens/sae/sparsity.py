@@ -11,11 +11,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import require, require_whole, unknown_name
 
 PENALTIES = ("l0", "tanh")
 
 
+@checked
 @dataclass(frozen=True)
 class SparsityConfig:
     """Options of training beyond TopK. Raises OptionError or UnknownNameError for invalid values.

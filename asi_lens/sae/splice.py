@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from asi_lens.activations.harvest import SiteLayer
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import DataError, OptionError, UnsupportedModelError, require
-from asi_lens.collapse.interventions import loss_recovered, mean_ablate, skip_first
+from asi_lens.collapse.interventions import loss_recovered, mean_ablate, skip_outliers
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.inputs.own_tokens import require_own_tokens
@@ -69,6 +70,7 @@ def site_layer(metadata: Mapping[str, Any]) -> SiteLayer | None:
     return None if site is None or layer is None else (str(site), int(layer))
 
 
+@checked
 class Spliced(nn.Module):
     """Base of coders: a module whose output can take the place of an activation of the language model."""
 
@@ -108,8 +110,8 @@ class Spliced(nn.Module):
     def hooks(self, model: nn.Module, place: Place | None = None) -> Hooks:
         """Return hooks for `models.forward` that put the coder's output in the place of the activation.
 
-        Position 0 stays unchanged. An autoencoder does not receive it; coders with two sites do, because a
-        Lorsa attends to it. `place` is that of the metadata by default.
+        Position 0 and massive rows (`massive`) stay unchanged. An autoencoder does not receive position 0;
+        coders with two sites do, because a Lorsa attends to it. `place` is that of the metadata by default.
 
         Raises OptionError for a place of other widths, and as `place` does.
         """
@@ -118,7 +120,7 @@ class Spliced(nn.Module):
             hook = place.read if side == "in" else place.write
             require(mine == theirs, f"d_{side}", mine, f"{theirs}, the width of {hook}")
         if place.read == place.write:
-            return {place.write: skip_first(lambda x: self(x).to(x))}
+            return {place.write: skip_outliers(lambda x: self(x).to(x))}
         seen: list[Tensor] = []
 
         def look(x: Tensor) -> None:
@@ -134,8 +136,8 @@ class Spliced(nn.Module):
 class SpliceLosses:
     """Losses of the language model with the reconstruction in place of the activation.
 
-    Losses are means over all predicted tokens, in nats. Position 0 of a sequence is never edited, because the
-    dictionary's data and the measured mean exclude it.
+    Losses are means over all predicted tokens, in nats. Position 0 of a sequence and massive rows are never
+    edited, because the dictionary's data and the measured mean exclude them.
     """
 
     cross_entropy: float
@@ -184,7 +186,7 @@ def hooked_losses(
     require(len(tokens) >= 1, "tokens", f"{len(tokens)} sequences", "at least one sequence")
     require(batch_tokens >= 1, "batch_tokens", batch_tokens, "at least 1")
     site, layer = place.site, place.layer
-    edits: list[Hooks] = [{place.write: skip_first(mean_ablate(mean))}, *spliced]
+    edits: list[Hooks] = [{place.write: skip_outliers(mean_ablate(mean))}, *spliced]
     # Sums for each sequence. The first list is of the clean model.
     sums: list[list[Tensor]] = [[] for _ in range(1 + len(edits))]
     divergences = [0.0] * len(edits)

@@ -8,21 +8,19 @@ reconstructed by the mean, so the FVU cannot fall below the share of the varianc
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from asi_lens.activations.harvest_store import ActivationStore
-from asi_lens.activations.moments import Moments
-from asi_lens.activations.store import ReadRows
+from asi_lens.activations.shaped import LinearStore
 from asi_lens.base.errors import require
 from asi_lens.sae.dictionary import SparseAutoencoder
 
 
-class SubspaceStore(ActivationStore):
+class SubspaceStore(LinearStore):
     """Rows of a store as coordinates (x - mean) V in its top `r` principal directions, without a copy.
 
     Attributes:
@@ -32,24 +30,10 @@ class SubspaceStore(ActivationStore):
 
     def __init__(self, of: ActivationStore, r: int):
         """Raises OptionError for `r` out of range."""
-        self.of = of
         self.basis = of.spectrum.active_subspace(r)
-        self.center = of.mean
-        whole = of.moments
-        scatter = self.basis.T @ whole.scatter.to(self.basis) @ self.basis
-        inside = scatter.diagonal().sum().item() / of.n
-        self.discarded = 1 - inside / of.mean_square_norm
-        origin = {**of.metadata, "subspace": r}
-        moments = Moments.exact(of.n, torch.zeros_like(scatter[0]), scatter)
-        super().__init__(
-            [self.basis[:0].float()],
-            lambda: moments,
-            torch.zeros(r, dtype=torch.float64, device="cpu"),
-            inside,
-            origin,
-        )
-        self.n = of.n
-        self._projection = self.basis.float()
+        super().__init__(of, self.basis, of.mean)
+        self.discarded = 1 - self.mean_square_norm / of.mean_square_norm
+        self.metadata = {**of.metadata, "subspace": r}
 
     @property
     def fingerprint(self) -> str:
@@ -58,47 +42,48 @@ class SubspaceStore(ActivationStore):
             :16
         ]
 
-    def in_order(self, batch_size: int) -> Iterator[Float[Tensor, "batch r"]]:
-        """Yield all rows once, in order."""
-        return (self._coordinates(part.float()) for part in self.of.in_order(batch_size))
-
-    def _read(self, index: Int[Tensor, " batch"]) -> ReadRows:
-        return self.of._read(index)
-
-    def _placed(self, read: ReadRows, dtype: torch.dtype | None) -> Float[Tensor, "batch r"]:
-        rows = self._coordinates(self.of._placed(read, torch.float32))
-        return rows if dtype is None else rows.to(dtype)
-
-    def _coordinates(self, rows: Float[Tensor, "n d"]) -> Float[Tensor, "n r"]:
-        return (rows - self.center.to(rows)) @ self._projection.to(rows)
-
 
 @torch.no_grad()
 def expand(
-    sae: SparseAutoencoder, basis: Float[Tensor, "d r"], center: Float[Tensor, " width"]
+    sae: SparseAutoencoder,
+    matrix: Float[Tensor, "d r"],
+    center: Float[Tensor, " width"],
+    inverse: Float[Tensor, "r d_inverse"] | None = None,
 ) -> SparseAutoencoder:
-    """Return the same dictionary at full width: it maps x to center + V sae(V^T (x - center)).
+    """Return the dictionary of x that a dictionary of x' = (x - center) M is: x -> center + sae(x') M^-1.
 
-    The result is exact up to rounding, and decoder rows keep their norm. Raises OptionError for a basis whose
-    columns are not orthonormal, or differ in number from the dictionary's width.
+    Args:
+        matrix: M. Without `inverse` its columns are orthonormal, and M^T takes the place of the inverse:
+            decoder rows keep their norm.
+        inverse: M^-1 [r d]. Decoder rows then have other norms than 1, since features are picked by their
+            values in x'.
+
+    The result is exact up to rounding, with the same code. Raises OptionError for a matrix whose columns
+    differ in number from the dictionary's width, or an inverse that is none.
     """
     require(not sae.is_transcoder, "sae", "a transcoder", "an autoencoder")
-    d, r = basis.shape
+    d, r = matrix.shape
     require(r == sae.d_in, "basis", f"of {r} columns", f"of {sae.d_in}, as the dictionary is wide")
     require(center.shape == (d,), "center", tuple(center.shape), f"of shape ({d},)")
-    gram = basis.double().T @ basis.double()
-    exact = bool(torch.allclose(gram, torch.eye(r, dtype=torch.float64, device=gram.device), atol=1e-6))
-    require(exact, "basis", "not orthonormal", "of orthonormal columns")
+    forth = matrix.double()
+    back = forth.T if inverse is None else inverse.double()
+    exact = bool(
+        torch.allclose(back @ forth, torch.eye(r, dtype=torch.float64, device=back.device), atol=1e-6)
+    )
+    require(exact, "basis", "not orthonormal", "of orthonormal columns, or given with its inverse")
     config = replace(sae.config, d_in=d)
     out = SparseAutoencoder(config, draw=False, dtype=sae.W_dec.dtype).to(sae.W_dec.device)
-    wide = basis.double().to(sae.W_dec.device)
-    for source, target in ((sae.encoder_rows, out.encoder_rows), (sae.W_dec.data, out.W_dec.data)):
+    forth, back = forth.to(sae.W_dec.device), back.to(sae.W_dec.device)
+    for source, target, by in (
+        (sae.encoder_rows, out.encoder_rows, forth.T),
+        (sae.W_dec.data, out.W_dec.data, back),
+    ):
         for rows, into in zip(source.split(4096), target.split(4096), strict=True):
-            into.copy_(rows.double() @ wide.T)
+            into.copy_(rows.double() @ by)
     out.b_enc.copy_(sae.b_enc)
-    out.b_dec.copy_(wide @ sae.b_dec.double())
-    mean = center.double().to(wide.device) + wide @ sae.input_mean.double()
+    out.b_dec.copy_(sae.b_dec.double() @ back)
+    mean = center.double().to(back.device) + sae.input_mean.double() @ back
     out.set_normalization(mean, float(sae.input_scale))
     out.activation.load_state_dict(sae.activation.state_dict())
-    out.initialization = {**sae.initialization, "subspace": r}
+    out.initialization = {**sae.initialization, **({"subspace": r} if inverse is None else {"shaped": True})}
     return out

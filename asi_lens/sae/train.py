@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from asi_lens.activations.pairs import Pair, PairedStores
 from asi_lens.activations.store import ActivationStore
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import OptionError, require, require_known
 from asi_lens.kernels import devices
 from asi_lens.kernels.gradients import sum_gradients
@@ -44,6 +45,7 @@ __all__ = ["DivergedError", "SparsityConfig", "StepOutput", "TrainConfig", "Trai
 _PROBE_ROWS = 32
 
 
+@checked
 class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
     """Trainer of one dictionary: changes it in place, on its device when the trainer is made.
 
@@ -314,10 +316,7 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
 
     @torch.no_grad()
     def load_state(self, read: Callable[[str], Tensor]) -> None:
-        """Restore the tensors of `state`, one at a time.
-
-        Raises OptionError if the stored run started with other weights.
-        """
+        """Restore the tensors of `state`. Raises OptionError for a run that started with other weights."""
         sae, first, here = self.sae, read("first_weights").to(self.sae.W_dec), self._first_weights()
         if first.shape != here.shape or not torch.allclose(first, here, rtol=1e-3, atol=1e-5):
             raise OptionError("the checkpoint's run began with other weights or another input normalization")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from asi_lens.activations.pairs import Pair, PairedStores
 from asi_lens.activations.store import ActivationStore
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import DataError, require
 from asi_lens.kernels.codes import SparseCode
 from asi_lens.kernels.draws import draw_gaussian, other_stream, unit_rows_
@@ -30,6 +31,7 @@ from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.splice import Place, site_layer
 
 
+@checked
 class Transcoder(SparseAutoencoder):
     """A `SparseAutoencoder` whose decoder writes another site: `W_dec [d_sae d_out]`, `b_dec [d_out]`.
 
@@ -112,7 +114,8 @@ class Transcoder(SparseAutoencoder):
         self, batch: Tensor | Pair, checked: bool = True
     ) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
         """See `SparseAutoencoder.sides`."""
-        assert isinstance(batch, Pair)  # checked by `check_batch`
+        self.check_batch(batch)
+        assert isinstance(batch, Pair)
         return self.normalize(batch.x, checked), self.normalize_output(batch.y, checked) - self.b_dec
 
     def decode(self, code: SparseCode) -> Float[Tensor, "*batch d_out"]:

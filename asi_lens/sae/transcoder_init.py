@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from asi_lens.activations.pairs import PairedStores
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import require, unknown_name
 from asi_lens.kernels.draws import other_stream, unit_rows_
 from asi_lens.sae.initialize import InitReport, active_subspace_of, auto_d_init, largest_leak
@@ -36,6 +37,7 @@ _RIDGE = 1e-2
 _SAMPLE = 8192
 
 
+@checked
 @torch.no_grad()
 def initialize_transcoder(
     sae: Transcoder,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import require, require_known, require_whole, unknown_name
 
 OPTIMIZERS = ("adam", "sparse_adam", "sparse_adam_decay")
@@ -15,6 +16,7 @@ KERNELS = ("auto", "triton", "plain")
 """Ways to compute a step; `sae.kernel_step` says what `triton` needs."""
 
 
+@checked
 @dataclass(frozen=True)
 class TrainConfig:
     """Options of a training run. Raises OptionError or UnknownNameError for invalid values.

@@ -14,6 +14,7 @@ from typing import Any, Generic, cast
 
 from tqdm.auto import tqdm
 
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import DataError, OptionError, require
 from asi_lens.base.threads import short_steps
 from asi_lens.training import sharded_checkpoint
@@ -247,8 +248,7 @@ class _Run(Generic[Store, Batch]):
 
     def checkpoint(self) -> None:
         """Write a checkpoint, unless this state is already written or there is no folder."""
-        trainer = self.trainer
-        if self.folder is None or self.saved_at == trainer.tokens:
+        if self.folder is None or self.saved_at == (trainer := self.trainer).tokens:
             return
         about = {"run": self.about, "step": trainer.steps, "tokens": trainer.tokens}
         sharded_checkpoint.write(self.folder, trainer.state(), about, trainer.mesh)
@@ -300,6 +300,7 @@ class _Stop:
         raise KeyboardInterrupt
 
 
+@checked
 class Fits(Generic[Store, Batch]):
     """Shared methods of trainers: a whole run of one trainer."""
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_stores import sinking
 
 from asi_lens.activations.harvest import batch_tokens_for, harvest, places
 from asi_lens.base.errors import DataError, OptionError, UnknownNameError
@@ -81,6 +82,23 @@ def test_starting_later_gives_the_rest(tiny_llama: Any, tiny_tokens: Tokens) -> 
     harvest(tiny_llama, tiny_tokens, [whole], batch_tokens=tiny_tokens.context, progress=False)
     harvest(tiny_llama, tiny_tokens, [rest], batch_tokens=tiny_tokens.context, start=2, progress=False)
     assert torch.equal(rest.all(where), whole.all(where)[2 * (tiny_tokens.context - 1) :])
+
+
+@pytest.mark.parametrize("batch", [1, 5, 12])
+def test_massive_rows_are_left_out_where_they_occur(tiny_llama: Any, tiny_tokens: Tokens, batch: int) -> None:
+    residual, attention = ("resid_post", 0), ("attn_out", 0)
+    with sinking(tiny_llama, tiny_tokens) as (tokens, expected):
+        options = {"batch_tokens": batch * tokens.context, "progress": False}
+        kept, whole, found = Keep(residual, attention), Keep(residual), []
+        harvest(tiny_llama, tokens, [kept], left_out=lambda *told: found.append(told), **options)
+        harvest(tiny_llama, tokens, [whole], drop_massive=False, **options)
+    assert {where for where, _, _ in found} == {residual}
+    assert torch.cat([numbers for _, numbers, _ in found]).tolist() == expected.tolist()
+    rows = whole.all(residual)
+    assert torch.equal(torch.cat([rows for _, _, rows in found]), rows[expected])
+    rest = torch.ones(len(rows), dtype=torch.bool).index_fill(0, expected, value=False)
+    assert torch.equal(kept.all(residual), rows[rest])
+    assert len(kept.all(attention)) == len(rows)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

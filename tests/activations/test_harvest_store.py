@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_stores import OPTIONS, PER_SEQUENCE, everything, files, hooked
+from small_stores import OPTIONS, PER_SEQUENCE, everything, files, hooked, sinking
 
 from asi_lens.activations import harvest_store as module
 from asi_lens.activations.harvest_store import harvest_store, harvest_stores
@@ -70,6 +70,65 @@ def test_the_first_position_is_kept_on_request(tiny_llama: Any, tiny_tokens: Tok
     assert torch.equal(everything(found), exact)
     index = torch.tensor([0, 31, 32, 33])
     assert found.positions(index).tolist() == [[0, 0], [0, 31], [1, 0], [1, 1]]
+
+
+def test_massive_rows_are_not_stored_however_the_text_is_cut(
+    tiny_llama: Any, tiny_tokens: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where, real = ("resid_post", 0), ShardWriter.append
+    with sinking(tiny_llama, tiny_tokens) as (tokens, out):
+        exact = hooked(tiny_llama, tokens, *where).bfloat16()
+
+        def stored(name: str, **changes: Any) -> ActivationStore:
+            options = {**OPTIONS, **changes}
+            return harvest_store(tiny_llama, tokens, *where, folder=tmp_path / name, **options)
+
+        whole, wide = stored("whole"), stored("wide", batch_tokens=6 * 32, shard_tokens=10**6)
+        everything_kept = stored("all", drop_massive=False)
+        calls: list[int] = []
+
+        def stopping(self: Any, *given: Any) -> None:
+            calls.append(1)
+            if len(calls) == 6:  # behind the shard that holds the first massive rows
+                raise KeyboardInterrupt
+            real(self, *given)
+
+        monkeypatch.setattr(ShardWriter, "append", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            stored("stopped")
+        stored("stopped")
+        with pytest.raises(OptionError, match="drop_massive True, not False"):
+            stored("whole", drop_massive=False)
+    rest = torch.ones(len(exact), dtype=torch.bool).index_fill(0, out, value=False)
+    for found in (whole, wide):
+        found.verify()
+        assert torch.equal(everything(found), exact[rest])
+        assert found.left_out.tolist() == out.tolist()
+        assert found.metadata["left_out"] == found.spectrum.left_out == 3
+        assert found.positions(torch.arange(found.n))[90:93].tolist() == [[2, 29], [2, 30], [2, 31]]
+        assert found.positions(torch.arange(found.n))[96:98].tolist() == [[3, 4], [3, 6]]
+    assert [shard["n"] for shard in json.loads((tmp_path / "whole/manifest.json").read_text())["shards"]] == [
+        4 * PER_SEQUENCE - 1,
+        4 * PER_SEQUENCE - 2,
+        4 * PER_SEQUENCE,
+    ]
+    assert torch.equal(everything(everything_kept), exact)
+    assert files(tmp_path / "stopped") == files(tmp_path / "whole")
+    assert "without 3 massive" in repr(whole)
+
+
+def test_a_store_without_massive_rows_keeps_its_bytes_and_its_name(
+    tiny_llama: Any, tiny_tokens: Tokens, tmp_path: Path
+) -> None:
+    # Dictionaries trained before massive rows were left out keep their keys where there are none.
+    one, two = (
+        harvest_store(
+            tiny_llama, tiny_tokens, "attn_out", 1, folder=tmp_path / str(drop), drop_massive=drop, **OPTIONS
+        )
+        for drop in (True, False)
+    )
+    assert one.fingerprint == two.fingerprint
+    assert (one.metadata["left_out"], two.metadata["left_out"]) == (0, 0)
 
 
 def test_positions_find_the_token_of_a_row(
@@ -190,19 +249,19 @@ def test_a_harvest_stopped_anywhere_goes_on_to_the_same_bytes(
     real = ShardWriter.append
     calls = 0
 
-    def stopping(self: Any, rows: Any) -> None:
+    def stopping(self: Any, rows: Any, left_out: Any = None) -> None:
         nonlocal calls
         calls += 1
         if calls in (3, 7, 12):
             raise KeyboardInterrupt
-        real(self, rows)
+        real(self, rows, left_out)
 
     monkeypatch.setattr(ShardWriter, "append", stopping)
     for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
             harvest_stores(tiny_llama, tiny_tokens, wheres, folder=folder, **OPTIONS)
         assert not list(folder.glob("*/manifest.json"))
-        with pytest.raises((DataError, FileNotFoundError), match=r"not finished|n(ot|either) an activation"):
+        with pytest.raises((DataError, FileNotFoundError), match=r"not finished|n[eo].* an activation store"):
             ActivationStore.open(folder / "attn_out.1")
     harvest_stores(tiny_llama, tiny_tokens, wheres, folder=folder, **OPTIONS)
     for name in ("attn_out.1", "z.2"):

@@ -151,3 +151,23 @@ def test_what_a_file_may_not_hold(
     content = {key: value for key, value in {**values, **change}.items() if value is not None}
     with pytest.raises(error, match=message):
         HarvestConfig.read(file_of(tmp_path, content))
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "told"),
+    [
+        ("tokens", {"context": "32"}, "context='32' .* a whole number"),
+        ("tokens", {"n_tokens": "1e6"}, "YAML reads 1e6 as text.* 1_000_000"),
+        ("tokens", {"column": 3}, "column=3 .* text"),
+        ("store", {"budget_gb": "20"}, "budget_gb='20' .* a number"),
+        ("store", {"drop_first": 1}, "drop_first=1 .* True or False"),
+        ("model", 3, "model=3 .* text"),
+        ("model_dtype", 32, "model_dtype=32 .* text"),
+    ],
+)
+def test_options_of_another_kind_are_told_before_anything_runs(
+    values: dict[str, Any], tmp_path: Path, section: str, change: Any, told: str
+) -> None:
+    changed = {**values[section], **change} if isinstance(change, dict) else change
+    with pytest.raises(OptionError, match=told):
+        HarvestConfig.read(file_of(tmp_path, {**values, section: changed}))

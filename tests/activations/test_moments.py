@@ -123,3 +123,14 @@ def test_widths_must_fit() -> None:
     state["scatter"] = state["scatter"][:-1]
     with pytest.raises(DataError, match="does not belong"):
         Moments.from_state(state)
+
+
+def test_without_is_the_inverse_of_merge() -> None:
+    rows = torch.randn(50, 7, dtype=torch.float64)
+    whole, part = Moments.of(rows), Moments.of(rows[30:])
+    left, direct = whole.without(part), Moments.of(rows[:30])
+    assert (left.n, whole.n) == (30, 50)
+    torch.testing.assert_close(left.mean, direct.mean)
+    torch.testing.assert_close(left.scatter, direct.scatter)
+    with pytest.raises(OptionError, match="cannot take 50 rows"):
+        whole.without(whole)

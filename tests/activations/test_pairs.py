@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from small_stores import OPTIONS, PER_SEQUENCE, hooked, sinking
 
+from asi_lens.activations.harvest_store import harvest_stores
+from asi_lens.activations.moments import Moments
 from asi_lens.activations.pairs import Pair, PairedStores
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import OptionError
+from asi_lens.inputs.corpora import Tokens
+
+pytestmark = pytest.mark.filterwarnings("ignore::asi_lens.activations.spectrum.FewTokensWarning")
 
 N, D_IN, D_OUT = 200, 3, 5
 
@@ -60,3 +69,27 @@ def test_stores_of_other_tokens_are_refused() -> None:
         PairedStores(inputs, store("attn_out", D_OUT, n=100))
     with pytest.raises(OptionError, match="model 'another', but the inputs have model 'm'"):
         PairedStores(inputs, store("attn_out", D_OUT, model="another"))
+
+
+def test_massive_rows_of_one_side_are_left_out_of_both(
+    tiny_llama: Any, tiny_tokens: Tokens, tmp_path: Path
+) -> None:
+    with sinking(tiny_llama, tiny_tokens) as (tokens, out):
+        wheres = [("attn_out", 0), ("resid_post", 0)]
+        stores = harvest_stores(tiny_llama, tokens, wheres, folder=tmp_path, **OPTIONS)
+        pairs = PairedStores(stores["attn_out", 0], stores["resid_post", 0])
+        exact = [hooked(tiny_llama, tokens, *where).bfloat16() for where in wheres]
+    rest = torch.ones(len(exact[0]), dtype=torch.bool).index_fill(0, out, value=False)
+    found = Pair(*(torch.cat(side) for side in zip(*((p.x, p.y) for p in pairs.in_order(50)), strict=True)))
+    assert torch.equal(found.x, exact[0][rest])
+    assert torch.equal(found.y, exact[1][rest])
+    assert pairs.inputs.n == pairs.outputs.n == len(exact[0]) - 3
+    assert pairs.inputs.left_out.tolist() == pairs.outputs.left_out.tolist() == out.tolist()
+    assert pairs.inputs.positions(torch.arange(pairs.n)).tolist() == [
+        [i // PER_SEQUENCE, i % PER_SEQUENCE + 1] for i in range(len(rest)) if rest[i]
+    ]
+    direct = Moments.of(exact[0][rest].double())
+    torch.testing.assert_close(pairs.inputs.moments.scatter, direct.scatter, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(pairs.inputs.mean, direct.mean, rtol=0, atol=1e-7)
+    assert pairs.inputs.fingerprint != stores["attn_out", 0].fingerprint
+    assert pairs.inputs.spectrum.left_out == 3

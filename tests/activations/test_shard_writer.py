@@ -39,11 +39,11 @@ def test_a_killed_harvest_goes_on_at_the_last_whole_shard(
         from asi_lens.activations.harvest_store import harvest_store
         model = load_model({str(tiny_folder("llama"))!r}, dtype="float32", device="cpu")
         real, calls = ShardWriter.append, []
-        def append(self, rows):
+        def append(self, *given):
             calls.append(1)
             if len(calls) == 4:
                 os.kill(os.getpid(), signal.SIGKILL)
-            real(self, rows)
+            real(self, *given)
         ShardWriter.append = append
         tokens = Tokens(torch.load({str(tmp_path / "ids.pt")!r}), "random", "tiny", 32)
         harvest_store(model, tokens, "attn_out", 1, folder={str(tmp_path / "s")!r}, **{OPTIONS!r})

@@ -239,6 +239,27 @@ def test_importing_the_light_modules_loads_nothing_heavy() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.parametrize("name", ["模" * 75, "x" * 5000, "ä é " * 60, "a/b" * 90])
+def test_a_long_name_is_cut_to_a_file_name_of_its_own(tmp_path: Path, name: str) -> None:
+    found = files.file_name(name, "corpus", key="0" * 16)
+    assert len(found.encode()) <= 160
+    assert found.endswith("0" * 16)
+    assert found != files.file_name(name + "y", "corpus", key="0" * 16)
+    with files.locked(tmp_path / found), files.write_whole_folder(tmp_path / found) as folder:
+        (folder / "a").touch()
+    files.write_text(tmp_path / f"{found}.safetensors", "x")
+
+
+def test_a_short_name_keeps_its_letters() -> None:
+    assert files.file_name("owner/name", "news-en", key="k") == "owner-name-news-en-k"
+    assert files.file_name("模型 1.5") == "模型-1.5"
+
+
+@pytest.mark.parametrize("name", ["", "x" * 5000, "a\0b", "\ud83d", "~nobody-of-that-name/x", "missing"])
+def test_a_text_that_is_no_path_does_not_exist(name: str) -> None:
+    assert files.existing(name) is None
+
+
 def test_a_damaged_json_file_is_named_with_its_repair(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('{"n": 1}')

@@ -28,6 +28,28 @@ def test_figures_folder_has_no_slash_of_a_hub_name(tmp_path: Path, monkeypatch: 
     )
 
 
+def test_checkpoints_of_one_name_have_their_own_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ASI_LENS_FIGURES", str(tmp_path / "figures"))
+    monkeypatch.chdir(tmp_path)
+    folders = [tmp_path / run / "checkpoint-500" for run in ("runA", "runB", "a/runA")]
+    files = [tmp_path / run / "model.gguf" for run in ("runA", "runB")]
+    for path in [*folders, *(file.parent / "x" for file in files)]:
+        path.mkdir(parents=True)
+    for file in files:
+        file.touch()
+    found = [paths.figures_dir(str(path), "quick") for path in (*folders, *files)]
+    assert len(set(found)) == 5
+    assert found[0].parent.name.startswith("checkpoint-500-")
+    assert paths.figures_dir("runA/checkpoint-500", "quick") == found[0]
+    assert paths.figures_dir("./runB/../runA/checkpoint-500/", "quick") == found[0]
+    (tmp_path / "link").symlink_to(folders[1])
+    assert paths.figures_dir("link", "quick") == found[1]
+    published = {paths.published_dir(str(path), "quick") for path in folders}
+    assert len(published) == 3
+
+
 def test_project_root_is_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ASI_LENS_PROJECT", raising=False)
     assert paths.project_root() == Path(__file__).resolve().parents[2]

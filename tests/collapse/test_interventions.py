@@ -86,9 +86,13 @@ def test_projections_on_no_directions_ablate_and_are_idempotent() -> None:
     torch.testing.assert_close(edit(edit(x)), edit(x))
     torch.testing.assert_close((edit(x) - mean) @ basis, (x - mean) @ basis)
     torch.testing.assert_close(iv.project(mean, basis[:, :0])(x), iv.mean_ablate(mean)(x))
-    skipped = iv.skip_first(iv.mean_ablate(mean))(x)
+    skipped = iv.skip_outliers(iv.mean_ablate(mean))(x)
     assert torch.equal(skipped[:, 0], x[:, 0])
     assert torch.equal(skipped[:, 1:], mean.expand(2, 2, 8))
+    x[1, 2, 4] = 1e5  # a massive activation stays as it is
+    skipped = iv.skip_outliers(iv.mean_ablate(mean))(x)
+    assert torch.equal(skipped[1, 2], x[1, 2])
+    assert torch.equal(skipped[:, 1], mean.expand(2, 8))
 
 
 def test_a_sweep_is_complete_cached_and_nested(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_stores import hooked, sinking
 
 from asi_lens.activations.harvest import harvest
 from asi_lens.activations.spectrum import Spectrum
@@ -200,12 +201,60 @@ def test_a_damaged_file_is_named_not_used(
         {
             "truncated": whole[: len(whole) // 2],
             "empty": b"",
-            "other version": whole.replace(b'"asi_lens_moments":"1"', b'"asi_lens_moments":"0"'),
+            "other version": whole.replace(b'"asi_lens_moments":"2"', b'"asi_lens_moments":"0"'),
         }[damage]
     )
     with pytest.raises(CacheError, match=path.name) as error:
         collect_spectra(tiny_llama, tiny_tokens, ["attn_out"], [0], progress=False)
     assert "delete" in str(error.value)
+
+
+def test_massive_rows_are_left_out_of_spectra_and_kept_on_request(
+    tiny_llama: Any, tiny_tokens: Tokens, passes: list[list[tuple[str, int]]]
+) -> None:
+    where, ask = ("resid_post", 0), {"sites": ["resid_post"], "layers": [0], "progress": False}
+    with sinking(tiny_llama, tiny_tokens) as (sinks, out):
+        rows = hooked(tiny_llama, sinks, *where).double()
+        found = collect_spectra(tiny_llama, sinks, **ask)[where]
+        others = collect_spectra(tiny_llama, sinks, batch_tokens=sinks.context, **ask)[where]
+        whole = collect_spectra(tiny_llama, sinks, drop_massive=False, **ask)[where]
+        growth = rank_growth(tiny_llama, sinks, ["resid_post"], [0], steps=2, progress=False)
+    assert len(passes) == 2 + 2, "with massive rows, nothing new is computed"
+    assert (found.left_out, others.left_out, whole.left_out) == (3, 3, 0)
+    assert [row["n_left_out"] for row in growth] == [1, 3]
+    kept = torch.ones(len(rows), dtype=torch.bool).index_fill(0, out, value=False)
+    for spectrum, of in ((found, rows[kept]), (others, rows[kept]), (whole, rows)):
+        direct = Spectrum.of(of)
+        assert spectrum.n == len(of)
+        assert spectrum.effective_rank == pytest.approx(direct.effective_rank, rel=1e-4)
+    assert whole.effective_rank < 0.3 * found.effective_rank
+    for of in (found.rank_with_massive, growth[-1]["rank_with_massive"]):
+        assert of == pytest.approx(whole.effective_rank_fraction, rel=1e-9)
+    assert "without 3 massive" in repr(found)
+
+
+def test_a_pass_with_massive_rows_goes_on_to_the_same_bits(
+    tiny_llama: Any, tiny_tokens: Tokens, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with sinking(tiny_llama, tiny_tokens) as (sinks, _):
+        options = {"batch_tokens": sinks.context, "progress": False}
+        real, calls = models.forward, []
+
+        def interrupted(*args: Any, **keywords: Any) -> Any:
+            calls.append(1)
+            if len(calls) == 9:  # after the first massive rows
+                raise KeyboardInterrupt
+            return real(*args, **keywords)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(models, "forward", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                collect_spectra(tiny_llama, sinks, ["resid_post"], [0], **options)
+        resumed = collect_spectra(tiny_llama, sinks, ["resid_post"], [0], **options)["resid_post", 0]
+        monkeypatch.setenv("ASI_LENS_CACHE", str(own_cache / "other"))
+        straight = collect_spectra(tiny_llama, sinks, ["resid_post"], [0], **options)["resid_post", 0]
+    assert resumed.left_out == straight.left_out == 3
+    assert torch.equal(resumed.covariance, straight.covariance)
 
 
 def test_few_tokens_warn(tiny_llama: Any, tiny_tokens: Tokens) -> None:

@@ -73,6 +73,19 @@ def test_what_is_missing_or_unknown_is_named(namespace: dict[str, Any]) -> None:
         page["k"]
 
 
+def test_a_parameter_of_another_kind_is_told_at_once(namespace: dict[str, Any]) -> None:
+    """As papermill's `-p` leaves them, which reads lists and some numbers as text."""
+    for key, value, told in (
+        ("context", "[16]", "context='.16.' .* must be a whole number"),
+        ("lr", "8e-4", "lr must be a number"),
+        ("main_corpus", ["a"], "main_corpus must be text"),
+        ("n_seeds", True, "n_seeds must be a whole number"),
+        ("output_folder", None, "output_folder must be text"),
+    ):
+        with pytest.raises(OptionError, match=f"03_page: {told}|03_page: {key}=.*{told}"):
+            Page("03_page", {**namespace, key: value})
+
+
 def test_files_are_written_as_they_come_and_recorded_at_the_end(namespace: dict[str, Any]) -> None:
     page = Page("03_page", namespace)
     records = [dict(row) for row in tables.ranks().to_dict("records")]
@@ -136,11 +149,14 @@ def test_training_follows_the_parameters(namespace: dict[str, Any]) -> None:
 
 
 def test_what_is_loaded_notes_its_fingerprint(
-    namespace: dict[str, Any], tiny_llama: Any, tmp_path: Path
+    namespace: dict[str, Any], tiny_folder: Any, tmp_path: Path
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text("abcdefgh " * 400, encoding="utf-8")
-    page = Page("03_page", {**namespace, "model": tiny_llama, "main_corpus": str(text), "output_folder": "x"})
+    page = Page(
+        "03_page",
+        {**namespace, "model": str(tiny_folder("llama")), "main_corpus": str(text), "output_folder": "x"},
+    )
     lens = page.load_model()
     data = page.harvest(lens, [("attn_out", 1), ("attn_out", 1)])
     assert list(data.train) == [("attn_out", 1)]

@@ -13,6 +13,7 @@ from small_trainings import D_IN, quick
 from small_trainings import rows as draw
 
 from asi_lens.activations.pairs import PairedStores
+from asi_lens.activations.shaped import ShapedStore, power_gains
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import CacheError, OptionError, UnknownNameError
 from asi_lens.experiments import rows, runs
@@ -196,6 +197,25 @@ def test_inside_the_subspace_a_run_is_a_training_on_coordinates(
     ends = [row for row in dead_feature_rows([whole, inside], held_out) if row.split == "held_out"]
     assert [(row.method, row.d_init) for row in ends] == [("ASI", 6), ("inside", 6)]
     assert ends[1].fvu > 0.5 * floor
+
+
+def test_a_whitened_run_is_a_dictionary_of_raw_activations(
+    store: ActivationStore, held_out: ActivationStore
+) -> None:
+    plain, white = train_recipes(store, ["random", Recipe("whitened", whiten=0.0)], **OPTIONS)
+    assert plain.folder != white.folder
+    shaped = ShapedStore(store, power_gains(store.spectrum, 0.0))
+    sae = SparseAutoencoder(SAEConfig(D_IN, 64, 4))
+    initialize(sae, "random", shaped.spectrum, None, shaped.sample(1000))
+    Trainer(sae, OPTIONS["train"]).fit(shaped, progress=False, log_every=2)
+    x = draw(50)
+    raw = expand(sae, shaped.matrix, shaped.center, shaped.inverse)
+    torch.testing.assert_close(white.sae()(x), raw(x), rtol=1e-3, atol=1e-3)
+    assert all(row["fvu"] is None for row in white.history()), "a step's FVU is of white rows"
+    ends = [row for row in dead_feature_rows([plain, white], held_out) if row.split == "held_out"]
+    assert ends[1].fvu == pytest.approx(evaluate(raw, held_out, progress=False).fvu, rel=1e-3)
+    with pytest.raises(OptionError, match="whiten="):
+        Recipe("both", "asi", 4, whiten=0.5, inside=True)
 
 
 def test_transcoders_are_compared_on_paired_stores(store: ActivationStore, held_out: ActivationStore) -> None:

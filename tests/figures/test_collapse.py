@@ -16,6 +16,7 @@ from asi_lens.figures.style import COLORS, color, pick
 
 BUILDERS: list[tuple[Callable[..., go.Figure], Callable[..., pd.DataFrame]]] = [
     (collapse.rank_curves, ranks),
+    (collapse.dimension_curves, ranks),
     (collapse.spectra, spectra),
     (collapse.rank_heatmap, ranks),
     (collapse.rank_vs_tokens, lambda: ranks(n_tokens=(512, 1024, 4096))),
@@ -167,3 +168,20 @@ def test_rows_without_a_recovered_loss_are_left_out() -> None:
     assert "MLP output" not in named(collapse.downstream_loss(table))
     with pytest.raises(DataError, match="empty in every row"):
         collapse.downstream_loss(table.assign(loss_recovered=np.nan))
+
+
+def test_ranks_with_massive_rows_are_dashed_beside_those_without() -> None:
+    table = ranks()
+    mlp = table.site == "mlp_out"
+    table.loc[mlp & (table.layer == 2), "rank_with_massive"] = 0.2
+    (dashed,) = [trace for trace in collapse.rank_curves(table).data if trace.line.dash == "dash"]
+    expected = table[mlp].effective_rank_fraction.to_numpy().copy()
+    expected[2] = 0.2
+    assert dashed.legendgroup == "mlp_out"
+    assert list(dashed.y) == list(expected)
+
+
+def test_dimensions_are_shares_of_the_width() -> None:
+    figure = collapse.dimension_curves(ranks())
+    assert {round(y, 6) for trace in figure.data if trace.y is not None for y in trace.y} == {40 / 64}
+    assert {shape.y0 for shape in figure.layout.shapes} == {0.6}

@@ -183,6 +183,7 @@ def without_network(*command: str, **variables: str) -> subprocess.CompletedProc
 
 @pytest.mark.packaged
 @pytest.mark.notebooks
+@pytest.mark.slow
 def test_a_notebook_and_a_training_run_from_a_bundle_alone(
     tmp_path: Path, tiny_llama: Any, tiny_tokens: Any
 ) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 import browser
 import made_up_ranks as tables
@@ -157,6 +159,37 @@ def test_every_link_leads_somewhere_local(made: Path) -> None:
         known = f'id="{link[1:]}"' in text if link.startswith("#") else (made / link).is_file()
         assert known, link
     assert "http" not in text
+
+
+NAMES = ["run #3", "run  3", "run-3", "50%25 pruned", "what? & 'a' \"b\"", "模型 1.5", "a+b=c~d", "x<y>"]
+
+
+def test_folders_of_any_name_have_their_own_links(root: Path) -> None:
+    shutil.rmtree(root / "org--other")
+    for name in NAMES:
+        shutil.copytree(root / gallery.DEFAULT_MODEL / "quick", root / name / "quick")
+        (root / name / "quick" / "01_spectra.png").write_bytes(b"png")
+    text = re.sub(
+        r'<script type="application/json".*?</script>',
+        "",
+        gallery.build_gallery(root).read_text(),
+        flags=re.S,
+    )
+    ids = re.findall(r' id="([^"]*)"', text)
+    assert len(ids) == len(set(ids))
+    assert not [one for one in ids if re.search(r"\s", one)]
+    links = re.findall(r'(?:src|href)="([^"]*)"', text)
+    local = [html.unescape(link) for link in links if not link.startswith("data:")]
+    for link in local:
+        if link.startswith("#"):
+            assert unquote(link[1:]) in ids, link
+        else:
+            assert not re.search(r"[#?]", link), link
+            assert (root / unquote(link)).is_file(), link
+    for name in NAMES:
+        assert {f"{quote(name)}/quick/01_spectra.png", f"{quote(name)}/quick/01_rank_curves.csv"} <= set(
+            local
+        )
 
 
 def test_a_fresh_clone_shows_images_and_without_either_the_reason(root: Path) -> None:

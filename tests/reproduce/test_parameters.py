@@ -83,6 +83,22 @@ def test_unknown_names_are_told_with_the_nearest(project: Path) -> None:
         choose(["01_alpha", "03"])
 
 
+def test_a_value_of_another_kind_is_refused_wherever_it_stands(project: Path) -> None:
+    with pytest.raises(OptionError, match="the command line: ranks='3' is not allowed; ranks must be a list"):
+        merged(ranks="3")
+    (project / "parameters" / "tiny.yaml").write_text("model: tiny\nseed: 1e3\n")
+    with pytest.raises(OptionError, match=r"tiny\.yaml: seed='1e3' .* whole number.*write 1_000"):
+        merged()
+    (project / "parameters" / "tiny.yaml").unlink()
+    (project / "parameters" / "quick.yaml").write_text("common: {}\n02_beta: {ranks: [1, 2.5]}\n")
+    with pytest.raises(OptionError, match=r"quick\.yaml, 02_beta: ranks=.*each item a whole number"):
+        merged()
+    for text in ("common: 3", "common: {}\n02_beta: [1]"):
+        (project / "parameters" / "quick.yaml").write_text(text)
+        with pytest.raises(DataError, match=r"quick\.yaml, \w+ must hold keys and values"):
+            merged()
+
+
 def test_a_notebook_needs_its_parameters_cell_with_plain_values(project: Path) -> None:
     folder = project / "notebooks"
     runs.notebook(folder / "03_bare.ipynb", "x = 1", tag=False)

@@ -41,7 +41,9 @@ IN_SEEDS = pytest.mark.parametrize(("seeds", "expected"), [(0, True), (1, None),
 @pytest.mark.parametrize("part", ["dead", "silent", "fvu", "kl", "delta"])
 def test_c7_needs_every_part_in_every_seed(part: str, seeds: int, expected: bool | None) -> None:
     table = runs({"random": [RANDOM] * 3, "ASI": changed(seeds, part, ASI, RANDOM)})
-    assert holds(verdicts.c7(table, WINDOW)) is expected
+    if part not in ("dead", "silent") and seeds:  # dead features alone: half of the claim
+        expected = "partly"
+    assert holds(verdicts.c7(table, WINDOW)) == expected
 
 
 def test_c7_tells_silent_features_and_fvu_over_seeds() -> None:
@@ -87,13 +89,18 @@ def test_c9_needs_both_orders_in_every_seed(part: str, pair: str, seeds: int, ex
         ends["ASI"] = changed(seeds, part, ASI, AUX)
     else:
         ends["ASI + sparse Adam"] = changed(seeds, part, SPARSE, ASI)
-    assert holds(verdicts.c9(runs(ends), WINDOW)) is expected
+    assert holds(verdicts.c9(runs(ends), WINDOW)) == ("partly" if seeds else expected)
+
+
+def test_c9_fails_where_neither_order_holds() -> None:
+    ends = {"random + AuxK": [SPARSE] * 2, "ASI": [ASI] * 2, "ASI + sparse Adam": [AUX] * 2}
+    assert holds(verdicts.c9(runs(ends), WINDOW)) is False
 
 
 def test_c9_tells_why_it_does_not_hold() -> None:
     ends = {"random + AuxK": [AUX] * 2, "ASI": [dataclasses.replace(ASI, dead=0.15)] * 2}
     verdict = verdicts.c9(runs({**ends, "ASI + sparse Adam": [SPARSE] * 2}), WINDOW)
-    assert holds(verdict) is False
+    assert holds(verdict) == "partly", "sparse Adam is best"
     assert list(told(verdict).values())[:3] == [
         "20.0 % (20.0 to 20.0 %)",
         "3.0 % (3.0 to 3.0 %)",
@@ -237,12 +244,19 @@ def test_c6_needs_the_whole_interval_below_zero() -> None:
     verdict = verdicts.c6(points(falling))
     assert verdict is not None
     assert verdict.over == "10 (layer, site) points, resampled"
-    assert list(told(verdict)) == ["Spearman", "within attn_out", "within mlp_out"]
-    assert told(verdict)["within attn_out"] == "-1"
+    # The participation ratio does not vary: it predicts nothing, and is not told.
+    assert list(told(verdict)) == [
+        "Spearman",
+        "within attn_out, effective rank",
+        "within attn_out, directions for 99 %",
+    ]
+    assert told(verdict)["within attn_out, effective rank"] == "-1 (-1 to -1)"
     table = points(falling)
     first = table[table.site == "attn_out"]
     assert holds(verdicts.c6(first)) is True
     assert holds(verdicts.c6(first.assign(dead_fraction=1 - first.dead_fraction))) is False, "rises"
+    ties = table.assign(dead_fraction=table.dead_fraction.where(table.site == "mlp_out", 0.9))
+    assert holds(verdicts.c6(ties)) == "partly", "attention outputs do not vary"
     mixed = points([0.3, 0.1, 0.4, 0.2, 0.1])
     assert holds(verdicts.c6(mixed[mixed.site == "attn_out"])) is False, "the interval holds zero"
 
@@ -297,7 +311,7 @@ def test_c11_tells_the_gains_over_layers() -> None:
 @IN_SEEDS
 @pytest.mark.parametrize("part", ["gain", "drift"])
 def test_c12_needs_both_parts_in_every_seed(part: str, seeds: int, expected: bool | None) -> None:
-    assert holds(verdicts.c12(drift(seeds, part))) is expected
+    assert holds(verdicts.c12(drift(seeds, part))) == ("partly" if part == "drift" and seeds else expected)
 
 
 def test_c12_tells_gains_and_drift() -> None:
@@ -305,7 +319,7 @@ def test_c12_tells_gains_and_drift() -> None:
         "low l0, silent taken away by ASI": "20.0 % (20.0 to 20.0 %)",
         "high l0, silent taken away by ASI": "5.0 % (5.0 to 5.0 %)",
         "low l0, decoder inside the subspace": "90.0 % (90.0 to 90.0 %)",
-        "high l0, decoder inside the subspace": "70.0 % (70.0 to 70.0 %)",
+        "high l0, decoder inside the subspace": "40.0 % (40.0 to 40.0 %)",
     }
 
 

@@ -233,3 +233,17 @@ def test_two_points_say_nothing() -> None:
 def test_unequal_numbers_are_refused() -> None:
     with pytest.raises(OptionError, match=r"\(3, 2\) is not allowed"):
         rank_correlation([1, 2, 3], [1, 2])
+
+
+@pytest.mark.parametrize(
+    ("main", "rest", "expected"),
+    [
+        ([True, True], [True, True], True),
+        ([True, True], [True, False], "partly"),
+        ([True, True], [False, False], "partly"),
+        ([True, False], [True, True], None),
+        ([False, False], [True, True], False),
+    ],
+)
+def test_a_main_part_alone_is_half_a_claim(main: list[bool], rest: list[bool], expected: Any) -> None:
+    assert judging.graded(pd.DataFrame({"main": main}), pd.DataFrame({"rest": rest})) == expected

@@ -26,7 +26,7 @@ def ranks(levels: Levels, model: str = "m", corpus: str = "news") -> pd.DataFram
     """Effective rank over width by site and layer."""
     return frame(
         [
-            RankRow(model, corpus, site, layer, 64, 4096, 64 * value, value, 40, 9.0, 3.0)
+            RankRow(model, corpus, site, layer, 100, 4096, 100 * value, value, round(100 * value), 9.0, 3.0)
             for site, values in levels.items()
             for layer, value in enumerate(values)
         ]
@@ -84,6 +84,17 @@ def test_c1_needs_the_mean_and_three_quarters_of_the_layers(attention: list[floa
     assert holds(c1(table, "m", "news")) is expected
 
 
+def test_c1_holds_partly_by_one_of_its_readings() -> None:
+    table = ranks(RANKS)
+    attention = table.site == "attn_out"
+    wide = table.assign(intrinsic_dimension_99=table.intrinsic_dimension_99.where(~attention, 95))
+    assert holds(c1(wide, "m", "news")) == "partly"
+    high = table.assign(effective_rank_fraction=table.effective_rank_fraction.where(~attention, 0.95))
+    assert holds(c1(high, "m", "news")) == "partly"
+    both = wide.assign(effective_rank_fraction=high.effective_rank_fraction)
+    assert holds(c1(both, "m", "news")) is False
+
+
 def test_c1_is_judged_by_the_main_text_of_the_model() -> None:
     others = [ranks({**RANKS, "attn_out": [0.99] * 4}, *pair) for pair in (("m", "code"), ("n", "news"))]
     verdict = c1(pd.concat([*others, ranks({**RANKS, "attn_out": [0.4, 0.5, 0.6, 0.85]})]), "m", "news")
@@ -94,7 +105,7 @@ def test_c1_is_judged_by_the_main_text_of_the_model() -> None:
         "attn_out": "0.588 (0.400 to 0.850)",
         "mlp_out": "0.9 (0.9 to 0.9)",
         "resid_post": "0.8 (0.8 to 0.8)",
-        "layers where attention is lowest": "75.0 %",
+        "attn_out, directions for 99 %": "0.588 (0.400 to 0.850)",
     }
     with pytest.raises(UnknownNameError, match="unknown corpus 'nws'; did you mean 'news'"):
         c1(ranks(RANKS), "m", "nws")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import jaxtyping
 import pytest
+from made_up_ranks import ranks
 
 from asi_lens.base.errors import UnknownNameError
 from asi_lens.results import rows
 from asi_lens.results.claims import ClaimRow
-from asi_lens.results.rows import DeadFeatureRow, LossRow, OutputProjectionRow, RankRow, columns
+from asi_lens.results.rows import DeadFeatureRow, LossRow, OutputProjectionRow, RankRow, columns, left_out
 
 # Under test jaxtyping sees a wrong word before the row does (test_tables has rows that it does not see).
 REFUSED = (UnknownNameError, jaxtyping.TypeCheckError)
@@ -45,3 +46,13 @@ def test_every_variant_is_known_and_only_those() -> None:
         OutputProjectionRow("m", "c", 1, 0, variant, None, 0.5)  # type: ignore[arg-type]
     with pytest.raises(REFUSED, match="flat_spectrum"):
         OutputProjectionRow("m", "c", 1, 0, "flat_spectra", None, 0.5)  # type: ignore[arg-type]
+
+
+def test_massive_activations_are_told_in_words() -> None:
+    table = ranks()
+    assert left_out(table) == "no massive activations were found"
+    table.loc[[7, 9], "n_left_out"] = [3, 11]
+    told = left_out(table)
+    assert told.startswith(
+        "massive activations are left out at 2 of 24 places (most at mlp_out of layer 3: 11 of"
+    )

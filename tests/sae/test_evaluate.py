@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from asi_lens.activations.harvest_store import ActivationStore, harvest_store
 from asi_lens.base.errors import DataError, OptionError, UnsupportedModelError
-from asi_lens.collapse.interventions import cross_entropy, edited_cross_entropy, mean_ablate, skip_first
+from asi_lens.collapse.interventions import cross_entropy, edited_cross_entropy, mean_ablate, skip_outliers
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.sae import dictionary
@@ -203,7 +203,7 @@ def test_losses_are_those_of_the_interventions(
     sae = small_sae(store)
     losses = evaluate(sae, store, model=tiny_llama, tokens=tiny_tokens, progress=False).losses
     assert losses is not None
-    edits = {"spliced": skip_first(sae), "ablated": skip_first(mean_ablate(store.mean))}
+    edits = {"spliced": skip_outliers(sae), "ablated": skip_outliers(mean_ablate(store.mean))}
     direct = edited_cross_entropy(tiny_llama, tiny_tokens, "attn_out", 1, edits, progress=False)
     clean = cross_entropy(tiny_llama, tiny_tokens, progress=False)
     assert losses.cross_entropy == pytest.approx(direct["spliced"], abs=1e-6)
@@ -248,7 +248,7 @@ def test_the_divergence_is_that_of_the_whole_distributions(
     hook = models.hook_name(tiny_llama, "attn_out", 1)
     logits = [
         models.forward(tiny_llama, tiny_tokens.ids, hooks, logits=True)[:, :-1].double().log_softmax(-1)
-        for hooks in ({}, {hook: skip_first(sae)})
+        for hooks in ({}, {hook: skip_outliers(sae)})
     ]
     kl = (logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean().item()
     assert losses.kl == pytest.approx(kl, rel=1e-3)

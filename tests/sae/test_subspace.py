@@ -13,6 +13,7 @@ from small_trainings import D_IN, quick, rows, small_store
 
 from asi_lens.activations.harvest_store import ActivationStore
 from asi_lens.activations.moments import Moments
+from asi_lens.activations.shaped import ShapedStore, power_gains
 from asi_lens.base.errors import OptionError
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.evaluate import evaluate
@@ -123,6 +124,25 @@ def test_bad_input_is_named() -> None:
         expand(sae, 2 * basis[:, :R], torch.zeros(D_IN))
     with pytest.raises(OptionError, match="center"):
         expand(sae, basis[:, :R], torch.zeros(3))
+
+
+def test_a_dictionary_of_whitened_rows_is_one_of_raw_rows(tmp_path: Path) -> None:
+    base = small_store()
+    store = ShapedStore(base, power_gains(base.spectrum, 0))
+    sae = SparseAutoencoder(SAEConfig(D_IN, 64, 4, metadata=dict(base.metadata)))
+    initialize(sae, "random", store.spectrum, None, store.sample(500))
+    Trainer(sae, quick()).fit(store, progress=False)
+    raw = expand(sae, store.matrix, store.center, store.inverse)
+    x = rows()[:200]
+    white = ((x.double() - store.center) @ store.matrix).float()
+    code, same = sae.encode(white), raw.encode(x)
+    assert torch.equal(code.indices.sort(1).values, same.indices.sort(1).values)
+    direct = store.center + sae(white).double() @ store.inverse
+    torch.testing.assert_close(raw(x).double(), direct, rtol=1e-3, atol=1e-3)
+    raw.save(tmp_path / "raw")
+    torch.testing.assert_close(SparseAutoencoder.load(tmp_path / "raw")(x), raw(x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(OptionError, match="given with its inverse"):
+        expand(sae, store.matrix, store.center, store.matrix)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -5,7 +5,18 @@ To add a start, write a file with a function under `@start` and add its name to 
 
 from __future__ import annotations
 
-from asi_lens.sae.starts import asi, asi_authors, orthogonal, random
+from asi_lens.sae.starts import asi, asi_authors, datapoint, orthogonal, random, variance
 from asi_lens.sae.starts.start import STARTS, Draw, Start, find_start
 
-__all__ = ["STARTS", "Draw", "Start", "asi", "asi_authors", "find_start", "orthogonal", "random"]
+__all__ = [
+    "STARTS",
+    "Draw",
+    "Start",
+    "asi",
+    "asi_authors",
+    "datapoint",
+    "find_start",
+    "orthogonal",
+    "random",
+    "variance",
+]

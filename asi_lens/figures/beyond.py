@@ -1,0 +1,164 @@
+"""One builder per figure of the notebooks beyond the paper: a table in, a plotly figure out."""
+
+from __future__ import annotations
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from asi_lens.figures.parts import curve, panels
+from asi_lens.figures.style import GREY, METHOD_COLORS, color, label, marker, need, order, setting, sites
+from asi_lens.results.beyond_rows import DiagnosisRow, DoseRow, InputRow, StartRow
+
+_RANKS = {
+    "effective_rank_fraction": "effective rank",
+    "intrinsic_dimension_99": "directions for 99 %",
+    "participation_ratio": "participation ratio",
+}
+_LOOKS = {"random": (METHOD_COLORS["random"], "circle"), "ASI": (METHOD_COLORS["ASI"], "diamond")}
+
+
+def death_at_start(table: pd.DataFrame) -> go.Figure:
+    """Draw features that never fire at a random start against gamma (raw) and against rank (centered).
+
+    Takes `StartRow`s; means over seeds, a mark per layer. The line on the left is the prediction of arXiv
+    2605.31518 from gamma alone.
+    """
+    need(table, StartRow)
+    keys = ["site", "layer", "input"]
+    means = (
+        table.groupby(keys)[["gamma", "effective_rank_fraction", "predicted", "dead"]].mean().reset_index()
+    )
+    names = ["raw inputs", "mean subtracted"]
+    figure = panels("Features that never fire at a random start", setting(table), [names], y="never fire (%)")
+    shown = ((1, "raw", "gamma", "gamma = |mean| / |σ|"), (2, "mean", "effective_rank_fraction", ""))
+    for col, name, x, title in shown:
+        part = means[means.input == name]
+        if col == 1:
+            line = part.sort_values("gamma")
+            figure.add_scatter(
+                x=line.gamma,
+                y=100 * line.predicted,
+                mode="lines",
+                line={"color": GREY, "dash": "dot"},
+                name="predicted from gamma",
+                row=1,
+                col=1,
+            )
+        for site in sites(part):
+            own = part[part.site == site]
+            figure.add_scatter(
+                x=own[x],
+                y=100 * own.dead,
+                mode="markers",
+                name=label(site),
+                legendgroup=site,
+                showlegend=col == 1,
+                marker={"symbol": marker(site), "size": 8, "color": color(site)},
+                customdata=own.layer,
+                hovertemplate=f"{label(site)} %{{customdata}}<br>%{{x:.3f}}: %{{y:.2f}} %<extra></extra>",
+                row=1,
+                col=col,
+            )
+        figure.update_xaxes(title_text=title or "effective rank / width", row=1, col=col)
+    return figure
+
+
+def inputs_and_starts(table: pd.DataFrame) -> go.Figure:
+    """Draw silent features and FVU on held-out text by treatment of the inputs, a line per start.
+
+    Takes `InputRow`s. A column of panels per (site, layer); lines are means over seeds, bands their range.
+    """
+    need(table, InputRow)
+    held = table[table.split == "held_out"].assign(silent=100 * table.dead_fraction)
+    places = list(dict.fromkeys(zip(held.site, held.layer, strict=True)))
+    titles = [f"{label(site)}, layer {layer}" for site, layer in places]
+    figure = panels(
+        "Centering, whitening, and the start",
+        setting(held, tokens=False),
+        [titles, [""] * len(titles)],
+        shared_y=False,
+        bottom=110,
+    )
+    names = order(held, "input")
+    for col, (site, layer) in enumerate(places, start=1):
+        here = held[(held.site == site) & (held.layer == layer)]
+        here = here.assign(x=here.input.map(names.index))
+        for row, column in ((1, "silent"), (2, "fvu")):
+            for start in order(here, "start"):
+                line = here[here.start == start]
+                curve(figure, line, "x", column, start, row, col, look=_LOOKS.get(start))
+    # Both rows have the same treatments: the lower row names them.
+    figure.update_xaxes(tickvals=list(range(len(names))), ticktext=names, tickangle=-38)
+    figure.update_xaxes(showticklabels=False, row=1)
+    figure.update_yaxes(title_text="silent features,<br>held out (%)", row=1, col=1)
+    figure.update_yaxes(title_text="fraction of variance<br>unexplained", row=2, col=1)
+    return figure
+
+
+def dose_response(table: pd.DataFrame) -> go.Figure:
+    """Draw silent features against three measures of rank, for changed spectra and for sites as they are.
+
+    Takes `DoseRow`s of a random start; means over seeds. A line joins the powers of the spectrum.
+    """
+    need(table, DoseRow)
+    held = table[table.split == "held_out"].assign(silent=100 * table.dead_fraction)
+    share = {name: held[name] / held.width for name in ("intrinsic_dimension_99", "participation_ratio")}
+    keys = ["site", "layer", "shape"]
+    means = held.assign(**share).groupby(keys, sort=False)[["silent", *_RANKS]].mean().reset_index()
+    figure = panels(
+        "Dose and response: the spectrum changed, all else equal",
+        setting(held, tokens=False),
+        [list(_RANKS.values())],
+        y="silent features, held out (%)",
+    )
+    powers = means["shape"].str.startswith("power") | (means["shape"] == "measured")
+    kinds = {
+        "powers of the spectrum": (means[powers], "lines+markers", "circle", "#c0392b"),
+        "leading tenth flattened": (means[means["shape"] == "flat head"], "markers", "square", "#8e44ad"),
+        "last half lifted": (means[means["shape"] == "lifted tail"], "markers", "triangle-up", "#1b6ca8"),
+        "other sites, as they are": (means[means["shape"] == "other site"], "markers", "circle-open", GREY),
+    }
+    for col, measure in enumerate(_RANKS, start=1):
+        for name, (part, mode, symbol, tone) in kinds.items():
+            line = part.sort_values(measure)
+            figure.add_scatter(
+                x=line[measure],
+                y=line.silent,
+                mode=mode,
+                name=name,
+                legendgroup=name,
+                showlegend=col == 1 and len(line) > 0,
+                marker={"symbol": symbol, "size": 9, "color": tone},
+                line={"color": tone, "width": 2},
+                customdata=line[["site", "layer", "shape"]],
+                hovertemplate="%{customdata[0]} %{customdata[1]}, %{customdata[2]}: %{y:.2f}<extra></extra>",
+                row=1,
+                col=col,
+            )
+    figure.update_xaxes(title_text="share of the width")
+    return figure
+
+
+def diagnosis(table: pd.DataFrame) -> go.Figure:
+    """Draw effective rank, gamma, and features that never fire at a random start, over layers.
+
+    Takes `DiagnosisRow`s of one model. In the last panel solid lines are raw inputs, dashed lines centered.
+    """
+    need(table, DiagnosisRow)
+    shares = table.assign(raw=100 * table.dead_raw, centered=100 * table.dead_centered)
+    shown = [
+        ("effective rank / width", "effective_rank_fraction"),
+        ("gamma = |mean| / |σ|", "gamma"),
+        ("never fire at a<br>random start (%)", "raw"),
+    ]
+    titles = ["rank", "mean", "death at the start (dashed: centered)"]
+    figure = panels("Before a dictionary is trained", setting(table), [titles], shared_y=False)
+    for col, (title, column) in enumerate(shown, start=1):
+        for site in sites(shares):
+            part = shares[shares.site == site]
+            curve(figure, part, "layer", column, site, 1, col)
+            if column == "raw":
+                curve(figure, part, "layer", "centered", site, 1, col, dash="dash")
+        figure.update_yaxes(title_text=title, rangemode="tozero", row=1, col=col)
+    figure.update_xaxes(title_text="layer")
+    return figure

@@ -1,0 +1,106 @@
+"""Row types of the tables of notebooks beyond the paper, and of a diagnosis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from asi_lens.results.rows import DeadFeatureRow
+from asi_lens.results.tables import Row
+
+
+@dataclass(frozen=True)
+class StartRow(Row):
+    """Features that never fire at a random start, for one treatment of the inputs (`15_starts.csv`)."""
+
+    model: str
+    corpus: str
+    n_tokens: int
+    """Tokens that features could fire on."""
+    site: str
+    layer: int
+    input: str
+    """`raw`, `mean`, `geometric median` (what is subtracted), or `power 0.5` ... (of the spectrum)."""
+    d_sae: int
+    k: int
+    seed: int
+    gamma: float
+    """|mean| / |sigma| of these inputs."""
+    effective_rank_fraction: float
+    """Of the raw activations."""
+    predicted: float
+    """Share that never fires, predicted from gamma (arXiv 2605.31518)."""
+    dead: float
+    """Measured share that never fires."""
+
+
+@dataclass(frozen=True)
+class InputRow(DeadFeatureRow):
+    """A `DeadFeatureRow` of one treatment of the inputs and one start (`15_centering_or_subspace.csv`)."""
+
+    input: str
+    """As in `StartRow`."""
+    start: str
+    """`random` or `ASI`."""
+    gamma: float
+    """Of the raw activations."""
+    effective_rank_fraction: float
+    """Of the raw activations."""
+
+
+@dataclass(frozen=True)
+class DiagnosisRow(Row):
+    """What to expect of a dictionary at one site, and what to do (`diagnosis.csv`)."""
+
+    model: str
+    corpus: str
+    n_tokens: int
+    site: str
+    layer: int
+    d: int
+    n_left_out: int
+    effective_rank_fraction: float
+    intrinsic_dimension_99: int
+    gamma: float
+    """|mean| / |sigma| of the raw activations."""
+    d_sae: int
+    k: int
+    n_rows: int
+    """Tokens that the shares below are of."""
+    predicted: float
+    """Share of a random start that never fires on raw inputs, predicted from gamma."""
+    dead_raw: float
+    """The same, measured."""
+    dead_centered: float
+    """Measured with the mean subtracted."""
+    center: Literal["needed", "harmless"]
+    start: str
+    """`asi` or `random`."""
+    d_init: int | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class AnswerRow(Row):
+    """An answer of a notebook beyond the paper, by a rule that its verdict function states."""
+
+    question: str
+    answer: Literal["yes", "no", "not testable here"]
+    numbers: str
+    """Numbers that decide, in words."""
+
+
+@dataclass(frozen=True)
+class DoseRow(DeadFeatureRow):
+    """A `DeadFeatureRow` of activations with a changed spectrum (`17_dose_response.csv`)."""
+
+    shape: str
+    """`measured`, `power 0.5` ..., `flat head`, `lifted tail`; `other site` for activations as they are."""
+    effective_rank_fraction: float
+    """Effective rank over width of the activations that the dictionary was trained on."""
+    intrinsic_dimension_99: int
+    """Directions that hold 99 % of their variance."""
+    participation_ratio: float
+    """(sum of eigenvalues)^2 / sum of their squares."""
+    width: int
+    """Width of the site."""

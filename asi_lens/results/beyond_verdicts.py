@@ -1,0 +1,147 @@
+"""Answers of the notebooks beyond the paper: one function per notebook, tables in, answers out.
+
+An answer is "yes" or "no" by the rule that the function states; "not testable here" where the table has too
+few points, or where nothing varies.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+
+from asi_lens.results.beyond_rows import AnswerRow
+from asi_lens.results.dictionary_verdicts import RANKS
+from asi_lens.results.judging import rank_correlation, taken
+
+PLACE = ["site", "layer"]
+
+
+def centering_or_subspace(starts: pd.DataFrame, trained: pd.DataFrame) -> list[AnswerRow]:
+    """Answer what kills features: the mean (arXiv 2605.31518) or the rank (arXiv 2508.16929).
+
+    Takes `StartRow`s and `InputRow`s. A measure predicts death if the whole 95 % interval of Spearman's
+    correlation over (layer, site) points lies on the predicted side of zero: above for gamma, below for
+    rank. Whitening does what ASI does if, at every place and seed, the random start on white inputs (power 0)
+    has at most as many silent features on held-out text as ASI on centered inputs, at no higher FVU. ASI adds
+    to centering if it has fewer at every place and seed.
+    """
+    first = taken(starts, [*PLACE, "input", "seed"], ["gamma", "effective_rank_fraction", "dead"])
+    raw, mean = (
+        first[first.input == name].groupby(PLACE).mean(numeric_only=True) for name in ("raw", "mean")
+    )
+    keys = [*PLACE, "seed", "input", "start", "split"]
+    held = taken(trained, keys, ["dead_fraction", "fvu", "effective_rank_fraction"])
+    held = held[held.split == "held_out"].set_index([*PLACE, "seed", "input", "start"]).sort_index()
+    measured = ["dead_fraction", "effective_rank_fraction"]
+    centered = _part(held, "mean", "random").groupby(PLACE)[measured].mean()
+    # Gamma of the raw activations: after centering it is zero everywhere.
+    return [
+        _predicts("gamma predicts death at a random start on raw inputs", raw.gamma, raw.dead, 1),
+        _predicts(
+            "gamma of the raw inputs predicts death at the start after centering", raw.gamma, mean.dead, 1
+        ),
+        _predicts(
+            "rank predicts death at the start after centering", mean.effective_rank_fraction, mean.dead, -1
+        ),
+        _predicts(
+            "rank predicts silent features after training on centered inputs",
+            centered.effective_rank_fraction,
+            centered.dead_fraction,
+            -1,
+        ),
+        _better("whitening alone does what ASI does", held, ("power 0", "random"), ("mean", "ASI"), fvu=True),
+        _better("ASI adds to centering", held, ("mean", "ASI"), ("mean", "random"), strict=True),
+    ]
+
+
+def _part(held: pd.DataFrame, name: str, start: str) -> pd.DataFrame:
+    """Return the rows of one treatment and start, by place and seed."""
+    chosen = (held.index.get_level_values("input") == name) & (held.index.get_level_values("start") == start)
+    return held[chosen].droplevel(["input", "start"])
+
+
+def _predicts(question: str, x: pd.Series, y: pd.Series, sign: int) -> AnswerRow:
+    y = y.reindex(x.index)
+    rho, low, high = rank_correlation(x, y)
+    if math.isnan(rho):
+        return AnswerRow(
+            question, "not testable here", f"{len(x)} points, of which nothing varies or too few"
+        )
+    told = f"Spearman {rho:.2f} ({low:.2f} to {high:.2f}) over {len(x)} points"
+    return AnswerRow(question, "yes" if (low > 0 if sign > 0 else high < 0) else "no", told)
+
+
+def _better(
+    question: str,
+    held: pd.DataFrame,
+    ours: tuple[str, str],
+    theirs: tuple[str, str],
+    *,
+    fvu: bool = False,
+    strict: bool = False,
+) -> AnswerRow:
+    one, other = _part(held, *ours), _part(held, *theirs)
+    other = other.reindex(one.index)
+    columns = ["dead_fraction", *(["fvu"] if fvu else [])]
+    if one.empty or one[columns].isna().any(axis=None) or other[columns].isna().any(axis=None):
+        return AnswerRow(
+            question, "not testable here", f"{', '.join(ours)} or {', '.join(theirs)} is missing"
+        )
+    fewer = one.dead_fraction < other.dead_fraction if strict else one.dead_fraction <= other.dead_fraction
+    good = fewer & (one.fvu <= other.fvu) if fvu else fewer
+    told = [
+        f"{', '.join(who)}: silent {100 * part.dead_fraction.mean():.1f} %, FVU {part.fvu.mean():.3f}"
+        for who, part in ((ours, one), (theirs, other))
+    ]
+    told.append(f"{int(good.sum())} of {len(good)} places and seeds")
+    return AnswerRow(question, "yes" if good.all() else "no", "; ".join(told))
+
+
+def dose_and_response(table: pd.DataFrame) -> list[AnswerRow]:
+    """Answer whether the spectrum alone changes how many features are silent, and which measure they follow.
+
+    Takes `DoseRow`s of a random start; points are means over seeds. A measure of rank decides if the whole
+    95 % interval of Spearman's correlation with the silent share over the changed spectra is below zero.
+    Changed spectra and other sites agree in a measure if the interval over all points is, too.
+    """
+    keys = [*PLACE, "shape", "split"]
+    held = taken(table, keys, ["dead_fraction", *RANKS])
+    held = held[held.split == "held_out"]
+    points = held.groupby([*PLACE, "shape"])[["dead_fraction", *RANKS]].mean().reset_index()
+    changed = points[points["shape"] != "other site"]
+    out = []
+    for column, name in RANKS.items():
+        question = f"silent features follow the {name} where nothing but the spectrum changes"
+        out.append(_predicts(question, changed[column], changed.dead_fraction, -1))
+    for column, name in RANKS.items():
+        question = f"changed spectra and other sites fall along one line of the {name}"
+        if len(changed) == len(points):
+            out.append(AnswerRow(question, "not testable here", "no other site was trained"))
+        else:
+            out.append(_predicts(question, points[column], points.dead_fraction, -1))
+    return out
+
+
+def starts_against_asi(table: pd.DataFrame) -> list[AnswerRow]:
+    """Answer for each start whether it does what ASI does.
+
+    Takes `DeadFeatureRow`s of one site. A start does if in every seed it has at most as many silent features
+    on held-out text as ASI, at an FVU that is not higher.
+    """
+    held = taken(table, ["method", "seed", "split"], ["dead_fraction", "fvu"])
+    held = held[held.split == "held_out"].set_index(["method", "seed"])
+    silent, fvu = (held[column].unstack("method", sort=False) for column in ("dead_fraction", "fvu"))
+    out = []
+    for method in [name for name in silent if name != "ASI"]:
+        question, pair = f"{method} does what ASI does", [method, "ASI"]
+        if "ASI" not in silent or silent[pair].isna().any(axis=None) or fvu[pair].isna().any(axis=None):
+            out.append(AnswerRow(question, "not testable here", "ASI or a number is missing"))
+            continue
+        good = (silent[method] <= silent.ASI) & (fvu[method] <= fvu.ASI)
+        told = (
+            f"silent {100 * silent[method].mean():.1f} against {100 * silent.ASI.mean():.1f} %, FVU "
+            f"{fvu[method].mean():.3f} against {fvu.ASI.mean():.3f}; {int(good.sum())} of {len(good)} seeds"
+        )
+        out.append(AnswerRow(question, "yes" if good.all() else "no", told))
+    return out

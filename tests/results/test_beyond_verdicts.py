@@ -1,0 +1,100 @@
+"""Answers beyond the paper on made-up tables: each account alone, both, neither; what is missing."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+from made_up_beyond import doses, inputs, starts
+from made_up_claims import ASI, RANDOM, changed, runs
+
+from asi_lens.results.beyond_verdicts import centering_or_subspace, dose_and_response, starts_against_asi
+
+
+def answers(first: pd.DataFrame, trained: pd.DataFrame) -> dict[str, str]:
+    return {one.question: one.answer for one in centering_or_subspace(first, trained)}
+
+
+def listed(first: pd.DataFrame, trained: pd.DataFrame) -> list[str]:
+    return list(answers(first, trained).values())
+
+
+def test_the_mean_alone() -> None:
+    first = starts(lambda name, gamma, rank: gamma / 3 if name == "raw" else 0.001 * (rank > 0))
+    trained = inputs(lambda name, start, rank: 0.4 if name == "raw" else 0.0)
+    assert listed(first, trained) == ["yes", *["not testable here"] * 3, "yes", "no"]
+
+
+def test_the_rank_alone() -> None:
+    first = starts(lambda name, gamma, rank: 1 - rank)
+    trained = inputs(lambda name, start, rank: (1 - rank) * (0.5 if start == "ASI" else 1))
+    assert listed(first, trained) == ["no", "no", "yes", "yes", "no", "yes"]
+
+
+def test_both_and_what_reverses_them() -> None:
+    first = starts(lambda name, gamma, rank: gamma / 3 if name == "raw" else (1 - rank) / 2)
+    trained = inputs(lambda name, start, rank: 1 - rank if start == "random" and name != "power 0" else 0.01)
+    assert listed(first, trained) == ["yes", "no", "yes", "yes", "yes", "yes"]
+    turned = first.assign(dead=1 - first.dead)
+    reversed_too = listed(turned, trained.assign(dead_fraction=1 - trained.dead_fraction))
+    assert reversed_too == ["no", "no", "no", "no", "yes", "no"], "white and ASI are alike"
+
+
+def test_whitening_needs_an_fvu_as_low() -> None:
+    trained = inputs(lambda name, start, rank: 0.0 if name == "power 0" or start == "ASI" else 0.3)
+    worse = trained.assign(fvu=trained.fvu.where(trained.input != "power 0", 0.3))
+    first = starts(lambda name, gamma, rank: gamma)
+    question = "whitening alone does what ASI does"
+    assert answers(first.assign(dead=0.1), trained)[question] == "yes"
+    assert answers(first.assign(dead=0.1), worse)[question] == "no"
+    train = trained.assign(split="train", dead_fraction=0.9)
+    assert answers(first, pd.concat([trained, train])) == answers(first, trained)
+
+
+def test_what_is_missing_is_not_answered() -> None:
+    first = starts(lambda name, gamma, rank: gamma)
+    trained = inputs(lambda name, start, rank: 0.1)
+    questions = list(answers(first, trained))
+    without = answers(first, trained[trained.input != "power 0"])
+    assert without[questions[4]] == "not testable here"
+    unknown = trained.assign(dead_fraction=math.nan)
+    assert [answers(first, unknown)[q] for q in questions[3:]] == ["not testable here"] * 3
+    assert answers(first[first.layer < 1], trained)[questions[0]] == "not testable here", "two points"
+
+
+def dosed(table: pd.DataFrame) -> list[str]:
+    """Answers for effective rank, dimension of 99 %, participation ratio: changed spectra, then all."""
+    return [one.answer for one in dose_and_response(table)]
+
+
+def test_death_follows_the_tail_or_the_head() -> None:
+    assert dosed(doses(lambda rank, dimension, head: (1 - rank) / 2)) == ["yes", "yes", "no"] * 2
+    assert dosed(doses(lambda rank, dimension, head: (70 - head) / 100)) == ["no", "no", "yes"] * 2
+    assert dosed(doses(lambda rank, dimension, head: rank / 2)) == ["no"] * 6
+
+
+def test_other_sites_off_the_line_are_told() -> None:
+    table = doses(lambda rank, dimension, head: (1 - rank) / 2)
+    other = table["shape"] == "other site"
+    off = table.assign(dead_fraction=table.dead_fraction.where(~other, table.effective_rank_fraction))
+    assert dosed(off)[:3] == ["yes", "yes", "no"]
+    assert dosed(off)[3:] == ["no"] * 3
+    assert dosed(table[~other])[3:] == ["not testable here"] * 3
+    assert dosed(table.assign(dead_fraction=0.0)) == ["not testable here"] * 6
+
+
+def test_a_start_does_what_asi_does_in_every_seed() -> None:
+    table = runs(
+        {"random": [RANDOM] * 3, "ASI": [ASI] * 3, "same": [ASI] * 3, "some": changed(1, "fvu", ASI, RANDOM)}
+    )
+    found = {one.question: one.answer for one in starts_against_asi(table)}
+    assert found == {
+        "random does what ASI does": "no",
+        "same does what ASI does": "yes",
+        "some does what ASI does": "no",
+    }
+    assert [one.answer for one in starts_against_asi(table[table.method != "ASI"])] == [
+        "not testable here"
+    ] * 3
+    lost = table.assign(fvu=table.fvu.where(table.method != "same"))
+    assert [one.answer for one in starts_against_asi(lost)] == ["no", "not testable here", "no"]
