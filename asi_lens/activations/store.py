@@ -87,7 +87,7 @@ class ActivationStore:
         """Open the store in `folder`, or the rows that another tool left in a file or folder.
 
         Rows of other tools (`row_files`) are mapped and read once, for their moments. Of a store, file sizes
-        are checked here, contents by `verify`. Raises DataError for an unfinished store or files without rows,
+        are checked here, contents by `verify`. Raises DataError for an unfinished store or files of no rows,
         CacheError for a shard that is missing or cut off or for an unknown format, FileNotFoundError.
         """
         folder = Path(folder)
