@@ -56,14 +56,6 @@ def _pair(world: World) -> Any:
     return al.Pair(world.rows[:8], world.rows[8:16])
 
 
-def _code(world: World) -> Any:
-    return world.sae().encode(world.rows[:4])
-
-
-def _lorsa_code(world: World) -> Any:
-    return world.lorsa().encode(world.pairs.inputs)
-
-
 def _ready(world: World) -> Any:
     if "ready" not in world.kept:
         lorsa = world.lorsa()
@@ -180,7 +172,10 @@ DOORS: dict[str, Callable[[World], Made]] = {
     "Moments.merge": _of(lambda w: w.moments.clone(), "merge", other=_at("moments")),
     "Moments.to": _of(_at("moments"), "to", device=_is("cpu")),
     "Moments.exact": _of(_is(al.Moments), "exact", n=_is(1), mean=MEAN, scatter=_is(torch.eye(D_IN))),
-    "Moments.block": _of(_at("moments"), "block", rows=ROWS),
+    **{
+        f"Moments.{name}": _of(lambda w: w.moments.clone(), name, **{key: _at(value)})
+        for name, key, value in (("block", "rows", "rows"), ("without", "other", "few"))
+    },
     "Moments.set_limit": _of(lambda w: w.moments.clone(), "set_limit"),
     "Pair.split": _of(_pair, "split", n=_is(2)),
     "TrainConfig.as_dict": _of(_at("train"), "as_dict"),
@@ -313,8 +308,8 @@ DOORS: dict[str, Callable[[World], Made]] = {
             ("normalize", "x"), ("normalize_output", "y"), ("units", "x"), ("encode", "x"), ("forward", "x")
         )
     },
-    "Lorsa.decode": _of(_at("lorsa"), "decode", code=_lorsa_code),
-    "Lorsa.decode_normalized": _of(_at("lorsa"), "decode_normalized", code=_lorsa_code),
+    "Lorsa.decode": _of(_at("lorsa"), "decode", code=lambda w: w.lorsa().encode(w.pairs.inputs)),
+    "Lorsa.decode_normalized": _of(_at("lorsa"), "decode_normalized", code=lambda w: w.lorsa().encode(w.pairs.inputs)),
     "Lorsa.scan": _of(_at("lorsa"), "scan", data=_at("pairs")),
     "Lorsa.save": _of(_at("lorsa"), "save", path=lambda w: w.root / "l.safetensors"),
     "Lorsa.load": _of(_is(al.Lorsa), "load", path=_at("saved_lorsa")),
@@ -380,7 +375,7 @@ for _kind, _new in (("SparseAutoencoder", "sae"), ("Transcoder", "transcoder")):
         _kind: _al(_kind, config=(lambda w, new=_new: getattr(w, new)().config), draw=_is(True),
                    dtype=_is(torch.float32)),
         f"{_kind}.set_normalization": _of(_at(_new), "set_normalization", mean=MEAN, scale=_is(1.0)),
-        f"{_kind}.decode": _of(_at(_new), "decode", code=_code),
+        f"{_kind}.decode": _of(_at(_new), "decode", code=lambda w: w.sae().encode(w.rows[:4])),
         f"{_kind}.prepare": _of(
             _at(_new), "prepare", store=_at("store" if _new == "sae" else "paired"), first=_is(True)
         ),

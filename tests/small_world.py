@@ -76,6 +76,10 @@ class World:
         return al.Moments.of(self.rows)
 
     @cached_property
+    def few(self) -> Any:
+        return al.Moments.of(self.rows[:20])
+
+    @cached_property
     def spectrum(self) -> Any:
         return al.Spectrum.of(self.rows)
 

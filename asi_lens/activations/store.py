@@ -84,11 +84,9 @@ class ActivationStore:
     def open(cls, folder: Path | str) -> ActivationStore:
         """Open the store in `folder`, or the rows that another tool left in a file or folder.
 
-        Rows of other tools (`.npy`, `.safetensors`, folders of them, SAELens' cached data sets) are mapped
-        and read once, for their moments (`from_tensor`). Of a store, file sizes are checked here, contents
-        by `verify`. Raises DataError for a store that is not finished or for files that hold no rows,
-        CacheError for a shard that is missing or cut off or for an unknown format, FileNotFoundError if there
-        is nothing at that path.
+        Rows of other tools (`row_files`) are mapped and read once, for their moments. Of a store, file sizes
+        are checked here, contents by `verify`. Raises DataError for an unfinished store or files of no rows,
+        CacheError for a shard that is missing or cut off or for an unknown format, FileNotFoundError.
         """
         folder = Path(folder)
         if folder.exists() and not shards.is_store(folder):
@@ -111,8 +109,8 @@ class ActivationStore:
     ) -> ActivationStore:
         """Return a store of rows [n d] in memory, or of a file or folder of rows, mapped, not loaded.
 
-        The rows are read once to compute their moments. Raises DataError for rows that are not a matrix of
-        floating point numbers, and for a NaN or infinite value (naming the row), and as `open_rows` does.
+        The rows are read once, for their moments. Raises DataError for rows that are not a matrix of floats,
+        and for a NaN or infinite value (naming the row), and the errors of `row_files.open_rows`.
         """
         if isinstance(rows, str | Path):
             parts, origin = open_rows(Path(rows))
