@@ -152,15 +152,13 @@ def _harvest(
     per_sequence = tokens.context - drop_first
     n = len(tokens) * per_sequence
     if n == 0:
-        raise DataError(
-            f"no rows to store from {len(tokens)} sequences of {tokens.context} with drop_first={drop_first}"
-        )
+        given = f"{len(tokens)} sequences of {tokens.context}"
+        raise DataError(f"no rows to store from {given} with drop_first={drop_first}")
     origins = _origins(model, tokens, list(chosen), drop_first, drop_massive)
     folders = {where: folder or _cached(origins[where], dtype) for where, folder in chosen.items()}
     size = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
     # Shards hold whole forward batches: a pass that resumes cuts the text into the same batches.
     per_batch = max(1, batch_tokens // tokens.context)
-    batch_rows = per_batch * per_sequence
     first, last = _stretch(len(tokens), per_batch, ranks)
     with ExitStack() as stack:
         writers: dict[SiteLayer, ShardWriter] = {}
@@ -188,7 +186,7 @@ def _harvest(
                     n_total=(last - first) * per_sequence,
                     d=d,
                     dtype=dtype,
-                    shard_rows=max(1, rows // batch_rows) * batch_rows,
+                    shard_rows=max(1, rows // (per_batch * per_sequence)) * per_batch * per_sequence,
                 )
                 stack.callback(writers[where].close)
             if writers:

@@ -168,10 +168,7 @@ class ActivationStore:
 
     @cached_property
     def left_out(self) -> Int[Tensor, " m"]:
-        """Numbers of the harvested tokens that are not among the rows (massive activations), ascending.
-
-        Tokens are counted over all sequences, without position 0 if the harvest dropped it.
-        """
+        """Numbers of the harvested tokens (without dropped first positions) that are not among the rows."""
         return torch.empty(0, dtype=torch.int64) if self._left_out is None else self._left_out()
 
     @cached_property
