@@ -147,18 +147,18 @@ def _harvest(
 ) -> dict[SiteLayer, ActivationStore]:
     batch_tokens = batch_tokens_for(model, batch_tokens)
     _check(dtype, budget_gb, shard_tokens, batch_tokens)
-    if not chosen:
-        raise OptionError("wheres=[] is not allowed; wheres must be one or more (site, layer)")
+    require(len(chosen) > 0, "wheres", [], "one or more (site, layer)")
     per_sequence = tokens.context - drop_first
-    n = len(tokens) * per_sequence
-    if n == 0:
-        given = f"{len(tokens)} sequences of {tokens.context}"
-        raise DataError(f"no rows to store from {given} with drop_first={drop_first}")
+    if len(tokens) * per_sequence == 0:
+        raise DataError(
+            f"no rows to store from {len(tokens)} sequences of {tokens.context} with drop_first={drop_first}"
+        )
     origins = _origins(model, tokens, list(chosen), drop_first, drop_massive)
     folders = {where: folder or _cached(origins[where], dtype) for where, folder in chosen.items()}
     size = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
     # Shards hold whole forward batches: a pass that resumes cuts the text into the same batches.
     per_batch = max(1, batch_tokens // tokens.context)
+    batch_rows = per_batch * per_sequence
     first, last = _stretch(len(tokens), per_batch, ranks)
     with ExitStack() as stack:
         writers: dict[SiteLayer, ShardWriter] = {}
@@ -186,11 +186,11 @@ def _harvest(
                     n_total=(last - first) * per_sequence,
                     d=d,
                     dtype=dtype,
-                    shard_rows=max(1, rows // (per_batch * per_sequence)) * per_batch * per_sequence,
+                    shard_rows=max(1, rows // batch_rows) * batch_rows,
                 )
                 stack.callback(writers[where].close)
             if writers:
-                _state_size(writers, n, size, budget_gb, ranks)
+                _state_size(writers, len(tokens) * per_sequence, size, budget_gb, ranks)
 
         ranks.together("beginning the harvest", begin)
         if writers:

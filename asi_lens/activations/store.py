@@ -86,11 +86,9 @@ class ActivationStore:
     def open(cls, folder: Path | str) -> ActivationStore:
         """Open the store in `folder`, or the rows that another tool left in a file or folder.
 
-        Rows of other tools (`.npy`, `.safetensors`, folders of them, SAELens' cached data sets) are mapped
-        and read once, for their moments (`from_tensor`). Of a store, file sizes are checked here, contents
-        by `verify`. Raises DataError for a store that is not finished or for files that hold no rows,
-        CacheError for a shard that is missing or cut off or for an unknown format, FileNotFoundError if there
-        is nothing at that path.
+        Rows of other tools (`row_files`) are mapped and read once, for their moments. Of a store, file sizes
+        are checked here, contents by `verify`. Raises DataError for an unfinished store or files of no rows,
+        CacheError for a shard that is missing or cut off or for an unknown format, FileNotFoundError.
         """
         folder = Path(folder)
         if folder.exists() and not shards.is_store(folder):
@@ -109,15 +107,12 @@ class ActivationStore:
 
     @classmethod
     def from_tensor(
-        cls,
-        rows: Tensor | np.ndarray | Path | str,
-        metadata: Mapping[str, Any] | None = None,
+        cls, rows: Tensor | np.ndarray | Path | str, metadata: Mapping[str, Any] | None = None
     ) -> ActivationStore:
         """Return a store of rows [n d] in memory, or of a file or folder of rows, mapped, not loaded.
 
-        The rows are read once to compute their moments. `row_files` names the formats. Raises DataError for
-        rows that are not a matrix of floating point numbers, and for a NaN or infinite value (naming the
-        row), and the errors of `row_files.open_rows`.
+        The rows are read once, for their moments. Raises DataError for rows that are not a matrix of floats,
+        and for a NaN or infinite value (naming the row), and the errors of `row_files.open_rows`.
         """
         if isinstance(rows, str | Path):
             parts, origin = open_rows(Path(rows))
@@ -137,9 +132,11 @@ class ActivationStore:
     @classmethod
     def _of_parts(cls, parts: Sequence[Float[Tensor, "_ d"]], origin: Mapping[str, Any]) -> ActivationStore:
         """Return a store of rows whose moments are not known yet. Raises DataError naming a bad row."""
-        moments, n = Moments.zeros(parts[0].shape[1], parts[0].device), sum(map(len, parts))
+        moments = Moments.zeros(parts[0].shape[1], parts[0].device)
         # A bar is shown only if reading takes seconds.
-        with tqdm(total=n, desc="mean and scale", unit="row", unit_scale=True, delay=3) as bar:
+        with tqdm(
+            total=sum(map(len, parts)), desc="mean and scale", unit="row", unit_scale=True, delay=3
+        ) as bar:
             for part in (part for rows in parts for part in rows.split(_CHUNK)):
                 bad = ~torch.isfinite(part).all(1)
                 if bad.any():
@@ -168,7 +165,10 @@ class ActivationStore:
 
     @cached_property
     def left_out(self) -> Int[Tensor, " m"]:
-        """Numbers of the harvested tokens (without dropped first positions) that are not among the rows."""
+        """Numbers of the harvested tokens that are not among the rows (massive activations), ascending.
+
+        Tokens are counted over all sequences, without position 0 if the harvest dropped it.
+        """
         return torch.empty(0, dtype=torch.int64) if self._left_out is None else self._left_out()
 
     @cached_property

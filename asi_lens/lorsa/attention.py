@@ -122,12 +122,13 @@ def read_attention(model: nn.Module, layer: int, context: int) -> AttentionLayer
         raise _unsupported(model, layer, "it attends to later positions too: no causal mask")
     read, write = models.hook_name(model, READ_SITE, layer), write_site(model, layer)
     require(1 <= context <= info.n_ctx, "context", context, f"from 1 to the model's {info.n_ctx} tokens")
+    if hooked := structure.added_hooks(model):
+        where = ", ".join(hooked)
+        raise _unsupported(model, layer, f"hooks that were added to the model are in the way (on {where})")
     both = twin.runners(model)
     fast = both.plain
     if fast is None or read not in fast.places:
         raise _unsupported(model, layer, "only a TransformerBridge without weight processing is read")
-    if structure.added_hooks(model):
-        raise _unsupported(model, layer, "hooks that were added to the model itself are in the way")
     attention: Any = fast.places[read].module
     x, y, rotation = _run(model, attention, layer, read, write, context)
     bridge = both.own.blocks[layer]._modules["attn"]
@@ -196,6 +197,8 @@ def _run(
         models.forward(model, ids, hooks, stop_after_layer=layer)
     finally:
         handle.remove()
+    if "rotation" not in seen:
+        raise _unsupported(model, layer, "a forward pass does not run its own attention module")
     rotation = seen["rotation"]
     if rotation is not None:
         pair = isinstance(rotation, tuple | list) and len(rotation) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import types
@@ -12,7 +13,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors import SafetensorError
 
 from asi_lens.base import safetensors_io
 from asi_lens.base.errors import CacheError, DataError, OptionError, UnknownNameError
@@ -308,7 +308,11 @@ def test_a_damaged_cache_file_is_an_error_and_stays(tokenizer: Any, tmp_path: Pa
         (other,) = set(_files(tmp_path)) - {path}
         path.write_bytes(other.read_bytes())
     damaged = path.read_bytes()
-    told = {"flipped": "was changed", "foreign": "is of another", "no metadata": "is of another"}
+    told = {
+        "flipped": "was changed",
+        "foreign": "from another version",
+        "no metadata": "from another version",
+    }
     with pytest.raises(CacheError, match=told.get(damage, "cannot be read")) as caught:
         load_tokens(["x" * 999], tokenizer, **asked)
     assert str(caught.value).startswith(f"{path} ")
@@ -322,10 +326,10 @@ def test_full_disk_names_the_file_and_leaves_none(
     tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*args: Any, **options: Any) -> None:
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
+        raise OSError(errno.ENOSPC, "No space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(safetensors_io, "save_file", full)
+        patch.setattr(safetensors_io, "raw_bytes", full)
         with pytest.raises(OSError, match=r"cannot write .*corpora.*safetensors: .*No space left"):
             load_tokens(["x" * 999], tokenizer, n_tokens=64, context=16)
     folder = tmp_path / "cache" / "corpora"
