@@ -24,9 +24,9 @@ def test_every_figure_names_its_setting_and_refuses_other_tables(build: Callable
     figure, good = build(table()), table()
     assert figure.layout.title.subtitle.text.startswith("m · news")
     own = good.columns[-1]
-    with pytest.raises(DataError, match=f"columns {own} are missing"):
+    with pytest.raises(DataError, match=f"it has no column {own}"):
         build(good.drop(columns=own))
-    with pytest.raises(DataError, match="without rows"):
+    with pytest.raises(DataError, match="has no rows"):
         build(good.iloc[:0])
 
 
