@@ -86,6 +86,14 @@ class TrainedRun:
                 row["fvu"] = None if row["fvu"] is None else floor + (1 - floor) * row["fvu"]
         return history
 
+    def start(self, store: ActivationStore) -> SparseAutoencoder:
+        """Return the dictionary as it was before its first step, made anew from the store that it was trained
+        on. Raises OptionError for a run inside the subspace or on whitened inputs, whose rows are others."""
+        recipe = self.recipe
+        fits = not recipe.inside and recipe.whiten is None and recipe.reader is None
+        require(fits, "recipe", recipe.name, "an autoencoder's, at full width, on the store's rows")
+        return _start(self, store, resolve_device("auto"))[0].sae
+
     def sae(self) -> SparseAutoencoder:
         """Return the trained dictionary, read from the cache."""
         return SparseAutoencoder.load(self.folder / _SAE)

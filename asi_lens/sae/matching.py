@@ -73,8 +73,8 @@ def assign(scores: Float[Tensor, "n m"], *, tolerance: float = 1e-3) -> tuple[In
     """Return a column for each row, every column once, with a large sum of scores, and the gap to the best.
 
     The gap is an upper bound of (the best sum - this sum) / n, at most about `tolerance`: the
-    assignment is the best one if all others are worse by more than n times the gap. Every row without a column bids for its best
-    column, all at once; the highest bid wins.
+    assignment is the best one if all others are worse by more than n times the gap. Every row without a
+    column bids for its best column, all at once; the highest bid wins.
 
     Raises OptionError for scores that are not square or a tolerance below 1e-5 or above 1, DataError for
     scores that are not finite.
