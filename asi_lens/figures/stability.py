@@ -46,8 +46,16 @@ def subspace_overlaps(table: pd.DataFrame) -> go.Figure:
     if len(layers):
         curve(figure, layers, "layer", "kernel", "another layer", col=2, look=("#7f6000", "square-open"))
     for col in (1, 2):
-        look = {"dash": "dot", "look": (GREY, "circle")}
-        curve(figure, table, "layer", "random_kernel", _RANDOM, col=col, **look)
+        curve(
+            figure,
+            table,
+            "layer",
+            "random_kernel",
+            _RANDOM,
+            col=col,
+            dash="dot",
+            look=(GREY, "circle"),
+        )
     legend_only(figure, _RANDOM, mode="lines", line={"color": GREY, "dash": "dot"})
     figure.update_xaxes(title_text="layer")
     figure.update_yaxes(range=[0, 1.03])
