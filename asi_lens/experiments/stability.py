@@ -19,7 +19,7 @@ from asi_lens.base.errors import require
 from asi_lens.collapse.spectra import Spectra
 from asi_lens.collapse.subspaces import direct_rotation, overlap
 from asi_lens.experiments.runs import TrainedRun
-from asi_lens.results.beyond_rows import OverlapRow, SeedMatchRow, TransferRow
+from asi_lens.results.beyond_rows import Against, Inputs, OverlapRow, SeedMatchRow, TransferRow
 from asi_lens.results.rows import DeadFeatureRow
 from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.matching import match_features
@@ -53,7 +53,7 @@ def overlap_rows(
 
 
 def _overlap(
-    own: Spectra, layer: int, other: Spectrum, against: Any, name: str, site: str, r: int
+    own: Spectra, layer: int, other: Spectrum, against: Against, name: str, site: str, r: int
 ) -> OverlapRow:
     spectrum = own[site, layer]
     mine, covariance = spectrum.active_subspace(r), other.covariance
@@ -80,7 +80,7 @@ class Reading:
     """Held-out activations of a text as a dictionary reads them."""
 
     text: str
-    inputs: Any
+    inputs: Inputs
     """As in `TransferRow`."""
     store: ActivationStore
 

@@ -8,6 +8,9 @@ from typing import Literal
 from asi_lens.results.rows import DeadFeatureRow
 from asi_lens.results.tables import Row
 
+Against = Literal["half", "text", "layer"]
+Inputs = Literal["as they are", "its own mean", "rotated"]
+
 
 @dataclass(frozen=True)
 class StartRow(Row):
@@ -116,7 +119,7 @@ class OverlapRow(Row):
     """Tokens of each of the two."""
     site: str
     layer: int
-    against: Literal["half", "text", "layer"]
+    against: Against
     """Difference between the two: the next part of the same text (the floor), the text, or the layer."""
     other: str
     """Name of the other text, or `layer 15`."""
@@ -143,7 +146,7 @@ class TransferRow(DeadFeatureRow):
 
     text: str
     """Text that the numbers are of."""
-    inputs: Literal["as they are", "its own mean", "rotated"]
+    inputs: Inputs
     """`its own mean`: the text's mean is replaced by the mean of the training text. `rotated`: the active
     subspace is turned onto that of the training text, too."""
 
