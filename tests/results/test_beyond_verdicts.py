@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -12,6 +13,7 @@ from made_up_claims import ASI, RANDOM, changed, runs
 from asi_lens.base.errors import DataError
 from asi_lens.results.beyond_verdicts import (
     centering_or_subspace,
+    do_saved_features_mean_something,
     dose_and_response,
     starts_against_asi,
     subspace_stability,
@@ -107,6 +109,37 @@ def test_a_start_does_what_asi_does_in_every_seed() -> None:
     assert [one.answer for one in starts_against_asi(lost)] == ["no", "not testable here", "no"]
 
 
+def saved(information: tuple[float, float], loss: tuple[float, float | None], seeds: int = 2) -> pd.DataFrame:
+    """Six pairs a seed: (saved, alive) means with a spread of 0.1 bits and 0.01 nats."""
+    rows = []
+    for seed in range(seeds):
+        for pair in range(6):
+            off = (-1) ** pair
+            for group, bits, nats in zip(
+                ("saved by ASI", "alive either way"), information, loss, strict=True
+            ):
+                increase = None if nats is None else nats + 0.01 * off
+                rows.append((group, seed, pair, bits + 0.1 * off, increase))
+    return pd.DataFrame(rows, columns=["group", "seed", "pair", "information", "loss_increase"])
+
+
+def told(table: pd.DataFrame) -> list[str]:
+    return [one.answer for one in do_saved_features_mean_something(table)]
+
+
+def test_saved_features() -> None:
+    assert told(saved((2.0, 2.0), (0.3, 0.3))) == ["yes"] * 4
+    assert told(saved((2.0, 3.0), (0.3, 0.4))) == ["yes", "no", "yes", "no"]
+    assert told(saved((0.0, 2.0), (-0.3, 0.3))) == ["no", "no", "no", "no"]
+    none_alone = saved((2.0, 2.0), (0.3, 0.3))
+    none_alone = none_alone[none_alone.group == "alive either way"]
+    assert told(none_alone) == ["not testable here"] * 4
+    assert told(saved((2.0, 2.0), (0.3, None))) == ["yes", "yes", "yes", "not testable here"]
+    one_seed_fails = saved((2.0, 2.0), (0.3, 0.3))
+    one_seed_fails.loc[one_seed_fails.seed == 1, "information"] -= 2.0
+    assert told(one_seed_fails)[0] == "no"
+
+
 KERNELS = {"half": 0.9, "text": 0.7, "layer": 0.4}
 FVUS = {"as they are": 0.5, "its own mean": 0.4, "rotated": 0.35}
 
@@ -125,13 +158,8 @@ def test_subspaces_are_held_against_the_floor_and_against_random_ones() -> None:
     assert stays(lambda against, layer: 0.26)[:3] == ["no", "no", "no"], "within two deviations of random"
     assert stays(lambda against, layer: 0.28)[:3] == ["yes", "no", "yes"], "as far apart as two samples"
     # One layer is enough against a yes.
-    assert stays(lambda against, layer: 0.95 if (against, layer) == ("text", 1) else KERNELS[against])[
-        :3
-    ] == [
-        "yes",
-        "no",
-        "yes",
-    ]
+    once = stays(lambda against, layer: 0.95 if (against, layer) == ("text", 1) else KERNELS[against])
+    assert once[:3] == ["yes", "no", "yes"]
 
 
 def test_dictionaries_off_their_text() -> None:
