@@ -9,7 +9,7 @@ from asi_lens.figures.parts import curve, legend_only, panels, seed_dots
 from asi_lens.figures.style import GREY, methods, need, order, setting, single
 from asi_lens.results.beyond_rows import OverlapRow, SeedMatchRow, TransferRow
 
-_FLOOR = "next part of the same text"
+_FLOOR = "same text, next part"
 _RANDOM = "random subspaces"
 _TEXTS = (
     ("#1b6ca8", "circle"),
@@ -21,6 +21,8 @@ _TEXTS = (
 )
 _INPUTS = ("as they are", "its own mean", "rotated")
 _OWN = "own text"
+# Entries in a row of the legend of `subspace_overlaps`, and pixels of a row.
+_IN_A_ROW, _LEGEND_ROW = 5, 30
 
 
 def subspace_overlaps(table: pd.DataFrame) -> go.Figure:
@@ -59,7 +61,15 @@ def subspace_overlaps(table: pd.DataFrame) -> go.Figure:
     legend_only(figure, _RANDOM, mode="lines", line={"color": GREY, "dash": "dot"})
     figure.update_xaxes(title_text="layer")
     figure.update_yaxes(range=[0, 1.03])
+    _make_room(figure, sum(bool(trace.showlegend) for trace in figure.data))
     return figure
+
+
+def _make_room(figure: go.Figure, entries: int) -> None:
+    """Raise the head of a figure by the rows that its legend takes beyond the first."""
+    more = _LEGEND_ROW * ((entries - 1) // _IN_A_ROW)
+    height = figure.layout.height + more
+    figure.update_layout(height=height, margin_t=figure.layout.margin.t + more, title_y=1 - 24 / height)
 
 
 def off_its_text(table: pd.DataFrame) -> go.Figure:

@@ -35,7 +35,7 @@ def test_texts_stand_on_the_left_and_layers_on_the_right() -> None:
     table = overlaps(lambda against, layer: KERNELS[against] - 0.01 * layer)
     figure = subspace_overlaps(table)
     lines = {(t.name, t.xaxis): t for t in figure.data if t.mode == "lines+markers"}
-    left = {"next part of the same text", "code", "speech"}
+    left = {"same text, next part", "code", "speech"}
     assert set(lines) == {*((name, "x") for name in left), ("another layer", "x2")}
     assert list(lines["code", "x"].y) == pytest.approx([0.7, 0.69, 0.68, 0.67])
     assert list(lines["another layer", "x2"].x) == [0, 1, 3], "not against itself"
@@ -44,6 +44,15 @@ def test_texts_stand_on_the_left_and_layers_on_the_right() -> None:
     assert "layer 2" in str(figure.layout.annotations)
     with pytest.raises(DataError, match="draws one site"):
         subspace_overlaps(pd.concat([table, table.assign(site="mlp_out")]))
+
+
+def test_many_texts_leave_room_for_the_legend() -> None:
+    few = overlaps(lambda against, layer: 0.5)
+    more = [few[few.other == "code"].assign(other=f"text {i}") for i in range(4)]
+    figure, high = subspace_overlaps(few), subspace_overlaps(pd.concat([few, *more]))
+    grown = high.layout.height - figure.layout.height
+    assert grown > 0
+    assert high.layout.margin.t - figure.layout.margin.t == grown, "the panels keep their size"
 
 
 def test_overlaps_without_layers_are_drawn() -> None:
