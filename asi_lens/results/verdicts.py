@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from asi_lens.results.beyond_verdicts import (
     centering_or_subspace,
+    do_saved_features_mean_something,
     dose_and_response,
     starts_against_asi,
     when_features_die,
