@@ -18,7 +18,8 @@ from asi_lens.base.cache import cached_jsons
 from asi_lens.base.errors import require
 from asi_lens.collapse.spectra import Spectra
 from asi_lens.collapse.subspaces import direct_rotation, overlap
-from asi_lens.experiments.runs import TrainedRun
+from asi_lens.experiments.runs import TrainedRun, started
+from asi_lens.inputs.models import resolve_device
 from asi_lens.results.beyond_rows import Against, Inputs, OverlapRow, SeedMatchRow, TransferRow
 from asi_lens.results.rows import DeadFeatureRow
 from asi_lens.sae.dictionary import SparseAutoencoder
@@ -121,7 +122,7 @@ def match_rows(
     they were made before.
 
     `store`: rows that the runs were trained on. Raises OptionError for recipes of a single seed, and as
-    `TrainedRun.start` and `match_features`.
+    `at_start` and `match_features`.
     """
     by_recipe: dict[str, list[TrainedRun]] = {}
     for run in runs:
@@ -148,7 +149,7 @@ def match_rows(
         def decoder(run: TrainedRun, trained: bool) -> tuple[Tensor, Tensor]:
             key = (run.folder.name, trained)
             if key not in kept:
-                sae = run.sae().to(store.mean.device) if trained else run.start(store)
+                sae = run.sae().to(store.mean.device) if trained else at_start(run, store)
                 kept[key] = sae.W_dec.detach(), fires(sae, held_out)
             return kept[key]
 
@@ -156,6 +157,18 @@ def match_rows(
 
     found = cached_jsons("matches", keys, compute)
     return [_row(a, b, trained, held_out, one) for (a, b, trained), one in zip(cases, found, strict=True)]
+
+
+def at_start(run: TrainedRun, store: ActivationStore) -> SparseAutoencoder:
+    """Return the dictionary of a run as it was before its first step, made anew.
+
+    `store`: rows that the run was trained on. Raises OptionError for a run inside the subspace, on whitened
+    inputs or of a transcoder, whose rows are others.
+    """
+    recipe = run.recipe
+    fits = not recipe.inside and recipe.whiten is None and recipe.reader is None
+    require(fits, "recipe", recipe.name, "an autoencoder's, at full width, on the store's rows")
+    return started(run, store, resolve_device("auto"), None)[0].sae
 
 
 @torch.no_grad()

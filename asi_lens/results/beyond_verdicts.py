@@ -197,76 +197,67 @@ def _told_means(found: pd.DataFrame, unit: str) -> str:
     return f"{means} {unit} (mean ± standard error by seed; {int(found.n.sum())} features)"
 
 
-def subspace_stability(
-    overlaps: pd.DataFrame, transfer: pd.DataFrame, matches: pd.DataFrame
-) -> list[AnswerRow]:
-    """Answer whether active subspaces, dictionaries and features stay put.
+def when_features_die(table: pd.DataFrame) -> list[AnswerRow]:
+    """Answer when and how features die, for each method; then what where they began and sparse Adam do.
 
-    Takes `OverlapRow`s, `TransferRow`s and `SeedMatchRow`s. Subspaces overlap more than random ones if every
-    kernel is two standard deviations above the expectation for random subspaces. Another text moves the
-    subspace if its kernel is below that of the next part of the same text at every layer. FVUs are compared
-    at every text, method and seed. Features of two seeds agree more if the mean cosine of their matching is
-    higher for every pair of seeds, by more than the matching may miss (`gap`).
+    Takes `LifeRow`s. A statement about shares is "yes" if it is true in every seed. It is not testable if in
+    some seed nothing died (for features that come back: if none was dead at a logged row). At the end of
+    training: most of the dead never fired; of those that fired and died, more fired last in the first half of
+    the tokens before the last window than in the second; most that were dead at a logged row are alive.
+    Where a row began decides if the whole 95 % interval of Spearman's correlation between tenths of the tail
+    and the dead share (means over seeds) is above zero. Sparse Adam helps if fewer are dead in every seed.
     """
-    where = taken(overlaps, [*PLACE, "against"], ["kernel", "random_kernel", "random_deviation"])
-    where = where.assign(floor=where.random_kernel + 2 * where.random_deviation)
-    parts = {name: where[where.against == name] for name in ("half", "text", "layer")}
-    half = parts["half"].set_index(PLACE).kernel
-    texts = parts["text"].join(half.rename("half"), on=PLACE)
-    keys = ["text", "corpus", "method", "seed", "inputs"]
-    fvu = taken(transfer, keys, ["fvu"]).set_index(keys).fvu.unstack("inputs").reset_index()
-    plain = fvu.get("as they are", pd.Series(math.nan, fvu.index))
-    own = fvu.text == fvu.corpus
-    home = fvu.assign(home=plain)[own].set_index(["method", "seed"]).home
-    off = fvu.assign(plain=plain)[~own].join(home, on=["method", "seed"])
-    columns = {name: off.get(name, pd.Series(math.nan, off.index)) for name in ("its own mean", "rotated")}
-    return [
-        _above("other texts' subspaces overlap more than random ones", texts.kernel, texts.floor),
-        _above(
-            "another text moves the subspace more than another part of the text", texts.half, texts.kernel
-        ),
-        _above(
-            "other layers' subspaces overlap more than random ones",
-            parts["layer"].kernel,
-            parts["layer"].floor,
-        ),
-        _above("a dictionary is worse off its text", off.plain, off.home),
-        _above("the text's own mean lowers the FVU off the text", off.plain, columns["its own mean"]),
-        _above("a rotation of the subspace lowers it further", columns["its own mean"], columns["rotated"]),
-        *_seeds(matches),
-    ]
-
-
-def _above(question: str, more: pd.Series, less: pd.Series) -> AnswerRow:
-    """Answer whether `more` is above `less` in every row."""
-    if more.empty or more.isna().any() or less.isna().any():
-        return AnswerRow(question, "not testable here", "rows or numbers are missing")
-    good = more > less
-    told = f"{more.mean():.3f} against {less.mean():.3f} (means); {int(good.sum())} of {len(good)}"
-    return AnswerRow(question, "yes" if good.all() else "no", told)
-
-
-def _seeds(matches: pd.DataFrame) -> list[AnswerRow]:
-    keys = ["method", "seed", "other_seed", "tokens"]
-    found = taken(matches, keys, ["matched", "gap"])
-    found = found.assign(most=found.matched + found.gap)
-    pair = ["method", "seed", "other_seed"]
-    first = found[found.tokens == 0].set_index(pair)
-    last = found[found.tokens > 0].set_index(pair).reindex(first.index)
+    keys = ["method", "init", "optimizer", "seed", "tenth", "tokens", "n_tokens", "dead_window_tokens"]
+    shares = ["fires_later", "never_fired", "dead", "died", "once_dead", "came_back"]
+    table = taken(table, keys, shares)
+    every, ends = table[table.tenth.isna()], table[table.tokens == table.n_tokens]
     out = []
-    for method in dict.fromkeys(first.index.get_level_values("method")):
-        begin, end = first.loc[method], last.loc[method]
-        out.append(
-            _above(f"training brings features of two seeds together: {method}", end.matched, begin.most)
-        )
-    names = set(first.index.get_level_values("method"))
-    questions = (
-        "features of two seeds agree more from ASI than from a random start",
-        "training adds more agreement from ASI than from a random start",
+    for method, rows in every.groupby("method", sort=False):
+        last = rows[rows.tokens == rows.n_tokens].set_index("seed")
+        early = pd.Series({seed: _early(own) for seed, own in rows.groupby("seed")})
+        out += [
+            _most(f"{method}: most dead features never fired", last.never_fired, last.dead),
+            _most(f"{method}: most that fire and die do so early", early, last.died),
+            _most(f"{method}: most features once dead come back", last.came_back, last.once_dead),
+        ]
+    for method, rows in ends[ends.tenth.notna()].groupby("method", sort=False):
+        dead = rows.groupby("tenth").dead.mean()
+        question = f"{method}: rows that begin in the tail of the spectrum die more often"
+        out.append(_predicts(question, dead.index.to_series(), dead, 1))
+    whole = ends[ends.tenth.isna()]
+    for start, rows in whole.groupby("init", sort=False):
+        dead = rows.pivot_table(index="seed", columns="optimizer", values="dead", dropna=False)
+        question = f"{start} start: sparse Adam leaves fewer dead features than Adam"
+        if not {"adam", "sparse_adam"} <= set(dead) or dead.isna().any(axis=None):
+            out.append(AnswerRow(question, "not testable here", "an optimizer or a number is missing"))
+            continue
+        if not dead.adam.any():
+            out.append(AnswerRow(question, "not testable here", "nothing is dead under Adam"))
+            continue
+        good = dead.sparse_adam < dead.adam
+        told = f"{100 * dead.sparse_adam.mean():.2f} against {100 * dead.adam.mean():.2f} % dead"
+        told += f"; {int(good.sum())} of {len(good)} seeds"
+        out.append(AnswerRow(question, "yes" if good.all() else "no", told))
+    return out
+
+
+def _early(rows: pd.DataFrame) -> float:
+    """Return the share of features that fired, and fired last in the first half of the tokens before the last
+    window. NaN if no row was logged in that half.
+    """
+    rows = rows.sort_values("tokens")
+    last = rows.iloc[-1]
+    half = rows[rows.tokens <= (last.n_tokens - last.dead_window_tokens) / 2]
+    return math.nan if half.empty else 1 - half.iloc[-1].fires_later - last.never_fired
+
+
+def _most(question: str, part: pd.Series, whole: pd.Series) -> AnswerRow:
+    """Answer whether `part` is more than half of `whole` in every seed."""
+    part = part.reindex(whole.index)
+    if whole.empty or part.isna().any() or not (whole > 0).all():
+        return AnswerRow(question, "not testable here", "some seed has no such dead feature")
+    good = part > whole / 2
+    told = f"{100 * part.mean():.2f} of {100 * whole.mean():.2f} % of the features"
+    return AnswerRow(
+        question, "yes" if good.all() else "no", f"{told}; {int(good.sum())} of {len(good)} seeds"
     )
-    if not {"random", "ASI"} <= names:
-        return [*out, *(AnswerRow(one, "not testable here", "ASI or random is missing") for one in questions)]
-    least, most = last.matched - first.most, last.most - first.matched
-    ours, theirs = last.matched.loc["ASI"], last.most.loc["random"]
-    out.append(_above(questions[0], ours, theirs.reindex(ours.index)))
-    return [*out, _above(questions[1], least.loc["ASI"], most.loc["random"].reindex(ours.index))]

@@ -13,7 +13,7 @@ from asi_lens.results.beyond_verdicts import (
     do_saved_features_mean_something,
     dose_and_response,
     starts_against_asi,
-    subspace_stability,
+    when_features_die,
 )
 from asi_lens.results.dictionary_verdicts import (
     RANKS,
@@ -47,3 +47,4 @@ from asi_lens.results.rank_verdicts import (
     drop_taken_back,
     projection_ranks,
 )
+from asi_lens.results.stability_verdicts import subspace_stability

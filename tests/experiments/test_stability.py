@@ -113,7 +113,7 @@ def test_matches_of_seeds_at_the_start_and_after_training(
     assert by["ASI", 0, 1, False].matched > by["random", 0, 1, False].matched + 0.05
     # The start is the start: rows of ASI lie in the subspace, and the trained ones are those on disk.
     basis = store.spectrum.active_subspace(R).float()
-    start = next(run for run in runs if run.recipe.name == "ASI").start(store)
+    start = stability.at_start(next(run for run in runs if run.recipe.name == "ASI"), store).cpu()
     torch.testing.assert_close(start.W_dec @ basis @ basis.T, start.W_dec.detach(), atol=1e-5, rtol=0)
     first, second = (next(r for r in runs if r.recipe.name == "random" and r.seed == s) for s in (0, 1))
     direct = match_features(first.sae().W_dec, second.sae().W_dec)
@@ -156,4 +156,4 @@ def test_one_seed_and_other_inputs_are_refused(tmp_path: Path, monkeypatch: pyte
         stability.match_rows([], store, store)
     inside = Recipe("inside", "asi", R, inside=True)
     with pytest.raises(OptionError, match="at full width"):
-        train_recipes(store, [inside], **options)[0].start(store)
+        stability.at_start(train_recipes(store, [inside], **options)[0], store)

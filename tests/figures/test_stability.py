@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
-from made_up_beyond import matches, overlaps, transfer
+from made_up_stability import matches, overlaps, transfer
 
 from asi_lens.base.errors import DataError
 from asi_lens.figures.stability import off_its_text, seed_matches, subspace_overlaps

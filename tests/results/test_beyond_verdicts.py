@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pandas as pd
-import pytest
-from made_up_beyond import doses, inputs, matches, overlaps, starts, transfer
+from made_up_beyond import LIVES, doses, inputs, lives, starts
 from made_up_claims import ASI, RANDOM, changed, runs
 
-from asi_lens.base.errors import DataError
 from asi_lens.results.beyond_verdicts import (
     centering_or_subspace,
     do_saved_features_mean_something,
     dose_and_response,
     starts_against_asi,
-    subspace_stability,
+    when_features_die,
 )
 
 
@@ -140,59 +137,40 @@ def test_saved_features() -> None:
     assert told(one_seed_fails)[0] == "no"
 
 
-KERNELS = {"half": 0.9, "text": 0.7, "layer": 0.4}
-FVUS = {"as they are": 0.5, "its own mean": 0.4, "rotated": 0.35}
+def lived(table: pd.DataFrame) -> list[str]:
+    """Never fired, early and back for each method; the tail for random starts; sparse Adam for each start."""
+    return [one.answer for one in when_features_die(table)]
 
 
-def stays(kernel: Any = None, fvu: Any = None, matched: Any = None, **of_matches: Any) -> list[str]:
-    """Answers; by default all of them are yes."""
-    kernel = kernel or (lambda against, layer: KERNELS[against])
-    fvu = fvu or (lambda text, inputs, seed: 0.2 if text == "news" else FVUS[inputs])
-    matched = matched or (lambda method, tokens, i: 0.1 + (tokens > 0) * (0.2 if method == "random" else 0.4))
-    tables = (overlaps(kernel), transfer(fvu), matches(matched, **of_matches))
-    return [one.answer for one in subspace_stability(*tables)]
+def test_features_that_never_fire_and_features_that_die() -> None:
+    unborn = lives(lambda *_: 0.3, lambda *_: 0.1, early=0.75, back=0.05)
+    assert lived(unborn) == ["yes", "yes", "no"] * 4 + ["yes", "yes", "no", "no"]
+    late = lives(lambda *_: 0.1, lambda *_: 0.3, early=0.25, back=0.5, slope=-1.0)
+    assert lived(late) == ["no", "no", "yes"] * 4 + ["no", "no", "no", "no"]
+    numbers = when_features_die(unborn)[0].numbers
+    assert numbers == "30.00 of 40.00 % of the features; 2 of 2 seeds"
 
 
-def test_subspaces_are_held_against_the_floor_and_against_random_ones() -> None:
-    assert stays() == ["yes"] * 10
-    assert stays(lambda against, layer: 0.26)[:3] == ["no", "no", "no"], "within two deviations of random"
-    assert stays(lambda against, layer: 0.28)[:3] == ["yes", "no", "yes"], "as far apart as two samples"
-    # One layer is enough against a yes.
-    once = stays(lambda against, layer: 0.95 if (against, layer) == ("text", 1) else KERNELS[against])
-    assert once[:3] == ["yes", "no", "yes"]
+def test_a_seed_that_disagrees_is_a_no() -> None:
+    half = lives(lambda method, seed: 0.3 if seed else 0.05, lambda *_: 0.1, early=0.75, back=0.05)
+    assert lived(half)[:3] == ["no", "yes", "no"]
+    assert when_features_die(half)[0].numbers.endswith("1 of 2 seeds")
 
 
-def test_dictionaries_off_their_text() -> None:
-    assert stays(fvu=lambda text, inputs, seed: 0.2)[3:6] == ["no"] * 3
-
-    # A rotation that helps under one seed of two is not one that helps.
-    def half(text: str, inputs: str, seed: int) -> float:
-        return 0.2 if text == "news" else FVUS[inputs] + 0.1 * seed * (inputs == "rotated")
-
-    assert stays(fvu=half)[3:6] == ["yes", "yes", "no"]
+def test_sparse_adam_helps_in_every_seed_or_does_not() -> None:
+    helps = lives(lambda method, seed: 0.1 if "sparse" in method else 0.3, lambda *_: 0.1)
+    assert lived(helps)[-2:] == ["yes", "yes"]
+    once = lives(lambda method, seed: 0.1 if "sparse" in method and seed else 0.3, lambda *_: 0.1)
+    assert lived(once)[-2:] == ["no", "no"]
+    assert lived(helps[helps.method != "ASI"])[-2:] == ["yes", "not testable here"]
 
 
-def test_seeds_agree_by_more_than_a_matching_may_miss() -> None:
-    assert stays(matched=lambda method, tokens, i: 0.3)[6:] == ["no"] * 4
-    assert stays(gap=0.25)[6:] == ["no", "yes", "no", "no"]
-
-    # A head start of the smaller subspace is not what training adds.
-    def ahead(method: str, tokens: int, i: int) -> float:
-        return 0.1 + 0.2 * (method == "ASI") + 0.1 * (tokens > 0)
-
-    def but_one(method: str, tokens: int, i: int) -> float:
-        return 0.1 + 0.3 * (tokens > 0) * (method == "ASI" and i > 0)
-
-    assert stays(matched=ahead)[6:] == ["yes", "yes", "yes", "no"]
-    assert stays(matched=but_one)[6:] == ["no"] * 4, "all pairs of seeds but one"
-
-
-def test_what_is_missing_is_not_judged() -> None:
-    assert stays(methods=("ASI",))[6:] == ["yes", "not testable here", "not testable here"]
-    good = overlaps(lambda against, layer: KERNELS[against])
-    fvus = transfer(lambda text, inputs, seed: FVUS[inputs], texts=())
-    seeds = matches(lambda method, tokens, i: 0.1)
-    found = subspace_stability(good[good.against == "half"], fvus, seeds[seeds.tokens == 0])
-    assert [one.answer for one in found] == ["not testable here"] * 10
-    with pytest.raises(DataError, match="has no column kernel"):
-        subspace_stability(good.drop(columns="kernel"), fvus, seeds)
+def test_nothing_died_or_the_window_was_never_full() -> None:
+    alive = lives(lambda *_: 0.0, lambda *_: 0.0, back=0.1)
+    assert lived(alive) == ["not testable here", "not testable here", "yes"] * 4 + ["not testable here"] * 4
+    full = lives(lambda *_: 0.2, lambda *_: 0.1)
+    short = full[full.tokens == 100].assign(n_tokens=100)
+    assert lived(short) == ["not testable here"] * 16
+    assert lived(full[full.tenth.isna()])[12:] == ["no", "no"], "without tenths nothing is said of the tail"
+    assert len(lived(full[full.method == "ASI"])) == 4
+    assert set(LIVES) == set(full.method)
