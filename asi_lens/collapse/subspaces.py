@@ -13,10 +13,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from asi_lens.base.errors import OptionError, require, require_whole
+from asi_lens.base.errors import DataError, OptionError, require, require_whole
 
 # Largest entry of A^T A - 1 for a basis that counts as orthonormal.
 _ORTHONORMAL = 1e-4
+# Smallest cosine of a principal angle that counts as below 90 degrees.
+_RIGHT_ANGLE = 1e-9
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,25 @@ def random_kernel(d: int, r_a: int, r_b: int) -> tuple[float, float]:
         require(r <= d, name, r, f"from 1 to d={d}")
     variance = 2 * r_a * r_b * (d - r_a) * (d - r_b) / (d**2 * (d - 1) * (d + 2))
     return r_a * r_b / d / min(r_a, r_b), math.sqrt(variance) / min(r_a, r_b)
+
+
+def direct_rotation(a: Float[Tensor, "d r_a"], b: Float[Tensor, "d_b r_b"]) -> Float[Tensor, "d d"]:
+    """Return the rotation R [d d], float64, that maps the span of `a` onto that of `b` and moves least else.
+
+    R is the orthogonal matrix nearest to P_b P_a + (1 - P_b) (1 - P_a), P the projections (orthogonal
+    Procrustes, closed form by one SVD): it turns each principal vector of `a` into that of `b`, and leaves
+    what both spans lack (Davis and Kahan 1970). A column x becomes R x. Raises as `principal_cosines`,
+    OptionError for subspaces of different dimension, and DataError for a principal angle of 90 degrees, where
+    R is not unique.
+    """
+    cosines = principal_cosines(a, b)
+    require(a.shape[1] == b.shape[1], "b", f"{b.shape[1]} columns", f"{a.shape[1]} columns, as a")
+    if cosines.min().item() < _RIGHT_ANGLE:
+        raise DataError("the subspaces have a principal angle of 90 degrees, so no rotation is the nearest")
+    P_a, P_b = (basis @ basis.T for basis in (a.double(), b.double().to(a.device)))
+    rest = torch.eye(len(P_a), dtype=P_a.dtype, device=P_a.device)
+    u, _, vh = torch.linalg.svd(P_b @ P_a + (rest - P_b) @ (rest - P_a))
+    return u @ vh
 
 
 def _checked(name: str, basis: Float[Tensor, "d r"]) -> Float[Tensor, "d r"]:

@@ -88,6 +88,14 @@ class TrainedRun:
                 row["fvu"] = None if row["fvu"] is None else floor + (1 - floor) * row["fvu"]
         return history
 
+    def start(self, store: ActivationStore) -> SparseAutoencoder:
+        """Return the dictionary as it was before its first step, made anew from the store that it was trained
+        on. Raises OptionError for a run inside the subspace or on whitened inputs, whose rows are others."""
+        recipe = self.recipe
+        fits = not recipe.inside and recipe.whiten is None and recipe.reader is None
+        require(fits, "recipe", recipe.name, "an autoencoder's, at full width, on the store's rows")
+        return _start(self, store, resolve_device("auto"))[0].sae
+
     def sae(self) -> SparseAutoencoder:
         """Return the trained dictionary, read from the cache."""
         return SparseAutoencoder.load(self.folder / _SAE)
@@ -144,9 +152,7 @@ def train_recipes(
 
 
 def train_seeds(
-    seeds: Sequence[int],
-    runs_of: Callable[[int], list[AnyRun]],
-    train: Callable[[list[AnyRun]], None],
+    seeds: Sequence[int], runs_of: Callable[[int], list[AnyRun]], train: Callable[[list[AnyRun]], None]
 ) -> list[AnyRun]:
     """Return the runs of all seeds, in order. Runs of a seed are trained while their folders are locked.
 
@@ -217,16 +223,9 @@ def _run(
             del options[name]
     if options.pop("reader") is not None:
         options["init"] = f"{recipe.init}, reads {recipe.reader}"
-    key = cache_key(
-        format=FORMAT,
-        store=store.fingerprint,
-        d_sae=d_sae,
-        k=k,
-        recipe=options,
-        train=train.as_dict(),
-        sample=_SAMPLE,
-        **logging,
-    )
+    sizes = {"d_sae": d_sae, "k": k, "sample": _SAMPLE, **logging}
+    about = {"store": store.fingerprint, "recipe": options, "train": train.as_dict()}
+    key = cache_key(format=FORMAT, **about, **sizes)
     known = [store.metadata[name] for name in ("model", "site", "layer") if name in store.metadata]
     folder = run_folder([*known, d_sae, recipe.init], key)
     assert not isinstance(d_init, str)  # "auto" is the only string that `initialize` takes
@@ -259,7 +258,10 @@ def _train(
 
 
 def _start(
-    run: TrainedRun, rows: ActivationStore | PairedStores, device: torch.device, kept: LastFirings | None
+    run: TrainedRun,
+    rows: ActivationStore | PairedStores,
+    device: torch.device,
+    kept: LastFirings | None = None,
 ) -> tuple[Trainer, dict[str, Any]]:
     recipe, sae = run.recipe, _untrained(run, rows)
     l0 = recipe.sparsity.initial_l0 if sae.activation.has_threshold else None
@@ -292,15 +294,13 @@ def _untrained(run: TrainedRun, rows: ActivationStore | PairedStores) -> SparseA
 
 def _save(run: TrainedRun, trainer: Trainer, rows: ActivationStore | PairedStores) -> dict[str, Any]:
     """Write the trained dictionary to the run's folder, at full width."""
-    if run.recipe.whiten is not None:
-        assert isinstance(rows, ShapedStore)
-        expand(trainer.sae, rows.matrix, rows.center, rows.inverse).save(run.folder / _SAE)
-        return {}
-    if not isinstance(rows, SubspaceStore):
-        trainer.sae.save(run.folder / _SAE)
-        return {}
-    expand(trainer.sae, rows.basis, rows.center).save(run.folder / _SAE)
-    return {"discarded": rows.discarded}
+    sae, about = trainer.sae, {}
+    if isinstance(rows, ShapedStore):
+        sae = expand(sae, rows.matrix, rows.center, rows.inverse)
+    elif isinstance(rows, SubspaceStore):
+        sae, about = expand(sae, rows.basis, rows.center), {"discarded": rows.discarded}
+    sae.save(run.folder / _SAE)
+    return about
 
 
 def run_folder(words: Iterable[object], key: str) -> Path:

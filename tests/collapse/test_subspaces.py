@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from asi_lens.base.errors import OptionError
-from asi_lens.collapse.subspaces import overlap, principal_cosines, random_kernel
+from asi_lens.base.errors import DataError, OptionError
+from asi_lens.collapse.subspaces import direct_rotation, overlap, principal_cosines, random_kernel
 
 
 def frame(d: int, r: int, seed: int = 0) -> torch.Tensor:
@@ -60,3 +60,32 @@ def test_what_is_no_pair_of_subspaces_is_refused() -> None:
         overlap(frame(5, 2), frame(6, 2))
     with pytest.raises(OptionError, match="r_b=6"):
         random_kernel(5, 2, 6)
+
+
+def test_the_direct_rotation_maps_one_span_onto_the_other() -> None:
+    a, b = frame(12, 4), frame(12, 4, seed=1)
+    R = direct_rotation(a, b)
+    torch.testing.assert_close(R @ R.T, torch.eye(12, dtype=torch.float64))
+    torch.testing.assert_close(R @ a @ a.T @ R.T, b @ b.T)
+    # Whatever bases are given, and back again by the inverse.
+    torch.testing.assert_close(direct_rotation(a @ frame(4, 4, seed=3), b), R)
+    torch.testing.assert_close(direct_rotation(b, a), R.T)
+    torch.testing.assert_close(direct_rotation(a, a), torch.eye(12, dtype=torch.float64))
+
+
+def test_the_direct_rotation_turns_by_the_principal_angle_and_nothing_else() -> None:
+    angle = 0.3
+    a = torch.eye(4, dtype=torch.float64)[:, :1]
+    b = torch.tensor([[math.cos(angle)], [math.sin(angle)], [0.0], [0.0]], dtype=torch.float64)
+    expected = torch.eye(4, dtype=torch.float64)
+    expected[0, 0] = expected[1, 1] = math.cos(angle)
+    expected[1, 0], expected[0, 1] = math.sin(angle), -math.sin(angle)
+    torch.testing.assert_close(direct_rotation(a, b), expected)
+
+
+def test_a_rotation_that_is_not_unique_is_refused() -> None:
+    one = torch.eye(4, dtype=torch.float64)
+    with pytest.raises(DataError, match="90 degrees"):
+        direct_rotation(one[:, :1], one[:, 1:2])
+    with pytest.raises(OptionError, match=r"b=.*is not allowed; b must be 1 columns, as a"):
+        direct_rotation(one[:, :1], one[:, :2])
