@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 
 from asi_lens.figures.parts import curve, panels
 from asi_lens.figures.style import GREY, METHOD_COLORS, color, label, marker, need, order, setting, sites
-from asi_lens.results.beyond_rows import DiagnosisRow, DoseRow, InputRow, StartRow
+from asi_lens.results.beyond_rows import DiagnosisRow, DoseRow, InputRow, SavedFeatureRow, StartRow
 
 _RANKS = {
     "effective_rank_fraction": "effective rank",
@@ -161,4 +161,37 @@ def diagnosis(table: pd.DataFrame) -> go.Figure:
                 curve(figure, part, "layer", "centered", site, 1, col, dash="dash")
         figure.update_yaxes(title_text=title, rangemode="tozero", row=1, col=col)
     figure.update_xaxes(title_text="layer")
+    return figure
+
+
+def saved_features(table: pd.DataFrame) -> go.Figure:
+    """Draw what features mean against how often they fire: saved by ASI, and as frequent ones.
+
+    Takes `SavedFeatureRow`s. Left: bits that a firing tells about the token, more than a random draw as large
+    would. Right: next-token loss without the feature, per firing.
+    """
+    need(table, SavedFeatureRow)
+    titles = ["about the token", "about the next token"]
+    figure = panels("Features that ASI saves", setting(table, tokens=False), [titles], shared_y=False)
+    groups = {"alive either way": (METHOD_COLORS["random"], "circle"), "saved by ASI": _LOOKS["ASI"]}
+    for group, (paint, symbol) in groups.items():
+        own = table[table.group == group]
+        for col, column in ((1, "information"), (2, "loss_increase")):
+            figure.add_scatter(
+                x=own.firings,
+                y=own[column],
+                mode="markers",
+                name=group,
+                legendgroup=group,
+                showlegend=col == 1,
+                marker={"symbol": symbol, "size": 7, "color": paint, "opacity": 0.75},
+                customdata=own[["feature", "seed"]],
+                hovertemplate=f"{group}, feature %{{customdata[0]}}, seed %{{customdata[1]}}<br>"
+                "%{x} firings: %{y:.3f}<extra></extra>",
+                row=1,
+                col=col,
+            )
+    for col, title in ((1, "information (bits)"), (2, "loss without it (nats per firing)")):
+        figure.update_xaxes(type="log", title_text="firings on held-out text", row=1, col=col)
+        figure.update_yaxes(title_text=title, zeroline=True, row=1, col=col)
     return figure

@@ -104,3 +104,29 @@ class DoseRow(DeadFeatureRow):
     """(sum of eigenvalues)^2 / sum of their squares."""
     width: int
     """Width of the site."""
+
+
+@dataclass(frozen=True)
+class SavedFeatureRow(Row):
+    """A feature of an ASI dictionary, looked at on held-out text (`14_features.csv`)."""
+
+    model: str
+    corpus: str
+    n_tokens: int
+    """Held-out tokens."""
+    site: str
+    layer: int
+    d_sae: int
+    k: int
+    seed: int
+    pair: int
+    """A feature that ASI saved, and one as frequent that is alive either way, have the same number."""
+    group: Literal["saved by ASI", "alive either way"]
+    feature: int
+    firings: int
+    entropy: float
+    """Of the tokens on which it fires, bits."""
+    information: float
+    """Entropy of as many tokens drawn at random, less `entropy`, bits."""
+    loss_increase: float | None
+    """Next-token loss without the feature, nats per firing; None if it does not fire on the loss tokens."""

@@ -145,3 +145,53 @@ def starts_against_asi(table: pd.DataFrame) -> list[AnswerRow]:
         )
         out.append(AnswerRow(question, "yes" if good.all() else "no", told))
     return out
+
+
+def do_saved_features_mean_something(table: pd.DataFrame) -> list[AnswerRow]:
+    """Answer whether the features that ASI saves are about something, beside features as frequent.
+
+    Takes `SavedFeatureRow`s. A number is above zero if its mean less two standard errors is, in every seed;
+    saved features have less of it than their partners if the mean difference plus two standard errors is
+    below zero in some seed.
+    """
+    rows = taken(table, ["group", "seed", "pair"], ["information", "loss_increase"])
+    out = []
+    for column, name, unit in (
+        ("information", "tell about the token", "bits"),
+        ("loss_increase", "lower the loss", "nats per firing"),
+    ):
+        wide = rows.pivot_table(index=["seed", "pair"], columns="group", values=column, dropna=False)
+        wide = wide.reindex(columns=["saved by ASI", "alive either way"])
+        own = wide["saved by ASI"].dropna()
+        out.append(_above_zero(f"features that ASI saves {name}", own, unit))
+        difference = (wide["saved by ASI"] - wide["alive either way"]).dropna()
+        out.append(_not_below(f"they {name} as much as features as frequent", difference, unit))
+    return out
+
+
+def _by_seed(values: pd.Series) -> pd.DataFrame | None:
+    """Return mean and standard error of each seed; None if a seed has fewer than two values."""
+    groups = values.groupby(level="seed")
+    found = pd.DataFrame({"mean": groups.mean(), "error": groups.sem(), "n": groups.size()})
+    return None if found.empty or (found.n < 2).any() else found
+
+
+def _above_zero(question: str, values: pd.Series, unit: str) -> AnswerRow:
+    found = _by_seed(values)
+    if found is None:
+        return AnswerRow(question, "not testable here", "fewer than two such features in a seed")
+    good = bool((found["mean"] - 2 * found.error > 0).all())
+    return AnswerRow(question, "yes" if good else "no", _told_means(found, unit))
+
+
+def _not_below(question: str, values: pd.Series, unit: str) -> AnswerRow:
+    found = _by_seed(values)
+    if found is None:
+        return AnswerRow(question, "not testable here", "fewer than two such pairs in a seed")
+    good = bool((found["mean"] + 2 * found.error >= 0).all())
+    return AnswerRow(question, "yes" if good else "no", "difference " + _told_means(found, unit))
+
+
+def _told_means(found: pd.DataFrame, unit: str) -> str:
+    means = ", ".join(f"{row['mean']:.3g} ± {row['error']:.2g}" for _, row in found.iterrows())
+    return f"{means} {unit} (mean ± standard error by seed; {int(found.n.sum())} features)"

@@ -8,6 +8,7 @@ tables, and the reason for the missing images is printed.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import os
 import platform
@@ -70,7 +71,8 @@ def can_draw(chrome: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "figure.png")
         try:
-            kaleido.write_fig_sync(figure, path=path, kopts={**kaleido_options(chrome), "timeout": 60})
+            kopts = {**kaleido_options(chrome), "timeout": 60}
+            asyncio.run(kaleido.write_fig(figure, path=path, kopts=kopts))  # in a browser of its own
             drawn = path.read_bytes()
         except Exception as error:  # setup continues after any error of a broken browser
             return f"{chrome} cannot draw: {type(error).__name__}: {error}"

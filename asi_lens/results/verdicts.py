@@ -8,7 +8,12 @@ measured (NaN), the verdict's `holds` is None. The paper is arXiv 2508.16929.
 
 from __future__ import annotations
 
-from asi_lens.results.beyond_verdicts import centering_or_subspace, dose_and_response, starts_against_asi
+from asi_lens.results.beyond_verdicts import (
+    centering_or_subspace,
+    do_saved_features_mean_something,
+    dose_and_response,
+    starts_against_asi,
+)
 from asi_lens.results.dictionary_verdicts import (
     RANKS,
     c6,

@@ -13,7 +13,7 @@ from small_stores import OPTIONS
 
 from asi_lens.activations.harvest_store import harvest_store
 from asi_lens.activations.store import ActivationStore
-from asi_lens.base.errors import CacheError
+from asi_lens.base.errors import CacheError, DataError
 from asi_lens.inputs.corpora import Tokens
 
 # Tiny stores: too few tokens for a rank is what they always have.
@@ -88,5 +88,7 @@ def test_a_manifest_that_cannot_be_used(
 
 
 def test_no_store_at_all(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="not an activation store"):
+    with pytest.raises(DataError, match="neither an activation store nor files of rows"):
         ActivationStore.open(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        ActivationStore.open(tmp_path / "none")

@@ -8,7 +8,12 @@ import pandas as pd
 from made_up_beyond import doses, inputs, starts
 from made_up_claims import ASI, RANDOM, changed, runs
 
-from asi_lens.results.beyond_verdicts import centering_or_subspace, dose_and_response, starts_against_asi
+from asi_lens.results.beyond_verdicts import (
+    centering_or_subspace,
+    do_saved_features_mean_something,
+    dose_and_response,
+    starts_against_asi,
+)
 
 
 def answers(first: pd.DataFrame, trained: pd.DataFrame) -> dict[str, str]:
@@ -98,3 +103,34 @@ def test_a_start_does_what_asi_does_in_every_seed() -> None:
     ] * 3
     lost = table.assign(fvu=table.fvu.where(table.method != "same"))
     assert [one.answer for one in starts_against_asi(lost)] == ["no", "not testable here", "no"]
+
+
+def saved(information: tuple[float, float], loss: tuple[float, float | None], seeds: int = 2) -> pd.DataFrame:
+    """Six pairs a seed: (saved, alive) means with a spread of 0.1 bits and 0.01 nats."""
+    rows = []
+    for seed in range(seeds):
+        for pair in range(6):
+            off = (-1) ** pair
+            for group, bits, nats in zip(
+                ("saved by ASI", "alive either way"), information, loss, strict=True
+            ):
+                increase = None if nats is None else nats + 0.01 * off
+                rows.append((group, seed, pair, bits + 0.1 * off, increase))
+    return pd.DataFrame(rows, columns=["group", "seed", "pair", "information", "loss_increase"])
+
+
+def told(table: pd.DataFrame) -> list[str]:
+    return [one.answer for one in do_saved_features_mean_something(table)]
+
+
+def test_saved_features() -> None:
+    assert told(saved((2.0, 2.0), (0.3, 0.3))) == ["yes"] * 4
+    assert told(saved((2.0, 3.0), (0.3, 0.4))) == ["yes", "no", "yes", "no"]
+    assert told(saved((0.0, 2.0), (-0.3, 0.3))) == ["no", "no", "no", "no"]
+    none_alone = saved((2.0, 2.0), (0.3, 0.3))
+    none_alone = none_alone[none_alone.group == "alive either way"]
+    assert told(none_alone) == ["not testable here"] * 4
+    assert told(saved((2.0, 2.0), (0.3, None))) == ["yes", "yes", "yes", "not testable here"]
+    one_seed_fails = saved((2.0, 2.0), (0.3, 0.3))
+    one_seed_fails.loc[one_seed_fails.seed == 1, "information"] -= 2.0
+    assert told(one_seed_fails)[0] == "no"
