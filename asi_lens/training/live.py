@@ -95,8 +95,9 @@ class Live:
                 figure.add_scatter(
                     x=[row[0] for row in shown],
                     y=[row[col] for row in shown],
-                    mode="lines",
+                    mode="lines+markers",
                     line={"color": _COLORS[i % len(_COLORS)], "width": 2},
+                    marker={"size": 4},  # a single row is a point, not a line
                     name=f"dictionary {i + 1}",
                     legendgroup=str(i),
                     showlegend=many and col == 1,
@@ -141,6 +142,10 @@ def _output() -> Publish:
         if handle is None:
             handle = display(bundle, raw=True, display_id=True)
         else:
+            # JupyterLab reuses the renderer of an output whose MIME type stays, and plotly's renderer draws
+            # its first figure only. So another type comes between two figures, as high as they are.
+            height = bundle[PLOTLY]["layout"]["height"]
+            handle.update({"text/html": f'<div style="height:{height}px"></div>'}, raw=True)
             handle.update(bundle, raw=True)
 
     return publish
