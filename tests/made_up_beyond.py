@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 from made_up_tables import row
 
-from asi_lens.results.beyond_rows import DoseRow, InputRow, StartRow
+from asi_lens.results.beyond_rows import DoseRow, InputRow, LifeRow, StartRow
 from asi_lens.results.rows import frame
 
 INPUTS = ("raw", "mean", "geometric median", "power 0.5", "power 0")
@@ -61,4 +61,66 @@ def doses(silent: Callable[[float, int, float], float], others: int = 3) -> pd.D
             share = times * silent(rank, round(64 * rank), head)
             rows.append(row("random", DoseRow, seed=seed, dead_fraction=share, **about))
             rows.append(row("random", DoseRow, seed=seed, split="train", dead_fraction=rank, **about))
+    return frame(rows)
+
+
+LIVES = {
+    "random": ("random", "adam"),
+    "random + sparse Adam": ("random", "sparse_adam"),
+    "ASI": ("asi", "adam"),
+    "ASI + sparse Adam": ("asi", "sparse_adam"),
+}
+
+
+def lives(
+    never: Callable[[str, int], float],
+    died: Callable[[str, int], float],
+    early: float = 0.75,
+    back: float = 0.1,
+    slope: float = 1.0,
+    seeds: int = 2,
+) -> pd.DataFrame:
+    """Features that never fire, and that fire and die, by method and seed; 1,000 tokens, a window of 200.
+
+    `early` is the share of the latter that fires last before token 400, `back` the share that comes back.
+    From the first tenth to the last, deaths rise by `slope` times their mean.
+    """
+    rows = []
+    for method, (init, optimizer) in LIVES.items():
+        for seed in range(seeds):
+            for tenth in (None, *range(1, 11)) if init == "random" else (None,):
+                times = 1 + slope * ((tenth or 5.5) - 5.5) / 9
+                lost, later = times * never(method, seed), times * died(method, seed)
+                for tokens in range(100, 1001, 100):
+                    gone = later * (early * min(1, tokens / 400) + (1 - early) * max(0, tokens - 400) / 400)
+                    about: dict[str, Any] = {"method": method, "init": init, "optimizer": optimizer}
+                    about |= {"seed": seed, "tenth": tenth, "tail_share": 0.1 * (tenth or 5)}
+                    fates: dict[str, Any] = dict.fromkeys(("dead", "died", "once_dead", "came_back"))
+                    if tokens >= 200:
+                        dead = lost + later * (tokens == 1000)
+                        fates = {
+                            "dead": dead,
+                            "died": dead - lost,
+                            "once_dead": dead + back,
+                            "came_back": back,
+                        }
+                    rows.append(
+                        LifeRow(
+                            model="m",
+                            corpus="news",
+                            site="attn_out",
+                            layer=3,
+                            d_sae=64,
+                            k=8,
+                            lr=1e-3,
+                            n_features=64 if tenth is None else 6,
+                            tokens=tokens,
+                            n_tokens=1000,
+                            dead_window_tokens=200,
+                            fires_later=max(0.0, 1 - lost - gone),
+                            never_fired=lost,
+                            **about,
+                            **fates,
+                        )
+                    )
     return frame(rows)

@@ -35,6 +35,8 @@ from asi_lens.sae.transcoder import Transcoder
 from asi_lens.sae.transcoder_init import initialize_transcoder
 from asi_lens.training.checkpoint import CHECKPOINT_FILE, held
 from asi_lens.training.config import TrainConfig
+from asi_lens.training.last_firings import FOLDER as FIRINGS
+from asi_lens.training.last_firings import LastFirings
 from asi_lens.training.learner import Learner
 from asi_lens.training.loop import train_together
 from asi_lens.training.metrics import METRICS_FILE, Metrics, read_metrics
@@ -102,6 +104,7 @@ def train_recipes(
     windows: Sequence[int] = (),
     log_every: int = 50,
     checkpoint_every: int | None = None,
+    keep_firings: bool = False,
     device: str | torch.device = "auto",
     progress: bool = True,
 ) -> list[TrainedRun]:
@@ -114,22 +117,29 @@ def train_recipes(
         recipes: recipes, or names in `recipes.RECIPES`; recipes of transcoders have a `reader`.
         train: options of training. The recipes replace `optimizer` and `aux_k`, and `seeds` replaces `seed`.
         windows, log_every, checkpoint_every: as in `train_together`.
+        keep_firings: keep each feature's last firing at every logged row (`experiments.lives`). Such runs of
+            dictionaries are trained apart from runs without it.
         device: device of training; "auto" is CUDA if it is available.
 
     Returns runs in order of seeds, then recipes. Raises CacheError for a run's folder that cannot be read,
     and the errors of initialization and training.
     """
     chosen = [find_recipe(recipe) for recipe in recipes]
+    fits = not keep_firings or isinstance(store, ActivationStore)
+    require(fits, "keep_firings", keep_firings, "False for paired stores")
     target = resolve_device(device)
     base = train or TrainConfig()
     # "auto" depends on the machine, so the resolved dtype is part of the run's key.
     dtype = resolve_dtype(base.compute_dtype, target)
     base = replace(base, compute_dtype=str(dtype).removeprefix("torch."))
     logging = {"windows": sorted({*windows, base.dead_window}), "log_every": log_every}
+    options = {**logging, "checkpoint_every": checkpoint_every, "progress": progress}
+    # Only in the key of runs that keep firings, so the keys of other runs stay.
+    keyed = {**logging, "keep_firings": True} if keep_firings else logging
     return train_seeds(
         seeds,
-        lambda seed: [_run(store, recipe, d_sae, k, seed, base, logging) for recipe in chosen],
-        lambda runs: _train(store, runs, {**logging, "checkpoint_every": checkpoint_every}, target, progress),
+        lambda seed: [_run(store, recipe, d_sae, k, seed, base, keyed) for recipe in chosen],
+        lambda runs: _train(store, runs, options, target, LastFirings() if keep_firings else None),
     )
 
 
@@ -228,7 +238,7 @@ def _train(
     runs: Sequence[TrainedRun],
     options: Mapping[str, Any],
     device: torch.device,
-    progress: bool,
+    kept: LastFirings | None,
 ) -> None:
     """Train the missing runs; dictionaries that read the same rows are trained together."""
     for r, power in dict.fromkeys((run.subspace, run.recipe.whiten) for run in runs):
@@ -239,17 +249,17 @@ def _train(
             rows = ShapedStore(store, power_gains(store.spectrum, power))
         train_missing(
             [run for run in runs if (run.subspace, run.recipe.whiten) == (r, power)],
-            [_SAE],
+            [_SAE, *([] if kept is None else [FIRINGS])],
             rows,
-            partial(_start, rows=rows, device=device),
+            partial(_start, rows=rows, device=device, kept=kept),
             partial(_save, rows=rows),
-            progress=progress,
+            on_log=kept,
             **options,
         )
 
 
 def _start(
-    run: TrainedRun, rows: ActivationStore | PairedStores, device: torch.device
+    run: TrainedRun, rows: ActivationStore | PairedStores, device: torch.device, kept: LastFirings | None
 ) -> tuple[Trainer, dict[str, Any]]:
     recipe, sae = run.recipe, _untrained(run, rows)
     l0 = recipe.sparsity.initial_l0 if sae.activation.has_threshold else None
@@ -268,7 +278,10 @@ def _start(
         # Drift is measured for all recipes, also for those without ASI. Inside the subspace it is constant.
         drift, search = Drift(rows.spectrum, min(run.d_active, rows.d)), recipe.search
     about = {"format": FORMAT, "recipe": asdict(recipe), "initialization": asdict(report)}
-    return Trainer(sae.to(device), run.train, recipe.sparsity, drift, search=search), about
+    trainer = Trainer(sae.to(device), run.train, recipe.sparsity, drift, search=search)
+    if kept is not None and drift is not None:
+        kept.begin(trainer, run.folder, {"inside": drift.shares(sae)[1]})
+    return trainer, about
 
 
 def _untrained(run: TrainedRun, rows: ActivationStore | PairedStores) -> SparseAutoencoder:

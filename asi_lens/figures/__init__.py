@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from asi_lens.figures.beyond import death_at_start, dose_response, inputs_and_starts, saved_features
+from asi_lens.figures.beyond import (
+    death_at_start,
+    dose_response,
+    inputs_and_starts,
+    lives,
+    saved_features,
+)
 from asi_lens.figures.collapse import (
     dimension_curves,
     downstream_loss,

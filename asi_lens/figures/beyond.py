@@ -5,14 +5,31 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
-from asi_lens.figures.parts import curve, panels
-from asi_lens.figures.style import GREY, METHOD_COLORS, color, label, marker, need, order, setting, sites
-from asi_lens.results.beyond_rows import DiagnosisRow, DoseRow, InputRow, SavedFeatureRow, StartRow
+from asi_lens.figures.parts import curve, in_lines, panels
+from asi_lens.figures.style import (
+    GREY,
+    METHOD_COLORS,
+    color,
+    label,
+    marker,
+    methods,
+    need,
+    order,
+    over,
+    setting,
+    sites,
+)
+from asi_lens.results.beyond_rows import DiagnosisRow, DoseRow, InputRow, LifeRow, SavedFeatureRow, StartRow
 
 _RANKS = {
     "effective_rank_fraction": "effective rank",
     "intrinsic_dimension_99": "directions for 99 %",
     "participation_ratio": "participation ratio",
+}
+_FATES = {
+    "never fired": ("never_fired", "#444444"),
+    "fired, then died": ("died", "#c0392b"),
+    "came back": ("came_back", "#56B4E9"),
 }
 _LOOKS = {"random": (METHOD_COLORS["random"], "circle"), "ASI": (METHOD_COLORS["ASI"], "diamond")}
 
@@ -194,4 +211,70 @@ def saved_features(table: pd.DataFrame) -> go.Figure:
     for col, title in ((1, "information (bits)"), (2, "loss without it (nats per firing)")):
         figure.update_xaxes(type="log", title_text="firings on held-out text", row=1, col=col)
         figure.update_yaxes(title_text=title, zeroline=True, row=1, col=col)
+    return figure
+
+
+def lives(table: pd.DataFrame) -> go.Figure:
+    """Draw when features die: survival by method and by where rows began, and fates at the end.
+
+    Takes `LifeRow`s. Survival is the share of features that fires after each row. It ends one window before
+    the end of the run, since rare features are not told from dead features in the last window. The middle
+    panel has the tenths of the first method with tenths, from blue (least in the tail) to red (most).
+    """
+    need(table, LifeRow)
+    shares = table.assign(later=100 * table.fires_later)
+    told = shares[shares.tokens <= shares.n_tokens - shares.dead_window_tokens]
+    whole, split = told[told.tenth.isna()], told[told.tenth.notna()]
+    first = split[split.method == split.method.iloc[0]] if len(split) else split
+    window = int(table.dead_window_tokens.max())
+    titles = [
+        "by start and optimizer",
+        "" if first.empty else f"{order(first, 'method')[0]}, in tenths (red: most tail)",
+    ]
+    figure = panels(
+        "When do features die?",
+        setting(table, what=" · ".join(filter(None, [f"dead: {window:,} tokens", over(table, "seed")]))),
+        [[*titles, "at the end"]],
+        shared_y=False,
+    )
+    for method, look in methods(whole).items():
+        own = whole[whole.method == method]
+        curve(figure, own, "tokens", "later", method, 1, 1, look=look, markers=False)
+    means = first.groupby(["tenth", "tokens"]).later.mean()
+    n = max(1.0, float(first.tenth.max())) if len(first) else 1.0
+    for tenth in means.index.unique("tenth"):
+        line, share = means[tenth], (tenth - 1) / max(1.0, n - 1)
+        tone = f"rgb({round(40 + 200 * share)},{round(120 - 60 * share)},{round(200 - 160 * share)})"
+        figure.add_scatter(
+            x=line.index,
+            y=line,
+            mode="lines",
+            name=f"tenth {tenth:g}",
+            showlegend=False,
+            line={"color": tone, "width": 1.8},
+            hovertemplate=f"tenth {tenth:g}<br>%{{x}}: %{{y:.2f}}<extra></extra>",
+            row=1,
+            col=2,
+        )
+    ends = table[table.tenth.isna() & (table.tokens == table.n_tokens)]
+    for name, (column, tone) in _FATES.items():
+        # A feature that never fired is dead: the two lower parts of a bar are the dead.
+        values = 100 * ends.groupby("method", sort=False)[column].mean()
+        figure.add_bar(
+            x=[in_lines(method, among=9) for method in values.index],
+            y=values,
+            name=name,
+            marker={"color": tone},
+            hovertemplate=f"{name}: %{{y:.2f}} %<extra></extra>",
+            row=1,
+            col=3,
+        )
+    figure.update_layout(barmode="stack")
+    room = max(1.0, 100 - told.later.min())
+    for col in (1, 2):
+        figure.update_xaxes(title_text="training tokens", tickformat="~s", row=1, col=col)
+        figure.update_yaxes(title_text="features that still fire later (%)", row=1, col=col)
+        figure.update_yaxes(range=[100 - 1.06 * room, 100 + 0.06 * room], row=1, col=col)
+    figure.update_xaxes(tickangle=0, row=1, col=3)
+    figure.update_yaxes(title_text="features (%)", rangemode="tozero", row=1, col=3)
     return figure

@@ -130,3 +130,48 @@ class SavedFeatureRow(Row):
     """Entropy of as many tokens drawn at random, less `entropy`, bits."""
     loss_increase: float | None
     """Next-token loss without the feature, nats per firing; None if it does not fire on the loss tokens."""
+
+
+@dataclass(frozen=True)
+class LifeRow(Row):
+    """Lives of the features of one run at one logged row (`16_when_features_die.csv`).
+
+    Shares are of the features of the row's group. Dead: without a firing in the last `dead_window_tokens`.
+    What depends on the window is None until it is full.
+    """
+
+    model: str
+    corpus: str
+    site: str
+    layer: int
+    method: str
+    init: str
+    """`random`, `asi`, ..."""
+    optimizer: str
+    d_sae: int
+    k: int
+    lr: float
+    seed: int
+    tenth: int | None
+    """1 (least) to 10 (most): features by the share of their encoder row in the tail before the first step;
+    None for all features."""
+    tail_share: float
+    """Mean share in the tail of the group's rows, before the first step."""
+    n_features: int
+    """Features of the group."""
+    tokens: int
+    """Training tokens up to this row."""
+    n_tokens: int
+    """Training tokens of the whole run."""
+    dead_window_tokens: int
+    fires_later: float
+    """Share that fires after this row; up to the last window of the run this is the survival curve."""
+    never_fired: float
+    """Share without a firing so far."""
+    dead: float | None
+    died: float | None
+    """Share that is dead and fired before."""
+    once_dead: float | None
+    """Share that is dead, or was dead at an earlier logged row."""
+    came_back: float | None
+    """Share that was dead at an earlier logged row and is not dead."""

@@ -195,3 +195,69 @@ def _not_below(question: str, values: pd.Series, unit: str) -> AnswerRow:
 def _told_means(found: pd.DataFrame, unit: str) -> str:
     means = ", ".join(f"{row['mean']:.3g} ± {row['error']:.2g}" for _, row in found.iterrows())
     return f"{means} {unit} (mean ± standard error by seed; {int(found.n.sum())} features)"
+
+
+def when_features_die(table: pd.DataFrame) -> list[AnswerRow]:
+    """Answer when and how features die, for each method; then what where they began and sparse Adam do.
+
+    Takes `LifeRow`s. A statement about shares is "yes" if it is true in every seed. It is not testable if in
+    some seed nothing died (for features that come back: if none was dead at a logged row). At the end of
+    training: most of the dead never fired; of those that fired and died, more fired last in the first half of
+    the tokens before the last window than in the second; most that were dead at a logged row are alive.
+    Where a row began decides if the whole 95 % interval of Spearman's correlation between tenths of the tail
+    and the dead share (means over seeds) is above zero. Sparse Adam helps if fewer are dead in every seed.
+    """
+    keys = ["method", "init", "optimizer", "seed", "tenth", "tokens", "n_tokens", "dead_window_tokens"]
+    shares = ["fires_later", "never_fired", "dead", "died", "once_dead", "came_back"]
+    table = taken(table, keys, shares)
+    every, ends = table[table.tenth.isna()], table[table.tokens == table.n_tokens]
+    out = []
+    for method, rows in every.groupby("method", sort=False):
+        last = rows[rows.tokens == rows.n_tokens].set_index("seed")
+        early = pd.Series({seed: _early(own) for seed, own in rows.groupby("seed")})
+        out += [
+            _most(f"{method}: most dead features never fired", last.never_fired, last.dead),
+            _most(f"{method}: most that fire and die do so early", early, last.died),
+            _most(f"{method}: most features once dead come back", last.came_back, last.once_dead),
+        ]
+    for method, rows in ends[ends.tenth.notna()].groupby("method", sort=False):
+        dead = rows.groupby("tenth").dead.mean()
+        question = f"{method}: rows that begin in the tail of the spectrum die more often"
+        out.append(_predicts(question, dead.index.to_series(), dead, 1))
+    whole = ends[ends.tenth.isna()]
+    for start, rows in whole.groupby("init", sort=False):
+        dead = rows.pivot_table(index="seed", columns="optimizer", values="dead", dropna=False)
+        question = f"{start} start: sparse Adam leaves fewer dead features than Adam"
+        if not {"adam", "sparse_adam"} <= set(dead) or dead.isna().any(axis=None):
+            out.append(AnswerRow(question, "not testable here", "an optimizer or a number is missing"))
+            continue
+        if not dead.adam.any():
+            out.append(AnswerRow(question, "not testable here", "nothing is dead under Adam"))
+            continue
+        good = dead.sparse_adam < dead.adam
+        told = f"{100 * dead.sparse_adam.mean():.2f} against {100 * dead.adam.mean():.2f} % dead"
+        told += f"; {int(good.sum())} of {len(good)} seeds"
+        out.append(AnswerRow(question, "yes" if good.all() else "no", told))
+    return out
+
+
+def _early(rows: pd.DataFrame) -> float:
+    """Return the share of features that fired, and fired last in the first half of the tokens before the last
+    window. NaN if no row was logged in that half.
+    """
+    rows = rows.sort_values("tokens")
+    last = rows.iloc[-1]
+    half = rows[rows.tokens <= (last.n_tokens - last.dead_window_tokens) / 2]
+    return math.nan if half.empty else 1 - half.iloc[-1].fires_later - last.never_fired
+
+
+def _most(question: str, part: pd.Series, whole: pd.Series) -> AnswerRow:
+    """Answer whether `part` is more than half of `whole` in every seed."""
+    part = part.reindex(whole.index)
+    if whole.empty or part.isna().any() or not (whole > 0).all():
+        return AnswerRow(question, "not testable here", "some seed has no such dead feature")
+    good = part > whole / 2
+    told = f"{100 * part.mean():.2f} of {100 * whole.mean():.2f} % of the features"
+    return AnswerRow(
+        question, "yes" if good.all() else "no", f"{told}; {int(good.sum())} of {len(good)} seeds"
+    )

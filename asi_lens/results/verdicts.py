@@ -13,6 +13,7 @@ from asi_lens.results.beyond_verdicts import (
     do_saved_features_mean_something,
     dose_and_response,
     starts_against_asi,
+    when_features_die,
 )
 from asi_lens.results.dictionary_verdicts import (
     RANKS,

@@ -141,7 +141,7 @@ def test_a_run_that_was_stopped_goes_on(
             if output.step >= 4:
                 raise KeyboardInterrupt
 
-        train_together(trainers, *args, **kwargs, on_log=count)
+        train_together(trainers, *args, **{**kwargs, "on_log": count})
 
     with monkeypatch.context() as patch:
         patch.setattr(runs, "train_together", stop)

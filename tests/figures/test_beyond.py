@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
-from made_up_beyond import doses, inputs, starts
+from made_up_beyond import LIVES, doses, inputs, lives, starts
 
 from asi_lens.base.errors import DataError
 from asi_lens.figures import beyond
@@ -15,6 +15,7 @@ from asi_lens.figures import beyond
 BUILDERS: list[tuple[Callable[[pd.DataFrame], go.Figure], Callable[[], pd.DataFrame]]] = [
     (beyond.death_at_start, lambda: starts(lambda name, gamma, rank: gamma / 3)),
     (beyond.dose_response, lambda: doses(lambda rank, dimension, head: 1 - rank)),
+    (beyond.lives, lambda: lives(lambda *_: 0.1, lambda *_: 0.2)),
     (beyond.inputs_and_starts, lambda: inputs(lambda name, start, rank: 0.1 + 0.1 * (start == "ASI"))),
 ]
 
@@ -56,3 +57,27 @@ def test_changed_spectra_stand_at_each_measure_of_their_rank() -> None:
     assert list(joined[0].y) == pytest.approx([50 * (1 - x) for x in joined[0].x])
     assert max(joined[2].x) == pytest.approx(64 / 64), "participation ratio over the width"
     assert {t.name for t in figure.data if t.showlegend} >= {"last half lifted", "other sites, as they are"}
+
+
+def test_survival_ends_a_window_before_the_end_and_fates_add_up() -> None:
+    table = lives(lambda method, seed: 0.1 if "random" in method else 0.02, lambda *_: 0.2, back=0.05)
+    figure = beyond.lives(table)
+    by_method = [t for t in figure.data if t.xaxis == "x" and t.type == "scatter" and t.name]
+    assert {t.name for t in by_method} == set(LIVES)
+    for line in by_method:
+        assert list(line.x) == list(range(100, 801, 100))
+        assert line.y[-1] == pytest.approx(70 if "random" in line.name else 78), "100 % without all deaths"
+    tenths = [t for t in figure.data if t.xaxis == "x2"]
+    assert [t.name for t in tenths] == [f"tenth {i}" for i in range(1, 11)]
+    assert [t.y[-1] for t in tenths] == sorted((t.y[-1] for t in tenths), reverse=True)
+    assert tenths[0].line.color != tenths[-1].line.color
+    bars = {t.name: list(t.y) for t in figure.data if t.type == "bar"}
+    assert bars["never fired"] == pytest.approx([10, 10, 2, 2])
+    assert bars["fired, then died"] == pytest.approx([20] * 4)
+    assert bars["came back"] == pytest.approx([5] * 4)
+
+
+def test_lives_without_tenths_leave_the_middle_empty() -> None:
+    table = lives(lambda *_: 0.1, lambda *_: 0.2)
+    figure = beyond.lives(table[table.tenth.isna()])
+    assert not [t for t in figure.data if t.xaxis == "x2"]

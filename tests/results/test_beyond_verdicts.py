@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pandas as pd
-from made_up_beyond import doses, inputs, starts
+from made_up_beyond import LIVES, doses, inputs, lives, starts
 from made_up_claims import ASI, RANDOM, changed, runs
 
 from asi_lens.results.beyond_verdicts import (
@@ -13,6 +13,7 @@ from asi_lens.results.beyond_verdicts import (
     do_saved_features_mean_something,
     dose_and_response,
     starts_against_asi,
+    when_features_die,
 )
 
 
@@ -134,3 +135,42 @@ def test_saved_features() -> None:
     one_seed_fails = saved((2.0, 2.0), (0.3, 0.3))
     one_seed_fails.loc[one_seed_fails.seed == 1, "information"] -= 2.0
     assert told(one_seed_fails)[0] == "no"
+
+
+def lived(table: pd.DataFrame) -> list[str]:
+    """Never fired, early and back for each method; the tail for random starts; sparse Adam for each start."""
+    return [one.answer for one in when_features_die(table)]
+
+
+def test_features_that_never_fire_and_features_that_die() -> None:
+    unborn = lives(lambda *_: 0.3, lambda *_: 0.1, early=0.75, back=0.05)
+    assert lived(unborn) == ["yes", "yes", "no"] * 4 + ["yes", "yes", "no", "no"]
+    late = lives(lambda *_: 0.1, lambda *_: 0.3, early=0.25, back=0.5, slope=-1.0)
+    assert lived(late) == ["no", "no", "yes"] * 4 + ["no", "no", "no", "no"]
+    numbers = when_features_die(unborn)[0].numbers
+    assert numbers == "30.00 of 40.00 % of the features; 2 of 2 seeds"
+
+
+def test_a_seed_that_disagrees_is_a_no() -> None:
+    half = lives(lambda method, seed: 0.3 if seed else 0.05, lambda *_: 0.1, early=0.75, back=0.05)
+    assert lived(half)[:3] == ["no", "yes", "no"]
+    assert when_features_die(half)[0].numbers.endswith("1 of 2 seeds")
+
+
+def test_sparse_adam_helps_in_every_seed_or_does_not() -> None:
+    helps = lives(lambda method, seed: 0.1 if "sparse" in method else 0.3, lambda *_: 0.1)
+    assert lived(helps)[-2:] == ["yes", "yes"]
+    once = lives(lambda method, seed: 0.1 if "sparse" in method and seed else 0.3, lambda *_: 0.1)
+    assert lived(once)[-2:] == ["no", "no"]
+    assert lived(helps[helps.method != "ASI"])[-2:] == ["yes", "not testable here"]
+
+
+def test_nothing_died_or_the_window_was_never_full() -> None:
+    alive = lives(lambda *_: 0.0, lambda *_: 0.0, back=0.1)
+    assert lived(alive) == ["not testable here", "not testable here", "yes"] * 4 + ["not testable here"] * 4
+    full = lives(lambda *_: 0.2, lambda *_: 0.1)
+    short = full[full.tokens == 100].assign(n_tokens=100)
+    assert lived(short) == ["not testable here"] * 16
+    assert lived(full[full.tenth.isna()])[12:] == ["no", "no"], "without tenths nothing is said of the tail"
+    assert len(lived(full[full.method == "ASI"])) == 4
+    assert set(LIVES) == set(full.method)
