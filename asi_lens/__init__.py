@@ -29,6 +29,7 @@ _PUBLIC: dict[str, str] = {
         "collapse.output_projection": ("counterfactual_ranks", "head_overlap"),
         "collapse.interventions": ("cross_entropy", "edited_cross_entropy", "truncation_sweep"),
         "training.config": ("TrainConfig",),
+        "training.live": ("live",),
         "sae.dictionary": ("SAEConfig", "SparseAutoencoder"),
         "sae.initialize": ("initialize",),
         "sae.sparsity": ("SparsityConfig",),

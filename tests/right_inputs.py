@@ -251,6 +251,7 @@ DOORS: dict[str, Callable[[World], Made]] = {
         key: _is(one.default) for key, one in al.TrainConfig.__dataclass_fields__.items()
     }),
     "TrainConfig.from_dict": _of(_is(al.TrainConfig), "from_dict", values=_is({"lr": 1e-3})),
+    "live": _al("live", every_s=_is(1.0)),
     "SAEConfig": _al(
         "SAEConfig", d_in=_is(D_IN), d_sae=_is(32), k=_is(4), activation=_is("topk"), seed=_is(0), metadata=_is({}),
         d_out=_is(None),

@@ -72,6 +72,7 @@ TESTED_ELSEWHERE = {
     "lorsa.contexts": "experiments/test_lorsa_runs.py",
     "lorsa.data": "lorsa/test_train.py",
     "lorsa.heads": "lorsa/test_lorsa.py",
+    "results.numbers": "results/test_judging.py",
     "reproduce.kernel": "reproduce/test_execute.py",
     "reproduce.staleness": "reproduce/test_main.py",
     "sae.finite": "sae/test_train.py",

@@ -79,8 +79,8 @@ WRONG: dict[str, Callable[[], Any]] = {
 """Names of wrong values, and functions that make them."""
 RESULTS = (al.Split, al.Verification)
 """Classes that functions return and no user makes."""
-NOT_RIGHT = ("fetch", ".place", ".hooks")
-"""Doors that would download, or need a dictionary that says its place."""
+NOT_RIGHT = ("fetch", ".place", ".hooks", "live")
+"""Doors that would download, need a dictionary that says its place, or a notebook."""
 FUNCTIONS = ("moments", "on_log", "read", "share")
 """Parameters that are functions."""
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from asi_lens.activations.moments import Moments
 from asi_lens.base.errors import CacheError, DataError
+from asi_lens.base.facts import facts_html
 from asi_lens.base.files import sha256_of, write_text
 from asi_lens.base.safetensors_io import read_tensors, save_tensors
 
@@ -173,6 +174,19 @@ def describe(origin: Mapping[str, Any]) -> str:
     """Describe rows in words: site, layer, model and corpus."""
     words = {key: origin.get(key, "?") for key in ("site", "layer", "model", "corpus")}
     return "{site} of layer {layer} of {model} on {corpus}".format(**words)
+
+
+def html(n: int, d: int, dtype: torch.dtype, folder: Path | None, origin: Mapping[str, Any]) -> str:
+    """Return a table of a store's facts for a notebook."""
+    facts = {
+        **{key: origin.get(key) for key in ("model", "corpus", "site", "layer", "context")},
+        "rows x width": f"{n:,} x {d:,}",
+        "dtype": str(dtype).removeprefix("torch."),
+        "size": f"{n * d * dtype.itemsize / 2**20:,.1f} MiB",
+        "massive rows left out": origin.get("left_out") or None,
+        "folder": folder or "in memory",
+    }
+    return facts_html("ActivationStore", facts)
 
 
 def differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> str:

@@ -26,6 +26,7 @@ from asi_lens.activations.precision import (
 )
 from asi_lens.base.doors import checked
 from asi_lens.base.errors import DataError, require
+from asi_lens.base.facts import facts_html
 
 # With fewer rows per dimension the measured rank is visibly below its limit.
 ROWS_PER_DIMENSION = 20
@@ -193,6 +194,22 @@ class Spectrum:
             f"Spectrum({self.name or 'unnamed'}: n={self.n:,}{without}, d={self.d}, "
             f"effective_rank={self.effective_rank:.1f} ({self.effective_rank_fraction:.3f} of d))"
         )
+
+    def _repr_html_(self) -> str:
+        few = f"fewer than {ROWS_PER_DIMENSION} rows per dimension: the effective rank is biased downwards"
+        share = self.intrinsic_dimension(0.99)
+        facts = {
+            "rows n": self.n,
+            "width d": self.d,
+            "effective rank": f"{self.effective_rank:.1f} ({self.effective_rank_fraction:.3f} of d)",
+            "directions for 99 % of the variance": f"{share:,} ({share / self.d:.3f} of d)",
+            "participation ratio": self.participation_ratio,
+            "stable rank": self.stable_rank,
+            "massive rows left out": self.left_out or None,
+            "effective rank / d with them": self.rank_with_massive,
+            "warning": few if self.is_few else None,
+        }
+        return facts_html(f"Spectrum of {self.name or 'rows'}", facts)
 
 
 def warn_if_few(spectra: Iterable[Spectrum]) -> None:

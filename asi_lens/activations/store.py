@@ -198,6 +198,9 @@ class ActivationStore:
         where = self.folder or "memory"
         return f"ActivationStore({what}: {self.n:,} x {self.d} {str(self.dtype)[6:]}, in {where})"
 
+    def _repr_html_(self) -> str:
+        return shards.html(self.n, self.d, self.dtype, self.folder, self.metadata)
+
     def verify(self) -> None:
         """Compare every file with its checksum. Raises CacheError naming the first file that differs."""
         if self.folder is not None:
@@ -300,8 +303,7 @@ class ActivationStore:
             ahead: Future[ReadRows] | None = None
             for index in self._order(batch_size, seed, start, n_tokens):
                 if share is not None:
-                    first, last = share(len(index))
-                    index = index[first:last]
+                    index = index[slice(*share(len(index)))]
                 now, ahead = ahead, reader.submit(self._read_for, index, device)
                 if now is not None:
                     yield self._placed(_moved(now.result(), device), dtype)

@@ -24,6 +24,7 @@ from asi_lens.activations.moments_consumer import MomentsConsumer, moments_in
 from asi_lens.activations.spectrum import Spectrum, warn_if_few
 from asi_lens.base.doors import checked
 from asi_lens.base.errors import CacheError, require
+from asi_lens.base.facts import facts_html
 from asi_lens.base.files import cache_key, file_name, locked
 from asi_lens.base.paths import cache_dir, cached
 from asi_lens.base.safetensors_io import read_tensors, save_tensors
@@ -35,6 +36,7 @@ _FORMAT = "2"
 _KIND = "moments"
 _ABOUT = {"asi_lens_moments": _FORMAT}
 _NOISE = "noise"
+_SHOWN = 8  # sites of a table in a notebook
 # Seconds between two saved states of a running pass.
 _SAVE_EVERY = 300.0
 
@@ -98,6 +100,33 @@ class Spectra(Mapping[SiteLayer, Spectrum]):
     def __repr__(self) -> str:
         sites = sorted({site for site, _ in self})
         return f"Spectra({self.model.name} on {self.corpus}: {len(self)} spectra of {', '.join(sites)})"
+
+    def _repr_html_(self) -> str:
+        sites = list(dict.fromkeys(site for site, _ in self))
+        few = sum(spectrum.is_few for spectrum in self.values())
+        facts: dict[str, object] = {
+            "spectra": len(self),
+            "rows n": _from_to([spectrum.n for spectrum in self.values()], ",") if self else None,
+            **{site: self._told(site) for site in sites[:_SHOWN]},
+            "more sites": len(sites) - _SHOWN if len(sites) > _SHOWN else None,
+            "warning": f"few rows in {few} of {len(self)}: ranks are biased downwards" if few else None,
+        }
+        return facts_html(f"Spectra of {self.model.name} on {self.corpus}", facts)
+
+    def _told(self, site: str) -> str:
+        """Return the layers of a site, and the ranges of its ranks over them, in words."""
+        found = {layer: spectrum for (name, layer), spectrum in self.items() if name == site}
+        ranks = [spectrum.effective_rank_fraction for spectrum in found.values()]
+        dimensions = [spectrum.intrinsic_dimension(0.99) / spectrum.d for spectrum in found.values()]
+        return (
+            f"{len(found)} layers ({_from_to(found, '')}): effective rank / d {_from_to(ranks, '.3f')}, "
+            f"directions for 99 % / d {_from_to(dimensions, '.3f')}"
+        )
+
+
+def _from_to(values: Iterable[int] | Iterable[float], form: str) -> str:
+    ends = dict.fromkeys(format(end(values), form) for end in (min, max))
+    return " to ".join(ends)
 
 
 @checked

@@ -144,9 +144,7 @@ def train_recipes(
 
 
 def train_seeds(
-    seeds: Sequence[int],
-    runs_of: Callable[[int], list[AnyRun]],
-    train: Callable[[list[AnyRun]], None],
+    seeds: Sequence[int], runs_of: Callable[[int], list[AnyRun]], train: Callable[[list[AnyRun]], None]
 ) -> list[AnyRun]:
     """Return the runs of all seeds, in order. Runs of a seed are trained while their folders are locked.
 
@@ -217,16 +215,9 @@ def _run(
             del options[name]
     if options.pop("reader") is not None:
         options["init"] = f"{recipe.init}, reads {recipe.reader}"
-    key = cache_key(
-        format=FORMAT,
-        store=store.fingerprint,
-        d_sae=d_sae,
-        k=k,
-        recipe=options,
-        train=train.as_dict(),
-        sample=_SAMPLE,
-        **logging,
-    )
+    sizes = {"d_sae": d_sae, "k": k, "sample": _SAMPLE, **logging}
+    about = {"store": store.fingerprint, "recipe": options, "train": train.as_dict()}
+    key = cache_key(format=FORMAT, **about, **sizes)
     known = [store.metadata[name] for name in ("model", "site", "layer") if name in store.metadata]
     folder = run_folder([*known, d_sae, recipe.init], key)
     assert not isinstance(d_init, str)  # "auto" is the only string that `initialize` takes
@@ -292,15 +283,13 @@ def _untrained(run: TrainedRun, rows: ActivationStore | PairedStores) -> SparseA
 
 def _save(run: TrainedRun, trainer: Trainer, rows: ActivationStore | PairedStores) -> dict[str, Any]:
     """Write the trained dictionary to the run's folder, at full width."""
-    if run.recipe.whiten is not None:
-        assert isinstance(rows, ShapedStore)
-        expand(trainer.sae, rows.matrix, rows.center, rows.inverse).save(run.folder / _SAE)
-        return {}
-    if not isinstance(rows, SubspaceStore):
-        trainer.sae.save(run.folder / _SAE)
-        return {}
-    expand(trainer.sae, rows.basis, rows.center).save(run.folder / _SAE)
-    return {"discarded": rows.discarded}
+    sae, about = trainer.sae, {}
+    if isinstance(rows, ShapedStore):
+        sae = expand(sae, rows.matrix, rows.center, rows.inverse)
+    elif isinstance(rows, SubspaceStore):
+        sae, about = expand(sae, rows.basis, rows.center), {"discarded": rows.discarded}
+    sae.save(run.folder / _SAE)
+    return about
 
 
 def run_folder(words: Iterable[object], key: str) -> Path:

@@ -119,7 +119,7 @@ def rank_heatmap(table: pd.DataFrame) -> go.Figure:
     means = table.groupby(["site", "model", "corpus"]).effective_rank_fraction.mean()
     for col, site in enumerate(shown, start=1):
         cells = means[site].unstack().reindex(index=models, columns=corpora)
-        heatmap(figure, cells, col, gap=2, hover="%{y} on %{x}")
+        heatmap(figure, cells, col, gap=2, what="%{y} on %{x}")
     scale = color_scale("effective<br>rank / width", means.min(), means.max())
     figure.update_layout(coloraxis=scale, margin_r=110)
     figure.update_xaxes(showgrid=False, ticks="", showline=False, tickangle=-38)

@@ -102,7 +102,7 @@ def head_overlap(table: pd.DataFrame, layers: Sequence[int] | None = None) -> go
     means = mirrored.groupby(["layer", "head_a", "head_b"]).mean_cosine.mean()
     for col, layer in enumerate(shown, start=1):
         cells = means[layer].unstack().reindex(index=heads, columns=heads)
-        heatmap(figure, cells, col, gap=1, hover="heads %{x} and %{y}", numbers=len(heads) <= 4)
+        heatmap(figure, cells, col, gap=1, what="heads %{x} and %{y}", numbers=len(heads) <= 4)
     plain = {"showgrid": False, "type": "category", "ticks": "", "showline": False}
     figure.update_xaxes(title_text="head", **plain)
     figure.update_yaxes(autorange="reversed", **plain)

@@ -11,6 +11,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from asi_lens.figures.hover import hover
 from asi_lens.figures.style import GREY, TEMPLATE, color, label, marker, sites
 
 _RIGHT, _LEVEL_MARGIN = 24, 92
@@ -111,6 +112,7 @@ def curve(
             **where,
         )
     told = {trace.name for trace in figure.data if trace.showlegend}
+    text = hover(part, x, label(site))
     figure.add_scatter(
         x=stats[x],
         y=stats["mean"],
@@ -121,7 +123,8 @@ def curve(
         line={"color": tone, "dash": dash, "width": 2.2},
         marker={"symbol": symbol, "size": 7, "color": tone},
         error_y=_range(stats) if spread and len(stats) == 1 else None,
-        hovertemplate=f"{label(site)}<br>%{{x}}: %{{y:.3f}}<extra></extra>",
+        customdata=text.customdata,
+        hovertemplate=text.template,
         **where,
     )
 
@@ -140,9 +143,9 @@ def legend_only(figure: go.Figure, name: str, **mark: Any) -> None:
 
 
 def heatmap(
-    figure: go.Figure, cells: pd.DataFrame, col: int, *, gap: int, hover: str, numbers: bool = True
+    figure: go.Figure, cells: pd.DataFrame, col: int, *, gap: int, what: str, numbers: bool = True
 ) -> None:
-    """Add a grid of colored cells to a panel of the first row; `hover` describes a cell, %{z:.3f} follows."""
+    """Add a grid of colored cells to a panel of the first row; `what` describes a cell, %{z:.3f} follows."""
     figure.add_heatmap(
         z=cells.to_numpy(),
         x=[str(name) for name in cells.columns],
@@ -152,7 +155,7 @@ def heatmap(
         xgap=gap,
         ygap=gap,
         hoverongaps=False,
-        hovertemplate=f"{hover}: %{{z:.3f}}<extra></extra>",
+        hovertemplate=f"{what}: %{{z:.3f}}<extra></extra>",
         row=1,
         col=col,
     )
@@ -223,8 +226,9 @@ def strips(
         mean = float(rows[y].mean())
         bar(figure, x, mean, f"{mean:.3g}", look[0], row=row, col=col, legendgroup=method)
         legend = {"name": method, "legendgroup": method, "showlegend": method not in told}
-        hover = f"{method}, seed %{{customdata}}: %{{y:.3f}}<extra></extra>"
-        more = {**legend, "customdata": rows.seed, "hovertemplate": hover, "row": row, "col": col}
+        text = hover(rows.assign(dot=range(len(rows))), "dot", method, x="")
+        told_by = {"customdata": text.customdata, "hovertemplate": text.template}
+        more = {**legend, **told_by, "row": row, "col": col}
         seed_dots(figure, rows, y, x, look, 9, 0.3, **more)
     figure.update_xaxes(
         tickvals=list(range(len(looks))),

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from asi_lens.base.doors import checked
 from asi_lens.base.errors import CacheError, DataError, OptionError, require
+from asi_lens.base.facts import facts_html
 from asi_lens.base.files import cache_key, file_name, locked
 from asi_lens.base.paths import cached
 from asi_lens.base.safetensors_io import read_tensors, save_tensors
@@ -90,6 +91,18 @@ class Tokens:
         if not isinstance(rows, slice):
             raise OptionError(f"tokens[{rows!r}]: take sequences by a slice, tokens[:8], or use tokens.ids")
         return Tokens(self.ids[rows], self.corpus, self.tokenizer, self.context, "", self.bos, self.content)
+
+    def _repr_html_(self) -> str:
+        facts = {
+            "sequences x context": f"{len(self):,} x {self.context:,}",
+            "tokens": self.n_tokens,
+            "position 0": "the beginning-of-sequence token" if self.bos else "text",
+            "different tokens": len(self.ids.unique()),
+            "first ids": ", ".join(map(str, self.ids[:1].flatten()[:12].tolist())) or None,
+            "tokenizer": self.tokenizer,
+            "fingerprint": self.fingerprint,
+        }
+        return facts_html(f"Tokens of {self.corpus}", facts)
 
     def batches(self, batch_size: int) -> Iterator[Int[Tensor, "batch position"]]:
         """Yield the ids in order, `batch_size` sequences at a time; the last batch may be smaller."""

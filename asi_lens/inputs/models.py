@@ -25,6 +25,7 @@ from asi_lens.base.errors import (
     require,
     unknown_name,
 )
+from asi_lens.base.facts import facts_html
 from asi_lens.base.files import existing, plain_name
 from asi_lens.inputs import gguf, twin, verify
 from asi_lens.inputs.fingerprint import model_fingerprint
@@ -97,6 +98,23 @@ class ModelInfo:
     causal: bool
     """True for left-to-right language models (measured: later tokens do not change earlier outputs); False
     for encoders, which do not predict the next token."""
+
+    def _repr_html_(self) -> str:
+        heads = f"{self.n_heads} of width {self.d_head}"
+        facts = {
+            "architecture": self.architecture,
+            "layers": self.n_layers,
+            "width d_model": self.d_model,
+            "heads": heads if self.n_kv_heads == self.n_heads else f"{heads}, {self.n_kv_heads} for keys",
+            "vocabulary": self.d_vocab,
+            "longest context": self.n_ctx,
+            "dtype": self.dtype,
+            "weights": self.weights,
+            "attention output": "normalized before it is added" if self.normalizes_attn_out else None,
+            "predicts": "the next token" if self.causal else "not the next token (an encoder)",
+            "fingerprint": self.fingerprint or None,
+        }
+        return facts_html(f"Model {self.name}", facts)
 
     @property
     def label(self) -> str:

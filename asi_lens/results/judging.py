@@ -17,7 +17,9 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from asi_lens.base.errors import DataError, OptionError, require, require_known
+from asi_lens.base.errors import DataError, require, require_known
+from asi_lens.base.facts import facts_html
+from asi_lens.results.numbers import Number
 from asi_lens.results.rows import LOSSES
 
 Values: TypeAlias = pd.Series | np.ndarray | Sequence[float | int]
@@ -29,58 +31,6 @@ OUTCOMES: tuple[str, ...] = typing.get_args(Outcome)
 """All possible outcomes of a claim."""
 MOST_NUMBERS = 4
 """Largest number of `Number`s in a verdict."""
-
-
-@dataclass(frozen=True)
-class Number:
-    """One measured number of a verdict, with its spread.
-
-    Raises OptionError for a number that is not finite, for only one of `low` and `high`, and for `low` above
-    `high`.
-    """
-
-    name: str
-    """Name of the measured quantity, such as `attn_out` or `random, silent held out`."""
-    value: float
-    low: float | None = None
-    """Lower end of the spread; None if there is only one value."""
-    high: float | None = None
-    """Upper end of the spread."""
-    percent: bool = False
-    """Whether `value`, a share of 1, is shown in percent."""
-
-    def __post_init__(self) -> None:
-        for key in ("value", "low", "high"):
-            given = getattr(self, key)
-            require(given is None or math.isfinite(given), f"{self.name}: {key}", given, "finite")
-        ends = (self.low, self.high)
-        half = (self.low is None) != (self.high is None)
-        if half or (self.low is not None and self.high is not None and self.low > self.high):
-            raise OptionError(f"{self.name}: low and high={ends!r} are not allowed; give both, low first")
-
-    @property
-    def text(self) -> str:
-        """Return the number and its spread: `34.6 % (33.9 to 35.2 %)`, or `0.51` (3 significant digits)."""
-        return f"{self.middle} ({self.range})" if self.range else self.middle
-
-    @property
-    def middle(self) -> str:
-        """Return the number without its spread: `34.6 %`."""
-        return self._told()[0] + self._unit
-
-    @property
-    def range(self) -> str:
-        """Return only the spread: `33.9 to 35.2 %`; "" if there is no spread."""
-        told = self._told()
-        return f"{told[1]} to {told[2]}{self._unit}" if len(told) == 3 else ""
-
-    @property
-    def _unit(self) -> str:
-        return " %" if self.percent else ""
-
-    def _told(self) -> list[str]:
-        values = [value for value in (self.value, self.low, self.high) if value is not None]
-        return [_fixed(100 * value, 1) for value in values] if self.percent else _significant(values)
 
 
 @dataclass(frozen=True)
@@ -115,6 +65,17 @@ class Verdict:
         if self.holds == "partly":
             return "partly supported"
         return "supported" if self.holds else "not supported"
+
+    def _repr_html_(self) -> str:
+        facts = {
+            "claim": self.statement,
+            "paper": self.paper_value,
+            **{number.name: number.text for number in self.numbers},
+            "spread over": self.over,
+            "holds": "not decided" if self.holds is None else self.holds,
+            "measured with": self.budget or None,
+        }
+        return facts_html(f"Verdict on {self.claim}", facts)
 
 
 def require_claim(claim: str) -> None:
@@ -330,19 +291,3 @@ def _spearman(x: Float[np.ndarray, "rows n"], y: Float[np.ndarray, "rows n"]) ->
     a, b = (part - part.mean(1, keepdims=True) for part in ranks)
     norms = np.sqrt((a**2).sum(1) * (b**2).sum(1))
     return np.divide((a * b).sum(1), norms, out=np.full(len(norms), np.nan), where=norms > 0)
-
-
-def _significant(values: Sequence[float]) -> list[str]:
-    """Return all values as text with the same decimals: enough for 3 significant digits of the largest.
-
-    Decimals that are 0 in all values are left out.
-    """
-    largest = max(abs(value) for value in values)
-    decimals = max(0, 2 - math.floor(math.log10(largest))) if largest else 0
-    while decimals and all(_fixed(value, decimals).endswith("0") for value in values):
-        decimals -= 1
-    return [_fixed(value, decimals) for value in values]
-
-
-def _fixed(value: float, decimals: int) -> str:
-    return f"{round(value, decimals) + 0.0:,.{decimals}f}"  # + 0.0: no minus before a zero

@@ -21,6 +21,7 @@ from asi_lens.activations.pairs import PairedStores
 from asi_lens.activations.precision import exact_products
 from asi_lens.base.doors import checked
 from asi_lens.base.errors import DataError, OptionError, require, require_both
+from asi_lens.base.facts import facts_html
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.kernels.codes import SparseCode
 from asi_lens.sae.dictionary import SparseAutoencoder
@@ -88,6 +89,27 @@ class Evaluation:
     """Share of features that fired on none of the `n_tokens`."""
     losses: SpliceLosses | None = None
     """Losses of the language model; None without a model."""
+
+    def _repr_html_(self) -> str:
+        facts: dict[str, object] = {
+            "rows": self.n_tokens,
+            "FVU": self.fvu,
+            "l0": self.l0,
+            "silent features": f"{100 * self.dead_fraction:.2f} %",
+        }
+        if (losses := self.losses) is not None:
+            error = losses.cross_entropy_delta_error
+            give = "" if error is None else f" ± {error:.2g} (standard error)"
+            facts |= {
+                "loss of the model (nats / token)": losses.cross_entropy_clean,
+                "with the reconstruction": losses.cross_entropy,
+                "difference": f"{losses.cross_entropy_delta:.4g}{give}",
+                "with the site at its mean": losses.cross_entropy_mean_ablated,
+                "loss recovered": losses.loss_recovered,
+                "KL": losses.kl,
+                "predicted tokens": losses.n_predictions,
+            }
+        return facts_html("Evaluation", facts)
 
 
 @checked

@@ -167,7 +167,7 @@ def test_the_ends_of_curves_have_a_dot_per_seed_and_a_bar_at_the_mean() -> None:
     for panel, dots, mean, number in ((3, [40, 41, 42], 41, "41"), (4, [0.1, 0.11, 0.12], 0.11, "0.11")):
         bar, seeds = traces(figure, "random", panel)
         np.testing.assert_allclose(seeds.y, dots)
-        assert list(seeds.customdata) == list(SEEDS)
+        assert [told[0] for told in seeds.customdata] == [f"seed {seed}" for seed in SEEDS]
         assert len(set(seeds.x)) == 3
         np.testing.assert_allclose(bar.y, mean)
         assert bar.text[1].strip("\u00a0") == number
