@@ -29,6 +29,7 @@ COMMANDS = {
         "tell what dictionaries of a model will suffer from, before any is trained",
         "smollm2-135m news-en --features 16384",
     ),
+    "verify": Command("inputs.__main__", "check a model's numbers against the plain model", "smollm2-135m"),
     "browse": Command(
         "sae.browse",
         "write a page of cards of a dictionary's features",
