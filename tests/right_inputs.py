@@ -83,18 +83,11 @@ def _verdict(world: World) -> Any:
 def _page_with_data(world: World) -> Any:
     page = world.page
     page._model = world.model
-    page._data = world.kept.setdefault(
-        "split",
-        al.harvest_split(
-            world.model,
-            ["abcdefgh " * 60],
-            [("attn_out", 1)],
-            n_tokens=64,
-            n_tokens_held_out=32,
-            n_tokens_loss=16,
-            context=16,
-        ),
-    )
+    if "split" not in world.kept:
+        sizes = {"n_tokens": 64, "n_tokens_held_out": 32, "n_tokens_loss": 16, "context": 16}
+        texts, wheres = ["abcdefgh " * 60], [("attn_out", 1)]
+        world.kept["split"] = al.harvest_split(world.model, texts, wheres, **sizes)
+    page._data = world.kept["split"]
     return page
 
 
