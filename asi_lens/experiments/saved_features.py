@@ -7,7 +7,7 @@ both dictionaries. Features are looked at on held-out rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -23,6 +23,14 @@ from asi_lens.sae.meaning import ablation_effects, token_information
 
 SAVED: Literal["saved by ASI"] = "saved by ASI"
 ALIVE: Literal["alive either way"] = "alive either way"
+
+
+def runs_by_seed(runs: Iterable[TrainedRun]) -> dict[int, dict[str, TrainedRun]]:
+    """Return runs by seed and by the name of their recipe."""
+    out: dict[int, dict[str, TrainedRun]] = {}
+    for run in runs:
+        out.setdefault(run.seed, {})[run.recipe.name] = run
+    return out
 
 
 def saved_features(

@@ -12,7 +12,7 @@ from small_stores import OPTIONS
 import asi_lens as al
 from asi_lens.base.errors import OptionError
 from asi_lens.experiments.runs import train_recipes
-from asi_lens.experiments.saved_features import ALIVE, SAVED, pairs_of, saved_features
+from asi_lens.experiments.saved_features import ALIVE, SAVED, pairs_of, runs_by_seed, saved_features
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.sae.firings import find_firings
 
@@ -41,7 +41,12 @@ def runs(tiny_llama: Any, tiny_tokens: Tokens, tmp_path: Path, monkeypatch: pyte
 
 def test_rows_are_those_of_the_dictionaries(runs: Any, tiny_llama: Any, tiny_tokens: Tokens) -> None:
     store, trained = runs
-    random, asi = (next(r for r in trained if r.seed == 0 and r.recipe.name == n) for n in ("random", "ASI"))
+    by_seed = runs_by_seed(trained)
+    assert {seed: list(runs) for seed, runs in by_seed.items()} == {
+        0: ["random", "ASI"],
+        1: ["random", "ASI"],
+    }
+    random, asi = by_seed[0]["random"], by_seed[0]["ASI"]
     rows = saved_features(random, asi, store, tiny_tokens, tiny_llama, tiny_tokens[:4], 6)
     lost, kept = (find_firings(run.sae(), store, progress=False).counts for run in (random, asi))
     assert 1 <= len(rows) <= 12
@@ -52,7 +57,7 @@ def test_rows_are_those_of_the_dictionaries(runs: Any, tiny_llama: Any, tiny_tok
     by_pair = {pair: {row.group for row in rows if row.pair == pair} for pair in {row.pair for row in rows}}
     assert all(groups in ({SAVED, ALIVE}, {ALIVE}) for groups in by_pair.values())
     assert len({row.feature for row in rows}) == len(rows)
-    other = next(r for r in trained if r.seed == 1 and r.recipe.name == "ASI")
+    other = by_seed[1]["ASI"]
     with pytest.raises(OptionError, match="different seeds"):
         saved_features(random, other, store, tiny_tokens, tiny_llama, tiny_tokens[:4], 6)
     with pytest.raises(OptionError, match="n=0"):
