@@ -87,7 +87,7 @@ def batch_tokens_for(model: nn.Module, batch_tokens: int | None = None) -> int:
     if device.type != "cuda":
         return _BATCH_TOKENS
     memory = torch.cuda.get_device_properties(device).total_memory * _MEMORY_SHARE
-    fits = int(memory / (4 * _NUMBERS_PER_TOKEN * models.model_info(model).d_model))
+    fits = int(memory / (4 * _NUMBERS_PER_TOKEN * models.model_info(model, fingerprint=False).d_model))
     return max(_BATCH_TOKENS, min(_MOST_BATCH_TOKENS, 1 << fits.bit_length() - 1))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -40,7 +41,7 @@ class LinearStore(ActivationStore):
         self.n = of.n
         self._map = self.matrix.float()
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Fingerprint that changes with the rows, the matrix and the center."""
         digest = hashlib.sha256(self.of.fingerprint.encode())
@@ -81,7 +82,7 @@ class ShapedStore(LinearStore):
         super().__init__(of, (V * self.gains) @ V.T, self.base.mean)
         self.inverse = (V / self.gains) @ V.T
 
-    @property
+    @cached_property
     def spectrum(self) -> Spectrum:
         """Spectrum with the directions of the base in their order, also where variances are equal.
 

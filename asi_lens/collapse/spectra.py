@@ -216,10 +216,8 @@ def rank_growth(
                 start=start,
                 progress=progress,
             )
-            for site, layer in wanted:
-                spectrum = consumer.spectrum((site, layer))
-                record = {"model": info.name, "corpus": tokens.corpus, "site": site, "layer": layer}
-                records.append({**record, "n_tokens": consumer.n((site, layer)), **spectrum.summary()})
+            found = {where: consumer.spectrum(where) for where in wanted}
+            records += Spectra(found, info, tokens.corpus).records()
         return records
 
     return cached_number(_KIND, key, measure)

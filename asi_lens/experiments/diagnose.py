@@ -115,15 +115,14 @@ def diagnose(
     both = _Both(wanted, n_rows)
     harvest(model, tokens, [both], left_out=both.leave_out, progress=progress)
     spectra = {where: both.spectrum(where) for where in wanted}
-    for (site, layer), spectrum in spectra.items():
-        spectrum.name = f"{site} {layer}"
+    for spectrum in spectra.values():
         if spectrum.n < spectrum.d:
             raise DataError(
                 f"{spectrum.name}: {spectrum.n:,} rows for width {spectrum.d}, too short a text for a rank; "
                 f"take at least {spectrum.d + len(tokens):,} tokens"
             )
     warn_if_few(spectra.values())
-    name = model_info(model).name
+    name = model_info(model, fingerprint=False).name
     return [
         _row(name, tokens.corpus, where, spectra[where], torch.cat(both.rows[where]), d_sae, k, seed)
         for where in wanted
@@ -142,7 +141,7 @@ def _row(
 ) -> DiagnosisRow:
     raw = dead_at_start(rows, k, d_sae, seed=seed)
     centered = dead_at_start(rows, k, d_sae, center=spectrum.mean, seed=seed)
-    advice = advise(spectrum, raw, centered)
+    advice, ratio = advise(spectrum, raw, centered), gamma(spectrum)
     return DiagnosisRow(
         model=model,
         corpus=corpus,
@@ -153,11 +152,11 @@ def _row(
         n_left_out=spectrum.left_out,
         effective_rank_fraction=spectrum.effective_rank_fraction,
         intrinsic_dimension_99=spectrum.intrinsic_dimension(0.99),
-        gamma=gamma(spectrum),
+        gamma=ratio,
         d_sae=d_sae,
         k=k,
         n_rows=len(rows),
-        predicted=predicted_dead(gamma(spectrum), k, d_sae, len(rows)),
+        predicted=predicted_dead(ratio, k, d_sae, len(rows)),
         dead_raw=raw,
         dead_centered=centered,
         center=advice.center,

@@ -179,7 +179,7 @@ class Page:
     def setting(self, model: nn.Module, tokens: Tokens, *more: str) -> str:
         """Return model, text, number of tokens (or the words in `more`) and context in words: the budget of a
         notebook that trains nothing."""
-        info = model_info(model)
+        info = model_info(model, fingerprint=False)
         parts = [info.label, tokens.corpus]
         parts += [*(more or [f"{tokens.n_tokens:,} tokens"]), f"context {self['context']}"]
         self._budget = ", ".join(parts)

@@ -232,15 +232,19 @@ def _train(
     kept: LastFirings | None,
 ) -> None:
     """Train the missing runs; dictionaries that read the same rows are trained together."""
+    files = [_SAE, *([] if kept is None else [FIRINGS])]
     for r, power in dict.fromkeys((run.subspace, run.recipe.whiten) for run in runs):
+        own = [run for run in runs if (run.subspace, run.recipe.whiten) == (r, power)]
+        if all(is_finished(run.folder, (METRICS_FILE, *files)) for run in own):
+            continue
         rows = store
         if r is not None and isinstance(store, ActivationStore):
             rows = SubspaceStore(store, r)
         elif power is not None and isinstance(store, ActivationStore):
             rows = ShapedStore(store, power_gains(store.spectrum, power))
         train_missing(
-            [run for run in runs if (run.subspace, run.recipe.whiten) == (r, power)],
-            [_SAE, *([] if kept is None else [FIRINGS])],
+            own,
+            files,
             rows,
             partial(started, rows=rows, device=device, kept=kept),
             partial(_save, rows=rows),

@@ -54,13 +54,13 @@ def saved_features(
     require_whole("n", n, 1)
     if (random.seed, random.config.d_sae) != (asi.seed, asi.config.d_sae):
         raise OptionError("runs of different seeds or widths have no feature in common")
-    lost, kept = (
-        find_firings(run.sae(), store, top=1, sampled=1, progress=False).counts for run in (random, asi)
-    )
+    sae = asi.sae()
+    lost = find_firings(random.sae(), store, top=1, sampled=1, progress=False).counts
+    about = token_information(sae, store, tokens).set_index("feature")
+    kept = torch.zeros(sae.d_sae, dtype=torch.int64)  # features that fire once are not asked for
+    kept[torch.tensor(about.index.to_numpy())] = torch.tensor(about.firings.to_numpy())
     pairs = pairs_of(lost, kept, n)
     features = [feature for pair in pairs for feature in pair if feature is not None]
-    sae = asi.sae()
-    about = token_information(sae, store, tokens).set_index("feature")
     effects = ablation_effects(sae, model, loss_tokens, features, progress=False).set_index("feature")
     rows = []
     for number, pair in enumerate(pairs):

@@ -23,13 +23,13 @@ from asi_lens.inputs.models import resolve_device
 from asi_lens.results.beyond_rows import Against, Inputs, OverlapRow, SeedMatchRow, TransferRow
 from asi_lens.results.rows import DeadFeatureRow
 from asi_lens.sae.dictionary import SparseAutoencoder
+from asi_lens.sae.firings import codes_in_order
 from asi_lens.sae.matching import match_features
 
 ALIKE = 0.7
 """Cosine of decoder rows from which two features count as alike."""
 # Raise it when a change to the code changes the numbers of a match.
 _FORMAT = 1
-_ROWS = 4096
 
 
 def overlap_rows(
@@ -149,7 +149,7 @@ def match_rows(
         def decoder(run: TrainedRun, trained: bool) -> tuple[Tensor, Tensor]:
             key = (run.folder.name, trained)
             if key not in kept:
-                sae = run.sae().to(store.mean.device) if trained else at_start(run, store)
+                sae = run.sae().to(resolve_device("auto")) if trained else at_start(run, store)
                 kept[key] = sae.W_dec.detach(), fires(sae, held_out)
             return kept[key]
 
@@ -174,11 +174,10 @@ def at_start(run: TrainedRun, store: ActivationStore) -> SparseAutoencoder:
 @torch.no_grad()
 def fires(sae: SparseAutoencoder, store: ActivationStore) -> Bool[Tensor, " d_sae"]:
     """Return which features fire on any row of a store."""
-    out = torch.zeros(sae.d_sae, dtype=torch.bool, device=sae.W_dec.device)
-    for block in store.in_order(_ROWS):
-        code = sae.encode(block)
+    out = torch.zeros(sae.d_sae, dtype=torch.bool)
+    for _, code in codes_in_order(sae, store):
         out[code.indices[code.values > 0]] = True
-    return out
+    return out.to(sae.W_dec.device)
 
 
 def _match(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from asi_lens.activations.harvest import SiteLayer
 from asi_lens.activations.shaped import (
@@ -95,13 +97,9 @@ def start_rows(
     out = []
     for (site, layer), store in stores.items():
         spectrum, rows = store.spectrum, torch.cat(list(store.in_order(8192))).float()
-        median = geometric_median(rows[:: max(1, len(rows) // _SAMPLE)])
-        inputs = [(RAW, rows, None), (MEAN, rows, spectrum.mean), (MEDIAN, rows, median)]
-        for power in powers:
-            shaped = ShapedStore(store, power_gains(spectrum, power))
-            inputs.append((_power(power), torch.cat(list(shaped.in_order(8192))), None))
-        for name, own, center in inputs:
-            left = 0.0 if own is not rows else gamma(spectrum, center)
+        # All gains come first, so that a site that cannot be whitened is told before anything is measured.
+        gains = [(power, power_gains(spectrum, power)) for power in powers]
+        for name, own, center, left in _inputs(store, rows, gains):
             for seed in seeds:
                 out.append(
                     StartRow(
@@ -121,6 +119,17 @@ def start_rows(
                     )
                 )
     return out
+
+
+def _inputs(
+    store: ActivationStore, rows: Float[Tensor, "n d"], gains: Sequence[tuple[float, Float[Tensor, " d"]]]
+) -> Iterator[tuple[str, Float[Tensor, "n d"], Float[Tensor, " d"] | None, float]]:
+    """Yield name, rows, center (None: zero) and gamma of each treatment, one copy of the rows at a time."""
+    median = geometric_median(rows[:: max(1, len(rows) // _SAMPLE)])
+    for name, center in ((RAW, None), (MEAN, store.spectrum.mean), (MEDIAN, median)):
+        yield name, rows, center, gamma(store.spectrum, center)
+    for power, own in gains:
+        yield _power(power), torch.cat(list(ShapedStore(store, own).in_order(8192))), None, 0.0
 
 
 def _power(power: float | int) -> str:

@@ -20,12 +20,8 @@ from asi_lens.figures.style import (
     sites,
 )
 from asi_lens.results.beyond_rows import DiagnosisRow, DoseRow, InputRow, LifeRow, SavedFeatureRow, StartRow
+from asi_lens.results.dictionary_verdicts import RANKS
 
-_RANKS = {
-    "effective_rank_fraction": "effective rank",
-    "intrinsic_dimension_99": "directions for 99 %",
-    "participation_ratio": "participation ratio",
-}
 _FATES = {
     "never fired": ("never_fired", "#444444"),
     "fired, then died": ("died", "#c0392b"),
@@ -121,11 +117,11 @@ def dose_response(table: pd.DataFrame) -> go.Figure:
     held = table[table.split == "held_out"].assign(silent=100 * table.dead_fraction)
     share = {name: held[name] / held.width for name in ("intrinsic_dimension_99", "participation_ratio")}
     keys = ["site", "layer", "shape"]
-    means = held.assign(**share).groupby(keys, sort=False)[["silent", *_RANKS]].mean().reset_index()
+    means = held.assign(**share).groupby(keys, sort=False)[["silent", *RANKS]].mean().reset_index()
     figure = panels(
         "Dose and response: the spectrum changed, all else equal",
         setting(held, tokens=False),
-        [list(_RANKS.values())],
+        [list(RANKS.values())],
         y="silent features, held out (%)",
     )
     powers = means["shape"].str.startswith("power") | (means["shape"] == "measured")
@@ -135,7 +131,7 @@ def dose_response(table: pd.DataFrame) -> go.Figure:
         "last half lifted": (means[means["shape"] == "lifted tail"], "markers", "triangle-up", "#1b6ca8"),
         "other sites, as they are": (means[means["shape"] == "other site"], "markers", "circle-open", GREY),
     }
-    for col, measure in enumerate(_RANKS, start=1):
+    for col, measure in enumerate(RANKS, start=1):
         for name, (part, mode, symbol, tone) in kinds.items():
             line = part.sort_values(measure)
             figure.add_scatter(

@@ -60,8 +60,7 @@ def _by_layer(table: pd.DataFrame, column: str, title: str, y: str) -> go.Figure
     figure = panels(title, setting(table, what=over(table, "corpus")), [models], y=y)
     for col, model in enumerate(models, start=1):
         part = table[table.model == model]
-        for site in sites(part):
-            curve(figure, part[part.site == site], "layer", column, site, 1, col)
+        site_curves(figure, part, "layer", column, 1, col)
     figure.update_xaxes(title_text="layer")
     figure.update_yaxes(range=[0, 1.02])
     return figure

@@ -111,7 +111,7 @@ def curve(
             legendgroup=site,
             **where,
         )
-    told = {trace.name for trace in figure.data if trace.showlegend}
+    told = in_legend(figure)
     text = hover(part, x, label(site))
     figure.add_scatter(
         x=stats[x],
@@ -214,11 +214,16 @@ def bar(
     )
 
 
+def in_legend(figure: go.Figure) -> set[str]:
+    """Return the names that stand in a figure's legend already."""
+    return {trace.name for trace in figure.data if trace.showlegend}
+
+
 def strips(
     figure: go.Figure, table: pd.DataFrame, y: str, looks: dict[str, tuple[str, str]], row: int, col: int
 ) -> None:
     """Add, for each method of `looks`, a dot per row (by seed), and a bar and a number at the mean."""
-    told = {trace.name for trace in figure.data if trace.showlegend}
+    told = in_legend(figure)
     for x, (method, look) in enumerate(looks.items()):
         rows = table[table.method == method].sort_values("seed")
         if rows.empty:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pandas as pd
 import plotly.graph_objects as go
 
-from asi_lens.figures.parts import curve, legend_only, panels, seed_dots
+from asi_lens.figures.parts import curve, in_legend, legend_only, panels, seed_dots
 from asi_lens.figures.style import GREY, methods, need, order, setting, single
-from asi_lens.results.beyond_rows import OverlapRow, SeedMatchRow, TransferRow
+from asi_lens.results.beyond_rows import Inputs, OverlapRow, SeedMatchRow, TransferRow
 
 _FLOOR = "same text, next part"
 _RANDOM = "random subspaces"
@@ -19,7 +21,7 @@ _TEXTS = (
     ("#E69F00", "cross"),
     ("#56B4E9", "x"),
 )
-_INPUTS = ("as they are", "its own mean", "rotated")
+_INPUTS = get_args(Inputs)
 _OWN = "own text"
 # Entries in a row of the legend of `subspace_overlaps`, and pixels of a row.
 _IN_A_ROW, _LEGEND_ROW = 5, 30
@@ -90,15 +92,13 @@ def off_its_text(table: pd.DataFrame) -> go.Figure:
     texts = order(table, "text")
     looks = {name: _TEXTS[i] for i, name in enumerate(_INPUTS)} | {_OWN: ("#222222", "circle-open")}
     told = table.assign(shown=table.inputs.where(table.text != table.corpus, _OWN))
-    told_in_legend: set[str] = set()
     for col, method in enumerate(names, start=1):
         for place, text in enumerate(texts):
             here = told[(told.method == method) & (told.text == text)]
             kinds = [name for name in looks if name in set(here.shown)]
             for i, kind in enumerate(kinds):
                 x = place + (i - (len(kinds) - 1) / 2) * 0.24
-                more = {"name": kind, "legendgroup": kind, "showlegend": kind not in told_in_legend}
-                told_in_legend.add(kind)
+                more = {"name": kind, "legendgroup": kind, "showlegend": kind not in in_legend(figure)}
                 seed_dots(
                     figure, here[here.shown == kind], "fvu", x, looks[kind], 9, 0.12, **more, row=1, col=col
                 )

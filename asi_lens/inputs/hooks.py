@@ -141,11 +141,11 @@ def _runner_for(model: nn.Module, hooks: Iterable[str]) -> twin.Runner:
             if name not in known:
                 raise unknown_name("hook", name, known)
         if all(name in both.plain.places for name in hooks):
-            failure = verify.verification(model).failure
+            failure = verify.verification(model, both).failure
             if failure:
                 raise UnsupportedModelError(f"{twin.architecture(model)}: {failure}")
             return both.plain
-    verify.require_own(model)
+    verify.require_own(model, both)
     return both.own
 
 

@@ -153,10 +153,6 @@ def load_model(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    if not isinstance(model, str | Path):
-        raise OptionError(
-            f"model={model!r:.80} is not allowed; model must be a name, a path or a ready model object"
-        )
     name = str(model)
     if name in SOURCES and SOURCES[name].kind == "model":
         folder, weights = gguf.dequantized(fetch(name) / str(SOURCES[name].main))
@@ -271,5 +267,5 @@ def tokenizer_of(model: nn.Module) -> Any:
     """Return the model's Hugging Face tokenizer."""
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
-        raise UnsupportedModelError(f"model {model_info(model).name!r} has no tokenizer")
+        raise UnsupportedModelError(f"model {model_info(model, fingerprint=False).name!r} has no tokenizer")
     return tokenizer

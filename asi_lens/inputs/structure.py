@@ -158,6 +158,8 @@ def _global_tables() -> tuple[MutableMapping[Any, Any], ...]:
 
 def _added(module: nn.Module) -> Iterator[tuple[MutableMapping[Any, Any], Any]]:
     """Yield (table, key) of every hook or method that somebody added to a module."""
+    if not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)):
+        return  # nearly every module, at every forward pass
     # TransformerLens wraps a user's function; its handle knows the function.
     lens = {handle.hook.id: handle.user_hook for handle in getattr(module, "fwd_hooks", ())}
     for table in (module._forward_hooks, module._forward_pre_hooks):

@@ -109,28 +109,31 @@ def verify(model: nn.Module) -> Verification:
     return found
 
 
-def verification(model: nn.Module) -> Verification:
-    """Return the checks of a model, without those of the bridge's own computation unless it has no twin."""
-    return _known(model).found
+def verification(model: nn.Module, both: twin.Runners | None = None) -> Verification:
+    """Return the checks of a model, without those of the bridge's own computation unless it has no twin.
+
+    `both`: the model's runners as they are now, for a caller that has them.
+    """
+    return _known(model, both).found
 
 
-def require_own(model: nn.Module) -> None:
+def require_own(model: nn.Module, both: twin.Runners | None = None) -> None:
     """Raise UnsupportedModelError unless the bridge's own computation equals the plain model's."""
-    error = own_error(model)
+    error = own_error(model, both)
     if error:
         raise UnsupportedModelError(error)
 
 
-def own_error(model: nn.Module) -> str:
+def own_error(model: nn.Module, both: twin.Runners | None = None) -> str:
     """Compare the bridge's own computation with the plain twin's; return the error's text, or ""."""
-    known = _known(model)
+    known = _known(model, both)
     if known.own is None:
         known.own = _compare_own(model, known.found)
     return known.own
 
 
-def _known(model: nn.Module) -> _Known:
-    both = twin.runners(model)
+def _known(model: nn.Module, both: twin.Runners | None = None) -> _Known:
+    both = both or twin.runners(model)
     known = _KNOWN.get(model)
     if known is None or known.state is not both.state:
         with structure.without_added_hooks(model):
@@ -152,8 +155,7 @@ def _verified(model: Any, both: twin.Runners) -> Verification:
             model, runner, _other_last(ids, model), {"last": twin.Place(runner.blocks[-1], "out")}
         )
     except Exception as error:  # whatever an architecture raises where it is not one of token ids
-        text = str(error).strip().splitlines()
-        found.failure = f"it does not run on token ids ({type(error).__name__}: {(text or [''])[0][:200]})"
+        found.failure = f"it does not run on token ids ({_first_line(error)})"
     if found.failure:
         found.refused = {(site, layer): found.failure for site in identities.SITES for layer in layers}
         return found
@@ -165,6 +167,11 @@ def _verified(model: Any, both: twin.Runners) -> Verification:
         identities.check_layer(model, runner, layer, values, found)
     _compare_attention(model, found, ids, final, logits)
     return found
+
+
+def _first_line(error: Exception) -> str:
+    """Return an error's class and the beginning of its text."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
 
 
 def _without_a_twin_on_purpose(both: twin.Runners) -> bool:
@@ -201,8 +208,7 @@ def _compare_own(model: nn.Module, found: Verification) -> str:
         try:
             own, own_logits = _record(model, both.own, ids, {name: both.own.places[name] for name in names})
         except Exception as error:  # the bridge's code for an architecture, on a model that it does not fit
-            text = (str(error).strip().splitlines() or [""])[0][:200]
-            return _own_message(found, f"it fails ({type(error).__name__}: {text})")
+            return _own_message(found, f"it fails ({_first_line(error)})")
         plain, logits = _record(model, both.plain, ids, {name: both.plain.places[name] for name in names})
     pairs: list[tuple[str, Any, Any]] = [("logits", own_logits, logits)]
     pairs += [(name, own.get(name), value) for name, value in plain.items()]

@@ -11,10 +11,8 @@ import math
 import pandas as pd
 
 from asi_lens.results.beyond_rows import AnswerRow
-from asi_lens.results.dictionary_verdicts import RANKS
-from asi_lens.results.judging import rank_correlation, taken
-
-PLACE = ["site", "layer"]
+from asi_lens.results.dictionary_verdicts import PLACE, RANKS
+from asi_lens.results.judging import held_out, rank_correlation, taken
 
 
 def centering_or_subspace(starts: pd.DataFrame, trained: pd.DataFrame) -> list[AnswerRow]:
@@ -30,9 +28,9 @@ def centering_or_subspace(starts: pd.DataFrame, trained: pd.DataFrame) -> list[A
     raw, mean = (
         first[first.input == name].groupby(PLACE).mean(numeric_only=True) for name in ("raw", "mean")
     )
-    keys = [*PLACE, "seed", "input", "start", "split"]
-    held = taken(trained, keys, ["dead_fraction", "fvu", "effective_rank_fraction"])
-    held = held[held.split == "held_out"].set_index([*PLACE, "seed", "input", "start"]).sort_index()
+    keys = [*PLACE, "seed", "input", "start"]
+    held = held_out(trained, keys, ["dead_fraction", "fvu", "effective_rank_fraction"])
+    held = held.set_index(keys).sort_index()
     measured = ["dead_fraction", "effective_rank_fraction"]
     centered = _part(held, "mean", "random").groupby(PLACE)[measured].mean()
     # Gamma of the raw activations: after centering it is zero everywhere.
@@ -105,9 +103,7 @@ def dose_and_response(table: pd.DataFrame) -> list[AnswerRow]:
     95 % interval of Spearman's correlation with the silent share over the changed spectra is below zero.
     Changed spectra and other sites agree in a measure if the interval over all points is, too.
     """
-    keys = [*PLACE, "shape", "split"]
-    held = taken(table, keys, ["dead_fraction", *RANKS])
-    held = held[held.split == "held_out"]
+    held = held_out(table, [*PLACE, "shape"], ["dead_fraction", *RANKS])
     points = held.groupby([*PLACE, "shape"])[["dead_fraction", *RANKS]].mean().reset_index()
     changed = points[points["shape"] != "other site"]
     out = []
@@ -129,8 +125,7 @@ def starts_against_asi(table: pd.DataFrame) -> list[AnswerRow]:
     Takes `DeadFeatureRow`s of one site. A start does if in every seed it has at most as many silent features
     on held-out text as ASI, at an FVU that is not higher.
     """
-    held = taken(table, ["method", "seed", "split"], ["dead_fraction", "fvu"])
-    held = held[held.split == "held_out"].set_index(["method", "seed"])
+    held = held_out(table, ["method", "seed"], ["dead_fraction", "fvu"]).set_index(["method", "seed"])
     silent, fvu = (held[column].unstack("method", sort=False) for column in ("dead_fraction", "fvu"))
     out = []
     for method in [name for name in silent if name != "ASI"]:

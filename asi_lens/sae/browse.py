@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from asi_lens.activations.harvest_store import harvest_store
+from asi_lens.activations.harvest import SiteLayer
+from asi_lens.activations.harvest_store import harvest_store, harvest_stores
 from asi_lens.activations.pairs import PairedStores
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base.doors import checked
@@ -124,16 +125,19 @@ def browse(
 def _harvested(sae: SparseAutoencoder, tokens: Tokens, model: nn.Module) -> ActivationStore | PairedStores:
     """Return the activations of `tokens` at the dictionary's site, from the cache where they are there."""
 
-    def store(about: Mapping[str, Any]) -> ActivationStore:
+    def where(about: Mapping[str, Any]) -> SiteLayer:
         site, layer = about.get("site") or about.get("hook_name"), about.get("layer")
         if site is None or layer is None:
             raise OptionError(
                 "this dictionary does not say its site and layer; give a store of its site, and the tokens"
             )
-        return harvest_store(model, tokens, site, int(layer))
+        return site, int(layer)
 
     about = sae.config.metadata
-    return PairedStores(store(about["reads"]), store(about)) if "reads" in about else store(about)
+    if "reads" not in about:
+        return harvest_store(model, tokens, *where(about))
+    both = [where(about["reads"]), where(about)]
+    return PairedStores(*harvest_stores(model, tokens, both).values())
 
 
 def card_html(card: Card) -> str:

@@ -30,6 +30,7 @@ from asi_lens.base.metadata import plain_metadata
 from asi_lens.kernels.codes import SparseCode, stack_codes
 from asi_lens.kernels.draws import draw_gaussian, unit_rows_
 from asi_lens.kernels.gradients import decode_sum
+from asi_lens.sae.finite import require_finite_rows
 from asi_lens.sae.kinds import KINDS
 from asi_lens.sae.kinds.kind import Weights
 from asi_lens.sae.splice import Place, Spliced, site_layer
@@ -132,6 +133,11 @@ class SparseAutoencoder(Weights, Spliced):
         return self.config.d_in
 
     @property
+    def written_normalization(self) -> tuple[Float[Tensor, " d_out"], Float[Tensor, ""]]:
+        """Mean and scale of the activations that the decoder writes."""
+        return self.input_mean, self.input_scale
+
+    @property
     def is_normalized(self) -> bool:
         """Whether the input normalization differs from mean 0 and scale 1."""
         return bool((self.input_scale != 1) | (self.input_mean != 0).any())
@@ -158,9 +164,7 @@ class SparseAutoencoder(Weights, Spliced):
         rows = x.reshape(-1, self.d_in).to(self.input_mean)
         normalized = (rows - self.input_mean).mul_(self.input_scale)
         if checked and not bool(torch.isfinite(normalized.sum())):
-            bad = (~torch.isfinite(normalized)).any(1).sum().item()
-            if bad:
-                raise DataError(f"{bad} of {len(rows)} activation rows hold NaN or infinity")
+            require_finite_rows(normalized, "activation")
         return normalized
 
     def centered(self, x: Num[Tensor, "*batch d_in"], checked: bool = True) -> Float[Tensor, "n d_in"]:
@@ -210,11 +214,11 @@ class SparseAutoencoder(Weights, Spliced):
         return dense.scatter_add(-1, code.indices, code.values)
 
     def decode(self, code: SparseCode) -> Float[Tensor, "*batch d_out"]:
-        """Return raw activations [*batch d_in] from a code [*batch k]."""
+        """Return raw activations [*batch d_out] from a code [*batch k]."""
         flat = SparseCode(*(part.reshape(-1, part.shape[-1]) for part in code))
-        normalized = decode_sum(flat, self.W_dec) + self.b_dec
-        raw = normalized / self.input_scale + self.input_mean
-        return raw.view(*code.indices.shape[:-1], self.d_in)
+        mean, scale = self.written_normalization
+        raw = (decode_sum(flat, self.W_dec) + self.b_dec) / scale + mean
+        return raw.view(*code.indices.shape[:-1], self.d_out)
 
     def forward(self, x: Num[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """Return the reconstruction of raw activations, in raw units."""

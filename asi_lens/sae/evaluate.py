@@ -279,7 +279,7 @@ class _Tally:
 
     def __init__(self, coder: Coder):
         self.coder = coder
-        self.error, self.fired = 0.0, 0
+        self.error = 0.0
         self.ledger: DeadnessLedger | None = None
 
     def add(self, block: Any) -> None:
@@ -288,14 +288,14 @@ class _Tally:
             self.ledger = self.ledger or DeadnessLedger(self.coder.d_sae, code.values.device)
             exact = target.double()
             self.error += (exact - reconstruction.to(exact)).square().sum().item()
-            self.fired += int((code.values > 0).sum())
             self.ledger.update(code)
 
     def numbers(self, n: int, variance: float, losses: SpliceLosses | None) -> Evaluation:
         """Return the evaluation over `n` rows whose targets have that variance (a sum, in raw units)."""
         assert self.ledger is not None  # there is a row
         fvu = self.error / self.coder.target_scale**2 / variance
-        return Evaluation(n, fvu, 1 - fvu, self.fired / n, self.ledger.silent_fraction, losses)
+        l0 = self.ledger.counts.sum().item() / n
+        return Evaluation(n, fvu, 1 - fvu, l0, self.ledger.silent_fraction, losses)
 
 
 class _Spread:

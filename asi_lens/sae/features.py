@@ -6,7 +6,6 @@ facts of one feature, which `browse` draws.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,7 +25,6 @@ from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.drift import subspace_share
 from asi_lens.sae.firings import Firings, find_firings
 from asi_lens.sae.initialize import auto_d_init
-from asi_lens.sae.transcoder import Transcoder
 
 # Tokens whose final residual stream the effect on the logits is averaged over.
 _LOGIT_SEQUENCES, _LOGIT_CONTEXT = 4, 64
@@ -147,17 +145,17 @@ class Features:
     def card(self, feature: int, *, n_logits: int = 8, n_similar: int = 6) -> Card:
         """Return the facts of one feature. Raises OptionError for a feature that does not exist."""
         self._require(feature)
-        most = models.model_info(self.model).d_vocab
+        most = models.model_info(self.model, fingerprint=False).d_vocab
         require(0 <= n_logits <= most, "n_logits", n_logits, f"from 0 to {most}")
         mean = self.firings.mean[feature].item()
         fires = int(self.firings.counts[feature]) > 0
         raised, lowered, why = [], [], "the feature never fires here" if not fires else self._why_no_logits()
         if not why:
             effect = self.logit_effect(feature)
-            values, ids = effect.topk(n_logits)
-            raised = [(self.word(i), v) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
-            values, ids = effect.topk(n_logits, largest=False)
-            lowered = [(self.word(i), v) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
+            raised, lowered = (
+                [(self.word(i), v) for v, i in zip(*map(Tensor.tolist, found), strict=True)]
+                for found in (effect.topk(n_logits), effect.topk(n_logits, largest=False))
+            )
         return Card(
             feature,
             self.site,
@@ -214,8 +212,7 @@ class Features:
     def written(self, feature: int) -> Float[Tensor, " d_out"]:
         """Return what a feature adds to the reconstruction per unit of its value, in raw units."""
         self._require(feature)
-        scale = self.sae.output_scale if isinstance(self.sae, Transcoder) else self.sae.input_scale
-        return self.sae.W_dec.detach()[feature] / scale
+        return self.sae.W_dec.detach()[feature] / self.sae.written_normalization[1]
 
     @torch.no_grad()
     def logit_effect(self, feature: int) -> Float[Tensor, " d_vocab"]:
@@ -312,10 +309,3 @@ class Features:
         rows, which = index.unique(return_inverse=True)
         code = self.sae.encode(self._rows.rows(rows))
         return (code.values * (code.indices == feature)).sum(-1).cpu()[which]
-
-
-def token_entropy(ids: Sequence[int] | Tensor) -> float:
-    """Return the entropy of the distribution of token ids, in bits."""
-    counts = torch.as_tensor(ids).unique(return_counts=True)[1].double()
-    shares = counts / counts.sum()
-    return -(shares * shares.log2()).sum().item()

@@ -6,26 +6,24 @@ from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from asi_lens.base.errors import DataError
 from asi_lens.kernels.gradients import Gradients
-from asi_lens.sae.dictionary import SparseAutoencoder
 
 
-def require_finite_weights(sae: SparseAutoencoder) -> None:
+def require_finite_weights(sae: nn.Module) -> None:
     """Raise DataError for NaN or infinity in weights. One call suffices: steps keep finite weights finite."""
     for name, weight in sae.named_parameters():
         if not bool(weight.sum().isfinite()):
             raise DataError(f"{name} holds NaN or infinity")
 
 
-def require_finite_rows(x: Tensor, goal: Tensor) -> None:
-    """Raise DataError, with the number of rows, for NaN or infinity in inputs or targets."""
-    for name, rows in (("activation", x), ("output", goal)):
-        bad = int((~torch.isfinite(rows)).any(1).sum())
-        if bad:
-            raise DataError(f"{bad} of {len(rows)} {name} rows hold NaN or infinity")
+def require_finite_rows(rows: Float[Tensor, "n d"], name: str) -> None:
+    """Raise DataError, with the number of rows and their name, for NaN or infinity."""
+    bad = int((~torch.isfinite(rows)).any(1).sum())
+    if bad:
+        raise DataError(f"{bad} of {len(rows)} {name} rows hold NaN or infinity")
 
 
 def power(rows: Tensor) -> Float[Tensor, ""]:

@@ -45,10 +45,23 @@ def choose_kernels(
     if config.kernels == "plain":
         return None, "kernels='plain'"
     device = sae.W_dec.device
+    # What a training by the kernels is: TopK and Adam, nothing more.
+    demands = {
+        f"activation={sae.config.activation!r}; the kernels train 'topk'": isinstance(sae.activation, TopK),
+        "a transcoder; the kernels train autoencoders": not sae.is_transcoder,
+        f"prefixes={list(sparsity.prefixes)}; the kernels train without": not sparsity.prefixes,
+        f"aux_k={config.aux_k!r}; the kernels train without AuxK": config.aux_k == 0,
+        f"clip_norm={config.clip_norm}; the kernels do not clip": config.clip_norm is None,
+        f"{mesh.config.size} ranks; the kernels train on one": mesh.config.size == 1,
+        f"search={search!r}; the kernels search exactly": search == "exact",
+        f"compute_dtype={compute_dtype}; the kernels multiply in bfloat16": compute_dtype == torch.bfloat16,
+    }
     try:
         if config.kernels == "auto" and device.type != "cuda":
             raise UnsupportedError(f"the kernels run on an NVIDIA card, not on {device}")
-        _require_plain_topk(sae, config, sparsity, mesh, search, compute_dtype)
+        unmet = [text for text, met in demands.items() if not met]
+        if unmet:
+            raise UnsupportedError(unmet[0])
         require_card(device)
         plan = Plan.of(sae.d_in, sae.d_sae, sae.k)
         free = free_bytes(device)
@@ -60,30 +73,6 @@ def choose_kernels(
             raise OptionError(f"kernels='triton' is not possible: {error}") from error
         return None, str(error)
     return plan, ""
-
-
-def _require_plain_topk(
-    sae: SparseAutoencoder,
-    config: TrainConfig,
-    sparsity: SparsityConfig,
-    mesh: Mesh,
-    search: str,
-    compute_dtype: torch.dtype,
-) -> None:
-    """Raise UnsupportedError, naming the option, for a training that has more than TopK and Adam."""
-    demands = {
-        f"activation={sae.config.activation!r}; the kernels train 'topk'": isinstance(sae.activation, TopK),
-        "a transcoder; the kernels train autoencoders": not sae.is_transcoder,
-        f"prefixes={list(sparsity.prefixes)}; the kernels train without": not sparsity.prefixes,
-        f"aux_k={config.aux_k!r}; the kernels train without AuxK": config.aux_k == 0,
-        f"clip_norm={config.clip_norm}; the kernels do not clip": config.clip_norm is None,
-        f"{mesh.config.size} ranks; the kernels train on one": mesh.config.size == 1,
-        f"search={search!r}; the kernels search exactly": search == "exact",
-        f"compute_dtype={compute_dtype}; the kernels multiply in bfloat16": compute_dtype == torch.bfloat16,
-    }
-    for text, met in demands.items():
-        if not met:
-            raise UnsupportedError(text)
 
 
 class KernelAdam(RowAdam):

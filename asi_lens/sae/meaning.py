@@ -17,10 +17,12 @@ from tqdm.auto import tqdm
 
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import DataError, OptionError, require, require_whole
+from asi_lens.collapse.interventions import next_token_loss
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.firings import codes_in_order
+from asi_lens.sae.splice import site_layer
 
 
 @torch.no_grad()
@@ -102,20 +104,19 @@ def ablation_effects(
     Raises OptionError for a feature that does not exist or a dictionary that does not say its site, DataError
     for a loss that is not finite, and the errors of `models.forward`.
     """
-    site, layer = (sae.config.metadata.get(key) for key in ("site", "layer"))
-    if site is None or layer is None:
+    where = site_layer(sae.config.metadata)
+    if where is None:
         raise OptionError("sae='without a site' is not allowed; sae must be trained on a site that it states")
-    layer = int(layer)
     for feature in features:
         require_whole("features", feature, 0)
         require(feature < sae.d_sae, "features", feature, f"from 0 to {sae.d_sae - 1}")
-    hook = models.hook_name(model, str(site), layer)
+    hook = models.hook_name(model, *where)
     increases: dict[int, list[Tensor]] = {feature: [] for feature in features}
     firings = dict.fromkeys(features, 0)
     per_batch = max(1, batch_tokens // tokens.context)
     with tqdm(total=len(tokens), unit="seq", desc="ablations", disable=not progress) as bar:
         for ids in tokens.batches(per_batch):
-            start = models.capture_resume(model, ids, layer)
+            start = models.capture_resume(model, ids, where[1])
             seen: list[Tensor] = []
             clean = models.forward(model, ids, {hook: seen.append}, logits=True, start=start)
             before = _losses(clean, ids)
@@ -127,7 +128,7 @@ def ablation_effects(
                     increases[feature].append(torch.zeros(len(ids), dtype=torch.float64))
                     continue
                 firings[feature] += fired
-                part = value * (sae.W_dec[feature] / sae.input_scale)
+                part = value * (sae.W_dec[feature] / sae.written_normalization[1])
 
                 def without(x: Tensor, part: Tensor = part) -> Tensor:
                     return torch.cat([x[:, :1], x[:, 1:] - part.to(x)], 1)
@@ -149,6 +150,4 @@ def ablation_effects(
 def _losses(logits: Tensor | None, ids: Tensor) -> Tensor:
     """Return the sum of the next-token losses of each sequence, nats, float64 on the CPU."""
     assert logits is not None  # asked for
-    log_p = logits[:, :-1].float().log_softmax(-1)
-    targets = ids[:, 1:, None].to(log_p.device).long()
-    return -log_p.gather(-1, targets)[..., 0].sum(1, dtype=torch.float64).cpu()
+    return next_token_loss(logits, ids.to(logits.device)).sum(1, dtype=torch.float64).cpu()

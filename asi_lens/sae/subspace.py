@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -35,7 +36,7 @@ class SubspaceStore(LinearStore):
         self.discarded = 1 - self.mean_square_norm / of.mean_square_norm
         self.metadata = {**of.metadata, "subspace": r}
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Fingerprint that changes with the rows and with the subspace."""
         return hashlib.sha256(self.of.fingerprint.encode() + self.basis.cpu().numpy().tobytes()).hexdigest()[

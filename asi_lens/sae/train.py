@@ -196,7 +196,8 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
         everything = torch.cat([torch.stack(numbers).double(), mesh.over_features(counts).double()])
         error, spread, aux, added, size, inputs, unsure, n_fired, n_dead = devices.read(everything)
         if not math.isfinite(inputs):
-            require_finite_rows(done.x, done.goal)
+            require_finite_rows(done.x, "activation")
+            require_finite_rows(done.goal, "output")
         if unsure and self.kernels is not None:
             return self._conclude(self.kernels.again(done, self._picks(done.x).code))
         if not all(math.isfinite(number) for number in (error, aux, added, size)):
@@ -227,7 +228,7 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
         if self.subspace is None:
             raise OptionError('search="subspace" needs the inputs\' spectrum: call fit, or prepare(store)')
         if is_due(self.steps):
-            require_finite_rows(x, x)
+            require_finite_rows(x, "activation")
             if change := self.subspace.measure(x):
                 tqdm.write(f"step {self.steps + 1}: {change}")
         return Picked(self.subspace.code(x, self._workspace))

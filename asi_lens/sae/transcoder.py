@@ -24,10 +24,9 @@ from asi_lens.activations.pairs import Pair, PairedStores
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base.doors import checked
 from asi_lens.base.errors import DataError, require
-from asi_lens.kernels.codes import SparseCode
 from asi_lens.kernels.draws import draw_gaussian, other_stream, unit_rows_
-from asi_lens.kernels.gradients import decode_sum
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
+from asi_lens.sae.finite import require_finite_rows
 from asi_lens.sae.splice import Place, site_layer
 
 
@@ -76,9 +75,7 @@ class Transcoder(SparseAutoencoder):
             )
         normalized = (y.reshape(-1, self.d_out).to(self.output_mean) - self.output_mean) * self.output_scale
         if checked and not bool(torch.isfinite(normalized.sum())):
-            bad = (~torch.isfinite(normalized)).any(1).sum().item()
-            if bad:
-                raise DataError(f"{bad} of {len(normalized)} output rows hold NaN or infinity")
+            require_finite_rows(normalized, "output")
         return normalized
 
     def centered(self, x: Num[Tensor, "*batch d_in"], checked: bool = True) -> Float[Tensor, "n d_in"]:
@@ -118,11 +115,10 @@ class Transcoder(SparseAutoencoder):
         assert isinstance(batch, Pair)
         return self.normalize(batch.x, checked), self.normalize_output(batch.y, checked) - self.b_dec
 
-    def decode(self, code: SparseCode) -> Float[Tensor, "*batch d_out"]:
-        """Return raw outputs [*batch d_out] from a code [*batch k]."""
-        flat = SparseCode(*(part.reshape(-1, part.shape[-1]) for part in code))
-        raw = (decode_sum(flat, self.W_dec) + self.b_dec) / self.output_scale + self.output_mean
-        return raw.view(*code.indices.shape[:-1], self.d_out)
+    @property
+    def written_normalization(self) -> tuple[Float[Tensor, " d_out"], Float[Tensor, ""]]:
+        """See `SparseAutoencoder.written_normalization`."""
+        return self.output_mean, self.output_scale
 
     def place_in(self, model: nn.Module, metadata: Mapping[str, Any]) -> Place | None:
         """See `Spliced.place_in`. Metadata name both sites, as those of `PairedStores` do."""

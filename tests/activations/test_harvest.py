@@ -170,7 +170,8 @@ def test_batches_suit_the_device(tiny_llama: Any, monkeypatch: pytest.MonkeyPatc
             return iter([SimpleNamespace(device=torch.device("cuda"))])
 
     for gib, width, expected in ((80, 576, 32_768), (80, 64, 65_536), (8, 4096, 2048), (24, 1024, 4096)):
-        monkeypatch.setattr(models, "model_info", lambda model, width=width: SimpleNamespace(d_model=width))
+        info = SimpleNamespace(d_model=width)
+        monkeypatch.setattr(models, "model_info", lambda model, fingerprint=True, info=info: info)
         memory = SimpleNamespace(total_memory=gib * 2**30)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, memory=memory: memory)
         assert batch_tokens_for(OnCard()) == expected

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import pandas as pd
-import plotly.graph_objects as go
 import pytest
+from drawn import Builder, Table, names_its_setting_and_refuses_other_tables
 from made_up_beyond import LIVES, doses, inputs, lives, starts
 
-from asi_lens.base.errors import DataError
 from asi_lens.figures import beyond
 
-BUILDERS: list[tuple[Callable[[pd.DataFrame], go.Figure], Callable[[], pd.DataFrame]]] = [
+BUILDERS: list[tuple[Builder, Table]] = [
     (beyond.death_at_start, lambda: starts(lambda name, gamma, rank: gamma / 3)),
     (beyond.dose_response, lambda: doses(lambda rank, dimension, head: 1 - rank)),
     (beyond.lives, lambda: lives(lambda *_: 0.1, lambda *_: 0.2)),
@@ -21,14 +17,8 @@ BUILDERS: list[tuple[Callable[[pd.DataFrame], go.Figure], Callable[[], pd.DataFr
 
 
 @pytest.mark.parametrize(("build", "table"), BUILDERS)
-def test_every_figure_names_its_setting_and_refuses_other_tables(build: Callable, table: Callable) -> None:
-    figure, good = build(table()), table()
-    assert figure.layout.title.subtitle.text.startswith("m · news")
-    own = good.columns[-1]
-    with pytest.raises(DataError, match=f"it has no column {own}"):
-        build(good.drop(columns=own))
-    with pytest.raises(DataError, match="has no rows"):
-        build(good.iloc[:0])
+def test_every_figure_names_its_setting_and_refuses_other_tables(build: Builder, table: Table) -> None:
+    names_its_setting_and_refuses_other_tables(build, table)
 
 
 def test_points_stand_at_gamma_and_at_rank() -> None:

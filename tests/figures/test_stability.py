@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pandas as pd
-import plotly.graph_objects as go
 import pytest
+from drawn import Builder, Table, names_its_setting_and_refuses_other_tables
 from made_up_stability import matches, overlaps, transfer
 
 from asi_lens.base.errors import DataError
 from asi_lens.figures.stability import off_its_text, seed_matches, subspace_overlaps
 
 KERNELS = {"half": 0.9, "text": 0.7, "layer": 0.4}
-BUILDERS: list[tuple[Callable[[pd.DataFrame], go.Figure], Callable[[], pd.DataFrame]]] = [
+BUILDERS: list[tuple[Builder, Table]] = [
     (subspace_overlaps, lambda: overlaps(lambda against, layer: KERNELS[against])),
     (off_its_text, lambda: transfer(lambda text, inputs, seed: 0.3)),
     (seed_matches, lambda: matches(lambda method, tokens, i: 0.3)),
@@ -21,14 +19,8 @@ BUILDERS: list[tuple[Callable[[pd.DataFrame], go.Figure], Callable[[], pd.DataFr
 
 
 @pytest.mark.parametrize(("build", "table"), BUILDERS)
-def test_every_figure_names_its_setting_and_refuses_other_tables(build: Callable, table: Callable) -> None:
-    figure, good = build(table()), table()
-    assert figure.layout.title.subtitle.text.startswith("m · news")
-    own = good.columns[-1]
-    with pytest.raises(DataError, match=f"it has no column {own}"):
-        build(good.drop(columns=own))
-    with pytest.raises(DataError, match="has no rows"):
-        build(good.iloc[:0])
+def test_every_figure_names_its_setting_and_refuses_other_tables(build: Builder, table: Table) -> None:
+    names_its_setting_and_refuses_other_tables(build, table)
 
 
 def test_texts_stand_on_the_left_and_layers_on_the_right() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from asi_lens.activations.pairs import PairedStores
 from asi_lens.base.errors import OptionError, UnsupportedModelError
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
-from asi_lens.sae.features import Features, token_entropy
+from asi_lens.sae.features import Features
 
 pytestmark = pytest.mark.filterwarnings("ignore::asi_lens.activations.spectrum.FewTokensWarning")
 
@@ -170,9 +169,3 @@ def test_bad_input(features: Features, tiny_llama: Any, tiny_tokens: Tokens) -> 
         features.contexts(0, "best")
     with pytest.raises(OptionError, match="text=''"):
         features.search("")
-
-
-def test_entropy_of_tokens() -> None:
-    assert token_entropy([5, 5, 5]) == 0
-    assert token_entropy(list(range(8))) == pytest.approx(3)
-    assert token_entropy(torch.tensor([1, 1, 2])) == pytest.approx(math.log2(3) - 2 / 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,16 @@ from asi_lens.base.errors import OptionError
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.sae import firings
-from asi_lens.sae.features import token_entropy
 from asi_lens.sae.meaning import _matched, ablation_effects, token_information
 
 pytestmark = pytest.mark.filterwarnings("ignore::asi_lens.activations.spectrum.FewTokensWarning")
+
+
+def token_entropy(ids: Sequence[int] | torch.Tensor) -> float:
+    """The entropy of the distribution of token ids, in bits."""
+    counts = torch.as_tensor(ids).unique(return_counts=True)[1].double()
+    shares = counts / counts.sum()
+    return -(shares * shares.log2()).sum().item()
 
 
 @pytest.fixture
@@ -115,3 +122,9 @@ def test_bad_input(
     rows = al.ActivationStore.from_tensor(torch.randn(60, store.d))
     with pytest.raises(OptionError, match="not harvested from tokens"):
         token_information(sae, rows, tiny_tokens)
+
+
+def test_entropy_of_tokens() -> None:
+    assert token_entropy([5, 5, 5]) == 0
+    assert token_entropy(list(range(8))) == pytest.approx(3)
+    assert token_entropy(torch.tensor([1, 1, 2])) == pytest.approx(math.log2(3) - 2 / 3)
