@@ -119,7 +119,7 @@ def test_sites_that_left_out_some_massive_rows_are_drawn_together(build: Builder
     held = two.index[two.split == "held_out"]
     two.loc[held, "dead_window_tokens"] = 4096
     two.loc[held[-1], "dead_window_tokens"] = 4090
-    assert "features without a firing in<br>4,090 to 4,096 held-out tokens (%)" in y_titles(build(two))
+    assert any("4,090 to 4,096 held-out tokens" in (title or "") for title in y_titles(build(two)))
 
 
 def test_a_method_has_its_color_and_marker_everywhere() -> None:
