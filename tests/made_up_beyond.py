@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 from made_up_tables import row
 
-from asi_lens.results.beyond_rows import DoseRow, InputRow, LifeRow, ReleasedRow, StartRow
+from asi_lens.results.beyond_rows import DoseRow, InputRow, LifeRow, ReleasedRow, StartRow, TriedStartRow
 from asi_lens.results.rows import frame
 
 INPUTS = ("raw", "mean", "geometric median", "power 0.5", "power 0")
@@ -139,4 +139,25 @@ def released(
         about |= {"start": start, "trained_on": "pile", "trained_context": 128, "trained_bos": True}
         about |= {"n_tokens": 4096, "dead_fraction": share, "n_tokens_held_out": 512, "fvu": 0.2, "l0": 8.0}
         rows.append(ReleasedRow(**{**about, "silent_fraction": min(1.0, 2 * share), **changes}))
+    return frame(rows)
+
+
+def tried(ends: dict[str, tuple[float, float, float]], seeds: int = 2, moved: float = 0.1) -> pd.DataFrame:
+    """By method: share inside at the start, silent share, FVU. Rows move in by `moved`, the encoder twice."""
+    rows = []
+    for method, (inside, silent, fvu) in ends.items():
+        for seed in range(seeds):
+            about: dict[str, Any] = {"seed": seed, "fvu": fvu, "dead_fraction": silent + 0.01 * seed}
+            about |= {"decoder_inside_start": inside, "decoder_inside_end": inside + moved}
+            about |= {"encoder_inside_start": inside, "encoder_inside_end": inside + 2 * moved}
+            about |= {"train_seconds": 5.0 + seed}
+            rows.append(row(method, TriedStartRow, **about))
+            wrong = {
+                **about,
+                "dead_fraction": 1 - silent,
+                "fvu": 9.0,
+                "cross_entropy_delta": None,
+                "kl": None,
+            }
+            rows.append(row(method, TriedStartRow, split="train", **wrong))
     return frame(rows)

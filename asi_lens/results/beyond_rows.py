@@ -111,6 +111,24 @@ class DoseRow(DeadFeatureRow):
 
 
 @dataclass(frozen=True)
+class TriedStartRow(DeadFeatureRow):
+    """A `DeadFeatureRow` of one start (`18_starts.csv`), with numbers of the whole run in every row.
+
+    Shares are means over features of the squared norm of a row inside the top directions of the training data
+    (as many as ASI takes by itself). For whitened inputs they are of the rows in whitened coordinates.
+    """
+
+    decoder_inside_start: float
+    """After the first step."""
+    decoder_inside_end: float
+    encoder_inside_start: float
+    """After the first step."""
+    encoder_inside_end: float
+    train_seconds: float
+    """Time spent in training steps, as the run recorded it, on the machine that trained it."""
+
+
+@dataclass(frozen=True)
 class SavedFeatureRow(Row):
     """A feature of an ASI dictionary, looked at on held-out text (`14_features.csv`)."""
 

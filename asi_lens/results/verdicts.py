@@ -12,7 +12,6 @@ from asi_lens.results.beyond_verdicts import (
     centering_or_subspace,
     do_saved_features_mean_something,
     dose_and_response,
-    starts_against_asi,
     when_features_die,
 )
 from asi_lens.results.dictionary_verdicts import (
@@ -49,3 +48,4 @@ from asi_lens.results.rank_verdicts import (
     projection_ranks,
 )
 from asi_lens.results.stability_verdicts import subspace_stability
+from asi_lens.results.start_verdicts import starts_against_asi, what_a_start_must_have
