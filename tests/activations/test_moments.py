@@ -121,7 +121,7 @@ def test_widths_must_fit() -> None:
         _ = Moments.zeros(3).covariance
     state = Moments.of(rows(20, 3)).state()
     state["scatter"] = state["scatter"][:-1]
-    with pytest.raises(DataError, match="the state.s scatter has 5 numbers; width 3 needs 6"):
+    with pytest.raises(DataError, match=r"the state.s scatter has 5 numbers; width 3 needs 6"):
         Moments.from_state(state)
 
 
