@@ -16,6 +16,7 @@ from asi_lens.results.beyond_verdicts import (
 from asi_lens.results.dictionary_verdicts import (
     RANKS,
     c6,
+    c6_released,
     c7,
     c7_by_size,
     c8,
