@@ -57,6 +57,7 @@ TESTED_ELSEWHERE = {
     "experiments.run_folders": "experiments/test_runs.py",
     "activations.moments_consumer": "collapse/test_spectra.py",
     "results.beyond_rows": "results/test_beyond_verdicts.py",
+    "results.stability_rows": "results/test_stability_verdicts.py",
     "figures.panels": "figures/test_dead_features.py",
     "figures.parts": "figures/test_dead_features.py",
     "figures.style": "figures/test_collapse.py",
