@@ -8,8 +8,6 @@ from typing import Literal
 from asi_lens.results.rows import DeadFeatureRow
 from asi_lens.results.tables import Row
 
-Against = Literal["half", "text", "layer"]
-Inputs = Literal["as they are", "its own mean", "rotated"]
 Library = Literal["SAELens", "sparsify", "asi_lens"]
 
 
