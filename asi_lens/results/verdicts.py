@@ -48,3 +48,4 @@ from asi_lens.results.rank_verdicts import (
     projection_ranks,
 )
 from asi_lens.results.stability_verdicts import subspace_stability
+from asi_lens.results.trained_rank_verdicts import rank_and_loss
