@@ -27,8 +27,8 @@ _RANK = "effective rank / width"
 def rank_over_training(table: pd.DataFrame, packaged: pd.DataFrame | None = None) -> go.Figure:
     """Draw loss, its difference to the baseline of the same seed, and rank over training, a line per variant.
 
-    Takes `TrainedRankRow`s, and optionally `RankRow`s of a released model's attention outputs, whose mean over
-    layers is the dotted line. Ranks are means over layers; bands are the range over seeds.
+    Takes `TrainedRankRow`s, and optionally `RankRow`s of a released model's attention outputs, whose mean
+    over layers is the dotted line. Ranks are means over layers; bands are the range over seeds.
     """
     need(table, TrainedRankRow)
     single(table, "corpus", "rank_over_training")
@@ -106,7 +106,7 @@ def final_rank_and_loss(table: pd.DataFrame) -> go.Figure:
                 showlegend=col == 1,
                 marker={"symbol": symbol, "size": 10, "color": tone, "opacity": 0.8},
                 customdata=part.seed,
-                hovertemplate=f"{name}, seed %{{customdata}}<br>rank %{{x:.3f}}, loss %{{y:.4f}}<extra></extra>",
+                hovertemplate=f"{name}, seed %{{customdata}}<br>%{{x:.3f}}: %{{y:.4f}}<extra></extra>",
                 row=1,
                 col=col,
             )

@@ -16,7 +16,7 @@ _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def rank_and_loss(table: pd.DataFrame) -> list[AnswerRow]:
-    """Answer whether a change to model or training raises the rank of attention, and whether the loss follows.
+    """Answer whether a change to model or training raises attention's rank, and whether the loss follows.
 
     Takes `TrainedRankRow`s, of which the last measurement of every run counts, with ranks averaged over
     layers. A variant's rank is higher (its loss lower) than the baseline's if the whole 95 % interval of the
