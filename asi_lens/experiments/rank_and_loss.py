@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from asi_lens.activations.spectrum import ROWS_PER_DIMENSION
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import require, require_whole, unknown_name
 from asi_lens.base.files import cache_key
 from asi_lens.experiments.runs import about_run, alone, finish, is_finished, run_folder
@@ -87,6 +89,7 @@ class SmallRun:
         ]
 
 
+@checked
 def train_variants(
     variants: Sequence[Variant | str],
     train: Tokens,
@@ -119,6 +122,10 @@ def train_variants(
     most = max(int(tokens.ids.max()) for tokens in (train, held_out))
     require(config.vocab > most, "vocab", config.vocab, f"above {most}, the largest token")
     n_steps = training.n_steps(train.context)
+    # Position 0 is not counted, and the last one predicts nothing.
+    n_rows, least = len(held_out) * (held_out.context - 2), ROWS_PER_DIMENSION * config.d_model
+    told = f"{ROWS_PER_DIMENSION} rows per dimension, at least {least:,}, or ranks are biased downwards"
+    require(n_rows >= least, "held_out", f"{n_rows:,} rows", told)
     target = resolve_device(device)
     runs = [_run(variant, train, held_out, config, training, seed) for seed in seeds for variant in chosen]
     missing = [run for run in runs if not is_finished(run.folder, [METRICS_FILE])]
@@ -151,12 +158,13 @@ def _run(
     seed: int,
 ) -> SmallRun:
     require_whole("seed", seed, 0)
+    # Variants with the same options are one run, whatever their names.
     options = {**asdict(variant), "name": None}
     texts = {"train": train.fingerprint, "held_out": held_out.fingerprint}
     key = cache_key(
         format=FORMAT, model=asdict(config), variant=options, training=asdict(training), seed=seed, **texts
     )
-    folder = run_folder(["small", train.corpus, config.n_layers, config.d_model, variant.name], key)
+    folder = run_folder(["small", train.corpus, config.n_layers, config.d_model], key)
     return SmallRun(variant, sized(config, variant), training, seed, train.corpus, train.context, folder)
 
 

@@ -26,6 +26,7 @@ from asi_lens.activations.massive import massive_rows
 from asi_lens.activations.moments import Moments
 from asi_lens.activations.precision import exact_products
 from asi_lens.activations.spectrum import Spectrum
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import require, require_whole
 from asi_lens.base.threads import short_steps
 from asi_lens.collapse.output_projection import head_overlap
@@ -50,6 +51,7 @@ LAYERED = ("rank", "z_rank", "overlap", "left_out")
 """Measurements with a number for each layer: columns `rank_0`, `rank_1`, ... of a run's metrics."""
 
 
+@checked
 @dataclass(frozen=True)
 class Variant:
     """A change to the model or to its training. Raises OptionError for a value out of range.
@@ -78,6 +80,7 @@ class Variant:
         require(fits, "orthogonality", self.orthogonality, "0 where W_O is frozen")
 
 
+@checked
 @dataclass(frozen=True)
 class TrainingConfig:
     """Options that all variants share. Raises OptionError for a value out of range.

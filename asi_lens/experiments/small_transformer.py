@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from asi_lens.base.doors import checked
 from asi_lens.base.errors import require, require_whole
 from asi_lens.base.files import cache_key
 
@@ -23,6 +24,7 @@ _EPS = 1e-6
 _ROTARY_BASE = 10_000.0
 
 
+@checked
 @dataclass(frozen=True)
 class TransformerConfig:
     """Sizes of a transformer. Raises OptionError for sizes that do not fit together.

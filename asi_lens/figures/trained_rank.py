@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
-from asi_lens.figures.parts import curve, legend_only, panels
+from asi_lens.figures.parts import curve, panels
 from asi_lens.figures.style import GREY, need, order, over, setting, single
 from asi_lens.results.beyond_rows import TrainedRankRow
 from asi_lens.results.rows import RankRow
@@ -59,11 +59,14 @@ def rank_over_training(table: pd.DataFrame, packaged: pd.DataFrame | None = None
     if packaged is not None:
         need(packaged, RankRow)
         single(packaged, "model", "rank_over_training")
-        name = f"{packaged.model.iloc[0]}, mean over layers"
         figure.add_hline(
-            y=packaged.effective_rank_fraction.mean(), line={"color": GREY, "dash": "dot"}, row=1, col=3
+            y=packaged.effective_rank_fraction.mean(),
+            line={"color": GREY, "dash": "dot"},
+            annotation={"text": packaged.model.iloc[0], "font": {"size": 12, "color": GREY}},
+            annotation_position="top right",
+            row=1,
+            col=3,
         )
-        legend_only(figure, name, mode="lines", line={"color": GREY, "dash": "dot"})
     figure.update_xaxes(title_text="training tokens", rangemode="tozero")
     for col, title in enumerate(("nats per token", "nats per token", _RANK), start=1):
         figure.update_yaxes(title_text=title, row=1, col=col)

@@ -43,7 +43,8 @@ def rank_and_loss(table: pd.DataFrame) -> list[AnswerRow]:
         out.append(AnswerRow(question, "yes" if both == raised else "no", told))
     else:
         out.append(AnswerRow(question, "not testable here", "no variant is known to have a higher rank"))
-    means = final.groupby("variant", sort=False)[["rank_difference", "loss_difference"]].mean().dropna()
+    known = final[~final.variant.isin(unknown)]
+    means = known.groupby("variant", sort=False)[["rank_difference", "loss_difference"]].mean()
     points = pd.concat([means, pd.DataFrame(0.0, index=[_BASELINE], columns=means.columns)])
     question = "over all variants a higher rank goes with a lower loss"
     rho, low, high = rank_correlation(points.rank_difference, points.loss_difference)
@@ -75,14 +76,19 @@ def differences_to_baseline(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _interval(question: str, values: pd.Series, sign: int) -> AnswerRow:
-    """Answer whether the 95 % interval of the mean of `values` is wholly on the side of `sign`."""
+    """Answer whether the whole 95 % interval of the mean of `values` is on the side of `sign`.
+
+    If not, the numbers say whether it is on the other side or holds zero.
+    """
     n = len(values)
     if n < 2 or values.isna().any():
         return AnswerRow(question, "not testable here", "fewer than two seeds, or no baseline of a seed")
     half = _T[min(n - 1, len(_T)) - 1] * values.sem()
     low, high = values.mean() - half, values.mean() + half
-    told = f"{values.mean():+.4f} ({low:+.4f} to {high:+.4f}) against the baseline; {n} seeds"
-    return AnswerRow(question, "yes" if (low > 0 if sign > 0 else high < 0) else "no", told)
+    side = 1 if low > 0 else -1 if high < 0 else 0
+    word = {sign: "", 0: "; not decided", -sign: "; the opposite"}[side]
+    told = f"{values.mean():+.4f} ({low:+.4f} to {high:+.4f}) against the baseline; {n} seeds{word}"
+    return AnswerRow(question, "yes" if side == sign else "no", told)
 
 
 def _any(question: str, found: list[str], unknown: list[str]) -> AnswerRow:
