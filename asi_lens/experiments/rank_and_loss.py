@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -61,6 +62,7 @@ class SmallRun:
     def rows(self) -> list[TrainedRankRow]:
         """Return a row for every measurement and layer."""
         about, config = about_run(self.folder), self.config
+        points: list[dict[str, Any]] = list(read_metrics(self.folder / METRICS_FILE))
         return [
             TrainedRankRow(
                 model=f"{config.n_layers} layers of width {config.d_model}",
@@ -84,7 +86,7 @@ class SmallRun:
                 lr=self.training.lr,
                 weight_decay=self.variant.weight_decay,
             )
-            for point in read_metrics(self.folder / METRICS_FILE)
+            for point in points
             for layer in range(config.n_layers)
         ]
 

@@ -221,8 +221,8 @@ def _optimizers(model: SmallTransformer, variant: Variant, lr: float) -> Iterato
     yield torch.optim.AdamW(groups, lr=lr, betas=_BETAS)
     if by_muon:
         # Its updates have the size of AdamW's, so that one learning rate serves both.
-        same = {"weight_decay": variant.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-        yield torch.optim.Muon(by_muon, lr=lr, **same)
+        decay = variant.weight_decay
+        yield torch.optim.Muon(by_muon, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
 
 
 def next_token_loss(model: nn.Module, ids: Int[Tensor, "batch position"]) -> Float[Tensor, ""]:

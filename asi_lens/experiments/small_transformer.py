@@ -114,7 +114,7 @@ class SmallTransformer(nn.Module):
 
     def attentions(self) -> list[Attention]:
         """Return the attention of every block."""
-        return [block.attention for block in self.blocks]
+        return [module for module in self.modules() if isinstance(module, Attention)]
 
     @torch.no_grad()
     def _draw(self, seed: int) -> None:

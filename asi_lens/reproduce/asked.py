@@ -152,11 +152,11 @@ class _Model(Blank):
         return model
 
 
-class _Tokenizer(_Model):
+class _Tokenizer(Blank):
     """Stands for a tokenizer of `vocab` tokens that is trained on a text."""
 
     def __new__(cls, corpus: str, vocab: int) -> _Tokenizer:
-        tokenizer = super().__new__(cls, "")
+        tokenizer = str.__new__(cls)
         object.__setattr__(tokenizer, "__trained__", {"vocab": vocab, "trained_on": corpus})
         return tokenizer
 
