@@ -136,9 +136,10 @@ def rotated(x: Float[Tensor, "batch head position d"]) -> Float[Tensor, "batch h
     d, n = x.shape[-1], x.shape[-2]
     frequencies = _ROTARY_BASE ** (-torch.arange(0, d, 2, device=x.device, dtype=torch.float32) / d)
     angles = torch.outer(torch.arange(n, device=x.device, dtype=torch.float32), frequencies)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    # Angles in float32, whatever the heads are in: bfloat16 has too few digits for late positions.
+    cos, sin = angles.cos(), angles.sin()
     a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
 def head_overlap_penalty(W_O: Float[Tensor, "d_model d_z"], n_heads: int) -> Float[Tensor, ""]:
