@@ -7,8 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from asi_lens.results.beyond_rows import TrainedRankRow
 from asi_lens.results.rows import frame
+from asi_lens.results.trained_rank_rows import TrainedRankRow
 
 Value = Callable[[str, int], float]
 NAMES = ("baseline", "gate", "muon", "frozen")

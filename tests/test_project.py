@@ -54,6 +54,7 @@ OPTIONAL = {"triton": PACKAGE / "kernels" / "triton" / "language.py"}  # comes w
 TESTED_ELSEWHERE = {
     "experiments.held_out": "experiments/test_runs.py",
     "experiments.rows": "experiments/test_runs.py",
+    "experiments.run_folders": "experiments/test_runs.py",
     "activations.moments_consumer": "collapse/test_spectra.py",
     "results.beyond_rows": "results/test_beyond_verdicts.py",
     "figures.panels": "figures/test_dead_features.py",
@@ -73,6 +74,7 @@ TESTED_ELSEWHERE = {
     "lorsa.data": "lorsa/test_train.py",
     "lorsa.heads": "lorsa/test_lorsa.py",
     "results.numbers": "results/test_judging.py",
+    "results.trained_rank_rows": "results/test_trained_rank_verdicts.py",
     "reproduce.kernel": "reproduce/test_execute.py",
     "reproduce.staleness": "reproduce/test_main.py",
     "sae.finite": "sae/test_train.py",

@@ -23,7 +23,7 @@ from asi_lens.experiments.small_training import Training, TrainingConfig, Varian
 from asi_lens.experiments.small_transformer import TransformerConfig
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.inputs.models import resolve_device
-from asi_lens.results.beyond_rows import TrainedRankRow
+from asi_lens.results.trained_rank_rows import TrainedRankRow
 from asi_lens.training.checkpoint import held
 from asi_lens.training.metrics import METRICS_FILE, read_metrics
 

@@ -7,8 +7,8 @@ import plotly.graph_objects as go
 
 from asi_lens.figures.parts import curve, panels
 from asi_lens.figures.style import GREY, need, order, over, setting, single
-from asi_lens.results.beyond_rows import TrainedRankRow
 from asi_lens.results.rows import RankRow
+from asi_lens.results.trained_rank_rows import TrainedRankRow
 from asi_lens.results.trained_rank_verdicts import differences_to_baseline
 
 _LOOKS = (
