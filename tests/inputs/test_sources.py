@@ -212,7 +212,7 @@ def test_full_disk_names_the_folder(tiny: PackagedSource, monkeypatch: pytest.Mo
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("asi_lens.inputs.download.shutil.copyfileobj", full)
+    monkeypatch.setattr("asi_lens.inputs.archives.shutil.copyfileobj", full)
     with pytest.raises(OSError, match=re.escape(f"cannot write {tiny.folder}: No space left")):
         sources.fetch("tiny")
     assert not tiny.folder.exists()
