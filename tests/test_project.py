@@ -54,6 +54,7 @@ OPTIONAL = {"triton": PACKAGE / "kernels" / "triton" / "language.py"}  # comes w
 TESTED_ELSEWHERE = {
     "experiments.held_out": "experiments/test_runs.py",
     "experiments.rows": "experiments/test_runs.py",
+    "experiments.run_folders": "experiments/test_runs.py",
     "activations.moments_consumer": "collapse/test_spectra.py",
     "results.beyond_rows": "results/test_beyond_verdicts.py",
     "figures.panels": "figures/test_dead_features.py",

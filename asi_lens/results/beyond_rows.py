@@ -10,6 +10,7 @@ from asi_lens.results.tables import Row
 
 Against = Literal["half", "text", "layer"]
 Inputs = Literal["as they are", "its own mean", "rotated"]
+Library = Literal["SAELens", "sparsify", "asi_lens"]
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,24 @@ class DoseRow(DeadFeatureRow):
     """(sum of eigenvalues)^2 / sum of their squares."""
     width: int
     """Width of the site."""
+
+
+@dataclass(frozen=True)
+class TriedStartRow(DeadFeatureRow):
+    """A `DeadFeatureRow` of one start (`18_starts.csv`), with numbers of the whole run in every row.
+
+    Shares are means over features of the squared norm of a row inside the top directions of the training data
+    (as many as ASI takes by itself). For whitened inputs they are of the rows in whitened coordinates.
+    """
+
+    decoder_inside_start: float
+    """After the first step."""
+    decoder_inside_end: float
+    encoder_inside_start: float
+    """After the first step."""
+    encoder_inside_end: float
+    train_seconds: float
+    """Time spent in training steps, as the run recorded it, on the machine that trained it."""
 
 
 @dataclass(frozen=True)
@@ -249,3 +268,46 @@ class SeedMatchRow(Row):
     """Share of pairs in which both features fire on held-out text."""
     matched_alive: float | None
     """`matched` over these pairs; None without any."""
+
+
+@dataclass(frozen=True)
+class ReleasedRow(Row):
+    """A dictionary that was trained elsewhere, on text of ours (`22_released_dictionaries.csv`)."""
+
+    dictionary: str
+    """Folder or hub name."""
+    library: Library
+    """Whose format it has."""
+    model: str
+    corpus: str
+    site: str
+    layer: int
+    width: int
+    d_sae: int
+    activation: str
+    """`topk`, `jumprelu` ..."""
+    k: int | None
+    """Features per token; None for activations without a fixed k."""
+    start: str | None
+    """`random`, `asi` ...; None where the folder does not say."""
+    trained_on: str | None
+    """Text that it was trained on, where the folder says so; so the next two."""
+    trained_context: int | None
+    trained_bos: bool | None
+    """Whether its sequences began with the BOS token; ours do."""
+    n_tokens: int
+    """Tokens behind the ranks and `dead_fraction`."""
+    dead_fraction: float
+    """Share of features that fired on none of `n_tokens`."""
+    n_tokens_held_out: int
+    """Tokens behind the next three."""
+    silent_fraction: float
+    """Share of features that fired on none of them."""
+    fvu: float
+    l0: float
+    effective_rank_fraction: float
+    """Effective rank over width of the site."""
+    intrinsic_dimension_99: int
+    """Directions that hold 99 % of its variance."""
+    participation_ratio: float
+    """(sum of eigenvalues)^2 / sum of their squares."""

@@ -12,12 +12,12 @@ from asi_lens.results.beyond_verdicts import (
     centering_or_subspace,
     do_saved_features_mean_something,
     dose_and_response,
-    starts_against_asi,
     when_features_die,
 )
 from asi_lens.results.dictionary_verdicts import (
     RANKS,
     c6,
+    c6_released,
     c7,
     c7_by_size,
     c8,
@@ -48,3 +48,4 @@ from asi_lens.results.rank_verdicts import (
     projection_ranks,
 )
 from asi_lens.results.stability_verdicts import subspace_stability
+from asi_lens.results.start_verdicts import starts_against_asi, what_a_start_must_have

@@ -6,13 +6,11 @@ import math
 
 import pandas as pd
 from made_up_beyond import LIVES, doses, inputs, lives, starts
-from made_up_claims import ASI, RANDOM, changed, runs
 
 from asi_lens.results.beyond_verdicts import (
     centering_or_subspace,
     do_saved_features_mean_something,
     dose_and_response,
-    starts_against_asi,
     when_features_die,
 )
 
@@ -87,23 +85,6 @@ def test_other_sites_off_the_line_are_told() -> None:
     assert dosed(off)[3:] == ["no"] * 3
     assert dosed(table[~other])[3:] == ["not testable here"] * 3
     assert dosed(table.assign(dead_fraction=0.0)) == ["not testable here"] * 6
-
-
-def test_a_start_does_what_asi_does_in_every_seed() -> None:
-    table = runs(
-        {"random": [RANDOM] * 3, "ASI": [ASI] * 3, "same": [ASI] * 3, "some": changed(1, "fvu", ASI, RANDOM)}
-    )
-    found = {one.question: one.answer for one in starts_against_asi(table)}
-    assert found == {
-        "random does what ASI does": "no",
-        "same does what ASI does": "yes",
-        "some does what ASI does": "no",
-    }
-    assert [one.answer for one in starts_against_asi(table[table.method != "ASI"])] == [
-        "not testable here"
-    ] * 3
-    lost = table.assign(fvu=table.fvu.where(table.method != "same"))
-    assert [one.answer for one in starts_against_asi(lost)] == ["no", "not testable here", "no"]
 
 
 def saved(information: tuple[float, float], loss: tuple[float, float | None], seeds: int = 2) -> pd.DataFrame:
