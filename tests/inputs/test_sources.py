@@ -282,6 +282,12 @@ def test_registry_is_complete_and_consistent() -> None:
         "wiki-fr",
         "wiki-es",
         "code-python-large",
+        "dinov2-small",
+        "whisper-base",
+        "antiberty",
+        "pictures-skimage",
+        "speech-prompts",
+        "antibodies",
     ]
     assert len({s.key for s in SOURCES.values()}) == len(SOURCES)
     for name, source in SOURCES.items():
@@ -289,6 +295,7 @@ def test_registry_is_complete_and_consistent() -> None:
         assert source.license
         assert (source.main is not None) == (source.kind == "model")
         assert (source.layout is not None) == (source.kind == "corpus")
+        assert (source.column is not None) == (source.kind == "sequences")
         assert (source.layout == "json") == bool(source.json_keys)
         assert {m.package for m in source.members} == set(range(len(source.packages)))
         for package in source.packages:
