@@ -300,7 +300,7 @@ def test_registry_is_complete_and_consistent() -> None:
         assert {m.package for m in source.members} == set(range(len(source.packages)))
         for package in source.packages:
             assert re.fullmatch(r"[0-9a-f]{64}", package.sha256)
-            assert f"-{package.version}" in package.filename
+            assert re.search(rf"[-_]{re.escape(package.version)}", package.filename)
     assert "Gemma Terms of Use" in (SOURCES["gemma3-270m"].terms or "")
 
 
