@@ -75,6 +75,7 @@ TESTED_ELSEWHERE = {
     "lorsa.data": "lorsa/test_train.py",
     "lorsa.heads": "lorsa/test_lorsa.py",
     "results.numbers": "results/test_judging.py",
+    "results.trained_rank_rows": "results/test_trained_rank_verdicts.py",
     "reproduce.kernel": "reproduce/test_execute.py",
     "reproduce.staleness": "reproduce/test_main.py",
     "sae.finite": "sae/test_train.py",
