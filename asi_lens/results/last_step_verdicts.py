@@ -13,9 +13,9 @@ _CASE = ["optimizer", "lr", "seed"]
 def last_steps(table: pd.DataFrame) -> list[AnswerRow]:
     """Answer what encoder rows do before features die, beside rows of live features at the same time.
 
-    Takes `LastStepRow`s. From the first point to the last firing: the bias falls (the norm shrinks, the row
-    turns away from the mean) if the change of features that die is below that of live features in every case
-    of optimizer, learning rate and seed; turning away is a fall of the cosine's absolute value.
+    Takes `LastStepRow`s. A number (bias, norm, the cosine's absolute value) falls behind if its change from the
+    first point to the last firing is smaller in features that die than in live features, in every case of
+    optimizer, learning rate and seed.
     """
     table = taken(table, [*_CASE, "group", "tokens"], ["bias", "norm", "mean_cosine", "n_features"])
     # A case in which nothing fired and died says nothing.
@@ -23,9 +23,9 @@ def last_steps(table: pd.DataFrame) -> list[AnswerRow]:
     table = table.merge(some, on=_CASE)
     table = table.assign(mean_cosine=table.mean_cosine.abs())
     questions = {
-        "bias": "before features die, their encoder bias falls",
-        "norm": "before features die, their encoder row shrinks",
-        "mean_cosine": "before features die, their encoder row turns away from the mean",
+        "bias": "before features die, their encoder bias falls behind that of live features",
+        "norm": "before features die, their encoder row falls behind in norm",
+        "mean_cosine": "before features die, their encoder row turns less towards the mean",
     }
     return [_falls(question, table, column) for column, question in questions.items()]
 
