@@ -13,8 +13,8 @@ _CASE = ["optimizer", "lr", "seed"]
 def last_steps(table: pd.DataFrame) -> list[AnswerRow]:
     """Answer what encoder rows do before features die, beside rows of live features at the same time.
 
-    Takes `LastStepRow`s. A number (bias, norm, the cosine's absolute value) falls behind if its change from the
-    first point to the last firing is smaller in features that die than in live features, in every case of
+    Takes `LastStepRow`s. A number (bias, norm, the cosine's absolute value) falls behind if its change from
+    the first point to the last firing is smaller in features that die than in live features, in every case of
     optimizer, learning rate and seed.
     """
     table = taken(table, [*_CASE, "group", "tokens"], ["bias", "norm", "mean_cosine", "n_features"])
