@@ -170,6 +170,37 @@ class TriedStartRow(DeadFeatureRow):
 
 
 @dataclass(frozen=True)
+class LastStepRow(Row):
+    """Encoder rows around the last firing of features that die (`16_last_steps.csv`).
+
+    Means over the features that fired and are dead at the end of a run, and over those that are alive then,
+    at the same logged rows.
+    """
+
+    model: str
+    corpus: str
+    site: str
+    layer: int
+    method: str
+    optimizer: str
+    lr: float
+    d_sae: int
+    k: int
+    seed: int
+    n_tokens: int
+    """Training tokens of the whole run."""
+    dead_window_tokens: int
+    group: Literal["died", "alive"]
+    n_features: int
+    tokens: int
+    """Tokens after the first logged row that had seen the last firing; negative before it."""
+    bias: float | None
+    norm: float | None
+    mean_cosine: float | None
+    """Cosine with the mean that is subtracted from the input."""
+
+
+@dataclass(frozen=True)
 class SavedFeatureRow(Row):
     """A feature of an ASI dictionary, looked at on held-out text (`14_features.csv`)."""
 
