@@ -76,6 +76,7 @@ TESTED_ELSEWHERE = {
     "results.numbers": "results/test_judging.py",
     "reproduce.kernel": "reproduce/test_execute.py",
     "reproduce.staleness": "reproduce/test_main.py",
+    "sae.cards": "sae/test_features.py",
     "sae.finite": "sae/test_train.py",
     "sae.passes": "sae/test_train.py",
     "sae.shard": "training/test_mesh.py",
