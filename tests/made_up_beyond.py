@@ -8,7 +8,15 @@ from typing import Any
 import pandas as pd
 from made_up_tables import row
 
-from asi_lens.results.beyond_rows import DoseRow, InputRow, LifeRow, ReleasedRow, StartRow, TriedStartRow
+from asi_lens.results.beyond_rows import (
+    DoseRow,
+    InputRow,
+    KnownFeatureRow,
+    LifeRow,
+    ReleasedRow,
+    StartRow,
+    TriedStartRow,
+)
 from asi_lens.results.rows import frame
 
 INPUTS = ("raw", "mean", "geometric median", "power 0.5", "power 0")
@@ -160,4 +168,32 @@ def tried(ends: dict[str, tuple[float, float, float]], seeds: int = 2, moved: fl
                 "kl": None,
             }
             rows.append(row(method, TriedStartRow, split="train", **wrong))
+    return frame(rows)
+
+
+def known(
+    recovered: Callable[[str, int, int | None], float],
+    silent: Callable[[str, int], float] = lambda method, r: 0.1,
+    live: float = 0.8,
+    seeds: int = 2,
+) -> pd.DataFrame:
+    """`recovered` by method, rank and fifth (None: all), `silent` by method and rank; ranks 8, 16, 32."""
+    rows = []
+    for r in (8, 16, 32):
+        for seed in range(seeds):
+            for method in ("random", "ASI"):
+                for fifth in (None, 1, 2, 3, 4, 5):
+                    about: dict[str, Any] = {
+                        "model": "m",
+                        "corpus": f"rank {r}",
+                        "n_tokens": 999,
+                        "width": 32,
+                    }
+                    about |= {"r": r, "effective_rank_fraction": r / 40, "method": method, "d_init": None}
+                    about |= {"d_sae": 64, "k": 4, "lr": 1e-3, "seed": seed, "fifth": fifth}
+                    about |= {"n_features": 64 if fifth is None else 13, "frequency": 0.1, "matched": 0.7}
+                    whole = {"live_recovered": live, "silent": silent(method, r) + 0.01 * seed, "fvu": 0.2}
+                    own = whole if fifth is None else dict.fromkeys(whole)
+                    share = recovered(method, r, fifth)
+                    rows.append(KnownFeatureRow(**about, recovered=share, **own))  # type: ignore[arg-type]
     return frame(rows)

@@ -111,6 +111,49 @@ class DoseRow(DeadFeatureRow):
 
 
 @dataclass(frozen=True)
+class KnownFeatureRow(Row):
+    """True features that a dictionary recovers, where they are known (`17_known_features.csv`).
+
+    A true feature is recovered if the decoder row that a one-to-one assignment gives it has a cosine of
+    0.9 or more with it.
+    """
+
+    model: str
+    """`known features`: activations are made up of them."""
+    corpus: str
+    """`rank 32`, ...: the subspace that holds all of them."""
+    n_tokens: int
+    """Rows that the dictionary was trained on."""
+    width: int
+    r: int
+    """Dimensions of the subspace."""
+    effective_rank_fraction: float
+    method: str
+    d_init: int | None
+    d_sae: int
+    k: int
+    lr: float
+    seed: int
+    """Of the true features, their firings, and the dictionary."""
+    fifth: int | None
+    """1 (most frequent) to 5 (rarest) true features; None for all."""
+    n_features: int
+    """True features of the group."""
+    frequency: float
+    """Mean share of rows on which they are active."""
+    matched: float
+    """Mean cosine of true features with their decoder rows."""
+    recovered: float
+    """Share of the true features that is recovered."""
+    live_recovered: float | None
+    """Share of the dictionary's features that fire on held-out rows and recover one; None for a fifth."""
+    silent: float | None
+    """Share of the dictionary's features without a firing on held-out rows; None for a fifth."""
+    fvu: float | None
+    """On held-out rows; None for a fifth."""
+
+
+@dataclass(frozen=True)
 class TriedStartRow(DeadFeatureRow):
     """A `DeadFeatureRow` of one start (`18_starts.csv`), with numbers of the whole run in every row.
 

@@ -11,7 +11,7 @@ import math
 import pandas as pd
 
 from asi_lens.results.beyond_rows import AnswerRow
-from asi_lens.results.dictionary_verdicts import PLACE, RANKS
+from asi_lens.results.dictionary_verdicts import PLACE
 from asi_lens.results.judging import held_out, rank_correlation, taken
 
 
@@ -98,29 +98,6 @@ def _better(
     ]
     told.append(f"{int(good.sum())} of {len(good)} places and seeds")
     return AnswerRow(question, "yes" if good.all() else "no", "; ".join(told))
-
-
-def dose_and_response(table: pd.DataFrame) -> list[AnswerRow]:
-    """Answer whether the spectrum alone changes how many features are silent, and which measure they follow.
-
-    Takes `DoseRow`s of a random start; points are means over seeds. A measure of rank decides if the whole
-    95 % interval of Spearman's correlation with the silent share over the changed spectra is below zero.
-    Changed spectra and other sites agree in a measure if the interval over all points is, too.
-    """
-    held = held_out(table, [*PLACE, "shape"], ["dead_fraction", *RANKS])
-    points = held.groupby([*PLACE, "shape"])[["dead_fraction", *RANKS]].mean().reset_index()
-    changed = points[points["shape"] != "other site"]
-    out = []
-    for column, name in RANKS.items():
-        question = f"silent features follow the {name} where nothing but the spectrum changes"
-        out.append(predicts(question, changed[column], changed.dead_fraction, -1))
-    for column, name in RANKS.items():
-        question = f"changed spectra and other sites fall along one line of the {name}"
-        if len(changed) == len(points):
-            out.append(AnswerRow(question, "not testable here", "no other site was trained"))
-        else:
-            out.append(predicts(question, points[column], points.dead_fraction, -1))
-    return out
 
 
 def do_saved_features_mean_something(table: pd.DataFrame) -> list[AnswerRow]:

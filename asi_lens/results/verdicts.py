@@ -11,7 +11,6 @@ from __future__ import annotations
 from asi_lens.results.beyond_verdicts import (
     centering_or_subspace,
     do_saved_features_mean_something,
-    dose_and_response,
     when_features_die,
 )
 from asi_lens.results.dictionary_verdicts import (
@@ -27,6 +26,12 @@ from asi_lens.results.dictionary_verdicts import (
     c12,
     good_d_init,
     rank_points,
+)
+from asi_lens.results.dose_verdicts import (
+    are_the_right_features_lost,
+    dose_and_response,
+    dose_points,
+    falling_curve,
 )
 from asi_lens.results.judging import (
     Number,
