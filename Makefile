@@ -29,7 +29,7 @@ PIP_QUIET  := $(if $(CI),--quiet)
 NBSTRIPOUT := $(BIN)/nbstripout --keep-id
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-tl4 setup-peers setup-triton setup-docs docs figures publish test test-tl4 test-peers test-triton lint format lab bench lock clean clean-all
+.PHONY: help setup setup-tl4 setup-peers setup-triton setup-docs docs figures publish compare test test-tl4 test-peers test-triton lint format lab bench lock clean clean-all
 .DELETE_ON_ERROR:
 
 help: ## show this
@@ -53,6 +53,9 @@ figures: $(SETUP) $(CHROME) ## run the notebooks that are out of date, build the
 
 publish: $(SETUP) ## copy what a run left to figures/published, which is committed, and write the README's table
 	$(BIN)/python -m asi_lens.reproduce.publish --model "$(MODEL)" --profile "$(PROFILE)" $(if $(NOTEBOOKS),--notebooks "$(NOTEBOOKS)") $(ARGS)
+
+compare: $(SETUP) ## compare a run with the published one, table by table, with stated tolerances
+	$(BIN)/python -m asi_lens.reproduce.compare --model "$(MODEL)" --profile "$(PROFILE)" $(ARGS)
 
 test: $(SETUP) $(CHROME) ## install and run the tests
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)

@@ -17,7 +17,7 @@ from asi_lens.experiments.released import NEEDED
 from asi_lens.reproduce import __main__ as runner
 from asi_lens.reproduce.__main__ import reproduce
 from asi_lens.reproduce.parameters import merged_parameters, profile_names
-from asi_lens.results import beyond_rows, rows
+from asi_lens.results import beyond_rows, rows, stability_rows, trained_rank_rows
 from asi_lens.results.claims import CLAIMS_FILE, ClaimRow
 from asi_lens.results.parameters_cell import notebook_defaults, notebook_names
 from asi_lens.results.rows import LossRow, Row, columns, read_rows
@@ -30,7 +30,8 @@ MODEL = "smollm2-135m"
 EMPTY = {"22_released_dictionaries"}
 ROWS = {
     tuple(columns(kind)): kind
-    for kind in (*vars(rows).values(), *vars(beyond_rows).values())
+    for module in (rows, beyond_rows, stability_rows, trained_rank_rows)
+    for kind in vars(module).values()
     if isinstance(kind, type) and issubclass(kind, Row) and kind is not Row
 }
 

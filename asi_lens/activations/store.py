@@ -217,8 +217,9 @@ class ActivationStore:
     def rows(self, index: Int[Tensor, " batch"]) -> Float[Tensor, "batch d"]:
         """Return a copy of the rows at `index`, in its order. Raises OptionError for rows out of range."""
         if len(index) and not (int(index.min()) >= 0 and int(index.max()) < self.n):
-            low, high = int(index.min()), int(index.max())
-            raise OptionError(f"rows {low} to {high} are not allowed; the store has rows 0 to {self.n - 1}")
+            raise OptionError(
+                f"rows {index.min()} to {index.max()} are not allowed; it has 0 to {self.n - 1}"
+            )
         return self._gather(index)
 
     def _gather(

@@ -54,3 +54,4 @@ from asi_lens.results.rank_verdicts import (
 )
 from asi_lens.results.stability_verdicts import subspace_stability
 from asi_lens.results.start_verdicts import starts_against_asi, what_a_start_must_have
+from asi_lens.results.trained_rank_verdicts import rank_and_loss
