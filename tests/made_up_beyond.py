@@ -8,7 +8,15 @@ from typing import Any
 import pandas as pd
 from made_up_tables import row
 
-from asi_lens.results.beyond_rows import DoseRow, InputRow, LifeRow, StartRow
+from asi_lens.results.beyond_rows import (
+    DoseRow,
+    InputRow,
+    KnownFeatureRow,
+    LifeRow,
+    ReleasedRow,
+    StartRow,
+    TriedStartRow,
+)
 from asi_lens.results.rows import frame
 
 INPUTS = ("raw", "mean", "geometric median", "power 0.5", "power 0")
@@ -123,4 +131,69 @@ def lives(
                             **fates,
                         )
                     )
+    return frame(rows)
+
+
+def released(
+    dead: list[float], *, d_sae: int = 512, start: str | None = None, **changes: Any
+) -> pd.DataFrame:
+    """A dictionary at ranks 0.1, 0.2 ... of two sites, with these dead shares, and a tenth of them."""
+    rows = []
+    for i, share in enumerate([*dead, *(0.1 * one for one in dead)]):
+        about: dict[str, Any] = {"site": ("attn_out", "mlp_out")[i // len(dead)], "layer": i % len(dead)}
+        about |= {"effective_rank_fraction": 0.1 * (i + 1), "intrinsic_dimension_99": 10 * (i + 1)}
+        about |= {"participation_ratio": 9.0, "dictionary": f"folder/{i}", "library": "SAELens"}
+        about |= {"model": "m", "corpus": "news", "width": 64, "d_sae": d_sae, "activation": "topk", "k": 8}
+        about |= {"start": start, "trained_on": "pile", "trained_context": 128, "trained_bos": True}
+        about |= {"n_tokens": 4096, "dead_fraction": share, "n_tokens_held_out": 512, "fvu": 0.2, "l0": 8.0}
+        rows.append(ReleasedRow(**{**about, "silent_fraction": min(1.0, 2 * share), **changes}))
+    return frame(rows)
+
+
+def tried(ends: dict[str, tuple[float, float, float]], seeds: int = 2, moved: float = 0.1) -> pd.DataFrame:
+    """By method: share inside at the start, silent share, FVU. Rows move in by `moved`, the encoder twice."""
+    rows = []
+    for method, (inside, silent, fvu) in ends.items():
+        for seed in range(seeds):
+            about: dict[str, Any] = {"seed": seed, "fvu": fvu, "dead_fraction": silent + 0.01 * seed}
+            about |= {"decoder_inside_start": inside, "decoder_inside_end": inside + moved}
+            about |= {"encoder_inside_start": inside, "encoder_inside_end": inside + 2 * moved}
+            about |= {"train_seconds": 5.0 + seed}
+            rows.append(row(method, TriedStartRow, **about))
+            wrong = {
+                **about,
+                "dead_fraction": 1 - silent,
+                "fvu": 9.0,
+                "cross_entropy_delta": None,
+                "kl": None,
+            }
+            rows.append(row(method, TriedStartRow, split="train", **wrong))
+    return frame(rows)
+
+
+def known(
+    recovered: Callable[[str, int, int | None], float],
+    silent: Callable[[str, int], float] = lambda method, r: 0.1,
+    live: float = 0.8,
+    seeds: int = 2,
+) -> pd.DataFrame:
+    """`recovered` by method, rank and fifth (None: all), `silent` by method and rank; ranks 8, 16, 32."""
+    rows = []
+    for r in (8, 16, 32):
+        for seed in range(seeds):
+            for method in ("random", "ASI"):
+                for fifth in (None, 1, 2, 3, 4, 5):
+                    about: dict[str, Any] = {
+                        "model": "m",
+                        "corpus": f"rank {r}",
+                        "n_tokens": 999,
+                        "width": 32,
+                    }
+                    about |= {"r": r, "effective_rank_fraction": r / 40, "method": method, "d_init": None}
+                    about |= {"d_sae": 64, "k": 4, "lr": 1e-3, "seed": seed, "fifth": fifth}
+                    about |= {"n_features": 64 if fifth is None else 13, "frequency": 0.1, "matched": 0.7}
+                    whole = {"live_recovered": live, "silent": silent(method, r) + 0.01 * seed, "fvu": 0.2}
+                    own = whole if fifth is None else dict.fromkeys(whole)
+                    share = recovered(method, r, fifth)
+                    rows.append(KnownFeatureRow(**about, recovered=share, **own))  # type: ignore[arg-type]
     return frame(rows)

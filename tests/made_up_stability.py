@@ -8,8 +8,8 @@ from typing import Any
 import pandas as pd
 from made_up_tables import row
 
-from asi_lens.results.beyond_rows import OverlapRow, SeedMatchRow, TransferRow
 from asi_lens.results.rows import frame
+from asi_lens.results.stability_rows import OverlapRow, SeedMatchRow, TransferRow
 
 
 def overlaps(kernel: Callable[[str, int], float], layers: int = 4) -> pd.DataFrame:

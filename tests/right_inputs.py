@@ -150,7 +150,7 @@ DOORS: dict[str, Callable[[World], Made]] = {
     "verify": _al("verify", model=MODEL),
     "Tokens": _al(
         "Tokens", ids=_is(torch.ones(2, 4, dtype=torch.int64)), corpus=_is("c"), tokenizer=_is("t"),
-        context=_is(4), fingerprint=_is("f"), bos=_is(True), content=_is(""),
+        context=_is(4), bos=_is(True), content=_is(""),
     ),
     "Tokens.batches": _of(TOKENS, "batches", batch_size=_is(2)),
     "corpus_names": _al("corpus_names"),

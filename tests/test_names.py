@@ -11,7 +11,7 @@ import pytest
 
 import asi_lens as al
 from asi_lens.base.paths import cache_root, figures_dir
-from asi_lens.experiments.runs import run_folder
+from asi_lens.experiments.run_folders import run_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore::asi_lens.activations.spectrum.FewTokensWarning")
 NAMES = ["模" * 75, "run #3 50%25", "a" * 250, "é" * 120, "..b", "-x"]

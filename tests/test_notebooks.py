@@ -12,10 +12,12 @@ import pandas as pd
 import pytest
 import tiny_models
 
+import asi_lens as al
+from asi_lens.experiments.released import NEEDED
 from asi_lens.reproduce import __main__ as runner
 from asi_lens.reproduce.__main__ import reproduce
 from asi_lens.reproduce.parameters import merged_parameters, profile_names
-from asi_lens.results import beyond_rows, rows
+from asi_lens.results import beyond_rows, rows, stability_rows, trained_rank_rows
 from asi_lens.results.claims import CLAIMS_FILE, ClaimRow
 from asi_lens.results.parameters_cell import notebook_defaults, notebook_names
 from asi_lens.results.rows import LossRow, Row, columns, read_rows
@@ -24,9 +26,12 @@ from asi_lens.results.sidecar import figures_of, read_sidecars
 pytestmark = pytest.mark.notebooks
 
 MODEL = "smollm2-135m"
+# Shows dictionaries from elsewhere; where none is named, it says what it needs.
+EMPTY = {"22_released_dictionaries"}
 ROWS = {
     tuple(columns(kind)): kind
-    for kind in (*vars(rows).values(), *vars(beyond_rows).values())
+    for module in (rows, beyond_rows, stability_rows, trained_rank_rows)
+    for kind in vars(module).values()
     if isinstance(kind, type) and issubclass(kind, Row) and kind is not Row
 }
 
@@ -48,7 +53,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.mark.packaged
 def test_tables_are_rows_of_a_known_kind(ran: Path) -> None:
     for name, sidecar in read_sidecars(ran).items():
-        assert sidecar["tables"], name
+        assert bool(sidecar["tables"]) == (name not in EMPTY), name
         for stem in sidecar["tables"]:
             kind = ROWS[tuple(pd.read_csv(ran / f"{stem}.csv", nrows=0).columns)]
             assert read_rows(ran / f"{stem}.csv", kind), stem
@@ -67,9 +72,41 @@ def test_a_smoke_run_puts_every_claim_to_the_test_and_judges_none(ran: Path) -> 
 
 
 @pytest.mark.packaged
+def test_without_dictionaries_nothing_is_judged_and_the_need_is_told(ran: Path) -> None:
+    (verdict,) = read_sidecars(ran)["22_released_dictionaries"]["verdicts"]
+    assert (verdict["claim"], verdict["verdict"], verdict["numbers"]) == ("C6", "not testable here", [])
+    assert NEEDED in verdict["budget"]
+
+
+@pytest.mark.packaged
+def test_dictionaries_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ASI_LENS_FIGURES", str(tmp_path / "figures"))
+    model = al.load_model(MODEL)
+    tokens = al.load_tokens("news-en", model, 2_048, context=64)
+    places = [("attn_out", 3), ("attn_out", 15), ("attn_out", 27), ("mlp_out", 15), ("resid_post", 15)]
+    for (site, layer), store in al.harvest_stores(model, tokens, places, progress=False).items():
+        for method in ("random", "asi") if site == "attn_out" else ("random",):
+            sae = al.SparseAutoencoder(al.SAEConfig(store.d, 512, 16, metadata=store.metadata))
+            d_init = "auto" if method == "asi" else None
+            al.initialize(sae, method, spectrum=store.spectrum, d_init=d_init, sample=store.sample(1_024))
+            sae.save(tmp_path / "saes" / f"{site}.{layer}.{method}")
+    given = {"dictionaries": [str(tmp_path / "saes")]}
+    reproduce(MODEL, "smoke", ["22"], given=given)
+    folder = tmp_path / "figures" / MODEL / "smoke"
+    table = read_rows(folder / "22_released_dictionaries.csv", beyond_rows.ReleasedRow)
+    assert sorted((row.site, row.layer) for row in table) == sorted([*places, *places[:3]])
+    assert [row.start for row in table].count("asi") == 3
+    assert all(0 < row.fvu < 1 and row.n_tokens == 2_048 // 64 * 63 for row in table)
+    (verdict,) = read_sidecars(folder)["22_released_dictionaries"]["verdicts"]
+    assert verdict["over"] == "5 (layer, site) points of 512 features, resampled"
+    assert "attn_out.27.asi (asi_lens): attn_out 27, 512 features (topk)" in verdict["budget"]
+    assert "22_released_dictionaries" in figures_of(folder)
+
+
+@pytest.mark.packaged
 def test_every_figure_is_there_and_says_what_it_is(ran: Path) -> None:
     figures = figures_of(ran)
-    assert {stem[:2] for stem in figures} == {name[:2] for name in notebook_names()}
+    assert {stem[:2] for stem in figures} == {name[:2] for name in set(notebook_names()) - EMPTY}
     for stem, entry in figures.items():
         assert (ran / f"{stem}.html").is_file()
         assert (ran / f"{stem}.png").is_file() == entry["png"]

@@ -80,9 +80,11 @@ class Moments:
         The result is to be merged into these moments. Raises as `of` and `update` do.
         """
         if rows.shape[1] != self.d:
-            raise OptionError(f"rows are {rows.shape[1]} wide, these moments {self.d}")
+            raise OptionError(
+                f"rows of width {rows.shape[1]} are not allowed; these moments have width {self.d}"
+            )
         if len(rows) == 0:
-            raise DataError("moments of no rows")
+            raise DataError("rows is empty; moments need at least one row")
         low, high = (float(bound) for bound in rows.aminmax())
         size = max(-low, high)
         if not math.isfinite(size):
@@ -101,7 +103,8 @@ class Moments:
                 return found
         if not _fits(size, _DOUBLE):
             raise DataError(
-                f"activations of size {size:.3g}: their squares are too {'large' if size > 1 else 'small'}"
+                f"activations of size {size:.3g} are not allowed: their squares are too "
+                f"{'large' if size > 1 else 'small'} for float64"
             )
         return _summed(rows.double(), is_copy=rows.dtype != torch.float64)
 
@@ -190,7 +193,7 @@ class Moments:
     def covariance(self) -> Float[Tensor, "d d"]:
         """scatter / n. Raises DataError if no rows were counted."""
         if self.n == 0:
-            raise DataError("moments of no rows have no covariance")
+            raise DataError("moments without a row have no covariance")
         return self.scatter / self.n
 
     def state(self) -> dict[str, Tensor]:
@@ -210,11 +213,13 @@ class Moments:
     def from_state(cls, state: dict[str, Tensor]) -> Moments:
         """Inverse of `state`, also of older versions. Raises DataError if shapes do not fit together."""
         if missing := {"n", "mean", "scatter"} - set(state):
-            raise DataError(f"a state of moments without {', '.join(sorted(missing))}")
+            raise DataError(f"the state of moments lacks {', '.join(sorted(missing))}")
         mean, packed = state["mean"].double(), state["scatter"].double()
         d = mean.shape[0]
         if packed.shape != (d * (d + 1) // 2,):
-            raise DataError(f"scatter of {packed.numel()} numbers does not belong to width {d}")
+            raise DataError(
+                f"the state's scatter has {packed.numel()} numbers; width {d} needs {d * (d + 1) // 2}"
+            )
         rows, columns = torch.triu_indices(d, d, device=mean.device)
         scatter = torch.zeros(d, d, dtype=torch.float64, device=mean.device)
         scatter[rows, columns] = packed

@@ -36,7 +36,7 @@ def entropy_rank(singular_values: Float[Tensor, " d"]) -> float:
         raise DataError("singular values must be finite and at least 0")
     total = values.sum()
     if total == 0:
-        raise DataError("a spectrum of zeros has no effective rank (the activations never vary)")
+        raise DataError("a spectrum of zeros has no effective rank (the activations do not vary)")
     p = values / total
     return math.exp(-torch.special.xlogy(p, p).sum().item())
 

@@ -94,7 +94,7 @@ class ShardWriter:
             self._begin_shard()
         assert self._file is not None
         if self._open_seen + seen > self._open_n:
-            raise OptionError(f"{len(rows)} rows do not fit into what is left of a shard")
+            raise OptionError(f"{len(rows)} rows do not fit into the rest of the open shard")
         if left_out is not None:
             self.left_out = torch.cat([self.left_out, left_out.cpu()])
         if batch is not None:

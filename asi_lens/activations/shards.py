@@ -82,7 +82,7 @@ class Manifest:
             if unfinished(folder):
                 raise DataError(
                     f"the store in {folder} is not finished ({progress(folder)} rows so far): run the "
-                    "harvest again, it goes on from there"
+                    "harvest again; it resumes there"
                 )
             raise FileNotFoundError(f"{folder} is not an activation store: it has no {MANIFEST}")
         try:
@@ -97,9 +97,9 @@ class Manifest:
             shards = tuple(Shard(**shard) for shard in values["shards"])
             manifest = cls(**{**values, "mean": tuple(values["mean"]), "shards": shards})
             if manifest.dtype not in DTYPES:
-                raise ValueError(f"dtype {manifest.dtype!r}")
+                raise ValueError(f"dtype {manifest.dtype!r} is none of {', '.join(DTYPES)}")
             if manifest.n != sum(shard.n for shard in shards) or manifest.d != len(manifest.mean):
-                raise ValueError("its counts do not belong together")
+                raise ValueError("its numbers of rows do not add up")
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, CacheError):
                 raise

@@ -119,7 +119,7 @@ class ActivationStore:
             try:
                 rows = torch.from_numpy(rows)
             except (TypeError, ValueError) as error:
-                raise DataError(f"rows of {rows.dtype} cannot be used: {error}") from error
+                raise DataError(f"rows of dtype {rows.dtype} cannot be read: {error}") from error
         if not isinstance(rows, Tensor) or rows.ndim != 2 or 0 in rows.shape:
             shape = tuple(getattr(rows, "shape", ()))
             raise DataError(f"rows must be a matrix [n d] with at least one row, not of shape {shape}")
@@ -153,7 +153,7 @@ class ActivationStore:
     def scale(self) -> float:
         """sqrt(d / mean ||row - mean||^2). Raises DataError if all rows are equal."""
         if not self.mean_square_norm > 0:
-            raise DataError("the rows never vary: they have no scale")
+            raise DataError("the rows do not vary, so they have no scale")
         return math.sqrt(self.d / self.mean_square_norm)
 
     @cached_property
@@ -217,7 +217,7 @@ class ActivationStore:
     def rows(self, index: Int[Tensor, " batch"]) -> Float[Tensor, "batch d"]:
         """Return a copy of the rows at `index`, in its order. Raises OptionError for rows out of range."""
         if len(index) and not (int(index.min()) >= 0 and int(index.max()) < self.n):
-            raise OptionError(f"rows are 0 to {self.n - 1}, not {int(index.min())} to {int(index.max())}")
+            raise OptionError(f"rows {index.min()} to {index.max()} are not allowed; 0 to {self.n - 1} are")
         return self._gather(index)
 
     def _gather(
@@ -248,7 +248,7 @@ class ActivationStore:
         Raises OptionError for a store that was not harvested from tokens.
         """
         if "context" not in self.metadata or "drop_first" not in self.metadata:
-            raise OptionError("this store was not harvested from tokens: its rows have no positions")
+            raise OptionError("the rows of this store have no positions: they were not harvested from tokens")
         first = int(self.metadata["drop_first"])
         kept = int(self.metadata["context"]) - first
         # Left-out token j stands before row i if it has at most i rows before it.

@@ -35,7 +35,9 @@ def gamma(spectrum: Spectrum, center: Float[Tensor, " d"] | None = None) -> floa
     """
     variance = spectrum.eigenvalues.sum().item()
     if not variance > 0:
-        raise DataError(f"gamma of {spectrum.name or 'activations'} that never vary: their sigma is zero")
+        raise DataError(
+            f"{spectrum.name or 'the activations'} do not vary: their sigma is zero, so gamma is not defined"
+        )
     mean = spectrum.mean
     if center is not None:
         require(center.shape == mean.shape, "center", tuple(center.shape), f"of shape {tuple(mean.shape)}")

@@ -17,7 +17,8 @@ from asi_lens.base.errors import require, unknown_name
 from asi_lens.base.files import cache_key
 from asi_lens.experiments.held_out import held_out_numbers
 from asi_lens.experiments.rows import table_rows
-from asi_lens.experiments.runs import run_folder, train_missing, train_seeds
+from asi_lens.experiments.run_folders import run_folder
+from asi_lens.experiments.runs import train_missing, train_seeds
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.inputs.models import model_info, resolve_device
 from asi_lens.lorsa.data import SequencePairs

@@ -24,6 +24,7 @@ from asi_lens.experiments.recipes import Recipe
 from asi_lens.experiments.runs import TrainedRun, train_recipes
 from asi_lens.inputs.corpora import Tokens, load_tokens
 from asi_lens.inputs.models import load_model, model_info
+from asi_lens.inputs.small_tokenizer import small_tokenizer
 from asi_lens.results import provenance
 from asi_lens.results.figure_files import save, titles
 from asi_lens.results.parameters_cell import checked_parameters, notebook_defaults
@@ -87,9 +88,13 @@ class Page:
         self._sources[info.label] = info.fingerprint
         return self._model
 
+    def small_tokenizer(self, vocab: int) -> Any:
+        """Return a tokenizer of `vocab` tokens trained on the main text: see `inputs.small_tokenizer`."""
+        return small_tokenizer(self["main_corpus"], vocab)
+
     def load_tokens(
         self,
-        model: nn.Module,
+        model: Any,
         n_tokens: int,
         corpus: Any = None,
         *,
@@ -98,7 +103,8 @@ class Page:
     ) -> Tokens:
         """Return `n_tokens` tokens of a corpus (`main_corpus` by default) in sequences of `context`.
 
-        The tokens follow those of `after`. `what` states their purpose in the record.
+        `model` may be a tokenizer. The tokens follow those of `after`. `what` states their purpose in the
+        record.
         """
         tokens = load_tokens(
             self["main_corpus"] if corpus is None else corpus,

@@ -13,6 +13,9 @@ from asi_lens.sae.starts.start import starts_with
 from asi_lens.sae.transcoder_init import READERS
 from asi_lens.training.config import TrainConfig
 
+ALIGNED = ("start", "training")
+"""When encoder and decoder rows are aligned."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -40,6 +43,13 @@ class Recipe:
     whiten: float | int | None = None
     """Power of the input's spectrum in training: 0 whitens, 1 changes nothing (`shaped`), None is off. The
     trained dictionary is put back to raw activations exactly."""
+    subspace_of: str | None = None
+    """Name of another store (`train_recipes(subspaces=...)`) whose active subspace the start takes: of
+    another text, or another layer. None for that of the training data. `d_init` "auto" is that of the
+    training data either way."""
+    aligned: str | None = None
+    """One of `ALIGNED`: w_enc . w_dec = 1 for every feature, at the "start" (no search for the norm), or all
+    through "training" (`sae.aligned`). None is off."""
     search: str = "exact"
     """Search for the top k, one of `search.SEARCHES`; "subspace" is for TopK autoencoders at full width."""
 
@@ -58,8 +68,19 @@ class Recipe:
         fits = self.whiten is None or (0 <= self.whiten <= 4 and self.reader is None and not self.inside)
         allowed = "None, or from 0 to 4 for centered autoencoders at full width"
         require(fits and (self.whiten is None or self.center), "whiten", self.whiten, allowed)
+        fits = self.subspace_of is None or (start.subspace and self.reader is None and not self.inside)
+        allowed = "None, except for a start in a subspace, of an autoencoder at full width"
+        require(fits, "subspace_of", self.subspace_of, allowed)
+        if self.aligned is not None:
+            require_known([self.aligned], ALIGNED, "aligned")
+            fits = KINDS[self.activation].picks_k and start.norm is None and self.reader is None
+            allowed = (
+                f"None, except for {kinds_with('picks_k')} autoencoders whose start has no norm of its own"
+            )
+            require(fits, "aligned", self.aligned, allowed)
         require_known([self.search], SEARCHES, "search")
         plain = KINDS[self.activation].picks_k and not self.inside and self.reader is None
+        plain = plain and self.aligned != "training"
         fits = self.search == "exact" or plain
         allowed = f"'exact', except for {kinds_with('picks_k')} autoencoders with inside=False"
         require(fits, "search", self.search, allowed)

@@ -6,9 +6,7 @@ they depend on, so a notebook that runs again reads them, and a notebook that wa
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,12 +17,13 @@ import torch
 from asi_lens.activations.pairs import PairedStores
 from asi_lens.activations.shaped import ShapedStore, power_gains
 from asi_lens.activations.store import ActivationStore
-from asi_lens.base.errors import CacheError, require
-from asi_lens.base.files import cache_key, file_name, locked, write_text
-from asi_lens.base.paths import cached
+from asi_lens.base.errors import require, require_known
+from asi_lens.base.files import cache_key
 from asi_lens.experiments.held_out import AnyRun
 from asi_lens.experiments.recipes import Recipe, find_recipe
+from asi_lens.experiments.run_folders import about_run, alone, finish, is_finished, run_folder
 from asi_lens.inputs.models import resolve_device, resolve_dtype
+from asi_lens.sae.aligned import AlignedTrainer
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.drift import Drift
 from asi_lens.sae.initialize import auto_d_init, initialize
@@ -33,7 +32,7 @@ from asi_lens.sae.subspace import SubspaceStore, expand
 from asi_lens.sae.train import Trainer
 from asi_lens.sae.transcoder import Transcoder
 from asi_lens.sae.transcoder_init import initialize_transcoder
-from asi_lens.training.checkpoint import CHECKPOINT_FILE, held
+from asi_lens.training.checkpoint import held
 from asi_lens.training.config import TrainConfig
 from asi_lens.training.last_firings import FOLDER as FIRINGS
 from asi_lens.training.last_firings import LastFirings
@@ -43,8 +42,6 @@ from asi_lens.training.metrics import METRICS_FILE, Metrics, read_metrics
 
 # Raise it when a change to training, initialization or evaluation changes the results of the same options.
 FORMAT = 1
-FINISHED_FILE = "finished.json"
-_EARLIER_FILE = "run.json"
 _SAE = "sae"
 # Rows for the norm search.
 _SAMPLE = 8192
@@ -65,6 +62,8 @@ class TrainedRun:
     """Dimensions of the subspace for measuring drift: `d_init`, or the value of "auto"."""
     folder: Path
     """Folder of the dictionary (`sae`), its curve (`metrics.csv`) and its description (`finished.json`)."""
+    elsewhere: ActivationStore | None = None
+    """Store whose active subspace the start takes; None for the store of the training data."""
 
     @property
     def seed(self) -> int:
@@ -105,6 +104,7 @@ def train_recipes(
     log_every: int = 50,
     checkpoint_every: int | None = None,
     keep_firings: bool = False,
+    subspaces: Mapping[str, ActivationStore] | None = None,
     device: str | torch.device = "auto",
     progress: bool = True,
 ) -> list[TrainedRun]:
@@ -119,6 +119,7 @@ def train_recipes(
         windows, log_every, checkpoint_every: as in `train_together`.
         keep_firings: keep each feature's last firing at every logged row (`experiments.lives`). Such runs of
             dictionaries are trained apart from runs without it.
+        subspaces: stores by the names in `Recipe.subspace_of`, as wide as `store`.
         device: device of training; "auto" is CUDA if it is available.
 
     Returns runs in order of seeds, then recipes. Raises CacheError for a run's folder that cannot be read,
@@ -138,7 +139,7 @@ def train_recipes(
     keyed = {**logging, "keep_firings": True} if keep_firings else logging
     return train_seeds(
         seeds,
-        lambda seed: [_run(store, recipe, d_sae, k, seed, base, keyed) for recipe in chosen],
+        lambda seed: [_run(store, recipe, d_sae, k, seed, base, keyed, subspaces or {}) for recipe in chosen],
         lambda runs: _train(store, runs, options, target, LastFirings() if keep_firings else None),
     )
 
@@ -197,6 +198,7 @@ def _run(
     seed: int,
     base: TrainConfig,
     logging: Mapping[str, Any],
+    subspaces: Mapping[str, ActivationStore],
 ) -> TrainedRun:
     d_out = store.d_out if isinstance(store, PairedStores) else None
     fits = (d_out is not None) == (recipe.reader is not None)
@@ -210,9 +212,14 @@ def _run(
     if not KINDS[recipe.activation].threshold_learns:
         del options["sparsity"]["threshold_lr"]
     # Options at their defaults are left out: keeps the keys of runs from before these options existed.
-    for name, default in (("search", "exact"), ("whiten", None)):
+    for name, default in (("search", "exact"), ("whiten", None), ("subspace_of", None), ("aligned", None)):
         if options[name] == default:
             del options[name]
+    elsewhere = None
+    if recipe.subspace_of is not None:
+        require_known([recipe.subspace_of], subspaces, "name in subspaces")
+        elsewhere = subspaces[recipe.subspace_of]
+        options["subspace_of"] = elsewhere.fingerprint
     if options.pop("reader") is not None:
         options["init"] = f"{recipe.init}, reads {recipe.reader}"
     sizes = {"d_sae": d_sae, "k": k, "sample": _SAMPLE, **logging}
@@ -221,7 +228,7 @@ def _run(
     known = [store.metadata[name] for name in ("model", "site", "layer") if name in store.metadata]
     folder = run_folder([*known, d_sae, recipe.init], key)
     assert not isinstance(d_init, str)  # "auto" is the only string that `initialize` takes
-    return TrainedRun(recipe, config, train, d_init, d_init or automatic, folder)
+    return TrainedRun(recipe, config, train, d_init, d_init or automatic, folder, elsewhere)
 
 
 def _train(
@@ -268,12 +275,16 @@ def started(
         # Inside the subspace every direction is in ASI's active subspace, so "random" draws ASI's directions.
         method, d_init = (recipe.init, run.d_init) if run.subspace is None else ("random", None)
         sample = rows.sample(min(_SAMPLE, rows.n))
-        center: dict[str, Any] = {"center": recipe.center, "b_dec": "mean" if recipe.center else "zeros"}
-        report = initialize(sae.to(device), method, rows.spectrum, d_init, sample, initial_l0=l0, **center)
+        how: dict[str, Any] = {"center": recipe.center, "b_dec": "mean" if recipe.center else "zeros"}
+        how |= {"initial_l0": l0, "norm_search": recipe.aligned is None}
+        if run.elsewhere is not None:
+            how["subspace_of"] = run.elsewhere.spectrum
+        report = initialize(sae.to(device), method, rows.spectrum, d_init, sample, **how)
         # Drift is measured for all recipes, also for those without ASI. Inside the subspace it is constant.
         drift, search = Drift(rows.spectrum, min(run.d_active, rows.d)), recipe.search
     about = {"format": FORMAT, "recipe": asdict(recipe), "initialization": asdict(report)}
-    trainer = Trainer(sae.to(device), run.train, recipe.sparsity, drift, search=search)
+    trainer_of = AlignedTrainer if recipe.aligned == "training" else Trainer
+    trainer = trainer_of(sae.to(device), run.train, recipe.sparsity, drift, search=search)
     if kept is not None and drift is not None:
         kept.begin(trainer, run.folder, {"inside": drift.shares(sae)[1]})
     return trainer, about
@@ -294,50 +305,3 @@ def _save(run: TrainedRun, trainer: Trainer, rows: ActivationStore | PairedStore
         sae, about = expand(sae, rows.basis, rows.center), {"discarded": rows.discarded}
     sae.save(run.folder / _SAE)
     return about
-
-
-def run_folder(words: Iterable[object], key: str) -> Path:
-    """Return the cache folder of a run. `key` covers all it depends on; `words` make the name readable."""
-    return cached("runs", file_name(*words, key=key), FINISHED_FILE)
-
-
-@contextmanager
-def alone(folders: Iterable[Path]) -> Iterator[None]:
-    """Lock the folders of runs. Another process that needs one of them waits, then finds it finished."""
-    with ExitStack() as stack:
-        # Locks are taken in sorted order, so that two processes never wait for each other.
-        for folder in sorted(set(folders)):
-            stack.enter_context(locked(folder))
-        yield
-
-
-def finish(folder: Path, about: Mapping[str, Any]) -> None:
-    """Mark a run as finished, after all its other files are written. `about` holds JSON values."""
-    write_text(folder / FINISHED_FILE, json.dumps(about, indent=1))
-    # The checkpoint holds the optimizer state (three times the size of the weights), which a finished run no
-    # longer needs.
-    (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
-
-
-def is_finished(folder: Path, needed: Iterable[str]) -> bool:
-    """Return whether a run is marked as finished. Raises CacheError if it is, but `needed` files are missing.
-
-    The mark of earlier versions, `run.json`, is renamed.
-    """
-    earlier = folder / _EARLIER_FILE
-    if earlier.exists() and not (folder / FINISHED_FILE).exists():
-        earlier.rename(folder / FINISHED_FILE)
-    if not (folder / FINISHED_FILE).exists():
-        return False
-    for name in needed:
-        if not (folder / name).exists():
-            raise CacheError(
-                f"{folder / FINISHED_FILE} marks a finished run, but {folder / name} is missing; "
-                f"delete {folder}"
-            )
-    return True
-
-
-def about_run(folder: Path) -> dict[str, Any]:
-    """Return the description of a finished run (JSON values)."""
-    return json.loads((folder / FINISHED_FILE).read_text(encoding="utf-8"))

@@ -20,8 +20,8 @@ from asi_lens.collapse.spectra import Spectra
 from asi_lens.collapse.subspaces import direct_rotation, overlap
 from asi_lens.experiments.runs import TrainedRun, started
 from asi_lens.inputs.models import resolve_device
-from asi_lens.results.beyond_rows import Against, Inputs, OverlapRow, SeedMatchRow, TransferRow
 from asi_lens.results.rows import DeadFeatureRow
+from asi_lens.results.stability_rows import Against, Inputs, OverlapRow, SeedMatchRow, TransferRow
 from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.firings import codes_in_order
 from asi_lens.sae.matching import match_features

@@ -151,16 +151,21 @@ class Shape:
         return [DoseRow(**vars(row), shape=self.name, width=self.train.d, **about) for row in found]
 
 
-def shapes(train: ActivationStore, held_out: ActivationStore, powers: Sequence[float]) -> list[Shape]:
+def shapes(
+    train: ActivationStore, held_out: ActivationStore, powers: Sequence[float], *, ends: bool = True
+) -> list[Shape]:
     """Return stores of the same tokens whose spectrum alone differs.
 
     Each power of the spectrum (1: as measured), the leading tenth flattened (the participation ratio rises,
-    the tail stays) and the last half lifted (the effective rank rises, the head stays). Held-out rows are
-    mapped as the training rows. Raises DataError for a site with directions of zero variance.
+    the tail stays) and the last half lifted (the effective rank rises, the head stays); powers alone unless
+    `ends`. Held-out rows are mapped as the training rows.
+
+    Raises DataError for a site with directions of zero variance.
     """
     spectrum = train.spectrum
     gains = {"measured" if p == 1 else _power(p): power_gains(spectrum, p) for p in powers}
-    gains |= {"flat head": flat_head_gains(spectrum, 0.1), "lifted tail": lifted_tail_gains(spectrum, 0.5)}
+    if ends:
+        gains |= {"flat head": flat_head_gains(spectrum), "lifted tail": lifted_tail_gains(spectrum)}
     return [
         Shape(name, ShapedStore(train, own), ShapedStore(held_out, own, spectrum))
         for name, own in gains.items()

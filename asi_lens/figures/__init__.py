@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from asi_lens.figures.beyond import (
     death_at_start,
-    dose_response,
     inputs_and_starts,
     lives,
     saved_features,
@@ -24,7 +23,11 @@ from asi_lens.figures.dead_features import (
     layers_and_sites,
     learning_rates,
 )
+from asi_lens.figures.doses import dose_response, known_features
 from asi_lens.figures.kinds import dictionaries, jumprelu_schedule
 from asi_lens.figures.output_projection import head_overlap, wo_ablation
+from asi_lens.figures.released import released_dictionaries
 from asi_lens.figures.stability import off_its_text, seed_matches, subspace_overlaps
+from asi_lens.figures.starts import starts_side_by_side
+from asi_lens.figures.trained_rank import final_rank_and_loss, rank_over_training
 from asi_lens.results.figure_files import SavedFigure, save

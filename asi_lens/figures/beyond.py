@@ -19,8 +19,7 @@ from asi_lens.figures.style import (
     setting,
     sites,
 )
-from asi_lens.results.beyond_rows import DiagnosisRow, DoseRow, InputRow, LifeRow, SavedFeatureRow, StartRow
-from asi_lens.results.dictionary_verdicts import RANKS
+from asi_lens.results.beyond_rows import DiagnosisRow, InputRow, LifeRow, SavedFeatureRow, StartRow
 
 _FATES = {
     "never fired": ("never_fired", "#444444"),
@@ -105,50 +104,6 @@ def inputs_and_starts(table: pd.DataFrame) -> go.Figure:
     figure.update_xaxes(showticklabels=False, row=1)
     figure.update_yaxes(title_text="silent features,<br>held out (%)", row=1, col=1)
     figure.update_yaxes(title_text="fraction of variance<br>unexplained", row=2, col=1)
-    return figure
-
-
-def dose_response(table: pd.DataFrame) -> go.Figure:
-    """Draw silent features against three measures of rank, for changed spectra and for sites as they are.
-
-    Takes `DoseRow`s of a random start; means over seeds. A line joins the powers of the spectrum.
-    """
-    need(table, DoseRow)
-    held = table[table.split == "held_out"].assign(silent=100 * table.dead_fraction)
-    share = {name: held[name] / held.width for name in ("intrinsic_dimension_99", "participation_ratio")}
-    keys = ["site", "layer", "shape"]
-    means = held.assign(**share).groupby(keys, sort=False)[["silent", *RANKS]].mean().reset_index()
-    figure = panels(
-        "Dose and response: the spectrum changed, all else equal",
-        setting(held, tokens=False),
-        [list(RANKS.values())],
-        y="silent features, held out (%)",
-    )
-    powers = means["shape"].str.startswith("power") | (means["shape"] == "measured")
-    kinds = {
-        "powers of the spectrum": (means[powers], "lines+markers", "circle", "#c0392b"),
-        "leading tenth flattened": (means[means["shape"] == "flat head"], "markers", "square", "#8e44ad"),
-        "last half lifted": (means[means["shape"] == "lifted tail"], "markers", "triangle-up", "#1b6ca8"),
-        "other sites, as they are": (means[means["shape"] == "other site"], "markers", "circle-open", GREY),
-    }
-    for col, measure in enumerate(RANKS, start=1):
-        for name, (part, mode, symbol, tone) in kinds.items():
-            line = part.sort_values(measure)
-            figure.add_scatter(
-                x=line[measure],
-                y=line.silent,
-                mode=mode,
-                name=name,
-                legendgroup=name,
-                showlegend=col == 1 and len(line) > 0,
-                marker={"symbol": symbol, "size": 9, "color": tone},
-                line={"color": tone, "width": 2},
-                customdata=line[["site", "layer", "shape"]],
-                hovertemplate="%{customdata[0]} %{customdata[1]}, %{customdata[2]}: %{y:.2f}<extra></extra>",
-                row=1,
-                col=col,
-            )
-    figure.update_xaxes(title_text="share of the width")
     return figure
 
 

@@ -15,6 +15,8 @@ from asi_lens.results.rows import Row
 # Columns that identify a dictionary.
 RUN = ["model", "corpus", "site", "layer", "method", "d_init", "d_sae", "k", "lr", "seed"]
 FVU = "fraction of variance<br>unexplained"
+# Held-out windows that differ by less are drawn as one: the share that sites leave out as massive rows.
+_ALIKE = 0.01
 DELTA = "loss with the reconstruction<br>minus without (nats / token)"
 
 
@@ -72,15 +74,22 @@ def dead_panel(train: pd.DataFrame, window: int, noun: str = "features") -> Pane
 def held_out_panels(table: pd.DataFrame, builder: str, noun: str = "features") -> list[Panel]:
     """Return panels of the numbers measured on held-out text at the end of each run."""
     held = ends(table[table.split == "held_out"])
-    single(held, "dead_window_tokens", builder)
-    window = int(held.dead_window_tokens.max()) if len(held) else 0
-    y = f"{noun} without a firing in<br>{window:,} held-out tokens (%)"
+    window = _held_out_window(held, builder)
+    y = f"{noun} without a firing in<br>{window} held-out tokens (%)"
     every = [
         Panel(f"Silent {noun}, held out", y, held.assign(silent=100 * held.dead_fraction), "silent"),
         Panel("FVU, held out", FVU, held[held.fvu.notna()], "fvu"),
         Panel("Δ LM loss, held out", DELTA, held[held.cross_entropy_delta.notna()], "cross_entropy_delta"),
     ]
     return [panel for panel in every if len(panel.rows)]
+
+
+def _held_out_window(held: pd.DataFrame, builder: str) -> str:
+    """Return the number of held-out tokens, or its range. Sites differ by their massive rows, left out."""
+    low, high = held.dead_window_tokens.min(), held.dead_window_tokens.max()
+    if high > (1 + _ALIKE) * low:
+        single(held, "dead_window_tokens", builder)
+    return " to ".join(f"{int(n):,}" for n in sorted({low, high})) if len(held) else ""
 
 
 def grid(title: str, subtitle: str, rows: list[list[Panel]]) -> tuple[go.Figure, dict]:

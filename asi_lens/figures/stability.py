@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from asi_lens.figures.parts import curve, in_legend, legend_only, panels, seed_dots
 from asi_lens.figures.style import GREY, methods, need, order, setting, single
-from asi_lens.results.beyond_rows import Inputs, OverlapRow, SeedMatchRow, TransferRow
+from asi_lens.results.stability_rows import Inputs, OverlapRow, SeedMatchRow, TransferRow
 
 _FLOOR = "same text, next part"
 _RANDOM = "random subspaces"

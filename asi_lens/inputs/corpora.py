@@ -58,8 +58,6 @@ class Tokens:
     """Class and fingerprint of the tokenizer."""
     context: int
     """Positions per sequence."""
-    fingerprint: str = ""
-    """16 hex digits of the ids; computed if empty."""
     bos: bool = True
     """Whether position 0 of every sequence is the beginning-of-sequence token."""
     content: str = ""
@@ -72,10 +70,13 @@ class Tokens:
             tuple(self.ids.shape),
             f"of shape (sequence, {self.context})",
         )
-        if not self.fingerprint:
-            digest = hashlib.sha256(self.ids.to("cpu", torch.int32).contiguous().numpy().tobytes())
-            digest.update(f"{self.context} {self.bos}".encode())
-            object.__setattr__(self, "fingerprint", digest.hexdigest()[:16])
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of the ids and of what position 0 is, computed anew at every call."""
+        digest = hashlib.sha256(self.ids.to("cpu", torch.int32).contiguous().numpy().tobytes())
+        digest.update(f"{self.context} {self.bos}".encode())
+        return digest.hexdigest()[:16]
 
     @property
     def n_tokens(self) -> int:
@@ -90,7 +91,7 @@ class Tokens:
         """Return a slice of the sequences, with its own fingerprint."""
         if not isinstance(rows, slice):
             raise OptionError(f"tokens[{rows!r}]: take sequences by a slice, tokens[:8], or use tokens.ids")
-        return Tokens(self.ids[rows], self.corpus, self.tokenizer, self.context, "", self.bos, self.content)
+        return Tokens(self.ids[rows], self.corpus, self.tokenizer, self.context, self.bos, self.content)
 
     def _repr_html_(self) -> str:
         facts = {

@@ -2,6 +2,7 @@
 
 - every byte of a model's weights, buffers and tensors kept as attributes, with names, shapes and dtypes;
 - its whole configuration, the classes of its modules and their attributes;
+- the byte code of a module's class that is none of the libraries' (written or replaced by somebody);
 - the tokens, by their own fingerprint;
 - the versions of the libraries that compute;
 - the options of the measurement.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import marshal
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -91,7 +93,7 @@ def _lines(root: nn.Module, tensors: dict[int, Tensor]) -> Iterator[tuple[Any, i
 
     configs: dict[int, Any] = {}
     for path, module in root.named_modules():
-        yield [path, type(module).__qualname__], None
+        yield [path, type(module).__qualname__, *_own_code(type(module))], None
         for table in (module._parameters, module._buffers):
             for name, value in table.items():
                 if value is not None and not (value.ndim == 1 and _is_added_bias(name, module, value)):
@@ -107,6 +109,14 @@ def _lines(root: nn.Module, tensors: dict[int, Tensor]) -> Iterator[tuple[Any, i
                 yield [f"{path}.{name}", _described(value)], None
     for config in [*configs.values(), *([] if configs else [getattr(root, "cfg", None)])]:
         yield _described(config), None
+
+
+def _own_code(kind: type[nn.Module]) -> list[str]:
+    """Return the hash of a class's `forward`, if it is no library's; else nothing."""
+    code = getattr(kind.forward, "__code__", None)
+    if code is None or kind.forward.__module__.partition(".")[0] in (*structure.LIBRARIES, "torch"):
+        return []
+    return [xxhash.xxh3_128_hexdigest(marshal.dumps(code))]
 
 
 def _is_added_bias(name: str, module: nn.Module, value: Tensor) -> bool:

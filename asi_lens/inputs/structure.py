@@ -52,7 +52,7 @@ _CONFIG_PASSING = {
     "dtype",
     "torch_dtype",
 }
-_LIBRARIES = ("transformer_lens", "transformers", "accelerate")
+LIBRARIES = ("transformer_lens", "transformers", "accelerate")
 
 State = tuple[Any, ...]
 
@@ -76,14 +76,14 @@ def all_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def state_of(model: nn.Module) -> State:
-    """Return a value that changes if modules, their attributes or a configuration of the model change.
+    """Return a value that changes if modules, their code, attributes or a configuration of the model change.
 
     Objects other than numbers and texts count by identity. Tensors are not part: a twin shares them.
     """
     parts: list[Any] = [getattr(model, "compatibility_mode", False)]
     configs: dict[int, Any] = {}
     for module in all_modules(model):
-        parts += [id(module), *map(id, module._modules.values())]
+        parts += [id(module), type(module).forward, *map(id, module._modules.values())]
         if "_original_component" in module._modules or type(module).__module__.startswith("transformer_lens"):
             continue  # components of a bridge keep values of the last forward
         for name, value in attributes(module):
@@ -175,4 +175,4 @@ def _is_of_a_library(function: Any) -> bool:
     while isinstance(function, partial):
         function = function.func
     owner = getattr(function, "__module__", None) or type(function).__module__
-    return str(owner).partition(".")[0] in _LIBRARIES
+    return str(owner).partition(".")[0] in LIBRARIES

@@ -8,12 +8,14 @@
 - Whether later tokens change earlier outputs.
 
 A check that does not hold makes the sites concerned unavailable, with an error that states the difference.
+The outcome is cached under the model's fingerprint. The bridge's own computation is compared anew in every
+process, since the fingerprint is of the Hugging Face model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from asi_lens.base.doors import checked
 from asi_lens.base.errors import UnsupportedModelError
 from asi_lens.inputs import identities, structure, twin
+from asi_lens.inputs.fingerprint import cached_number, model_fingerprint, number_key
 from asi_lens.inputs.identities import Check, Found
 from asi_lens.inputs.passes import run
 from asi_lens.inputs.plain import PlainModel
@@ -30,6 +33,8 @@ from asi_lens.inputs.plain import PlainModel
 # Largest relative error of logits and residuals that rounding explains, by dtype.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
 _SEQUENCES, _POSITIONS = 2, 12
+FORMAT = 1
+"""Version of the checks: a change of what they find or of how they are cached counts it up."""
 
 
 @dataclass(repr=False)
@@ -138,8 +143,31 @@ def _known(model: nn.Module, both: twin.Runners | None = None) -> _Known:
     known = _KNOWN.get(model)
     if known is None or known.state is not both.state:
         with structure.without_added_hooks(model):
-            known = _KNOWN[model] = _Known(both.state, _verified(model, both))
+            known = _KNOWN[model] = _Known(both.state, _cached(model, both))
     return known
+
+
+def _cached(model: nn.Module, both: twin.Runners) -> Verification:
+    """Return `_verified`, from the cache if the same model was verified before on this kind of device."""
+    weight = next(model.parameters())
+    dtype = str(weight.dtype).removeprefix("torch.")
+    key = number_key(model_fingerprint(model), dtype, format=FORMAT, device=weight.device.type)
+    places = (both.plain or both.own).places
+
+    def compute() -> dict[str, Any]:
+        found = asdict(_verified(model, both))
+        found["dtype"] = dtype
+        for name in ("sites", "refused", "writes"):
+            found[name] = list(found[name].items())
+        return {**found, "changing": [name for name, place in places.items() if place.changes]}
+
+    known = cached_number("verifications", key, compute)
+    for name in known.pop("changing"):
+        places[name] = places[name]._replace(changes=True)
+    for name in ("sites", "refused"):
+        known[name] = {(site, layer): text for (site, layer), text in known[name]}
+    checks = [Check(**check) for check in known.pop("checks")]
+    return Verification(**{**known, "checks": checks, "dtype": weight.dtype, "writes": dict(known["writes"])})
 
 
 def _verified(model: Any, both: twin.Runners) -> Verification:

@@ -102,7 +102,7 @@ class LorsaTrainer(Fits[SequencePairs, PairBatch]):
             self.optimizer.zero_grad()
             raise DivergedError(
                 f"step {self.steps + 1}: loss {missed / n} or its gradient is not finite; "
-                "nothing was updated. A smaller lr or clip_norm may help"
+                "no weight was updated. A smaller lr or clip_norm may help"
             )
         if config.clip_norm is not None:
             clip_grads_with_norm_(lorsa.parameters(), config.clip_norm, norm)

@@ -19,7 +19,7 @@ from asi_lens.base.errors import AsiLensError, DataError
 from asi_lens.results.parameters_cell import notebook_path
 
 # What notebooks use of a `Page` besides the calls that load; a test holds the lists against `Page`.
-PAGE_LOADS = ("load_model", "load_tokens", "harvest")
+PAGE_LOADS = ("load_model", "load_tokens", "harvest", "small_tokenizer")
 PAGE_LOADS_NOTHING = (
     *("budget", "done", "figure", "judge", "rows", "setting", "table", "train", "train_config"),
     *("folder", "notebook", "parameters", "profile", "seeds"),
@@ -33,9 +33,14 @@ class AskedText:
     source: str
     """Name of the corpus, as `load_tokens` takes it."""
     model: str
+    """Model that the tokens are for; the empty string for a tokenizer of the text's own."""
     n_tokens: int
     context: int
     offset: int = 0
+    vocab: int | None = None
+    """Size of the text's own tokenizer (`inputs.small_tokenizer`)."""
+    trained_on: str = ""
+    """Text that this tokenizer was trained on."""
 
 
 @dataclass
@@ -147,6 +152,15 @@ class _Model(Blank):
         return model
 
 
+class _Tokenizer(Blank):
+    """Stands for a tokenizer of `vocab` tokens that is trained on a text."""
+
+    def __new__(cls, corpus: str, vocab: int) -> _Tokenizer:
+        tokenizer = str.__new__(cls)
+        object.__setattr__(tokenizer, "__trained__", {"vocab": vocab, "trained_on": corpus})
+        return tokenizer
+
+
 class _Imports:
     """`__import__` of a cell: asi_lens's loading functions are noted, everything else is blank."""
 
@@ -182,12 +196,14 @@ class _Package:
         if more:
             raise DataError(f"load_tokens with {', '.join(more)} is not bundled")
         rows = _known("n_tokens", n_tokens, int) // _known("context", context, int)
+        own: dict[str, Any] = model.__trained__ if type(model) is _Tokenizer else {}
         text = AskedText(
             _known("corpus", source, str),
-            _known("model", model, _Model).__known__,
+            "" if own else _known("model", model, _Model).__known__,
             n_tokens,
             context,
             _known("offset", offset, int),
+            **own,
         )
         self._asked.add_text(text)
         return _Text(rows)
@@ -224,6 +240,9 @@ class _Page:
 
     def load_model(self, name: str | None = None) -> Any:
         return self._package.load_model(self["model"] if name is None else name)
+
+    def small_tokenizer(self, vocab: Any) -> Any:
+        return _Tokenizer(self["main_corpus"], _known("vocab", vocab, int))
 
     def load_tokens(
         self, model: Any, n_tokens: Any, corpus: Any = None, *, after: Any = None, what: str = ""

@@ -169,6 +169,7 @@ def _inputs(
     from asi_lens.inputs import sources
     from asi_lens.inputs.corpora import load_tokens
     from asi_lens.inputs.models import load_model
+    from asi_lens.inputs.small_tokenizer import small_tokenizer
     from asi_lens.inputs.texts import MIXTURES
     from asi_lens.reproduce.asked import asked_by
     from asi_lens.reproduce.parameters import choose, merged_parameters
@@ -176,7 +177,7 @@ def _inputs(
     options: dict[str, Any] = {"model": model, "profile": profile, "given": given, "output_folder": Path()}
     asked = asked_by({name: merged_parameters(name, **options) for name in choose(notebooks)})
     taken: dict[str, Path] = {}
-    kinds = ("downloads", "corpora", *(["models"] if dequantized else []))
+    kinds = ("downloads", "corpora", "tokenizers", *(["models"] if dequantized else []))
     for text in asked.texts:
         pinned = "@" in text.source or text.source in sources.corpus_names()
         told = "a packaged text or a data set of the hub at a commit (owner/name@...)"
@@ -192,6 +193,10 @@ def _inputs(
                     options = {"n_tokens": text.n_tokens, "context": text.context, "offset": text.offset}
                     load_tokens(text.source, loaded, **options)
             del loaded
+        for text in asked.texts:
+            if text.vocab is not None:
+                options = {"n_tokens": text.n_tokens, "context": text.context, "offset": text.offset}
+                load_tokens(text.source, small_tokenizer(text.trained_on, text.vocab), **options)
         names = {part for text in asked.texts for part in MIXTURES.get(text.source, [text.source])}
         for name in sorted(names & sources.SOURCES.keys()) if texts else []:
             sources.fetch(name)

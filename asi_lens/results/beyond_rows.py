@@ -8,8 +8,7 @@ from typing import Literal
 from asi_lens.results.rows import DeadFeatureRow
 from asi_lens.results.tables import Row
 
-Against = Literal["half", "text", "layer"]
-Inputs = Literal["as they are", "its own mean", "rotated"]
+Library = Literal["SAELens", "sparsify", "asi_lens"]
 
 
 @dataclass(frozen=True)
@@ -110,6 +109,67 @@ class DoseRow(DeadFeatureRow):
 
 
 @dataclass(frozen=True)
+class KnownFeatureRow(Row):
+    """True features that a dictionary recovers, where they are known (`17_known_features.csv`).
+
+    A true feature is recovered if the decoder row that a one-to-one assignment gives it has a cosine of
+    0.9 or more with it.
+    """
+
+    model: str
+    """`known features`: activations are made up of them."""
+    corpus: str
+    """`rank 32`, ...: the subspace that holds all of them."""
+    n_tokens: int
+    """Rows that the dictionary was trained on."""
+    width: int
+    r: int
+    """Dimensions of the subspace."""
+    effective_rank_fraction: float
+    method: str
+    d_init: int | None
+    d_sae: int
+    k: int
+    lr: float
+    seed: int
+    """Of the true features, their firings, and the dictionary."""
+    fifth: int | None
+    """1 (most frequent) to 5 (rarest) true features; None for all."""
+    n_features: int
+    """True features of the group."""
+    frequency: float
+    """Mean share of rows on which they are active."""
+    matched: float
+    """Mean cosine of true features with their decoder rows."""
+    recovered: float
+    """Share of the true features that is recovered."""
+    live_recovered: float | None
+    """Share of the dictionary's features that fire on held-out rows and recover one; None for a fifth."""
+    silent: float | None
+    """Share of the dictionary's features without a firing on held-out rows; None for a fifth."""
+    fvu: float | None
+    """On held-out rows; None for a fifth."""
+
+
+@dataclass(frozen=True)
+class TriedStartRow(DeadFeatureRow):
+    """A `DeadFeatureRow` of one start (`18_starts.csv`), with numbers of the whole run in every row.
+
+    Shares are means over features of the squared norm of a row inside the top directions of the training data
+    (as many as ASI takes by itself). For whitened inputs they are of the rows in whitened coordinates.
+    """
+
+    decoder_inside_start: float
+    """After the first step."""
+    decoder_inside_end: float
+    encoder_inside_start: float
+    """After the first step."""
+    encoder_inside_end: float
+    train_seconds: float
+    """Time spent in training steps, as the run recorded it, on the machine that trained it."""
+
+
+@dataclass(frozen=True)
 class SavedFeatureRow(Row):
     """A feature of an ASI dictionary, looked at on held-out text (`14_features.csv`)."""
 
@@ -181,71 +241,43 @@ class LifeRow(Row):
 
 
 @dataclass(frozen=True)
-class OverlapRow(Row):
-    """Overlap of the active subspace of one text and layer with another one (`20_overlaps.csv`)."""
+class ReleasedRow(Row):
+    """A dictionary that was trained elsewhere, on text of ours (`22_released_dictionaries.csv`)."""
 
+    dictionary: str
+    """Folder or hub name."""
+    library: Library
+    """Whose format it has."""
     model: str
     corpus: str
-    n_tokens: int
-    """Tokens of each of the two."""
     site: str
     layer: int
-    against: Against
-    """Difference between the two: the next part of the same text (the floor), the text, or the layer."""
-    other: str
-    """Name of the other text, or `layer 15`."""
     width: int
-    r: int
-    """Dimensions of both subspaces."""
-    mean_cosine: float
-    """Mean cosine of the principal angles."""
-    kernel: float
-    """Projection Kernel over `r`, 0 to 1 (`collapse.subspaces`)."""
-    random_kernel: float
-    """Expected `kernel` of random subspaces."""
-    random_deviation: float
-    """Its standard deviation."""
-    captured: float
-    """Share of the other's variance inside the subspace of `corpus` at `layer`."""
-    captured_by_its_own: float
-    """Share of the other's variance inside its own subspace: the most that `r` directions hold."""
-
-
-@dataclass(frozen=True)
-class TransferRow(DeadFeatureRow):
-    """A `held_out` row of a dictionary on any text (`20_off_its_text.csv`); `corpus` is the training text."""
-
-    text: str
-    """Text that the numbers are of."""
-    inputs: Inputs
-    """`its own mean`: the text's mean is replaced by the mean of the training text. `rotated`: the active
-    subspace is turned onto that of the training text, too."""
-
-
-@dataclass(frozen=True)
-class SeedMatchRow(Row):
-    """Features of two seeds' dictionaries matched one to one (`20_subspace_stability.csv`)."""
-
-    model: str
-    corpus: str
-    site: str
-    layer: int
-    method: str
     d_sae: int
-    k: int
-    seed: int
-    other_seed: int
-    tokens: int
-    """Tokens seen in training: 0 at the start."""
-    matched: float
-    """Mean cosine of matched decoder rows."""
-    gap: float
-    """The mean of the best assignment is at most this much higher."""
-    best: float
-    """Mean of the best cosines both ways, not one to one; exact."""
-    alike: float
-    """Share of pairs with a cosine of 0.7 or more."""
-    alive: float
-    """Share of pairs in which both features fire on held-out text."""
-    matched_alive: float | None
-    """`matched` over these pairs; None without any."""
+    activation: str
+    """`topk`, `jumprelu` ..."""
+    k: int | None
+    """Features per token; None for activations without a fixed k."""
+    start: str | None
+    """`random`, `asi` ...; None where the folder does not say."""
+    trained_on: str | None
+    """Text that it was trained on, where the folder says so; so the next two."""
+    trained_context: int | None
+    trained_bos: bool | None
+    """Whether its sequences began with the BOS token; ours do."""
+    n_tokens: int
+    """Tokens behind the ranks and `dead_fraction`."""
+    dead_fraction: float
+    """Share of features that fired on none of `n_tokens`."""
+    n_tokens_held_out: int
+    """Tokens behind the next three."""
+    silent_fraction: float
+    """Share of features that fired on none of them."""
+    fvu: float
+    l0: float
+    effective_rank_fraction: float
+    """Effective rank over width of the site."""
+    intrinsic_dimension_99: int
+    """Directions that hold 99 % of its variance."""
+    participation_ratio: float
+    """(sum of eigenvalues)^2 / sum of their squares."""

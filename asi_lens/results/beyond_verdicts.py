@@ -11,7 +11,7 @@ import math
 import pandas as pd
 
 from asi_lens.results.beyond_rows import AnswerRow
-from asi_lens.results.dictionary_verdicts import PLACE, RANKS
+from asi_lens.results.dictionary_verdicts import PLACE
 from asi_lens.results.judging import held_out, rank_correlation, taken
 
 
@@ -35,14 +35,14 @@ def centering_or_subspace(starts: pd.DataFrame, trained: pd.DataFrame) -> list[A
     centered = _part(held, "mean", "random").groupby(PLACE)[measured].mean()
     # Gamma of the raw activations: after centering it is zero everywhere.
     return [
-        _predicts("gamma predicts death at a random start on raw inputs", raw.gamma, raw.dead, 1),
-        _predicts(
+        predicts("gamma predicts death at a random start on raw inputs", raw.gamma, raw.dead, 1),
+        predicts(
             "gamma of the raw inputs predicts death at the start after centering", raw.gamma, mean.dead, 1
         ),
-        _predicts(
+        predicts(
             "rank predicts death at the start after centering", mean.effective_rank_fraction, mean.dead, -1
         ),
-        _predicts(
+        predicts(
             "rank predicts silent features after training on centered inputs",
             centered.effective_rank_fraction,
             centered.dead_fraction,
@@ -59,7 +59,11 @@ def _part(held: pd.DataFrame, name: str, start: str) -> pd.DataFrame:
     return held[chosen].droplevel(["input", "start"])
 
 
-def _predicts(question: str, x: pd.Series, y: pd.Series, sign: int) -> AnswerRow:
+def predicts(question: str, x: pd.Series, y: pd.Series, sign: int) -> AnswerRow:
+    """Answer whether the whole 95 % interval of Spearman's correlation has the `sign` (1 or -1).
+
+    Not testable if there are fewer than three points, or `x` or `y` does not vary.
+    """
     y = y.reindex(x.index)
     rho, low, high = rank_correlation(x, y)
     if math.isnan(rho):
@@ -94,52 +98,6 @@ def _better(
     ]
     told.append(f"{int(good.sum())} of {len(good)} places and seeds")
     return AnswerRow(question, "yes" if good.all() else "no", "; ".join(told))
-
-
-def dose_and_response(table: pd.DataFrame) -> list[AnswerRow]:
-    """Answer whether the spectrum alone changes how many features are silent, and which measure they follow.
-
-    Takes `DoseRow`s of a random start; points are means over seeds. A measure of rank decides if the whole
-    95 % interval of Spearman's correlation with the silent share over the changed spectra is below zero.
-    Changed spectra and other sites agree in a measure if the interval over all points is, too.
-    """
-    held = held_out(table, [*PLACE, "shape"], ["dead_fraction", *RANKS])
-    points = held.groupby([*PLACE, "shape"])[["dead_fraction", *RANKS]].mean().reset_index()
-    changed = points[points["shape"] != "other site"]
-    out = []
-    for column, name in RANKS.items():
-        question = f"silent features follow the {name} where nothing but the spectrum changes"
-        out.append(_predicts(question, changed[column], changed.dead_fraction, -1))
-    for column, name in RANKS.items():
-        question = f"changed spectra and other sites fall along one line of the {name}"
-        if len(changed) == len(points):
-            out.append(AnswerRow(question, "not testable here", "no other site was trained"))
-        else:
-            out.append(_predicts(question, points[column], points.dead_fraction, -1))
-    return out
-
-
-def starts_against_asi(table: pd.DataFrame) -> list[AnswerRow]:
-    """Answer for each start whether it does what ASI does.
-
-    Takes `DeadFeatureRow`s of one site. A start does if in every seed it has at most as many silent features
-    on held-out text as ASI, at an FVU that is not higher.
-    """
-    held = held_out(table, ["method", "seed"], ["dead_fraction", "fvu"]).set_index(["method", "seed"])
-    silent, fvu = (held[column].unstack("method", sort=False) for column in ("dead_fraction", "fvu"))
-    out = []
-    for method in [name for name in silent if name != "ASI"]:
-        question, pair = f"{method} does what ASI does", [method, "ASI"]
-        if "ASI" not in silent or silent[pair].isna().any(axis=None) or fvu[pair].isna().any(axis=None):
-            out.append(AnswerRow(question, "not testable here", "ASI or a number is missing"))
-            continue
-        good = (silent[method] <= silent.ASI) & (fvu[method] <= fvu.ASI)
-        told = (
-            f"silent {100 * silent[method].mean():.1f} against {100 * silent.ASI.mean():.1f} %, FVU "
-            f"{fvu[method].mean():.3f} against {fvu.ASI.mean():.3f}; {int(good.sum())} of {len(good)} seeds"
-        )
-        out.append(AnswerRow(question, "yes" if good.all() else "no", told))
-    return out
 
 
 def do_saved_features_mean_something(table: pd.DataFrame) -> list[AnswerRow]:
@@ -218,7 +176,7 @@ def when_features_die(table: pd.DataFrame) -> list[AnswerRow]:
     for method, rows in ends[ends.tenth.notna()].groupby("method", sort=False):
         dead = rows.groupby("tenth").dead.mean()
         question = f"{method}: rows that begin in the tail of the spectrum die more often"
-        out.append(_predicts(question, dead.index.to_series(), dead, 1))
+        out.append(predicts(question, dead.index.to_series(), dead, 1))
     whole = ends[ends.tenth.isna()]
     for start, rows in whole.groupby("init", sort=False):
         dead = rows.pivot_table(index="seed", columns="optimizer", values="dead", dropna=False)

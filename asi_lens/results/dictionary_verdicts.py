@@ -28,6 +28,7 @@ from asi_lens.results.judging import (
     rank_correlation,
     spread,
     spreads,
+    taken,
 )
 
 AUTOMATIC = "ASI, automatic d_init"
@@ -53,11 +54,14 @@ def rank_points(table: pd.DataFrame) -> pd.DataFrame:
     return held[held.method == "random"].groupby(PLACE)[measures].mean()
 
 
-@claim(
+_C6 = (
     "C6",
     "The lower the effective rank of a site, the more dead features",
     "its figure: dead features fall with the effective rank",
 )
+
+
+@claim(*_C6)
 def c6(table: pd.DataFrame) -> Found:
     """C6: sites of lower effective rank have more dead features (the paper's abstract, a figure).
 
@@ -68,13 +72,39 @@ def c6(table: pd.DataFrame) -> Found:
     points = rank_points(table)
     if points.empty:
         raise UntestedError
+    return _falls_with_rank(points, f"{counted(len(points), '(layer, site) point')}, resampled")
+
+
+@claim(*_C6)
+def c6_released(table: pd.DataFrame | None) -> Found:
+    """C6 on dictionaries that others have trained (the paper's figure has those of Llama Scope).
+
+    Takes `ReleasedRow`s; None if no dictionary was named, which cannot be judged. Compares dictionaries of
+    one size: the size with the most (site, layer) points, the smaller of equals. A point is the mean over its
+    dictionaries; those that say that their start was not random are left out. Otherwise the rule of `c6`,
+    with the share that fired on none of all tokens.
+    """
+    if table is None:
+        return Found([], "no dictionary", None)
+    measures = [*RANKS, "dead_fraction"]
+    rows = taken(table, [*PLACE, "d_sae", "start"], measures)
+    rows = rows[rows.start.isna() | (rows.start == "random")]
+    if rows.empty:
+        return Found([], "no dictionary with a random or an unknown start", None)
+    points = rows.groupby(["d_sae", *PLACE])[measures].mean()
+    size = int(points.groupby("d_sae").size().idxmax())
+    over = f"{counted(len(points.loc[size]), '(layer, site) point')} of {size:,} features, resampled"
+    return _falls_with_rank(points.loc[size], over)
+
+
+def _falls_with_rank(points: pd.DataFrame, over: str) -> Found:
+    """Return whether dead features fall with the rank, by the rule of `c6`."""
     rho, low, high = rank_correlation(points.effective_rank_fraction, points.dead_fraction)
     numbers = [] if math.isnan(rho) else [Number("Spearman", rho, low, high)]
     attention = points[points.index.get_level_values("site") == "attn_out"]
     inside = [rank_correlation(attention[name], attention.dead_fraction) for name in RANKS]
     for name, (found, least, most) in zip(RANKS.values(), inside, strict=True):
         numbers += spread(f"within attn_out, {name}", pd.Series([least, most]), value=found)
-    over = f"{counted(len(points), '(layer, site) point')}, resampled"
     holds: Holds = high < 0 and (True if inside[0][2] < 0 else "partly")
     return Found(numbers[:MOST_NUMBERS], over, if_known(holds, rho))
 

@@ -11,13 +11,12 @@ from __future__ import annotations
 from asi_lens.results.beyond_verdicts import (
     centering_or_subspace,
     do_saved_features_mean_something,
-    dose_and_response,
-    starts_against_asi,
     when_features_die,
 )
 from asi_lens.results.dictionary_verdicts import (
     RANKS,
     c6,
+    c6_released,
     c7,
     c7_by_size,
     c8,
@@ -27,6 +26,12 @@ from asi_lens.results.dictionary_verdicts import (
     c12,
     good_d_init,
     rank_points,
+)
+from asi_lens.results.dose_verdicts import (
+    are_the_right_features_lost,
+    dose_and_response,
+    dose_points,
+    falling_curve,
 )
 from asi_lens.results.judging import (
     Number,
@@ -48,3 +53,5 @@ from asi_lens.results.rank_verdicts import (
     projection_ranks,
 )
 from asi_lens.results.stability_verdicts import subspace_stability
+from asi_lens.results.start_verdicts import starts_against_asi, what_a_start_must_have
+from asi_lens.results.trained_rank_verdicts import rank_and_loss

@@ -322,7 +322,7 @@ class _Spread:
         assert shift is not None  # there is a row
         variance = (self.square - self.first.square().sum() / n).item()
         if not variance > 1e-28 * (self.square + n * shift.square().sum()).item():
-            raise DataError("the rows never vary: the fraction of variance unexplained is not defined")
+            raise DataError("the rows do not vary: the fraction of variance unexplained is not defined")
         return shift + self.first / n, variance
 
 
@@ -331,7 +331,7 @@ def _known_spread(data: Any) -> tuple[Float[Tensor, " d_out"], float]:
     moments = data.output_moments
     scatter = moments.scatter.trace().item()
     if not scatter > 1e-28 * moments.n * moments.mean.square().sum().item():
-        raise DataError("the outputs never vary: the fraction of variance unexplained is not defined")
+        raise DataError("the outputs do not vary: the fraction of variance unexplained is not defined")
     return moments.mean, scatter
 
 

@@ -118,7 +118,7 @@ class Features:
         rows = store.inputs if isinstance(store, PairedStores) else store
         self._rows = rows
         if "tokens_fingerprint" not in rows.metadata:
-            raise OptionError("this store was not harvested from tokens: its rows have no text")
+            raise OptionError("the rows of this store have no text: they were not harvested from tokens")
         theirs = rows.metadata["tokens_fingerprint"]
         if theirs != tokens.fingerprint:
             raise OptionError(

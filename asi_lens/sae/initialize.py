@@ -121,6 +121,7 @@ def initialize(
     initial_l0: float | int | None = None,
     seed: int | None = None,
     mesh: Mesh | None = None,
+    subspace_of: Spectrum | None = None,
 ) -> InitReport:
     """Set every weight of `sae` and its input normalization, in place. Returns a report.
 
@@ -146,6 +147,8 @@ def initialize(
         seed: seed of the directions; by default the configuration's seed.
         mesh: the mesh, if `sae` holds the features of one of several ranks (`mesh.shard`). The features get
             the same weights as in the whole dictionary. Every rank gives the same spectrum and sample.
+        subspace_of: spectrum whose active subspace is taken in place of that of `spectrum`, for example of
+            another text. Mean and scale of the input stay those of `spectrum`.
 
     Raises OptionError, UnknownNameError, or DataError for a sample that is not finite.
     """
@@ -153,7 +156,11 @@ def initialize(
     seed = sae.config.seed if seed is None else seed
     options = InitOptions(method, None, seed, tied, norm_search, b_dec, center, center_encoder_bias)
     _check(sae, options, spectrum, sample, initial_l0, mesh)
-    active = active_subspace_of(method, spectrum, d_init, sae.d_in)
+    if subspace_of is not None:
+        fits = find_start(method).subspace and subspace_of.d == sae.d_in
+        allowed = f"of width d_in={sae.d_in}, for {starts_with(lambda start: start.subspace)}"
+        require(fits, "subspace_of", f"of width {subspace_of.d} for {method!r}", allowed)
+    active = active_subspace_of(method, spectrum if subspace_of is None else subspace_of, d_init, sae.d_in)
     options = replace(options, d_init=None if active is None else active.shape[1])
     mean = _set_input(sae, spectrum, sample, center)
     offset = (mean - sae.input_mean.double().cpu()) * sae.input_scale.double().cpu()
@@ -164,7 +171,8 @@ def initialize(
     draw = Draw(seed, active, spectrum, sample, mesh.features(total)[0], total)
     norms = _draw_rows(sae, STARTS[method], draw, tied)
     _scale(sae, options, norms, sample, sae.k if initial_l0 is None else initial_l0, mesh)
-    sae.initialization = asdict(options)
+    other = {} if subspace_of is None else {"subspace_of": subspace_of.fingerprint}
+    sae.initialization = {**asdict(options), **other}
     return _report(sae, active, sample, mesh)
 
 

@@ -233,5 +233,8 @@ class RowAdam:
         for name, into in named.items():
             stored = fetch(name)
             if stored.shape != into.shape:
-                raise DataError(f"moment {name} of shape {tuple(stored.shape)}, not {tuple(into.shape)}")
+                raise DataError(
+                    f"the checkpoint's moment {name} has shape {tuple(stored.shape)}; this dictionary's has "
+                    f"{tuple(into.shape)}"
+                )
             into.copy_(stored)

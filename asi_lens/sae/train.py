@@ -74,7 +74,7 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
         self.config = config or TrainConfig()
         sparsity = sparsity or SparsityConfig()
         if self.mesh.config.size > 1 and drift is not None:
-            raise OptionError("drift is not measured over several ranks; leave it out")
+            raise OptionError("drift is not allowed over several ranks: only a single process measures it")
         kind = sae.activation
         if self.mesh.config.size > 1 and (not kind.over_ranks or sparsity.prefixes):
             raise OptionError(
@@ -203,7 +203,7 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
         if not all(math.isfinite(number) for number in (error, aux, added, size)):
             raise DivergedError(
                 f"step {self.steps + 1}: loss {error / n} or its gradient is not finite; "
-                "nothing was updated. A smaller lr or clip_norm may help"
+                "no weight was updated. A smaller lr or clip_norm may help"
             )
         lr = config.lr * lr_factor(self.steps, self.n_steps, config.warmup_steps, config.decay_fraction)
         done.apply(lr, min(1.0, config.clip_norm / size) if config.clip_norm and size else 1.0, n_fired / n)

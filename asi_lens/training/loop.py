@@ -107,7 +107,7 @@ def _loop(runs: Sequence[_Run[Store, Batch]], store: Store, progress: bool) -> N
     position = min(run.trainer.tokens for run in runs)
     with (
         short_steps(),
-        _Stop() as stop,
+        Stop() as stop,
         tqdm(
             total=config.n_tokens,
             initial=position,
@@ -260,7 +260,7 @@ def _plain(metadata: Mapping[str, Any]) -> Any:
     return json.loads(json.dumps(dict(metadata), default=str))
 
 
-class _Stop:
+class Stop:
     """Context that delays Ctrl-C and SIGTERM to the end of a step, so that no state is half updated.
 
     On leaving, the signal is passed on: KeyboardInterrupt, or the previous handler of SIGTERM. A second
@@ -275,7 +275,7 @@ class _Stop:
         self._signals = 0
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> _Stop:
+    def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._receive) for number in self._SIGNALS}
         return self

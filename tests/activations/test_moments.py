@@ -111,17 +111,17 @@ def test_values_that_are_not_finite_are_refused(value: float) -> None:
 
 
 def test_widths_must_fit() -> None:
-    with pytest.raises(OptionError, match="4 wide"):
+    with pytest.raises(OptionError, match="rows of width 4"):
         Moments.zeros(3).update(rows(10, 4))
     with pytest.raises(OptionError, match="width 4 into width 3"):
         Moments.zeros(3).merge(Moments.zeros(4))
-    with pytest.raises(DataError, match="no rows"):
+    with pytest.raises(DataError, match="rows is empty"):
         Moments.of(rows(0, 4))
     with pytest.raises(DataError, match="no covariance"):
         _ = Moments.zeros(3).covariance
     state = Moments.of(rows(20, 3)).state()
     state["scatter"] = state["scatter"][:-1]
-    with pytest.raises(DataError, match="does not belong"):
+    with pytest.raises(DataError, match=r"the state.s scatter has 5 numbers; width 3 needs 6"):
         Moments.from_state(state)
 
 

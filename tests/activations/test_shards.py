@@ -70,7 +70,7 @@ def test_shards_swapped_for_others_of_the_same_size(small: ActivationStore) -> N
     ("change", "message"),
     [
         ({"format": 2}, "has format 2, this version reads 1"),
-        ({"n": 371}, "counts do not belong together"),
+        ({"n": 371}, "numbers of rows do not add up"),
         ({"dtype": "int8"}, "int8"),
         ({"colour": "red"}, "unexpected or missing keys: colour"),
         (None, "cannot be read"),

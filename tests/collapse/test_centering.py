@@ -77,7 +77,7 @@ def test_the_geometric_median_in_closed_form() -> None:
 def test_what_cannot_be_answered_is_refused() -> None:
     rows = torch.randn(30, 4)
     still = Spectrum.of(torch.ones(30, 4, dtype=torch.float64))
-    with pytest.raises(DataError, match="never vary"):
+    with pytest.raises(DataError, match="do not vary"):
         gamma(still)
     with pytest.raises(OptionError, match="center="):
         gamma(Spectrum.of(rows), torch.zeros(3))

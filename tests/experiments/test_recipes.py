@@ -28,6 +28,11 @@ from asi_lens.experiments.recipes import RECIPES, Recipe
             OptionError,
             "reader='random' .* center=True and inside=False",
         ),
+        ({"subspace_of": "x"}, OptionError, "subspace_of='x' .* None, except for a start in a subspace"),
+        ({"aligned": "begin"}, UnknownNameError, "unknown aligned 'begin'.*Known: start, training"),
+        ({"aligned": "start", "activation": "jumprelu"}, OptionError, "aligned='start' .*None, except for"),
+        ({"aligned": "start", "init": "asi_authors", "d_init": 4}, OptionError, "no norm of its own"),
+        ({"aligned": "training", "search": "subspace"}, OptionError, "search='subspace' .* 'exact'"),
         ({"search": "subspac"}, UnknownNameError, "unknown search 'subspac'; did you mean 'subspace'"),
         *(
             ({"search": "subspace", **other}, OptionError, "search='subspace' .* 'exact', except for 'topk'")

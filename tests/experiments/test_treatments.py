@@ -72,6 +72,7 @@ def test_shapes_change_the_spectrum_and_tell_its_ranks(
     held = ActivationStore.from_tensor(torch.cat(list(store.in_order(999)))[:300], ABOUT)
     found = {one.name: one for one in shapes(store, held, [1.5, 1.0, 0.0])}
     assert list(found) == ["power 1.5", "measured", "power 0", "flat head", "lifted tail"]
+    assert [one.name for one in shapes(store, held, [1.5, 0.5], ends=False)] == ["power 1.5", "power 0.5"]
     ranks = {name: one.train.spectrum for name, one in found.items()}
     assert ranks["measured"].effective_rank == pytest.approx(store.spectrum.effective_rank)
     assert ranks["power 0"].effective_rank_fraction == pytest.approx(1)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 from drawn import Builder, Table, names_its_setting_and_refuses_other_tables
-from made_up_beyond import LIVES, doses, inputs, lives, starts
+from made_up_beyond import LIVES, inputs, lives, starts
 
 from asi_lens.figures import beyond
 
 BUILDERS: list[tuple[Builder, Table]] = [
     (beyond.death_at_start, lambda: starts(lambda name, gamma, rank: gamma / 3)),
-    (beyond.dose_response, lambda: doses(lambda rank, dimension, head: 1 - rank)),
     (beyond.lives, lambda: lives(lambda *_: 0.1, lambda *_: 0.2)),
     (beyond.inputs_and_starts, lambda: inputs(lambda name, start, rank: 0.1 + 0.1 * (start == "ASI"))),
 ]
@@ -37,16 +36,6 @@ def test_starts_are_lines_over_treatments() -> None:
     lines = [t for t in figure.data if t.mode == "lines+markers" and t.xaxis == "x"]
     assert {t.name: set(t.y) for t in lines if t.yaxis == "y"} == {"random": {20.0}, "ASI": {10.0}}
     assert list(figure.layout.xaxis.ticktext) == ["raw", "mean", "geometric median", "power 0.5", "power 0"]
-
-
-def test_changed_spectra_stand_at_each_measure_of_their_rank() -> None:
-    figure = beyond.dose_response(doses(lambda rank, dimension, head: (1 - rank) / 2))
-    joined = [t for t in figure.data if t.mode == "lines+markers"]
-    assert [t.xaxis for t in joined] == ["x", "x2", "x3"]
-    assert list(joined[0].x) == sorted(joined[0].x)
-    assert list(joined[0].y) == pytest.approx([50 * (1 - x) for x in joined[0].x])
-    assert max(joined[2].x) == pytest.approx(64 / 64), "participation ratio over the width"
-    assert {t.name for t in figure.data if t.showlegend} >= {"last half lifted", "other sites, as they are"}
 
 
 def test_survival_ends_a_window_before_the_end_and_fates_add_up() -> None:

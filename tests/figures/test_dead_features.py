@@ -113,6 +113,15 @@ def test_held_out_shares_of_two_windows_are_refused(build: Builder, table: Calla
         build(two)
 
 
+@pytest.mark.parametrize(("build", "table"), BUILDERS)
+def test_sites_that_left_out_some_massive_rows_are_drawn_together(build: Builder, table: Callable) -> None:
+    two = table()
+    held = two.index[two.split == "held_out"]
+    two.loc[held, "dead_window_tokens"] = 4096
+    two.loc[held[-1], "dead_window_tokens"] = 4090
+    assert any("4,090 to 4,096 held-out tokens" in (title or "") for title in y_titles(build(two)))
+
+
 def test_a_method_has_its_color_and_marker_everywhere() -> None:
     looks: dict[str, set] = {}
     for figure in (dead_features.dead_feature_curves(curves()), dead_features.dictionary_size(sizes())):

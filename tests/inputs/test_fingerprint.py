@@ -101,6 +101,18 @@ def _other_module(model: Any) -> None:
     twin.original(model.blocks[0].mlp).act_fn = torch.nn.ReLU()
 
 
+def _code_of_a_class(model: Any) -> None:
+    from asi_lens.inputs import twin
+
+    attention = twin.original(model.blocks[0].attn)
+    attention.__class__ = type(type(attention).__name__, (type(attention),), {"forward": _halved})
+
+
+def _halved(self: Any, *args: Any, **kwargs: Any) -> Any:
+    output, weights = super(type(self), self).forward(*args, **kwargs)
+    return output / 2, weights
+
+
 EDITS: list[Callable[[Any], None]] = [
     _one_byte,
     _through_numpy,
@@ -109,6 +121,7 @@ EDITS: list[Callable[[Any], None]] = [
     _config,
     _attribute,
     _other_module,
+    _code_of_a_class,
 ]
 
 

@@ -218,6 +218,26 @@ def test_the_table_in_words(folder_of: Any) -> None:
     assert {row["layer"] for row in whole.records()} == {None, 0, 1, 2}
 
 
+@pytest.mark.parametrize("name", ["falcon", "bert", "falcon-alibi", "stablelm"])
+def test_a_second_load_reads_what_the_first_has_found(
+    name: str, folder_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ASI_LENS_CACHE", str(tmp_path))
+    first, second = load(folder_of(name)), load(folder_of(name))
+    found = verify.verification(first)
+    monkeypatch.setattr(verify, "_verified", None)
+    assert verify.verification(second) == found
+    changing = [
+        [name for name, place in twin.runners(model).plain.places.items() if place.changes]
+        for model in (first, second)
+    ]
+    assert changing[0] == changing[1]
+    assert bool(changing[0]) == (name == "falcon")
+    twin.original(second.blocks[1].mlp).another = 1
+    with pytest.raises(TypeError):  # another model: verified anew
+        verify.verification(second)
+
+
 def test_a_wrong_w_o_is_named(folder_of: Any) -> None:
     model = load(folder_of("llama"))
     projection = twin.original(model.blocks[1].attn.o)

@@ -111,5 +111,5 @@ def test_bad_input(tiny_llama: Any, tiny_tokens: Tokens, pairs: SequencePairs) -
         match=r"'blocks\.0\.hook_attn_out', but the Lorsa has hook_name 'blocks\.1\.hook_attn_out'",
     ):
         evaluate_lorsa(lorsa, elsewhere)
-    with pytest.raises(DataError, match="never vary"):
+    with pytest.raises(DataError, match="do not vary"):
         evaluate_lorsa(lorsa, SequencePairs(pairs.inputs, torch.ones_like(pairs.outputs)))

@@ -63,6 +63,18 @@ def test_calls_that_load_are_noted_once_with_their_parameters(ask: Callable[...,
     ]
 
 
+def test_a_tokenizer_of_the_texts_own_is_no_model(ask: Callable[..., Any]) -> None:
+    cell = "own = page.small_tokenizer(300)\nfirst = page.load_tokens(own, n_tokens)"
+    found = ask(START + cell, "page.load_tokens(own, 33, 'other', after=first)\npage.load_tokens(lens, 32)")
+    own: dict[str, Any] = {"model": "", "context": 16, "vocab": 300, "trained_on": "t"}
+    assert found.models == ["m"]
+    assert found.texts == [
+        AskedText("t", n_tokens=70, **own),
+        AskedText("other", n_tokens=33, offset=4, **own),
+        AskedText("t", "m", 32, 16),
+    ]
+
+
 def test_the_package_itself_may_be_asked(ask: Callable[..., Any]) -> None:
     cell = "import asi_lens as al\nlens = al.load_model('n')\nal.load_tokens('x', lens, 64, context=8)"
     found = ask(cell)
@@ -91,6 +103,7 @@ def test_loops_over_parameters_run_and_results_of_any_shape_are_stood_in_for(ask
         ("page.load_tokens(lens, al.find_size(lens))", r"cell 2: DataError: n_tokens is Blank here"),
         ("page.load_tokens(lens, 64, lens.best_corpus)", "corpus is Blank here"),
         ("page.load_model(page.rows(1)[0].name)", "model is Blank here"),
+        ("page.load_tokens(page.small_tokenizer(lens.vocab), 64)", "vocab is Blank here"),
         ("page.load_anything()", "page.load_anything is not known here"),
         ("al.load_tokens('a', lens, 64, seed=3)", "load_tokens with seed is not bundled"),
         ("1 / 0", "cannot find out what 01_one asks for: cell 2: ZeroDivisionError"),

@@ -98,6 +98,18 @@ def test_tokens_alone(make: Callable[..., dict[str, Any]], tmp_path: Path) -> No
     assert "PYTHONPATH" not in bundle.use(tmp_path / "b")
 
 
+def test_tokens_of_the_texts_own_tokenizer(make: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    cell = CELL + "own = page.small_tokenizer(260)\npage.load_tokens(own, n_tokens)\n"
+    more = 'dtype = "float32"\ncontext = 16\nmain_corpus = "wiki-en"\nn_tokens = 64\n'
+    notebook = tmp_path / "project" / "notebooks" / "01_alpha.ipynb"
+    runs.notebook(notebook, cell, parameters=runs.PARAMETERS + more)
+    manifest = make(tmp_path / "b", without=["wheels", "texts", "project"])
+    kinds = [name.split("/")[1] for name in manifest["files"] if name.startswith("cache/")]
+    assert sorted(set(kinds)) == ["corpora", "tokenizers"]
+    assert kinds.count("corpora") == 2
+    assert [text["vocab"] for text in manifest["texts"]] == [None, 260]
+
+
 def test_the_commands(
     make: Callable[..., dict[str, Any]], tmp_path: Path, tiny_folder: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

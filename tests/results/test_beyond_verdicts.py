@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 
 import pandas as pd
-from made_up_beyond import LIVES, doses, inputs, lives, starts
-from made_up_claims import ASI, RANDOM, changed, runs
+from made_up_beyond import LIVES, inputs, lives, starts
 
 from asi_lens.results.beyond_verdicts import (
     centering_or_subspace,
     do_saved_features_mean_something,
-    dose_and_response,
-    starts_against_asi,
     when_features_die,
 )
 
@@ -66,44 +63,6 @@ def test_what_is_missing_is_not_answered() -> None:
     unknown = trained.assign(dead_fraction=math.nan)
     assert [answers(first, unknown)[q] for q in questions[3:]] == ["not testable here"] * 3
     assert answers(first[first.layer < 1], trained)[questions[0]] == "not testable here", "two points"
-
-
-def dosed(table: pd.DataFrame) -> list[str]:
-    """Answers for effective rank, dimension of 99 %, participation ratio: changed spectra, then all."""
-    return [one.answer for one in dose_and_response(table)]
-
-
-def test_death_follows_the_tail_or_the_head() -> None:
-    assert dosed(doses(lambda rank, dimension, head: (1 - rank) / 2)) == ["yes", "yes", "no"] * 2
-    assert dosed(doses(lambda rank, dimension, head: (70 - head) / 100)) == ["no", "no", "yes"] * 2
-    assert dosed(doses(lambda rank, dimension, head: rank / 2)) == ["no"] * 6
-
-
-def test_other_sites_off_the_line_are_told() -> None:
-    table = doses(lambda rank, dimension, head: (1 - rank) / 2)
-    other = table["shape"] == "other site"
-    off = table.assign(dead_fraction=table.dead_fraction.where(~other, table.effective_rank_fraction))
-    assert dosed(off)[:3] == ["yes", "yes", "no"]
-    assert dosed(off)[3:] == ["no"] * 3
-    assert dosed(table[~other])[3:] == ["not testable here"] * 3
-    assert dosed(table.assign(dead_fraction=0.0)) == ["not testable here"] * 6
-
-
-def test_a_start_does_what_asi_does_in_every_seed() -> None:
-    table = runs(
-        {"random": [RANDOM] * 3, "ASI": [ASI] * 3, "same": [ASI] * 3, "some": changed(1, "fvu", ASI, RANDOM)}
-    )
-    found = {one.question: one.answer for one in starts_against_asi(table)}
-    assert found == {
-        "random does what ASI does": "no",
-        "same does what ASI does": "yes",
-        "some does what ASI does": "no",
-    }
-    assert [one.answer for one in starts_against_asi(table[table.method != "ASI"])] == [
-        "not testable here"
-    ] * 3
-    lost = table.assign(fvu=table.fvu.where(table.method != "same"))
-    assert [one.answer for one in starts_against_asi(lost)] == ["no", "not testable here", "no"]
 
 
 def saved(information: tuple[float, float], loss: tuple[float, float | None], seeds: int = 2) -> pd.DataFrame:

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from made_up_beyond import released
 from made_up_claims import (
     ASI,
     RANDOM,
@@ -273,6 +274,34 @@ def test_points_are_means_of_the_random_start_on_held_out_text() -> None:
     found = verdicts.rank_points(points([0.4, 0.3, 0.2]))
     assert found.loc["attn_out"].dead_fraction.tolist() == pytest.approx([0.4, 0.3, 0.2])
     assert found.loc[("mlp_out", 2), "effective_rank_fraction"] == pytest.approx(0.6)
+
+
+def test_c6_of_dictionaries_trained_elsewhere() -> None:
+    falling, mixed = [0.5, 0.4, 0.3, 0.2, 0.1], [0.3, 0.1, 0.4, 0.2, 0.1]
+    verdict = verdicts.c6_released(released(falling))
+    assert holds(verdict) is True
+    assert verdict is not None
+    assert verdict.over == "10 (layer, site) points of 512 features, resampled"
+    assert told(verdict)["within attn_out, effective rank"] == "-1 (-1 to -1)"
+    first = released(falling)
+    assert holds(verdicts.c6_released(released(falling[::-1])[:5])) is False, "rises"
+    ties = first.assign(dead_fraction=first.dead_fraction.where(first.site == "mlp_out", 0.9))
+    assert holds(verdicts.c6_released(ties)) == "partly", "attention outputs do not vary"
+    assert holds(verdicts.c6_released(released(mixed)[:5])) is False, "the interval holds zero"
+    # Another start says the opposite and does not count; nor do two dictionaries of another size.
+    other = [released(falling[::-1], start="asi"), released(falling[::-1], d_sae=64)[:2]]
+    assert told(verdicts.c6_released(pd.concat([first, *other]))) == told(verdict)
+    twice = pd.concat([first, released([0.0] * 5)])
+    assert told(verdicts.c6_released(twice)) == told(verdict), "a point is the mean of its dictionaries"
+
+
+def test_c6_without_dictionaries_is_not_testable_here() -> None:
+    for table in (None, released([0.4, 0.2, 0.1], start="asi"), released([0.0] * 4), released([0.4])):
+        verdict = verdicts.c6_released(table)
+        assert verdict is not None
+        assert verdict.verdict("quick") == "not testable here"
+    with pytest.raises(DataError, match="no column start"):
+        verdicts.c6_released(released([0.4, 0.2, 0.1]).drop(columns="start"))
 
 
 SMALL: dict[str, Any] = {"mlp_out": ([0.1, 0.1], [0.0, 0.1]), "resid_post": ([0.1, 0.1], [0.1, 0.1])}

@@ -152,7 +152,7 @@ def test_rows_that_cannot_be_evaluated() -> None:
     sae = trained_like(rows)
     with pytest.raises(OptionError, match=r"rows='of width 5'.* 12 wide"):
         evaluate(sae, rows[:, :5])
-    with pytest.raises(DataError, match="never vary"):
+    with pytest.raises(DataError, match="do not vary"):
         evaluate(sae, rows[:1].expand(50, -1) / 3)
     with pytest.raises(DataError, match="NaN"):
         evaluate(sae, rows.clone().fill_(float("nan")))

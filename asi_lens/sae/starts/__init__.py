@@ -5,7 +5,7 @@ To add a start, write a file with a function under `@start` and add its name to 
 
 from __future__ import annotations
 
-from asi_lens.sae.starts import asi, asi_authors, datapoint, orthogonal, random, variance
+from asi_lens.sae.starts import asi, asi_authors, asi_datapoint, datapoint, orthogonal, random, variance
 from asi_lens.sae.starts.start import STARTS, Draw, Start, find_start
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Start",
     "asi",
     "asi_authors",
+    "asi_datapoint",
     "datapoint",
     "find_start",
     "orthogonal",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -23,7 +25,17 @@ def datapoint(rows: Float[Tensor, "n d"], draw: Draw) -> Float[Tensor, " n"]:
     A sample smaller than the dictionary is used several times, with other noise. Returns the norms before
     normalization. Raises OptionError without a sample, or for one whose rows are all the mean.
     """
-    require(draw.sample is not None, "sample", draw.sample, "given for method='datapoint'")
+    return blend(rows, draw)
+
+
+def blend(
+    rows: Float[Tensor, "n d"], draw: Draw, move: Callable[[Tensor], Tensor] | None = None
+) -> Float[Tensor, " n"]:
+    """Fill `rows` as `datapoint`, with `move` applied to blocks [m d] (float64, CPU) of the blends.
+
+    Returns the norms before normalization. Raises as `datapoint`.
+    """
+    require(draw.sample is not None, "sample", draw.sample, "given for a start of data points")
     assert draw.sample is not None
     sample = draw.sample.double().cpu()
     mean = sample.mean(0) if draw.spectrum is None else draw.spectrum.mean.double().cpu()
@@ -37,5 +49,6 @@ def datapoint(rows: Float[Tensor, "n d"], draw: Draw) -> Float[Tensor, " n"]:
         order = Permutation(len(centered), draw.seed)(places % len(centered))
         points = torch.nn.functional.normalize(centered[torch.from_numpy(order)])
         noise = torch.nn.functional.normalize(block.double().cpu())
-        norms.append(set_unit(block, SHARE * points + (1 - SHARE) * noise))
+        mixed = SHARE * points + (1 - SHARE) * noise
+        norms.append(set_unit(block, (mixed if move is None else move(mixed)).to(block.device)))
     return torch.cat(norms)

@@ -36,5 +36,5 @@ def test_a_small_sample_is_used_again_with_other_noise() -> None:
 
 
 def test_what_it_needs_is_said() -> None:
-    with pytest.raises(OptionError, match=r"sample=None .*given for method='datapoint'"):
+    with pytest.raises(OptionError, match=r"sample=None .*given for a start of data points"):
         initialize(make(), "datapoint", Spectrum.of(rows()), norm_search=False)
