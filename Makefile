@@ -29,7 +29,7 @@ PIP_QUIET  := $(if $(CI),--quiet)
 NBSTRIPOUT := $(BIN)/nbstripout --keep-id
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-tl4 setup-peers setup-triton setup-docs docs figures publish test test-tl4 test-peers test-triton lint format lab bench lock clean clean-all
+.PHONY: help setup setup-tl4 setup-peers setup-triton setup-docs docs figures publish compare test test-tl4 test-peers test-triton lint format lab bench lock clean clean-all
 .DELETE_ON_ERROR:
 
 help: ## show this
@@ -54,6 +54,9 @@ figures: $(SETUP) $(CHROME) ## run the notebooks that are out of date, build the
 publish: $(SETUP) ## copy what a run left to figures/published, which is committed, and write the README's table
 	$(BIN)/python -m asi_lens.reproduce.publish --model "$(MODEL)" --profile "$(PROFILE)" $(if $(NOTEBOOKS),--notebooks "$(NOTEBOOKS)") $(ARGS)
 
+compare: $(SETUP) ## compare a run with the published one, table by table, with stated tolerances
+	$(BIN)/python -m asi_lens.reproduce.compare --model "$(MODEL)" --profile "$(PROFILE)" $(ARGS)
+
 test: $(SETUP) $(CHROME) ## install and run the tests
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
@@ -68,8 +71,9 @@ setup-docs: $(SETUP_DOCS)
 test-tl4: $(SETUP_TL4) ## run the model-facing tests in a second environment with TransformerLens 4
 	$(VENV_TL4)/bin/python -m pytest -n auto --dist loadfile -m model_facing $(ARGS)
 
-test-peers: $(SETUP_PEERS) ## check dictionaries against the real SAELens and sparsify, in a third environment
-	$(VENV_PEERS)/bin/python -m pytest tests/sae/test_peers.py tests/sae/test_foreign.py tests/experiments/test_released.py $(ARGS)
+test-peers: $(SETUP_PEERS) ## check dictionaries and converted models against other libraries, in a third environment
+	$(VENV_PEERS)/bin/python -m pytest tests/sae/test_peers.py tests/sae/test_foreign.py \
+	    tests/experiments/test_released.py tests/inputs/test_conversions.py $(ARGS)
 
 test-triton: $(SETUP_TRITON) ## run the kernels in Triton's interpreter and compile them for Hopper, without a card
 	TRITON_INTERPRET=1 $(VENV_TRITON)/bin/python -m pytest -n auto $(TRITON_TESTS) $(ARGS)

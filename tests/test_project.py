@@ -64,6 +64,7 @@ TESTED_ELSEWHERE = {
     "inputs.gguf_rules": "inputs/test_gguf.py",
     "inputs.hub": "inputs/test_documents.py",
     "inputs.identities": "inputs/test_verify.py",
+    "inputs.other_sources": "inputs/test_media.py",
     "inputs.own_tokens": "inputs/test_fingerprint.py",
     "inputs.packaged": "inputs/test_sources.py",
     "inputs.passes": "inputs/test_hooks.py",

@@ -216,9 +216,8 @@ class ActivationStore:
 
     def rows(self, index: Int[Tensor, " batch"]) -> Float[Tensor, "batch d"]:
         """Return a copy of the rows at `index`, in its order. Raises OptionError for rows out of range."""
-        low, high = (int(index.min()), int(index.max())) if len(index) else (0, 0)
-        if low < 0 or high >= self.n:
-            raise OptionError(f"rows {low} to {high} are not allowed; the store has rows 0 to {self.n - 1}")
+        if len(index) and not (int(index.min()) >= 0 and int(index.max()) < self.n):
+            raise OptionError(f"rows {index.min()} to {index.max()} are not allowed; 0 to {self.n - 1} are")
         return self._gather(index)
 
     def _gather(

@@ -28,6 +28,7 @@ from asi_lens.base.errors import (
 from asi_lens.base.facts import facts_html
 from asi_lens.base.files import existing, plain_name
 from asi_lens.inputs import gguf, twin, verify
+from asi_lens.inputs.conversions import packaged_weights
 from asi_lens.inputs.fingerprint import model_fingerprint
 from asi_lens.inputs.hooks import (
     SITES,
@@ -42,7 +43,7 @@ from asi_lens.inputs.hooks import (
 )
 from asi_lens.inputs.loading import ORIGINS, boot_bridge
 from asi_lens.inputs.passes import Hook, ResumePoint
-from asi_lens.inputs.sources import SOURCES, fetch
+from asi_lens.inputs.sources import SOURCES
 
 __all__ = [
     "SITES",
@@ -155,7 +156,7 @@ def load_model(
     )
     name = str(model)
     if name in SOURCES and SOURCES[name].kind == "model":
-        folder, weights = gguf.dequantized(fetch(name) / str(SOURCES[name].main))
+        folder, weights = packaged_weights(SOURCES[name])
         return boot(folder, name, weights)
     path = existing(model)
     if path is not None and path.is_file():

@@ -320,10 +320,7 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
         """Restore the tensors of `state`. Raises OptionError for a run that started with other weights."""
         sae, first, here = self.sae, read("first_weights").to(self.sae.W_dec), self._first_weights()
         if first.shape != here.shape or not torch.allclose(first, here, rtol=1e-3, atol=1e-5):
-            raise OptionError(
-                "the checkpoint is of another run: its dictionary began with other weights or another input "
-                "normalization"
-            )
+            raise OptionError("the checkpoint's run began with other weights or another input normalization")
         self._probe = first
         sae.encoder_rows.copy_(read("sae.encoder"))
         sae.W_dec.data.copy_(read("sae.W_dec"))

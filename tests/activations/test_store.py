@@ -152,7 +152,7 @@ def test_rows_by_index(numbered: ActivationStore) -> None:
     index = torch.tensor([999, 0, 500, 0, 100, 99])
     assert numbered.rows(index)[:, 0].tolist() == index.tolist()
     for bad in ([1000], [-1]):
-        with pytest.raises(OptionError, match="the store has rows 0 to 999"):
+        with pytest.raises(OptionError, match="not allowed; 0 to 999 are"):
             numbered.rows(torch.tensor(bad))
     with pytest.raises(OptionError, match="not harvested from tokens"):
         numbered.positions(index)
