@@ -79,6 +79,10 @@ class DiagnosisRow(Row):
     start: str
     """`asi` or `random`."""
     d_init: int | None
+    d_sae_advised: int
+    """`d_sae`, or the largest of its halves at which at most 1 % of the advised start never fire."""
+    dead_advised: float
+    """Share of the advised start that never fires at that size, measured on centered inputs."""
     reason: str
 
 
