@@ -56,7 +56,7 @@ def open_items(data: Any, kind: str) -> Items:
             raise UnknownNameError(f"{str(data)!r} is not a file or a folder of {kind} (packaged: {known})")
         return Items(plain_name(path), _files(path, kind))
     # An array without axes calls itself iterable.
-    if isinstance(data, Iterable) and not isinstance(data, bytes | dict) and getattr(data, "ndim", 1):
+    if isinstance(data, Iterable) and not isinstance(data, bytes | dict) and getattr(data, "ndim", None) != 0:
         return Items(f"given {kind}", data)
     given = type(data).__name__
     raise OptionError(f"data={given} is not allowed; data must be a file, a folder or a list of {kind}")
