@@ -9,11 +9,11 @@ from asi_lens.figures.parts import legend_only, panels
 from asi_lens.figures.style import GREY, METHOD_COLORS, need, order, setting
 from asi_lens.results.rows import DeadFeatureRow, HeadOverlapRow
 
-_MEASURES = (("dead_fraction", "silent features,<br>held out (%)", 100), ("fvu", "FVU, held out", 1))
+_MEASURES = (("dead_fraction", "silent features, held out (%)", 100), ("fvu", "FVU, held out", 1))
 
 
 def starts_by_architecture(table: pd.DataFrame) -> go.Figure:
-    """Draw silent features and FVU on held-out data of every method: a panel per number, a column per model.
+    """Draw silent features and FVU on held-out data of every method, a panel per number, models side by side.
 
     Takes `DeadFeatureRow`s, of which the held-out rows are drawn. A dot is a seed, a bar the mean over seeds.
     """
@@ -23,11 +23,10 @@ def starts_by_architecture(table: pd.DataFrame) -> go.Figure:
     figure = panels(
         "A random start and ASI on other architectures",
         setting(held, tokens=False, what="a dot per seed, a bar at the mean"),
-        [[title.replace("<br>", " ") for _, title, _ in _MEASURES]],
+        [[title for _, title, _ in _MEASURES]],
         shared_y=False,
-        bottom=80,
     )
-    for col, (column, title, factor) in enumerate(_MEASURES, start=1):
+    for col, (column, _, factor) in enumerate(_MEASURES, start=1):
         for place, method in enumerate(methods):
             shift = 0.5 * (place - (len(methods) - 1) / 2) / len(methods)
             part = held[held.method == method]
@@ -55,7 +54,7 @@ def starts_by_architecture(table: pd.DataFrame) -> go.Figure:
                     row=1,
                     col=col,
                 )
-        figure.update_yaxes(title_text=title, rangemode="tozero", row=1, col=col)
+        figure.update_yaxes(rangemode="tozero", row=1, col=col)
     for method in methods:
         color = METHOD_COLORS.get(method, GREY)
         legend_only(figure, method, mode="markers", marker={"size": 9, "color": color})
