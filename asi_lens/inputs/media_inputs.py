@@ -41,8 +41,6 @@ class Inputs:
     """"pictures", "speech" or "sequences"."""
     tokenizer: str
     """Class and fingerprint of the processor or tokenizer that made the inputs."""
-    fingerprint: str = ""
-    """16 hex digits of arrays and positions; computed if empty."""
 
     def __post_init__(self) -> None:
         sizes = {name: len(value) for name, value in self.arrays.items()}
@@ -52,12 +50,15 @@ class Inputs:
             sizes,
             f"as many items in each as in kept ({len(self.kept)})",
         )
-        if not self.fingerprint:
-            state = xxhash.xxh3_128()
-            for name, value in [*sorted(self.arrays.items()), ("kept", self.kept)]:
-                state.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-                state.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-            object.__setattr__(self, "fingerprint", state.hexdigest()[:16])
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of the arrays and of which positions are rows, computed anew at every call."""
+        state = xxhash.xxh3_128()
+        for name, value in [*sorted(self.arrays.items()), ("kept", self.kept)]:
+            state.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            state.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return state.hexdigest()[:16]
 
     @property
     def context(self) -> int:

@@ -71,7 +71,10 @@ def test_the_fingerprint_changes_with_every_part(plain: Any) -> None:
         al.Inputs(inputs.arrays, kept, "c", inputs.kind, ""),
         inputs[:-1],
     ]
-    assert len({one.fingerprint for one in [inputs, *others]}) == 4
+    known = {one.fingerprint for one in [inputs, *others]}
+    assert len(known) == 4
+    inputs.arrays["attention_mask"][0, 1] = 0  # edited in place
+    assert inputs.fingerprint not in known
     with pytest.raises(OptionError, match="as many items"):
         al.Inputs(inputs.arrays, kept[:-1], "c", inputs.kind, "")
 
