@@ -71,8 +71,9 @@ setup-docs: $(SETUP_DOCS)
 test-tl4: $(SETUP_TL4) ## run the model-facing tests in a second environment with TransformerLens 4
 	$(VENV_TL4)/bin/python -m pytest -n auto --dist loadfile -m model_facing $(ARGS)
 
-test-peers: $(SETUP_PEERS) ## check dictionaries against the real SAELens and sparsify, in a third environment
-	$(VENV_PEERS)/bin/python -m pytest tests/sae/test_peers.py tests/sae/test_foreign.py tests/experiments/test_released.py $(ARGS)
+test-peers: $(SETUP_PEERS) ## check dictionaries and converted models against other libraries, in a third environment
+	$(VENV_PEERS)/bin/python -m pytest tests/sae/test_peers.py tests/sae/test_foreign.py \
+	    tests/experiments/test_released.py tests/inputs/test_conversions.py $(ARGS)
 
 test-triton: $(SETUP_TRITON) ## run the kernels in Triton's interpreter and compile them for Hopper, without a card
 	TRITON_INTERPRET=1 $(VENV_TRITON)/bin/python -m pytest -n auto $(TRITON_TESTS) $(ARGS)

@@ -19,6 +19,7 @@ _PUBLIC: dict[str, str] = {
         "inputs.models": ("SITES", "ModelInfo", "load_model", "model_info"),
         "inputs.verify": ("Verification", "verify"),
         "inputs.corpora": ("Tokens", "corpus_names", "load_tokens"),
+        "inputs.media_inputs": ("Inputs", "load_inputs"),
         "activations.harvest": ("layer_at", "layers_at", "places"),
         "activations.moments": ("Moments",),
         "activations.spectrum": ("Spectrum", "effective_rank_limit"),

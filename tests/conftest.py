@@ -17,6 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # One test process a core: more threads would wait for each other, those of kernels and children too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import small_plain
 import tiny_models
 import torch
 from hypothesis import HealthCheck, settings
@@ -47,6 +48,33 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
         return found if found.exists() else tiny_models.build(architecture, found)
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def plain_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """`plain_folder("vit")` is the folder of a tiny model of `small_plain.KINDS`, built on first use."""
+    root = tmp_path_factory.mktemp("plain")
+
+    def folder(kind: str) -> Path:
+        found = root / f"tiny-{kind}"
+        return found if found.exists() else small_plain.build(kind, found)
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def plain(plain_folder: Any) -> Any:
+    """`plain("whisper", "decoder")` is that model, loaded as `load_model` does, in float32 on the CPU."""
+    from asi_lens.inputs.models import load_model
+
+    known: dict[Any, Any] = {}
+
+    def load(kind: str, part: str | None = None) -> Any:
+        if (kind, part) not in known:
+            known[kind, part] = load_model(plain_folder(kind), dtype="float32", device="cpu", part=part)
+        return known[kind, part]
+
+    return load
 
 
 @pytest.fixture(scope="session", params=list(tiny_models.CONFIGS))

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 import plotly.graph_objects as go
+import right_media
 import torch
 from small_trainings import D_IN
 from small_world import CONTEXT, N_OV, World
@@ -141,8 +142,10 @@ DOORS: dict[str, Callable[[World], Made]] = {
     "fetch": _al("fetch", name=_is("news-en")),
     "ModelInfo": _al("ModelInfo", **{key: _is(value) for key, value in INFO.items()}),
     "load_model": _al(
-        "load_model", model=MODEL, dtype=_is("auto"), device=_is("auto"), revision=_is(None), trust_remote_code=NO
+        "load_model", model=MODEL, dtype=_is("auto"), device=_is("auto"), revision=_is(None), trust_remote_code=NO,
+        part=_is(None),
     ),
+    **right_media.DOORS,
     "model_info": _al("model_info", model=MODEL, fingerprint=_is(True)),
     "verify": _al("verify", model=MODEL),
     "Tokens": _al(

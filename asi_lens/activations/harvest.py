@@ -12,12 +12,11 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from asi_lens.activations.massive import massive_rows
+from asi_lens.activations.batch_rows import Given, batch_of, rows_before, rows_of
 from asi_lens.base.doors import checked
 from asi_lens.base.errors import DataError, OptionError, require
 from asi_lens.inputs import models
@@ -114,7 +113,7 @@ def _ignore(where: SiteLayer, tokens: Tensor, rows: Tensor) -> None:
 
 def harvest(
     model: nn.Module,
-    tokens: Tokens,
+    tokens: Given,
     consumers: Sequence[Consumer],
     *,
     batch_tokens: int | None = None,
@@ -125,14 +124,15 @@ def harvest(
     after_batch: Callable[[int], None] | None = None,
     progress: bool = True,
 ) -> None:
-    """Run the model over `tokens` and feed the consumers.
+    """Run the model over `tokens` (or `Inputs`) and feed the consumers.
 
     Args:
         batch_tokens: tokens of a forward pass; None for a number that suits the device (`batch_tokens_for`).
-        drop_first: leave out position 0 of every sequence (BOS, the attention sink, an outlier).
+        drop_first: leave out position 0 of every sequence of tokens (BOS, the attention sink, an outlier).
+            `Inputs` state their own rows.
         drop_massive: leave out rows with massive activations, at each place where they occur (`massive`).
         left_out: called for every batch and place with massive rows: place, numbers of the tokens (counted
-            over all sequences, without position 0 if it is dropped), and the rows.
+            over all rows of all sequences, without position 0 if it is dropped), and the rows.
         start: sequence to start from, for a pass that resumes.
         after_batch: called after each batch with the number of sequences done.
         progress: show a bar with tokens/s and the time left.
@@ -144,7 +144,7 @@ def harvest(
     batch_tokens = batch_tokens_for(model, batch_tokens)
     require(batch_tokens >= 1, "batch_tokens", batch_tokens, "at least 1")
     require(0 <= start <= len(tokens), "start", start, f"from 0 to {len(tokens)}")
-    if drop_first and tokens.context < 2:
+    if isinstance(tokens, Tokens) and drop_first and tokens.context < 2:
         raise OptionError("a context of 1 holds only the first position; use drop_first=False")
     takers: dict[SiteLayer, list[Consumer]] = {}
     for consumer in consumers:
@@ -154,7 +154,7 @@ def harvest(
         raise OptionError("the consumers ask for no site; pass at least one that does")
     deepest = max(layer for _, layer in takers)
     per_batch = max(1, batch_tokens // tokens.context)
-    first = 1 if drop_first else 0
+    before = rows_before(tokens, drop_first)
     # Two names may mean the same hook ("z" and "blocks.3.attn.hook_z"): that hook is added once.
     by_hook: dict[str, list[SiteLayer]] = {}
     for where in takers:
@@ -162,15 +162,13 @@ def harvest(
 
     def feed(places: list[SiteLayer], begin: int) -> Callable[[Tensor], None]:
         def hook(activation: Tensor) -> None:
-            massive, peak = massive_rows(activation)
-            if not torch.isfinite(peak[:, first:].sum()):
+            rows, hit, peak = rows_of(tokens, begin, activation, drop_first)
+            if not torch.isfinite(peak.sum()):
                 where, batch = places[0], begin // per_batch
                 raise DataError(f"{where[0]} of layer {where[1]}, batch {batch}: NaN or infinity")
-            rows = rearrange(activation[:, first:], "batch position d -> (batch position) d")
-            hit = massive[:, first:].flatten()
             if drop_massive and len(out := hit.nonzero().flatten()):
                 for where in places:
-                    left_out(where, out + begin * (activation.shape[1] - first), rows[out])
+                    left_out(where, out + before[begin], rows[out])
                 rows = rows[~hit]
             for where in places:
                 for consumer in takers[where]:
@@ -181,9 +179,9 @@ def harvest(
     shown = {"desc": f"harvest {tokens.corpus}", "unit": "tok", "unit_scale": True, "disable": not progress}
     with tqdm(total=len(tokens) * tokens.context, initial=start * tokens.context, **shown) as bar:
         for begin in range(start, len(tokens), per_batch):
-            ids = tokens.ids[begin : begin + per_batch]
             hooks = {name: feed(places, begin) for name, places in by_hook.items()}
-            models.forward(model, ids, hooks, stop_after_layer=deepest)
-            bar.update(ids.numel())
+            models.forward(model, batch_of(tokens, begin, per_batch), hooks, stop_after_layer=deepest)
+            done = min(begin + per_batch, len(tokens))
+            bar.update((done - begin) * tokens.context)
             if after_batch is not None:
-                after_batch(min(begin + per_batch, len(tokens)))
+                after_batch(done)

@@ -19,6 +19,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from asi_lens.activations import shards
+from asi_lens.activations.batch_rows import Given, positions_of, rows_before, shard_rows
 from asi_lens.activations.harvest import SiteLayer, batch_tokens_for, harvest, places
 from asi_lens.activations.shard_writer import Appending, ShardWriter, join_parts
 from asi_lens.activations.store import ActivationStore
@@ -29,7 +30,6 @@ from asi_lens.base.metadata import plain_metadata
 from asi_lens.base.paths import cached
 from asi_lens.base.ranks import Ranks
 from asi_lens.inputs import models
-from asi_lens.inputs.corpora import Tokens
 from asi_lens.inputs.fingerprint import is_fixed, number_key
 
 __all__ = ["ActivationStore", "harvest_store", "harvest_stores"]
@@ -44,7 +44,7 @@ _IDENTITY = (*_CONTENT, "hook_name", "layer")
 @checked
 def harvest_store(
     model: nn.Module,
-    tokens: Tokens,
+    tokens: Given,
     site: str,
     layer: int,
     *,
@@ -78,7 +78,7 @@ def harvest_store(
 @checked
 def harvest_stores(
     model: nn.Module,
-    tokens: Tokens,
+    tokens: Given,
     wheres: Sequence[SiteLayer],
     *,
     folder: Path | str | None = None,
@@ -103,7 +103,7 @@ def harvest_stores(
         dtype: dtype of the rows on disk: "bfloat16", "float16" or "float32".
         budget_gb: refuse to write more than this many 10^9 bytes.
         shard_tokens: rows of a shard, rounded to whole forward batches (None: 128 MiB).
-        drop_first: leave out position 0 of every sequence (see `harvest.harvest`).
+        drop_first: leave out position 0 of every sequence of tokens (see `harvest.harvest`).
         drop_massive: leave out rows with massive activations (`massive`). The store's metadata states how
             many (`left_out`), and `ActivationStore.left_out` which tokens.
         batch_tokens: tokens of a forward pass; None for a number that suits the device.
@@ -133,7 +133,7 @@ def harvest_stores(
 
 def _harvest(
     model: nn.Module,
-    tokens: Tokens,
+    tokens: Given,
     chosen: Mapping[SiteLayer, Path | None],
     *,
     dtype: str,
@@ -148,8 +148,8 @@ def _harvest(
     batch_tokens = batch_tokens_for(model, batch_tokens)
     _check(dtype, budget_gb, shard_tokens, batch_tokens)
     require(len(chosen) > 0, "wheres", [], "one or more (site, layer)")
-    per_sequence = tokens.context - drop_first
-    if len(tokens) * per_sequence == 0:
+    before = rows_before(tokens, drop_first)
+    if before[-1] == 0:
         raise DataError(
             f"no rows to store from {len(tokens)} sequences of {tokens.context} with drop_first={drop_first}"
         )
@@ -158,7 +158,6 @@ def _harvest(
     size = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
     # Shards hold whole forward batches: a pass that resumes cuts the text into the same batches.
     per_batch = max(1, batch_tokens // tokens.context)
-    batch_rows = per_batch * per_sequence
     first, last = _stretch(len(tokens), per_batch, ranks)
     with ExitStack() as stack:
         writers: dict[SiteLayer, ShardWriter] = {}
@@ -183,14 +182,14 @@ def _harvest(
                 writers[where] = ShardWriter(
                     own,
                     {**origins[where], "batch_tokens": batch_tokens},
-                    n_total=(last - first) * per_sequence,
+                    n_total=before[last] - before[first],
                     d=d,
                     dtype=dtype,
-                    shard_rows=max(1, rows // batch_rows) * batch_rows,
+                    shard_rows=shard_rows(tokens, before[first : last + 1], per_batch, rows),
                 )
                 stack.callback(writers[where].close)
             if writers:
-                _state_size(writers, len(tokens) * per_sequence, size, budget_gb, ranks)
+                _state_size(writers, before[-1], size, budget_gb, ranks)
 
         ranks.together("beginning the harvest", begin)
         if writers:
@@ -204,7 +203,7 @@ def _harvest(
                 drop_first=drop_first,
                 drop_massive=drop_massive,
                 left_out=appending.leave_out,
-                start=first + start // per_sequence,
+                start=before.index(before[first] + start),
                 after_batch=lambda done: ranks.advance(),
                 progress=progress and ranks.rank == 0,
             )
@@ -256,7 +255,7 @@ def _require_begun_so(folder: Path, own: Path) -> None:
 
 
 def _origins(
-    model: nn.Module, tokens: Tokens, wheres: Sequence[SiteLayer], drop_first: bool, drop_massive: bool
+    model: nn.Module, tokens: Given, wheres: Sequence[SiteLayer], drop_first: bool, drop_massive: bool
 ) -> dict[SiteLayer, dict[str, Any]]:
     """Return the manifest's `origin` for each store: model, tokens, site and layer of its rows."""
     info = models.model_info(model)
@@ -269,8 +268,7 @@ def _origins(
         "tokenizer": tokens.tokenizer,
         "tokens_fingerprint": tokens.fingerprint,
         "sequences": len(tokens),
-        "context": tokens.context,
-        "bos": tokens.bos,
+        **positions_of(tokens),
         "drop_first": drop_first,
         "drop_massive": drop_massive,
     }

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from asi_lens.base.errors import DataError
 from asi_lens.base.safetensors_io import opened
-from asi_lens.base.sites import SITES
+from asi_lens.base.sites import ALL as SITES
 
 _DATASET = "dataset_info.json"
 

@@ -44,8 +44,8 @@ class ShardWriter:
     """Appends rows to the shards of one store, after any complete shards that are already in the folder.
 
     `n`: tokens seen so far (after a restart, those of complete shards): rows written, and tokens left out.
-    `n_total` and `shard_rows` count tokens, too. Raises OptionError if the folder holds the beginning of
-    another store, CacheError if the files there are damaged.
+    `n_total` and `shard_rows` count tokens, too; `shard_rows` may be a list, a number for each shard. Raises
+    OptionError if the folder holds the beginning of another store, CacheError if the files there are damaged.
     """
 
     def __init__(
@@ -56,10 +56,11 @@ class ShardWriter:
         n_total: int,
         d: int,
         dtype: str,
-        shard_rows: int,
+        shard_rows: int | list[int],
     ):
         require(dtype in DTYPES, "dtype", dtype, " or ".join(map(repr, DTYPES)))
-        require(shard_rows >= 1, "shard_rows", shard_rows, "at least 1")
+        least = min(shard_rows) if isinstance(shard_rows, list) else shard_rows
+        require(least >= 1, "shard_rows", shard_rows, "at least 1")
         self.folder, self.origin, self.d, self.dtype = folder, dict(origin), d, dtype
         self.n_total, self.shard_rows = n_total, shard_rows
         self.n = 0
@@ -127,7 +128,9 @@ class ShardWriter:
             self._file = None
 
     def _begin_shard(self) -> None:
-        n = min(self.shard_rows, self.n_total - self.n)
+        each = self.shard_rows
+        rows = each[len(self.shards)] if isinstance(each, list) else each
+        n = min(rows, self.n_total - self.n)
         header = self._header(n)
         self._digest = hashlib.sha256(header)
         self._open_seen, self._open_rows, self._open_n = 0, 0, n

@@ -217,9 +217,7 @@ class ActivationStore:
     def rows(self, index: Int[Tensor, " batch"]) -> Float[Tensor, "batch d"]:
         """Return a copy of the rows at `index`, in its order. Raises OptionError for rows out of range."""
         if len(index) and not (int(index.min()) >= 0 and int(index.max()) < self.n):
-            raise OptionError(
-                f"rows {index.min()} to {index.max()} are not allowed; it has 0 to {self.n - 1}"
-            )
+            raise OptionError(f"rows {index.min()} to {index.max()} are not allowed; 0 to {self.n - 1} are")
         return self._gather(index)
 
     def _gather(

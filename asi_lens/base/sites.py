@@ -36,3 +36,18 @@ SITES: dict[str, Site] = {
 """Sites by short name, in the order of every legend: the outputs of attention and the MLP, which are added to
 the residual stream; the stream after a layer; and the heads' concatenated outputs before W_O
 [n_heads * d_head]."""
+
+CROSS: dict[str, Site] = {
+    "cross_attn_out": Site("blocks.{}.hook_cross_attn_out", "cross-attention output", "#E69F00", "star"),
+    "cross_z": Site(
+        "blocks.{}.cross_attn.hook_z",
+        "concatenated heads of cross-attention",
+        "#56B4E9",
+        "hexagon",
+        in_stream=False,
+    ),
+}
+"""Sites of a decoder's attention to an encoder, which are asked for by name."""
+
+ALL: dict[str, Site] = SITES | CROSS
+"""Every site with a short name."""

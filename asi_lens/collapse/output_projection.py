@@ -157,20 +157,21 @@ def head_overlap(
 
 
 def counterfactual_records(
-    model: nn.Module, spectra: Spectra, *, draws: int = 3, seed: int = 0
+    model: nn.Module, spectra: Spectra, *, draws: int = 3, seed: int = 0, site: str = "z"
 ) -> list[dict[str, object]]:
     """Return `counterfactual_ranks` of every layer whose `z` is in `spectra`: rows of `03_wo_ablation.csv`.
 
-    Random variants are drawn `draws` times, from seeds `seed`, `seed + 1` ... The ranks are cached.
+    Random variants are drawn `draws` times, from seeds `seed`, `seed + 1` ... The ranks are cached. `site`
+    "cross_z" is for a decoder's cross-attention: its variants `z` and `attn_out` are of that attention.
     """
     require(draws >= 1, "draws", draws, "at least 1")
-    layers = [layer for site, layer in spectra if site == "z"]
+    layers = [layer for name, layer in spectra if name == site]
     fixed = tuple(v for v in CLOSED_FORMS if v not in RANDOM_FORMS)
 
     def measure() -> list[dict[str, object]]:
         records: list[dict[str, object]] = []
         for layer in tqdm(layers, desc="W_O", unit="layer"):
-            z, W_O = spectra["z", layer], models.output_projection(model, layer)
+            z, W_O = spectra[site, layer], models.output_projection(model, layer, site)
             base = {"model": spectra.model.name, "corpus": spectra.corpus, "n_tokens": z.n, "layer": layer}
             plan: list[tuple[int | None, tuple[str, ...]]] = [(None, fixed)]
             plan += [(seed + draw, RANDOM_FORMS) for draw in range(draws)]
@@ -187,23 +188,29 @@ def counterfactual_records(
         info.fingerprint,
         info.dtype,
         format=_FORMAT,
-        z=[spectra["z", layer].fingerprint for layer in layers],
+        z=[spectra[site, layer].fingerprint for layer in layers],
         names=[spectra.model.name, spectra.corpus],
         layers=layers,
         draws=draws,
         seed=seed,
+        **({} if site == "z" else {"site": site}),
     )
     return cached_number("output_projection", key, measure)
 
 
-def overlap_records(model: nn.Module, spectra: Spectra, *, seed: int = 0) -> list[dict[str, object]]:
-    """Return `head_overlap` of every layer whose `z` is in `spectra`: the rows of `03_head_overlap.csv`."""
+def overlap_records(
+    model: nn.Module, spectra: Spectra, *, seed: int = 0, site: str = "z"
+) -> list[dict[str, object]]:
+    """Return `head_overlap` of every layer whose `z` is in `spectra`: the rows of `03_head_overlap.csv`.
+
+    `site` "cross_z" is for a decoder's cross-attention.
+    """
     records: list[dict[str, object]] = []
-    for site, layer in spectra:
-        if site != "z":
+    for name, layer in spectra:
+        if name != site:
             continue
-        z = spectra["z", layer]
-        overlap = head_overlap(models.output_projection(model, layer), z.covariance, seed=seed)
+        z = spectra[site, layer]
+        overlap = head_overlap(models.output_projection(model, layer, site), z.covariance, seed=seed)
         for a, b in itertools.combinations(range(overlap.mean_cosine.shape[0]), 2):
             records.append(
                 {

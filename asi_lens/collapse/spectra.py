@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from asi_lens.activations.batch_rows import Given, rows_before
 from asi_lens.activations.harvest import SiteLayer, batch_tokens_for, harvest, places
 from asi_lens.activations.moments import TYPICAL_NOISE, Moments
 from asi_lens.activations.moments_consumer import MomentsConsumer, moments_in
@@ -29,7 +30,6 @@ from asi_lens.base.files import cache_key, file_name, locked
 from asi_lens.base.paths import cache_dir, cached
 from asi_lens.base.safetensors_io import read_tensors, save_tensors
 from asi_lens.inputs import models
-from asi_lens.inputs.corpora import Tokens
 from asi_lens.inputs.fingerprint import cached_number, is_fixed, number_key
 
 _FORMAT = "2"
@@ -132,7 +132,7 @@ def _from_to(values: Iterable[int] | Iterable[float], form: str) -> str:
 @checked
 def collect_spectra(
     model: nn.Module,
-    tokens: Tokens,
+    tokens: Given,
     sites: str | Iterable[str] = models.SITES,
     layers: Sequence[int] | None = None,
     *,
@@ -183,7 +183,7 @@ def collect_spectra(
 @checked
 def rank_growth(
     model: nn.Module,
-    tokens: Tokens,
+    tokens: Given,
     sites: str | Iterable[str],
     layers: Sequence[int],
     *,
@@ -225,7 +225,7 @@ def rank_growth(
 
 def _run(
     model: nn.Module,
-    tokens: Tokens,
+    tokens: Given,
     missing: Sequence[SiteLayer],
     folder: Path,
     drop_first: bool,
@@ -266,19 +266,19 @@ def _run(
         )
     except KeyboardInterrupt:
         # A batch may be half counted: a state is saved only if every (site, layer) has the same rows.
-        rows = done * (tokens.context - drop_first)
+        rows = rows_before(tokens, drop_first)[done]
         if done and all(consumer.n(where) == rows for where in missing):
             save()
         raise
     return consumer
 
 
-def _key(info: models.ModelInfo, tokens: Tokens, drop_first: bool, batch_tokens: int) -> dict[str, object]:
+def _key(info: models.ModelInfo, tokens: Given, drop_first: bool, batch_tokens: int) -> dict[str, object]:
     options = {"format": _FORMAT, "drop_first": drop_first, "batch_tokens": batch_tokens}
     return number_key(info.fingerprint, info.dtype, tokens.fingerprint, **options)
 
 
-def _folder(info: models.ModelInfo, tokens: Tokens, drop_first: bool, batch_tokens: int) -> Path:
+def _folder(info: models.ModelInfo, tokens: Given, drop_first: bool, batch_tokens: int) -> Path:
     key = cache_key(**_key(info, tokens, drop_first, batch_tokens))
     return cache_dir(_KIND) / file_name(info.name, tokens.corpus, key=key)
 

@@ -147,16 +147,17 @@ class Page:
         *,
         d_sae: int | None = None,
         lr: float | None = None,
+        seeds: Sequence[int] | None = None,
         **options: Any,
     ) -> list[TrainedRun]:
-        """Train each method with each seed (see `train_recipes`); read finished runs from the cache."""
+        """Train each method with each of `seeds` (see `train_recipes`); read finished runs from the cache."""
         changes = {} if lr is None else {"lr": lr}
         return train_recipes(
             store,
             methods,
             d_sae=self["d_sae"] if d_sae is None else d_sae,
             k=self["k"],
-            seeds=self.seeds,
+            seeds=self.seeds if seeds is None else seeds,
             train=self.train_config(**changes),
             log_every=self["log_every"],
             **options,

@@ -12,7 +12,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from asi_lens.base.errors import DataError, unknown_name
-from asi_lens.base.sites import SITES
+from asi_lens.base.sites import ALL as SITES
 from asi_lens.results.rows import Row, columns
 
 PLOTLY = "application/vnd.plotly.v1+json"

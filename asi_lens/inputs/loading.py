@@ -8,9 +8,11 @@ from __future__ import annotations
 import pickle
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from json import JSONDecodeError
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -50,7 +52,6 @@ def boot_bridge(
     trust_remote_code: bool,
 ) -> nn.Module:
     """Return the model in a folder (a Path) or on the hub (a string). Raises as `models.load_model` does."""
-    from safetensors import SafetensorError
     from transformer_lens.model_bridge import TransformerBridge
 
     if isinstance(source, Path):
@@ -58,18 +59,32 @@ def boot_bridge(
     no_hub()
     _mend_neox()
     loader = _Loader(str(source))
+    with named_errors(source, name, loader), warnings.catch_warnings():
+        # hook aliases of parts that an architecture lacks: asking for such a site raises later
+        warnings.filterwarnings("ignore", message="Hook alias .* did not resolve")
+        bridge = TransformerBridge.boot_transformers(
+            str(source),
+            device=device,
+            dtype=dtype,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            model_class=loader,
+        )
+    quantization = getattr(bridge.original_model.config, "quantization_config", None)
+    if weights is None and quantization:
+        method = getattr(quantization, "quant_method", None) or dict(quantization).get("quant_method", "")
+        weights = f"quantised ({getattr(method, 'value', method)})"
+    ORIGINS[bridge] = (name, weights or "as released")
+    return bridge
+
+
+@contextmanager
+def named_errors(source: str | Path, name: str, loader: Loading) -> Iterator[None]:
+    """Turn what a library raises inside the context into an error that names the folder and the reason."""
+    from safetensors import SafetensorError
+
     try:
-        with warnings.catch_warnings():
-            # hook aliases of parts that an architecture lacks: asking for such a site raises later
-            warnings.filterwarnings("ignore", message="Hook alias .* did not resolve")
-            bridge = TransformerBridge.boot_transformers(
-                str(source),
-                device=device,
-                dtype=dtype,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
-                model_class=loader,
-            )
+        yield
     except _PASS:
         raise
     except (SafetensorError, EOFError, pickle.UnpicklingError) as error:
@@ -86,13 +101,14 @@ def boot_bridge(
         broken = isinstance(error, _BROKEN) or not isinstance(error, _UNKNOWN)
         if isinstance(source, Path) and broken and not loader.done:
             raise DataError(f"cannot load the model in {source}: {reason}") from error
-        raise UnsupportedModelError(f"cannot load {name!r} as a TransformerBridge: {reason}") from error
-    quantization = getattr(bridge.original_model.config, "quantization_config", None)
-    if weights is None and quantization:
-        method = getattr(quantization, "quant_method", None) or dict(quantization).get("quant_method", "")
-        weights = f"quantised ({getattr(method, 'value', method)})"
-    ORIGINS[bridge] = (name, weights or "as released")
-    return bridge
+        raise UnsupportedModelError(f"cannot load {name!r} as a {loader.kind}: {reason}") from error
+
+
+class Loading(Protocol):
+    """A model that is being loaded: what it becomes, and whether its weights are there."""
+
+    kind: str
+    done: bool
 
 
 class _Loader:
@@ -100,6 +116,8 @@ class _Loader:
 
     transformers leaves a weight that a folder lacks at random values, and says so in its log only.
     """
+
+    kind = "TransformerBridge"
 
     def __init__(self, source: str):
         self.source = source

@@ -28,6 +28,7 @@ from asi_lens.base.errors import (
 from asi_lens.base.facts import facts_html
 from asi_lens.base.files import existing, plain_name
 from asi_lens.inputs import gguf, twin, verify
+from asi_lens.inputs.conversions import packaged_weights
 from asi_lens.inputs.fingerprint import model_fingerprint
 from asi_lens.inputs.hooks import (
     SITES,
@@ -42,7 +43,9 @@ from asi_lens.inputs.hooks import (
 )
 from asi_lens.inputs.loading import ORIGINS, boot_bridge
 from asi_lens.inputs.passes import Hook, ResumePoint
-from asi_lens.inputs.sources import SOURCES, fetch
+from asi_lens.inputs.plain import PlainModel
+from asi_lens.inputs.plain_loading import boot_plain, plain_class
+from asi_lens.inputs.sources import SOURCES
 
 __all__ = [
     "SITES",
@@ -85,6 +88,7 @@ class ModelInfo:
     n_kv_heads: int
     d_head: int
     d_vocab: int
+    """0 for a model that does not take token ids."""
     n_ctx: int
     dtype: str
     """Dtype of the parameters and of the computation: float32, bfloat16 ..."""
@@ -97,7 +101,7 @@ class ModelInfo:
     """Attention's output is normalized before it is added (Gemma 2 and 3); z W_O is then `attn.hook_out`."""
     causal: bool
     """True for left-to-right language models (measured: later tokens do not change earlier outputs); False
-    for encoders, which do not predict the next token."""
+    for encoders, and for every model of pictures or speech: they do not predict the next token of a text."""
 
     def _repr_html_(self) -> str:
         heads = f"{self.n_heads} of width {self.d_head}"
@@ -106,7 +110,7 @@ class ModelInfo:
             "layers": self.n_layers,
             "width d_model": self.d_model,
             "heads": heads if self.n_kv_heads == self.n_heads else f"{heads}, {self.n_kv_heads} for keys",
-            "vocabulary": self.d_vocab,
+            "vocabulary": self.d_vocab or None,
             "longest context": self.n_ctx,
             "dtype": self.dtype,
             "weights": self.weights,
@@ -130,8 +134,13 @@ def load_model(
     device: str | torch.device = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    part: str | None = None,
 ) -> nn.Module:
-    """Return a model by name, as a TransformerBridge without weight processing.
+    """Return a model by name, as a TransformerBridge without weight processing, or as a PlainModel.
+
+    A model of pictures or speech, and a text encoder that TransformerLens does not bridge, is a
+    `plain.PlainModel`: its sites have the same names. `part` is "encoder" (also None) or "decoder" of a
+    model that has both (Whisper); no other model has parts.
 
     `model` is a packaged name (`smollm2-135m`), a hub name (`meta-llama/Llama-3.1-8B`), a local Hugging Face
     folder, a `.gguf` file, or a TransformerBridge or HookedTransformer, which is returned as it is.
@@ -145,9 +154,11 @@ def load_model(
     """
     target = resolve_device(device)
     if isinstance(model, nn.Module):
+        require(part is None, "part", part, "None for a ready model")
         return _as_given(model, dtype, device)
     boot = partial(
-        boot_bridge,
+        _boot,
+        part=part,
         dtype=resolve_dtype(dtype, target),
         device=str(target),
         revision=revision,
@@ -155,7 +166,7 @@ def load_model(
     )
     name = str(model)
     if name in SOURCES and SOURCES[name].kind == "model":
-        folder, weights = gguf.dequantized(fetch(name) / str(SOURCES[name].main))
+        folder, weights = packaged_weights(SOURCES[name])
         return boot(folder, name, weights)
     path = existing(model)
     if path is not None and path.is_file():
@@ -175,6 +186,25 @@ def load_model(
         f"{unknown_name('model', name, packaged)}. A model is also a hub name (owner/name), a Hugging Face "
         "folder, a `.gguf` file (neither is at that path), or a TransformerBridge or HookedTransformer object"
     )
+
+
+def _boot(
+    source: str | Path,
+    name: str,
+    weights: str | None = None,
+    *,
+    part: str | None,
+    revision: str | None,
+    trust_remote_code: bool,
+    **options: Any,
+) -> nn.Module:
+    """Return the model in a folder or on the hub as the kind of model that it is."""
+    plain = plain_class(source, name, revision, trust_remote_code)
+    if plain is not None:
+        return boot_plain(plain, source, name, weights, part=part, revision=revision, **options)
+    require(part is None, "part", part, f"None for {name!r}, which is not of two parts")
+    options |= {"revision": revision, "trust_remote_code": trust_remote_code}
+    return boot_bridge(source, name, weights, **options)
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
@@ -259,7 +289,9 @@ def model_info(model: nn.Module, *, fingerprint: bool = True) -> ModelInfo:
         weights=weights,
         fingerprint=model_fingerprint(model) if fingerprint else "",
         normalizes_attn_out=normalizes_attn_out(model),
-        causal=verify.verification(model).causal and "ForMaskedLM" not in architecture,
+        causal=verify.verification(model).causal
+        and "ForMaskedLM" not in architecture
+        and not isinstance(model, PlainModel),
     )
 
 

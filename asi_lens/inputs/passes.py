@@ -40,7 +40,7 @@ class _Stop(Exception):  # noqa: N818 - not an error
 def run(
     model: nn.Module,
     runner: twin.Runner,
-    ids: Int[Tensor, "batch position"],
+    ids: twin.Given,
     hooks: Mapping[str, Hook],
     *,
     stop_after_layer: int | None = None,
@@ -53,11 +53,12 @@ def run(
     A hook that the pass does not reach is an error unless `reach_all` is False.
     """
     fired: set[str] = set()
+    shape = ids.shape if isinstance(ids, Tensor) else None
     with ExitStack() as undo:
         for name, hook in hooks.items():
             if name not in runner.places:
                 raise unknown_name("hook", name, runner.places)
-            undo.callback(_attach(runner.places[name], hook, name, fired, ids.shape).remove)
+            undo.callback(_attach(runner.places[name], hook, name, fired, shape).remove)
         if start is not None:
             _skip_blocks(runner, start, ids, undo)
         if stop_after_layer is not None:
@@ -94,13 +95,14 @@ def states_before(model: nn.Module, runner: twin.Runner, ids: Tensor, layer: int
     return kept[0]
 
 
-def _attach(place: twin.Place, hook: Hook, name: str, fired: set[str], shape: torch.Size) -> Any:
+def _attach(place: twin.Place, hook: Hook, name: str, fired: set[str], shape: torch.Size | None) -> Any:
     def run(activation: Tensor) -> Tensor | None:
         fired.add(name)
         flat = activation
         if name.endswith(".hook_z"):  # TransformerLens's versions have 3 or 4 axes
             flat = rearrange(activation, "batch position ... -> batch position (...)")
-        elif activation.ndim == 2 and activation.shape[0] == shape.numel():  # OPT joins batch and position
+        elif shape is not None and activation.ndim == 2 and len(activation) == shape.numel():
+            # OPT joins batch and position
             flat = activation.unflatten(0, shape)
         if place.scale != 1.0:
             flat = flat * place.scale
@@ -134,9 +136,9 @@ def _attach(place: twin.Place, hook: Hook, name: str, fired: set[str], shape: to
     return place.module.register_forward_hook(after)
 
 
-def _skip_blocks(runner: twin.Runner, start: ResumePoint, ids: Tensor, undo: ExitStack) -> None:
+def _skip_blocks(runner: twin.Runner, start: ResumePoint, ids: twin.Given, undo: ExitStack) -> None:
     """Make every block before the start return the captured output of the last of these blocks."""
-    if start.ids.shape != ids.shape or not torch.equal(start.ids, ids):
+    if not isinstance(ids, Tensor) or not torch.equal(start.ids, ids):
         raise OptionError("start was captured with other token ids than these")
     for block in runner.blocks[: start.layer]:
         # set in the instance's __dict__: a bridge component passes attributes to its inner module

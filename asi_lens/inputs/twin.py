@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
@@ -20,6 +21,10 @@ from torch import Tensor, nn
 
 from asi_lens.base.errors import OptionError, UnsupportedModelError
 from asi_lens.inputs import structure
+from asi_lens.inputs.plain import PlainModel
+
+Given = Tensor | Mapping[str, Tensor]
+"""Input of a pass: token ids [batch position], or transformers' arguments by name."""
 
 
 class Place(NamedTuple):
@@ -44,14 +49,20 @@ class Runner:
     root: Any = None
     """The plain twin; None if the model itself is called (the model owns this runner, not the reverse)."""
 
-    def call(self, model: Any, ids: Tensor, logits: bool) -> Tensor | None:
-        """Run on ids [batch position] to the end; return logits [batch position d_vocab], or None."""
+    def call(self, model: Any, given: Given, logits: bool) -> Tensor | None:
+        """Run to the end; return logits [batch position d_vocab], or None."""
         if self.root is None:
-            return model(ids, return_type="logits" if logits else None)
+            if not isinstance(given, Tensor):
+                raise UnsupportedModelError(
+                    f"TransformerLens's own computation of {architecture(model)} takes token ids only; hooks "
+                    "that you added to the model, and hooks that only TransformerLens has, need it"
+                )
+            return model(given, return_type="logits" if logits else None)
+        inputs = {"input_ids": given} if isinstance(given, Tensor) else dict(given)
         if not logits:
-            self.root.base_model(input_ids=ids)
+            self.root.base_model(**inputs)
             return None
-        output = self.root(input_ids=ids)
+        output = self.root(**inputs)
         if getattr(output, "logits", None) is None:
             raise UnsupportedModelError(f"{type(self.root).__name__} has no output head, so it has no logits")
         return output.logits
@@ -72,8 +83,11 @@ class Runners:
 _RUNNERS: WeakKeyDictionary[nn.Module, Runners] = WeakKeyDictionary()
 
 
-def kind_of(model: object) -> Literal["bridge", "hooked"] | None:
-    """Return `bridge` (TransformerBridge), `hooked` (TransformerLens 3's HookedTransformer) or None."""
+def kind_of(model: object) -> Literal["bridge", "hooked", "plain"] | None:
+    """Return `bridge` (TransformerBridge), `hooked` (TransformerLens 3's HookedTransformer), `plain`
+    (`plain.PlainModel`) or None."""
+    if isinstance(model, PlainModel):
+        return "plain"
     for base in type(model).__mro__:
         if base.__module__.partition(".")[0] == "transformer_lens":
             if base.__name__ == "TransformerBridge":
@@ -87,8 +101,8 @@ def require_model(model: nn.Module) -> None:
     """Raise OptionError for a module that is not a model of TransformerLens."""
     if kind_of(model) is None:
         raise OptionError(
-            f"model={type(model).__name__}(...) is not allowed; model must be a TransformerBridge or a "
-            "HookedTransformer (load_model returns one; for a Hugging Face model: "
+            f"model={type(model).__name__}(...) is not allowed; model must be a TransformerBridge, a "
+            "PlainModel or a HookedTransformer (load_model returns one; for a Hugging Face model: "
             "TransformerBridge.boot_transformers(..., hf_model=m))"
         )
 
@@ -113,6 +127,9 @@ def original(module: nn.Module) -> nn.Module:
 
 
 def _own_runner(model: Any) -> Runner:
+    if isinstance(model, PlainModel):
+        places = {name: Place(module, side) for name, module, side in model.places()}
+        return Runner(model.blocks, places, model.root)
     blocks = getattr(model, "blocks", None)
     if blocks is None:
         raise UnsupportedModelError(
@@ -127,10 +144,13 @@ def eager_runner(model: Any) -> Runner | None:
 
     It has no hooks. None if the plain twin itself is so (soft-capped scores, an own choice of attention).
     """
-    plain = runners(model).plain
-    if plain is None or getattr(plain.root.config, "_attn_implementation", None) != "sdpa":
+    both = runners(model)
+    fused = both.own if isinstance(model, PlainModel) else both.plain
+    if fused is None or getattr(fused.root.config, "_attn_implementation", None) != "sdpa":
         return None
-    root, twins = plain_copy(model.original_model)
+    root, twins = plain_copy(fused.root if isinstance(model, PlainModel) else model.original_model)
+    if isinstance(model, PlainModel):
+        root.set_attn_implementation("eager")
     if getattr(root.config, "_attn_implementation", None) != "eager":
         return None
     return Runner([twins[id(original(block))] for block in model.blocks], {}, root)

@@ -28,6 +28,7 @@ from asi_lens.inputs import identities, structure, twin
 from asi_lens.inputs.fingerprint import cached_number, model_fingerprint, number_key
 from asi_lens.inputs.identities import Check, Found
 from asi_lens.inputs.passes import run
+from asi_lens.inputs.plain import PlainModel
 
 # Largest relative error of logits and residuals that rounding explains, by dtype.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
@@ -160,7 +161,10 @@ def _cached(model: nn.Module, both: twin.Runners) -> Verification:
             found[name] = list(found[name].items())
         return {**found, "changing": [name for name, place in places.items() if place.changes]}
 
-    known = cached_number("verifications", key, compute)
+    try:
+        known = cached_number("verifications", key, compute)
+    except OSError:  # a cache that cannot be written: the same outcome, a second later
+        known = compute()
     for name in known.pop("changing"):
         places[name] = places[name]._replace(changes=True)
     for name in ("sites", "refused"):
@@ -176,14 +180,15 @@ def _verified(model: Any, both: twin.Runners) -> Verification:
     layers = range(len(runner.blocks))
     if both.plain is None and twin.kind_of(model) == "bridge" and not _without_a_twin_on_purpose(both):
         found.failure = f"it cannot be compared with the plain Hugging Face model: {both.why_not}"
-    ids = sample_ids(model)
+    given = sample_inputs(model)
     try:
-        values, logits = _record_all(model, runner, ids)
+        values, logits = _record_all(model, runner, given)
         last, _ = _record(
-            model, runner, _other_last(ids, model), {"last": twin.Place(runner.blocks[-1], "out")}
+            model, runner, _other_last(given, model), {"last": twin.Place(runner.blocks[-1], "out")}
         )
-    except Exception as error:  # whatever an architecture raises where it is not one of token ids
-        found.failure = f"it does not run on token ids ({_first_line(error)})"
+    except Exception as error:  # whatever an architecture raises where it is not one of such inputs
+        takes = model.takes if isinstance(model, PlainModel) else "token ids"
+        found.failure = f"it does not run on {takes} ({_first_line(error)})"
     if found.failure:
         found.refused = {(site, layer): found.failure for site in identities.SITES for layer in layers}
         return found
@@ -193,7 +198,7 @@ def _verified(model: Any, both: twin.Runners) -> Verification:
     found.causal = change <= 8 * torch.finfo(dtype).eps
     for layer in layers:
         identities.check_layer(model, runner, layer, values, found)
-    _compare_attention(model, found, ids, final, logits)
+    _compare_attention(model, found, given, final, logits)
     return found
 
 
@@ -207,12 +212,12 @@ def _without_a_twin_on_purpose(both: twin.Runners) -> bool:
 
 
 def _compare_attention(
-    model: nn.Module, found: Verification, ids: Tensor, final: Tensor, logits: Tensor | None
+    model: nn.Module, found: Verification, given: twin.Given, final: Tensor, logits: Tensor | None
 ) -> None:
     eager = twin.eager_runner(model)
     if eager is None:
         return
-    plain, plain_logits = _record(model, eager, ids, {"last": twin.Place(eager.blocks[-1], "out")})
+    plain, plain_logits = _record(model, eager, given, {"last": twin.Place(eager.blocks[-1], "out")})
     for what, ours, theirs in (("last residual", final, plain["last"]), ("logits", logits, plain_logits)):
         if ours is not None and theirs is not None:
             error = _error(ours, theirs, found.dtype)
@@ -269,14 +274,21 @@ def sample_ids(model: Any) -> Tensor:
     return ids.to(next(model.parameters()).device)
 
 
-def _other_last(ids: Tensor, model: Any) -> Tensor:
-    other = ids.clone()
+def sample_inputs(model: Any) -> twin.Given:
+    """Return a few random inputs of a model's kind: token ids, pictures or speech."""
+    return model.sample() if isinstance(model, PlainModel) else sample_ids(model)
+
+
+def _other_last(given: Any, model: Any) -> twin.Given:
+    if isinstance(model, PlainModel):
+        return model.sample(other_last=True)
+    other: Tensor = given.clone()
     other[:, -1] = (other[:, -1] + 1) % int(model.cfg.d_vocab)
     return other
 
 
 def _record(
-    model: nn.Module, runner: twin.Runner, ids: Tensor, places: Mapping[str, twin.Place]
+    model: nn.Module, runner: twin.Runner, given: twin.Given, places: Mapping[str, twin.Place]
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """Return the values at `places` that a pass reaches, and the logits, or None without a head."""
     values: dict[str, Tensor] = {}
@@ -287,12 +299,12 @@ def _record(
     hooks = {name: keep(name) for name in places}
     watched = twin.Runner(runner.blocks, dict(places), runner.root)
     with torch.inference_mode():
-        logits = run(model, watched, ids, hooks, logits=_has_head(runner), reach_all=False)
+        logits = run(model, watched, given, hooks, logits=_has_head(model, runner), reach_all=False)
     return values, logits
 
 
 def _record_all(
-    model: nn.Module, runner: twin.Runner, ids: Tensor
+    model: nn.Module, runner: twin.Runner, given: twin.Given
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """Return `_record` of `identities.wanted`, and mark places whose tensors change after their hooks."""
     wanted = identities.wanted(runner)
@@ -306,14 +318,16 @@ def _record_all(
     watched = twin.Runner(runner.blocks, places, runner.root)
     with torch.no_grad():  # tensors of inference mode do not count their changes
         hooks = {name: keep(name) for name in places}
-        logits = run(model, watched, ids, hooks, logits=_has_head(runner), reach_all=False)
+        logits = run(model, watched, given, hooks, logits=_has_head(model, runner), reach_all=False)
     for name, (x, version, _) in kept.items():
         if x._version != version and name in runner.places:
             runner.places[name] = runner.places[name]._replace(changes=True)
     return {name: copy for name, (_, _, copy) in kept.items() if copy is not None}, logits
 
 
-def _has_head(runner: twin.Runner) -> bool:
+def _has_head(model: nn.Module, runner: twin.Runner) -> bool:
+    if isinstance(model, PlainModel):
+        return False
     return runner.root is None or runner.root.get_output_embeddings() is not None
 
 

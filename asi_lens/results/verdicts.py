@@ -42,6 +42,7 @@ from asi_lens.results.judging import (
     loss_is_higher,
     rank_correlation,
 )
+from asi_lens.results.last_step_verdicts import death_by_rate, last_steps
 from asi_lens.results.rank_verdicts import (
     c1,
     c2,

@@ -163,7 +163,10 @@ def test_what_is_loaded_notes_its_fingerprint(
     tokens = page.load_tokens(lens, 32, after=data.train_tokens, what="for losses")
     assert tokens.fingerprint == data.held_out_tokens.fingerprint
     assert page.setting(lens, tokens).endswith("32 tokens, context 16")
+    own = page.load_tokens(page.small_tokenizer(257), 32, what="own tokens")
+    assert own.ids.max() < 257
     sources = page._sources
+    assert own.fingerprint in sources.values()
     assert data.train_tokens.fingerprint in sources.values()
     assert any(name.endswith("for losses") for name in sources)
-    assert len(sources) == 4
+    assert len(sources) == 5

@@ -212,7 +212,7 @@ def test_full_disk_names_the_folder(tiny: PackagedSource, monkeypatch: pytest.Mo
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("asi_lens.inputs.download.shutil.copyfileobj", full)
+    monkeypatch.setattr("asi_lens.inputs.archives.shutil.copyfileobj", full)
     with pytest.raises(OSError, match=re.escape(f"cannot write {tiny.folder}: No space left")):
         sources.fetch("tiny")
     assert not tiny.folder.exists()
@@ -282,6 +282,12 @@ def test_registry_is_complete_and_consistent() -> None:
         "wiki-fr",
         "wiki-es",
         "code-python-large",
+        "dinov2-small",
+        "whisper-base",
+        "antiberty",
+        "pictures-skimage",
+        "speech-prompts",
+        "antibodies",
     ]
     assert len({s.key for s in SOURCES.values()}) == len(SOURCES)
     for name, source in SOURCES.items():
@@ -289,11 +295,12 @@ def test_registry_is_complete_and_consistent() -> None:
         assert source.license
         assert (source.main is not None) == (source.kind == "model")
         assert (source.layout is not None) == (source.kind == "corpus")
+        assert (source.column is not None) == (source.kind == "sequences")
         assert (source.layout == "json") == bool(source.json_keys)
         assert {m.package for m in source.members} == set(range(len(source.packages)))
         for package in source.packages:
             assert re.fullmatch(r"[0-9a-f]{64}", package.sha256)
-            assert f"-{package.version}" in package.filename
+            assert re.search(rf"[-_]{re.escape(package.version)}", package.filename)
     assert "Gemma Terms of Use" in (SOURCES["gemma3-270m"].terms or "")
 
 

