@@ -24,6 +24,7 @@ from asi_lens.experiments.paired import paired_rows
 from asi_lens.experiments.recipes import Recipe
 from asi_lens.experiments.runs import TrainedRun, train_recipes
 from asi_lens.inputs.corpora import Tokens, load_tokens
+from asi_lens.inputs.media_inputs import Inputs, data_kind, load_inputs
 from asi_lens.inputs.models import load_model, model_info
 from asi_lens.inputs.small_tokenizer import small_tokenizer
 from asi_lens.results import provenance
@@ -116,6 +117,23 @@ class Page:
         )
         self._sources[f"{tokens.corpus} {what}".strip()] = tokens.fingerprint
         return tokens
+
+    def load_inputs(
+        self, model: nn.Module, n_rows: int, *, after: Tokens | Inputs | None = None, what: str = ""
+    ) -> Tokens | Inputs:
+        """Return `n_rows` rows of data for whatever a model takes, by the parameters' names of data.
+
+        Models that read text get tokens of `main_corpus`, others rows of `pictures`, `speech` (clips laid end
+        to end) or `sequences`. The data follow those of `after`. `what` states their purpose in the record.
+        """
+        kind = data_kind(model)
+        if kind == "text":
+            tokens = after if isinstance(after, Tokens) else None
+            return self.load_tokens(model, n_rows, after=tokens, what=what)
+        skipped = 0 if after is None else len(after)
+        inputs = load_inputs(self[kind], model, n_rows, offset=skipped, join=kind == "speech")
+        self._sources[f"{inputs.corpus} {what}".strip()] = inputs.fingerprint
+        return inputs
 
     def harvest(self, model: nn.Module, wheres: Sequence[SiteLayer]) -> Split:
         """Return training and held-out stores of every (site, layer), in the sizes of the parameters."""
