@@ -258,10 +258,12 @@ def load(folder: Path) -> Any:
 def summary(model: Any) -> str:
     """What a model (as `load` returns it) offers: its sites, or why it is refused. One cell of the table."""
     from asi_lens.inputs import models, verify
+    from asi_lens.inputs.plain import PlainModel
 
     if isinstance(model, Exception):
         unknown = "Could not determine supported architecture" in str(model)
         return "not bridged" if unknown else "refused: TransformerLens cannot bridge it"
+    plain = isinstance(model, PlainModel)
     found = verify.verify(model)
     if found.failure:
         two = "two ways" in found.failure
@@ -271,6 +273,7 @@ def summary(model: Any) -> str:
     whole = [site for site in models.SITES if len(at[site]) == N_LAYERS]
     part = [f"{site} of some layers" for site in models.SITES if 0 < len(at[site]) < N_LAYERS]
     sites = "all" if len(whole) == len(models.SITES) else ", ".join([*whole, *part])
+    sites += " (as a `PlainModel`)" if plain else ""
     return sites + ("; only hooks at modules" if verify.own_error(model) else "")
 
 
@@ -278,7 +281,8 @@ def table(path: Path) -> dict[str, dict[str, str]]:
     """Cells of the table in a page, by name and by version of TransformerLens."""
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
     head, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
-    return {row[0].strip("`"): dict(zip(head[2:], row[2:], strict=True)) for row in rows}
+    ours = [row for row in rows if len(row) == len(head)]  # below it, `small_plain` writes another table
+    return {row[0].strip("`"): dict(zip(head[2:], row[2:], strict=True)) for row in ours}
 
 
 def column() -> str:

@@ -27,7 +27,7 @@ def _load_inputs(world: World) -> tuple[Callable[..., Any], dict[str, Any]]:
 def _inputs(world: World) -> tuple[Callable[..., Any], dict[str, Any]]:
     kept = torch.ones(2, 3, dtype=torch.bool)
     given = {"arrays": {"x": torch.ones(2, 3)}, "kept": kept, "corpus": "c", "kind": "sequences"}
-    return al.Inputs, {**given, "tokenizer": "t", "fingerprint": ""}
+    return al.Inputs, {**given, "tokenizer": "t"}
 
 
 def _batch(world: World) -> tuple[Callable[..., Any], dict[str, Any]]:

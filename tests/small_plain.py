@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +157,57 @@ def sequences(lengths: tuple[int, ...] = (12, 7, 20, 15), seed: int = 2) -> list
     """Random proteins."""
     generator = np.random.default_rng(seed)
     return ["".join(generator.choice(list(LETTERS), length)) for length in lengths]
+
+
+def summary(model: Any) -> str:
+    """What a model, or the error of loading it, offers: one cell of the table in `docs/architectures.md`."""
+    from asi_lens.base import sites
+    from asi_lens.inputs import verify
+
+    if isinstance(model, Exception):
+        return "refused: no single stack of attention and MLP layers"
+    found = verify.verify(model)
+    layers = range(model.cfg.n_layers)
+    if found.failure:
+        return "refused: it does not run"
+    whole = [site for site in sites.ALL if all((site, layer) in found.sites for layer in layers)]
+    return ", ".join(whole) + ("" if whole != list(sites.SITES) else " (all)")
+
+
+def rows(load: Callable[[str, str | None], Any]) -> list[str]:
+    """The table's rows. `load(kind, part)` returns a model, or the error of loading it."""
+    found = ["| | class | sites |", "|---|---|---|"]
+    for kind, (name, _, _) in KINDS.items():
+        for part in (None, "decoder") if kind.startswith("whisper") else (None,):
+            shown = f"`{kind}`{f' ({part})' if part else ''}"
+            found.append(f"| {shown} | {name} | {summary(load(kind, part))} |")
+    return found
+
+
+def write(path: Path) -> None:
+    """Write the table into a page: `python tests/small_plain.py` does so for `docs/architectures.md`."""
+    import tempfile
+
+    from asi_lens.base.errors import UnsupportedModelError
+    from asi_lens.inputs.models import load_model
+
+    with tempfile.TemporaryDirectory() as root:
+
+        def load(kind: str, part: str | None) -> Any:
+            folder = Path(root, kind)
+            if not folder.exists():
+                build(kind, folder)
+            try:
+                return load_model(folder, dtype="float32", device="cpu", part=part)
+            except UnsupportedModelError as error:
+                return error
+
+        table = rows(load)
+    text = path.read_text(encoding="utf-8")
+    start = text.index(table[0])
+    end = text.find("\n\n", start)
+    path.write_text(text[:start] + "\n".join(table) + (text[end:] if end >= 0 else "\n"), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write(Path(__file__).resolve().parent.parent / "docs" / "architectures.md")

@@ -25,6 +25,8 @@ from asi_lens.inputs.plain import PlainModel
 
 __all__ = ["Inputs", "load_inputs"]
 
+_TEXT_VOCABULARY = 256
+
 
 @checked
 @dataclass(frozen=True, eq=False)
@@ -41,8 +43,6 @@ class Inputs:
     """"pictures", "speech" or "sequences"."""
     tokenizer: str
     """Class and fingerprint of the processor or tokenizer that made the inputs."""
-    fingerprint: str = ""
-    """16 hex digits of arrays and positions; computed if empty."""
 
     def __post_init__(self) -> None:
         sizes = {name: len(value) for name, value in self.arrays.items()}
@@ -52,12 +52,15 @@ class Inputs:
             sizes,
             f"as many items in each as in kept ({len(self.kept)})",
         )
-        if not self.fingerprint:
-            state = xxhash.xxh3_128()
-            for name, value in [*sorted(self.arrays.items()), ("kept", self.kept)]:
-                state.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-                state.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-            object.__setattr__(self, "fingerprint", state.hexdigest()[:16])
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of the arrays and of which positions are rows, computed anew at every call."""
+        state = xxhash.xxh3_128()
+        for name, value in [*sorted(self.arrays.items()), ("kept", self.kept)]:
+            state.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            state.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return state.hexdigest()[:16]
 
     @property
     def context(self) -> int:
@@ -169,6 +172,19 @@ def kind_of_inputs(model: nn.Module) -> str:
             "load_tokens(corpus, model, ...)"
         )
     return "sequences"
+
+
+def data_kind(model: nn.Module) -> str:
+    """Return what a model reads: "text", "pictures", "speech" or "sequences".
+
+    Language models read text, as do encoders with a vocabulary of 256 tokens or more; encoders with a smaller
+    one (residues of proteins) read sequences.
+    """
+    info = models.model_info(model, fingerprint=False)
+    if not isinstance(model, PlainModel) and info.causal:
+        return "text"
+    kind = kind_of_inputs(model)
+    return "text" if kind == "sequences" and info.d_vocab >= _TEXT_VOCABULARY else kind
 
 
 def maker_name(model: nn.Module) -> str:

@@ -271,3 +271,15 @@ def test_an_unknown_class_is_transformer_lenss_matter(plain_folder: Any, tmp_pat
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["NoSuchModel"]}))
     with pytest.raises((UnsupportedModelError, DataError)):
         models.load_model(tmp_path)
+
+
+def test_the_page_says_what_each_model_offers(plain: Any) -> None:
+    def load(kind: str, part: str | None) -> Any:
+        try:
+            return plain(kind, part)
+        except UnsupportedModelError as error:
+            return error
+
+    page = (Path(__file__).resolve().parents[2] / "docs" / "architectures.md").read_text(encoding="utf-8")
+    for row in small_plain.rows(load):
+        assert row in page, "to be written anew by tests/small_plain.py"
