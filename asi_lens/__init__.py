@@ -27,6 +27,7 @@ _PUBLIC: dict[str, str] = {
         "activations.split": ("Split", "harvest_split"),
         "activations.pairs": ("Pair", "PairedStores"),
         "collapse.spectra": ("Spectra", "collect_spectra", "rank_growth"),
+        "collapse.explore": ("explore",),
         "collapse.output_projection": ("counterfactual_ranks", "head_overlap"),
         "collapse.interventions": ("cross_entropy", "edited_cross_entropy", "truncation_sweep"),
         "training.config": ("TrainConfig",),

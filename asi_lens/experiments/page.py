@@ -20,6 +20,7 @@ from asi_lens.base.doors import checked
 from asi_lens.base.errors import OptionError, require, require_whole
 from asi_lens.base.paths import figures_dir
 from asi_lens.experiments import rows as run_rows
+from asi_lens.experiments.paired import paired_rows
 from asi_lens.experiments.recipes import Recipe
 from asi_lens.experiments.runs import TrainedRun, train_recipes
 from asi_lens.inputs.corpora import Tokens, load_tokens
@@ -29,7 +30,7 @@ from asi_lens.inputs.small_tokenizer import small_tokenizer
 from asi_lens.results import provenance
 from asi_lens.results.figure_files import save, titles
 from asi_lens.results.parameters_cell import checked_parameters, notebook_defaults
-from asi_lens.results.rows import DeadFeatureRow
+from asi_lens.results.rows import DeadFeatureRow, PairedLossRow
 from asi_lens.results.sidecar import write_sidecar
 from asi_lens.results.tables import Row, frame, write_rows
 from asi_lens.results.verdicts import Verdict
@@ -200,6 +201,11 @@ class Page:
         if drift:
             return list(run_rows.drift_rows(runs, held_out, **judged))
         return run_rows.dead_feature_rows(runs, held_out, curves=curves, **judged)
+
+    def paired(self, runs: Sequence[TrainedRun], reference: str = "random") -> list[PairedLossRow]:
+        """Return paired differences of the methods' losses on the held-out text (see `paired_rows`)."""
+        model, data = self._loaded()
+        return paired_rows(runs, model, data.loss_tokens, reference=reference)
 
     def setting(self, model: nn.Module, tokens: Tokens, *more: str) -> str:
         """Return model, text, number of tokens (or the words in `more`) and context in words: the budget of a

@@ -44,6 +44,7 @@ from asi_lens.results.judging import (
     rank_correlation,
 )
 from asi_lens.results.last_step_verdicts import death_by_rate, last_steps
+from asi_lens.results.paired_verdicts import c7_spliced
 from asi_lens.results.rank_verdicts import (
     c1,
     c2,
