@@ -21,7 +21,7 @@ from asi_lens.results.parameters_cell import notebook_path
 # What notebooks use of a `Page` besides the calls that load; a test holds the lists against `Page`.
 PAGE_LOADS = ("load_model", "load_tokens", "load_inputs", "harvest", "small_tokenizer")
 PAGE_LOADS_NOTHING = (
-    *("budget", "done", "figure", "judge", "rows", "setting", "table", "train", "train_config"),
+    *("budget", "done", "figure", "judge", "paired", "rows", "setting", "table", "train", "train_config"),
     *("folder", "notebook", "parameters", "profile", "seeds"),
 )
 
