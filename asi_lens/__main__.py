@@ -31,8 +31,8 @@ COMMANDS = {
     ),
     "verify": Command("inputs.__main__", "check a model's numbers against the plain model", "smollm2-135m"),
     "browse": Command(
-        "sae.browse",
-        "write a page of cards of a dictionary's features",
+        "lorsa.browse",
+        "write a page of cards of a dictionary's features, or of a Lorsa's units",
         "runs/asi/sae --model smollm2-135m --corpus news-en",
     ),
     "bundle": Command(

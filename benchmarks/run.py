@@ -34,6 +34,8 @@ COMMANDS: dict[str, list[str]] = {
     "counterfactuals": ["harvest.py", "counterfactuals"],
     "startup": ["startup.py"],
     "first_use": ["first_use.py"],
+    "contexts": ["contexts.py"],
+    "newcomer": ["newcomer.py"],
 }
 """Scripts and their arguments, by name."""
 
@@ -151,6 +153,17 @@ def _first_use(results: list[Any]) -> str:
     return table(head, [[f"`{one['model']}`", *(one[key] for key in keys)] for one in results[0]["models"]])
 
 
+def _contexts(results: list[Any]) -> str:
+    one = results[0]
+    head = ["tokens", "features", "k", "seconds", "MiB on top", "a card, seconds"]
+    keys = ("tokens", "d_sae", "k", "features_s", "peak_mib", "card_s")
+    return table(head, [[one[key] for key in keys]])
+
+
+def _newcomer(results: list[Any]) -> str:
+    return table(["step", "seconds"], [list(step) for step in results[0]["seconds"].items()])
+
+
 TABLES: dict[str, Callable[[list[Any]], str]] = {
     "train_step": _train_step,
     "search_quality": _search_quality,
@@ -162,6 +175,8 @@ TABLES: dict[str, Callable[[list[Any]], str]] = {
     "counterfactuals": _counterfactuals,
     "startup": _startup,
     "first_use": _first_use,
+    "contexts": _contexts,
+    "newcomer": _newcomer,
 }
 
 

@@ -12,6 +12,7 @@ from asi_lens.results.beyond_rows import (
     DoseRow,
     InputRow,
     KnownFeatureRow,
+    LastStepRow,
     LifeRow,
     ReleasedRow,
     StartRow,
@@ -196,4 +197,36 @@ def known(
                     own = whole if fifth is None else dict.fromkeys(whole)
                     share = recovered(method, r, fifth)
                     rows.append(KnownFeatureRow(**about, recovered=share, **own))  # type: ignore[arg-type]
+    return frame(rows)
+
+
+def steps(
+    change: Callable[[str, str, float, int], float], died: Callable[[str, float, int], int] = lambda *_: 9
+) -> pd.DataFrame:
+    """Bias, norm and |cosine| rise by `change` (group, optimizer, lr, seed) until the last firing; 2 x 2 x 2
+    cases. Without features that `died`, numbers are missing."""
+    rows = []
+    for optimizer in ("adam", "sparse_adam"):
+        for lr in (1e-3, 2e-3):
+            for seed in (0, 1):
+                for group in ("died", "alive"):
+                    for tokens in (-200, -100, 0, 100):
+                        n = died(optimizer, lr, seed)
+                        up = change(group, optimizer, lr, seed) * (tokens + 200) / 200
+                        about: dict[str, Any] = {
+                            "model": "m",
+                            "corpus": "news",
+                            "site": "attn_out",
+                            "layer": 3,
+                        }
+                        about |= {"method": "random", "optimizer": optimizer, "lr": lr, "seed": seed}
+                        about |= {"d_sae": 64, "k": 8, "n_tokens": 1000, "dead_window_tokens": 200}
+                        about |= {
+                            "group": group,
+                            "n_features": n if group == "died" else 50,
+                            "tokens": tokens,
+                        }
+                        values = {"bias": up, "norm": 2 + up, "mean_cosine": -0.5 - up}
+                        known = values if n else dict.fromkeys(values)
+                        rows.append(LastStepRow(**about, **known))
     return frame(rows)

@@ -9,7 +9,7 @@ import pandas as pd
 from made_up_tables import END, row
 
 from asi_lens.results.judging import Verdict
-from asi_lens.results.rows import DeadFeatureRow, DriftRow, RankedDeadFeatureRow, frame
+from asi_lens.results.rows import DeadFeatureRow, DriftRow, PairedLossRow, RankedDeadFeatureRow, frame
 
 WINDOW = 400
 SEEDS = (0, 1, 2)
@@ -135,4 +135,31 @@ def drift(seeds: int = 0, part: str = "") -> pd.DataFrame:
             about: dict[str, Any] = {**dict.fromkeys(sides, 0.5), "decoder_inside": inside}
             about |= {"activation": "jumprelu", "initial_l0": None, "d_active": 8}
             rows.append(row(method, DriftRow, seed=seed, dead_fraction=silent, **about))
+    return frame(rows)
+
+
+def paired(differences: list[tuple[float, float]], error: float = 0.01) -> pd.DataFrame:
+    """ASI minus random, (KL, loss) of each seed; another method says the opposite."""
+    rows = []
+    for seed, (kl, loss) in enumerate(differences):
+        for method, sign in (("ASI", 1), ("random + AuxK", -1)):
+            rows.append(
+                PairedLossRow(
+                    model="m",
+                    corpus="news",
+                    n_tokens=256,
+                    n_sequences=8,
+                    places="attn_out 3",
+                    n_places=1,
+                    method=method,
+                    reference="random",
+                    seed=seed,
+                    cross_entropy_delta=0.1,
+                    cross_entropy_difference=sign * loss,
+                    cross_entropy_error=error,
+                    kl=0.2,
+                    kl_difference=sign * kl,
+                    kl_error=error,
+                )
+            )
     return frame(rows)

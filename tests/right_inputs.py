@@ -222,6 +222,7 @@ DOORS: dict[str, Callable[[World], Made]] = {
     ),
     "Spectra.records": _of(_at("spectra"), "records"),
     "Spectra.curve_records": _of(_at("spectra"), "curve_records", layers=_is([1])),
+    "explore": _al("explore", model=MODEL, spectra=_at("spectra"), seed=_is(0)),
     "collect_spectra": _al(
         "collect_spectra", **RUN, sites=_is(["attn_out"]), layers=_is([1]), drop_first=_is(True),
         batch_tokens=_is(64),

@@ -68,12 +68,12 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def split_of(model: Any, folder: Path, **changes: Any) -> Split:
-    """A split of one site of a tiny model on plain text."""
+def split_of(model: Any, folder: Path, wheres: Any = (("attn_out", 1),), **changes: Any) -> Split:
+    """A split of sites of a tiny model, by default of one, on plain text."""
     path = folder / "plain.txt"
     characters = tiny_models.CHARACTERS
     path.write_text(
         "".join(characters[(i * i * 7 + i) % len(characters)] for i in range(2_000)), encoding="utf-8"
     )
     counts = {"n_tokens": 384, "n_tokens_held_out": 128, "n_tokens_loss": 32, "context": 32}
-    return harvest_split(model, str(path), [("attn_out", 1)], **{**counts, **changes})
+    return harvest_split(model, str(path), list(wheres), **{**counts, **changes})

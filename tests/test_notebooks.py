@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
+import small_plain
 import tiny_models
 
 import asi_lens as al
@@ -157,6 +159,35 @@ def test_a_folder_of_weights_and_a_file_of_text_do_too(
     assert {row.layer for row in whole} == {0, 2}
     for row in whole:
         assert row.cross_entropy == pytest.approx(row.cross_entropy_clean, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["vit", "bert-model"])
+def test_architectures_that_no_notebook_names(
+    kind: str, tmp_path: Path, plain_folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """19 on a local folder of a vision transformer and of an encoder, with data of one's own."""
+    from PIL import Image
+
+    monkeypatch.setenv("ASI_LENS_FIGURES", str(tmp_path / "figures"))
+    draw = np.random.default_rng(0)
+    (tmp_path / "own").mkdir()
+    for i in range(90):
+        pixels = draw.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "own" / f"{i:02}.png")
+    letters = draw.choice(list(small_plain.LETTERS), (90, 20))
+    (tmp_path / "own.txt").write_text("\n".join("".join(row) for row in letters))
+    given: dict[str, Any] = {"beside_models": [], "n_rows": 600, "n_tokens": 600, "n_tokens_held_out": 200}
+    given |= {"pictures": str(tmp_path / "own"), "sequences": str(tmp_path / "own.txt"), "d_sae": 64, "k": 4}
+    model = plain_folder(kind)
+    reproduce(str(model), "smoke", ["19"], given=given)
+    [folder] = (tmp_path / "figures").glob(f"tiny-{kind}-*/smoke")
+    ranks = pd.read_csv(folder / "19_architectures.csv")
+    assert set(ranks.site) == {"attn_out", "mlp_out", "resid_post", "z"}
+    assert set(ranks.corpus) == {f"own{'' if kind == 'vit' else '.txt'}, part {i}" for i in (1, 2)}
+    # Items are whole: 75 pictures of 16 patches hold two parts of 37, 60 sequences of 20 residues two of 30.
+    assert set(ranks.n_tokens) == {37 * 16 if kind == "vit" else 30 * 20}
+    answers = pd.read_csv(folder / "19_answers.csv").set_index("question").answer
+    assert len(answers) == 4
 
 
 def test_the_headline_of_the_gpu_profile_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,8 @@ from asi_lens.base.facts import facts_html
 
 # With fewer rows per dimension the measured rank is visibly below its limit.
 ROWS_PER_DIMENSION = 20
+# Relative rounding of a float32 activation.
+_ROUNDING = torch.finfo(torch.float32).eps
 
 
 class FewTokensWarning(UserWarning):
@@ -153,6 +155,12 @@ class Spectrum:
         cumulative = self.eigenvalues.cumsum(0)
         # The last sum equals the total exactly, so that share=1 has an answer.
         return int(torch.searchsorted(cumulative, share * cumulative[-1]).item()) + 1
+
+    @property
+    def rank(self) -> int:
+        """Directions with variance: eigenvalues above the rounding of float32 activations, at most n - 1."""
+        floor = self.d * _ROUNDING**2 * self.eigenvalues[0]
+        return min(int((self.eigenvalues > floor).sum()), self.n - 1)
 
     @property
     def participation_ratio(self) -> float:

@@ -2,7 +2,8 @@
 
 One pass of the model measures every layer and site: rank, gamma, and how many features of a random start
 would never fire, predicted from gamma (arXiv 2605.31518) and measured on the activations. From these numbers
-follows an advice: whether to subtract the mean, which start to take, and in how many directions it begins.
+follows an advice: whether to subtract the mean, which start to take, in how many directions it begins, and
+how many features it keeps alive.
 """
 
 from __future__ import annotations
@@ -47,6 +48,15 @@ class Advice:
     reason: str
 
 
+@dataclass(frozen=True)
+class Width:
+    """A size of the dictionary, the share of the advised start that never fires at that size, and why."""
+
+    d_sae: int
+    dead: float
+    reason: str
+
+
 def advise(spectrum: Spectrum, raw: float, centered: float) -> Advice:
     """Return the advice for one site, given the measured shares that never fire at a random start.
 
@@ -66,6 +76,32 @@ def advise(spectrum: Spectrum, raw: float, centered: float) -> Advice:
     d_init = auto_d_init(spectrum)
     why = f"{d_init} directions hold {AUTO_SHARE:.0%} of the singular values"
     return Advice(center, "asi", d_init, f"{kills}; {where}: begin where it is; {why}")
+
+
+def advise_width(
+    rows: Float[Tensor, "n d"], spectrum: Spectrum, advice: Advice, d_sae: int, k: int, seed: int = 0
+) -> Width:
+    """Return the largest of `d_sae`, its half, its quarter ... at which the advised start keeps its features.
+
+    It keeps them if at most `KILLED` of them never fire on `rows`, with the mean subtracted. A start in the
+    active subspace is measured on the coordinates there. Where no size above twice `k` will do, the smallest
+    tried is returned, and the reason says so. A feature fires on about n k / d_sae of n rows, so more rows
+    allow a larger dictionary.
+    """
+    center: Tensor | None = spectrum.mean
+    if advice.d_init is not None:
+        basis = spectrum.active_subspace(advice.d_init).to(rows.device)
+        rows, center = ((rows.double() - spectrum.mean.to(rows.device)) @ basis).float(), None
+    size, told = d_sae, []
+    while True:
+        dead = dead_at_start(rows, k, size, center=center, seed=seed)
+        told.append(f"{dead:.1%} of {size:,} features never fire")
+        if dead <= KILLED or size // 2 <= 2 * k:
+            break
+        size //= 2
+    ends = told[0] if len(told) == 1 else f"{told[0]}, {told[-1]}"
+    will = "this size will do" if dead <= KILLED else "the smallest size tried, measure on more text"
+    return Width(size, dead, f"from there on {len(rows):,} tokens {ends}: {will}")
 
 
 class _Both(MomentsConsumer):
@@ -142,6 +178,7 @@ def _row(
     raw = dead_at_start(rows, k, d_sae, seed=seed)
     centered = dead_at_start(rows, k, d_sae, center=spectrum.mean, seed=seed)
     advice, ratio = advise(spectrum, raw, centered), gamma(spectrum)
+    width = advise_width(rows, spectrum, advice, d_sae, k, seed)
     return DiagnosisRow(
         model=model,
         corpus=corpus,
@@ -162,7 +199,9 @@ def _row(
         center=advice.center,
         start=advice.start,
         d_init=advice.d_init,
-        reason=advice.reason,
+        d_sae_advised=width.d_sae,
+        dead_advised=width.dead,
+        reason=f"{advice.reason}; {width.reason}",
     )
 
 
@@ -206,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(
             f"{row.site:12} {row.layer:5} {row.effective_rank_fraction:5.2f} {row.intrinsic_dimension_99:5} "
             f"{row.gamma:6.2f} {row.predicted:9.1%} {row.dead_raw:6.1%} {row.dead_centered:8.1%}  "
-            f"{begin}; centering {row.center}; {row.reason}"
+            f"{begin}; {row.d_sae_advised:,} features; centering {row.center}; {row.reason}"
         )
     if given.output:
         from asi_lens.figures.beyond import diagnosis

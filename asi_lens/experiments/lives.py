@@ -11,8 +11,9 @@ from torch import Tensor
 
 from asi_lens.experiments.recipes import RECIPES, Recipe
 from asi_lens.experiments.runs import TrainedRun
-from asi_lens.results.beyond_rows import LifeRow
-from asi_lens.training.last_firings import read_last_firings, read_start
+from asi_lens.results.beyond_rows import LastStepRow, LifeRow
+from asi_lens.sae.row_states import STATES
+from asi_lens.training.last_firings import read_kept, read_last_firings, read_start
 
 METHODS = (
     RECIPES["random"],
@@ -21,6 +22,10 @@ METHODS = (
     RECIPES["ASI + sparse Adam"],
 )
 """Both starts with both optimizers."""
+OPTIMIZERS = METHODS[:2]
+"""The random start with both optimizers."""
+BEFORE, AFTER = 6, 2
+"""Logged rows before and after a last firing that `last_step_rows` tells of."""
 N_GROUPS = 10
 """Groups of features by where their rows began."""
 
@@ -68,6 +73,52 @@ def _rows(run: TrainedRun) -> list[LifeRow]:
                     fires_later=_share(last > n),
                     never_fired=_share(seen == 0),
                     **found,
+                )
+            )
+    return out
+
+
+def last_step_rows(runs: Sequence[TrainedRun]) -> list[LastStepRow]:
+    """Return what encoder rows do around the last firing of features that die, beside rows of live features.
+
+    Features that died are those that fired and are dead at the end of a run. Their last firing is placed at
+    the first logged row that has seen it; those with fewer than `BEFORE` evenly spaced rows before it are
+    left out. Where none is left, numbers are None.
+
+    Takes runs of `train_recipes(..., keep_rows=True)`; raises CacheError for other runs.
+    """
+    return [row for run in runs for row in _last_steps(run)]
+
+
+def _last_steps(run: TrainedRun) -> list[LastStepRow]:
+    tokens = torch.tensor([int(moment["tokens"] or 0) for moment in run.history()])
+    kept = read_kept(run.folder, tokens.tolist(), STATES)
+    last = read_last_firings(run.folder, tokens[-1:].tolist())[0]
+    dead = last <= int(tokens[-1]) - run.train.dead_window
+    place = torch.searchsorted(tokens, last)
+    # The first row is logged after one step: it is nearer to the second than others to the next.
+    died = dead & (last > 0) & (place > BEFORE) & (place + AFTER < len(tokens))
+    about = {name: value for name, value in _about(run).items() if name != "init"}
+    spacing = int(tokens.diff().median()) if len(tokens) > 1 else 0
+    out = []
+    for offset in range(-BEFORE, AFTER + 1):
+        where = place[died] + offset
+        groups = {
+            "died": {name: values[where, died.nonzero()[:, 0]] for name, values in kept.items()},
+            # The mean of the live features at the same rows, as often as features died there.
+            "alive": {name: values[:, ~dead].mean(1)[where] for name, values in kept.items()},
+        }
+        for group, found in groups.items():
+            means: dict[str, Any] = {name: values.double().mean().item() for name, values in found.items()}
+            out.append(
+                LastStepRow(
+                    **about,
+                    n_tokens=int(tokens[-1]),
+                    dead_window_tokens=run.train.dead_window,
+                    group=group,  # type: ignore[arg-type]
+                    n_features=int((died if group == "died" else ~dead).sum()),
+                    tokens=offset * spacing,
+                    **means,
                 )
             )
     return out

@@ -20,15 +20,17 @@ from asi_lens.base.doors import checked
 from asi_lens.base.errors import OptionError, require, require_whole
 from asi_lens.base.paths import figures_dir
 from asi_lens.experiments import rows as run_rows
+from asi_lens.experiments.paired import paired_rows
 from asi_lens.experiments.recipes import Recipe
 from asi_lens.experiments.runs import TrainedRun, train_recipes
 from asi_lens.inputs.corpora import Tokens, load_tokens
+from asi_lens.inputs.media_inputs import Inputs, data_kind, load_inputs
 from asi_lens.inputs.models import load_model, model_info
 from asi_lens.inputs.small_tokenizer import small_tokenizer
 from asi_lens.results import provenance
 from asi_lens.results.figure_files import save, titles
 from asi_lens.results.parameters_cell import checked_parameters, notebook_defaults
-from asi_lens.results.rows import DeadFeatureRow
+from asi_lens.results.rows import DeadFeatureRow, PairedLossRow
 from asi_lens.results.sidecar import write_sidecar
 from asi_lens.results.tables import Row, frame, write_rows
 from asi_lens.results.verdicts import Verdict
@@ -116,6 +118,23 @@ class Page:
         self._sources[f"{tokens.corpus} {what}".strip()] = tokens.fingerprint
         return tokens
 
+    def load_inputs(
+        self, model: nn.Module, n_rows: int, *, after: Tokens | Inputs | None = None, what: str = ""
+    ) -> Tokens | Inputs:
+        """Return `n_rows` rows of data for whatever a model takes, by the parameters' names of data.
+
+        Models that read text get tokens of `main_corpus`, others rows of `pictures`, `speech` (clips laid end
+        to end) or `sequences`. The data follow those of `after`. `what` states their purpose in the record.
+        """
+        kind = data_kind(model)
+        if kind == "text":
+            tokens = after if isinstance(after, Tokens) else None
+            return self.load_tokens(model, n_rows, after=tokens, what=what)
+        skipped = 0 if after is None else len(after)
+        inputs = load_inputs(self[kind], model, n_rows, offset=skipped, join=kind == "speech")
+        self._sources[f"{inputs.corpus} {what}".strip()] = inputs.fingerprint
+        return inputs
+
     def harvest(self, model: nn.Module, wheres: Sequence[SiteLayer]) -> Split:
         """Return training and held-out stores of every (site, layer), in the sizes of the parameters."""
         self._data = data = harvest_split(
@@ -147,16 +166,17 @@ class Page:
         *,
         d_sae: int | None = None,
         lr: float | None = None,
+        seeds: Sequence[int] | None = None,
         **options: Any,
     ) -> list[TrainedRun]:
-        """Train each method with each seed (see `train_recipes`); read finished runs from the cache."""
+        """Train each method with each of `seeds` (see `train_recipes`); read finished runs from the cache."""
         changes = {} if lr is None else {"lr": lr}
         return train_recipes(
             store,
             methods,
             d_sae=self["d_sae"] if d_sae is None else d_sae,
             k=self["k"],
-            seeds=self.seeds,
+            seeds=self.seeds if seeds is None else seeds,
             train=self.train_config(**changes),
             log_every=self["log_every"],
             **options,
@@ -181,6 +201,11 @@ class Page:
         if drift:
             return list(run_rows.drift_rows(runs, held_out, **judged))
         return run_rows.dead_feature_rows(runs, held_out, curves=curves, **judged)
+
+    def paired(self, runs: Sequence[TrainedRun], reference: str = "random") -> list[PairedLossRow]:
+        """Return paired differences of the methods' losses on the held-out text (see `paired_rows`)."""
+        model, data = self._loaded()
+        return paired_rows(runs, model, data.loss_tokens, reference=reference)
 
     def setting(self, model: nn.Module, tokens: Tokens, *more: str) -> str:
         """Return model, text, number of tokens (or the words in `more`) and context in words: the budget of a

@@ -18,7 +18,7 @@ from asi_lens.activations.spectrum import ROWS_PER_DIMENSION
 from asi_lens.base.doors import checked
 from asi_lens.base.errors import require, require_whole, unknown_name
 from asi_lens.base.files import cache_key
-from asi_lens.experiments.runs import about_run, alone, finish, is_finished, run_folder
+from asi_lens.experiments.run_folders import about_run, alone, finish, is_finished, run_folder
 from asi_lens.experiments.small_fit import fit
 from asi_lens.experiments.small_training import Training, TrainingConfig, Variant, sized
 from asi_lens.experiments.small_transformer import TransformerConfig

@@ -28,6 +28,7 @@ from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.drift import Drift
 from asi_lens.sae.initialize import auto_d_init, initialize
 from asi_lens.sae.kinds import KINDS
+from asi_lens.sae.row_states import row_states
 from asi_lens.sae.subspace import SubspaceStore, expand
 from asi_lens.sae.train import Trainer
 from asi_lens.sae.transcoder import Transcoder
@@ -104,6 +105,7 @@ def train_recipes(
     log_every: int = 50,
     checkpoint_every: int | None = None,
     keep_firings: bool = False,
+    keep_rows: bool = False,
     subspaces: Mapping[str, ActivationStore] | None = None,
     device: str | torch.device = "auto",
     progress: bool = True,
@@ -119,6 +121,8 @@ def train_recipes(
         windows, log_every, checkpoint_every: as in `train_together`.
         keep_firings: keep each feature's last firing at every logged row (`experiments.lives`). Such runs of
             dictionaries are trained apart from runs without it.
+        keep_rows: keep, with the firings, bias, norm and angle to the mean of every encoder row
+            (`sae.row_states`); such runs are trained apart, too.
         subspaces: stores by the names in `Recipe.subspace_of`, as wide as `store`.
         device: device of training; "auto" is CUDA if it is available.
 
@@ -126,6 +130,7 @@ def train_recipes(
     and the errors of initialization and training.
     """
     chosen = [find_recipe(recipe) for recipe in recipes]
+    keep_firings = keep_firings or keep_rows
     fits = not keep_firings or isinstance(store, ActivationStore)
     require(fits, "keep_firings", keep_firings, "False for paired stores")
     target = resolve_device(device)
@@ -137,10 +142,12 @@ def train_recipes(
     options = {**logging, "checkpoint_every": checkpoint_every, "progress": progress}
     # Only in the key of runs that keep firings, so the keys of other runs stay.
     keyed = {**logging, "keep_firings": True} if keep_firings else logging
+    keyed = {**keyed, "keep_rows": True} if keep_rows else keyed
+    kept = LastFirings(row_states if keep_rows else None) if keep_firings else None
     return train_seeds(
         seeds,
         lambda seed: [_run(store, recipe, d_sae, k, seed, base, keyed, subspaces or {}) for recipe in chosen],
-        lambda runs: _train(store, runs, options, target, LastFirings() if keep_firings else None),
+        lambda runs: _train(store, runs, options, target, kept),
     )
 
 

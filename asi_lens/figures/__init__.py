@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asi_lens.figures.architectures import overlap_by_layer, starts_by_architecture
 from asi_lens.figures.beyond import (
     death_at_start,
     inputs_and_starts,
@@ -25,6 +26,7 @@ from asi_lens.figures.dead_features import (
 )
 from asi_lens.figures.doses import dose_response, known_features
 from asi_lens.figures.kinds import dictionaries, jumprelu_schedule
+from asi_lens.figures.last_steps import last_steps
 from asi_lens.figures.output_projection import head_overlap, wo_ablation
 from asi_lens.figures.released import released_dictionaries
 from asi_lens.figures.stability import off_its_text, seed_matches, subspace_overlaps

@@ -13,7 +13,19 @@ import plotly.graph_objects as go
 
 from asi_lens.base.errors import DataError
 from asi_lens.figures.parts import color_scale, curve, heatmap, legend_only, level, panels, site_curves
-from asi_lens.figures.style import GREY, label, left_margin, need, order, over, pick, setting, single, sites
+from asi_lens.figures.style import (
+    GREY,
+    color,
+    label,
+    left_margin,
+    need,
+    order,
+    over,
+    pick,
+    setting,
+    single,
+    sites,
+)
 from asi_lens.results.rows import LossRow, RankRow, SpectrumRow
 
 # Values of loss recovered below this are not drawn: how far a value is below ablation does not matter.
@@ -96,6 +108,24 @@ def spectra(table: pd.DataFrame, layers: Sequence[int] | None = None) -> go.Figu
     figure.update_yaxes(type="log", range=[bottom, 0.08], tickvals=[10.0**n for n in decades], ticktext=names)
     figure.update_xaxes(range=[0, 1], dtick=0.5)
     figure.update_xaxes(title_text="i / d", row=len(models))
+    return figure
+
+
+def spectrum_cut(table: pd.DataFrame, site: str, r: int) -> go.Figure:
+    """Draw `spectra` of one layer, with a dotted line at the first `r` directions of one site.
+
+    Takes `SpectrumRow`s of one layer. Raises DataError for a site that the table does not have.
+    """
+    figure = spectra(table)
+    single(table, "layer", "spectrum_cut")
+    own = table[table.site == site]
+    if own.empty:
+        raise DataError(f"spectrum_cut: the table has no site {site!r}; it has {', '.join(sites(table))}")
+    figure.add_vline(
+        x=r / own.d.iloc[0],
+        line={"color": color(site), "dash": "dot", "width": 2},
+        annotation={"text": f"{r} of {own.d.iloc[0]}", "yanchor": "top"},
+    )
     return figure
 
 

@@ -136,7 +136,8 @@ def layers_and_sites(table: pd.DataFrame) -> go.Figure:
 
     Takes `RankedDeadFeatureRow`s of one model, text and size; draws held-out rows of the methods "random"
     and "ASI", means over seeds. Left panel: random, a numbered mark per layer. Right panel: a thin line per
-    layer, bars and numbers at the means. The axis shows square roots, so both 0.1 % and 10 % can be read.
+    layer with both, bars and numbers at their means. The axis shows square roots, so both 0.1 % and 10 % can
+    be read.
     """
     check(table, RankedDeadFeatureRow, "layers_and_sites", "model", "corpus", "d_sae")
     table = table[table.method.isin([_RANDOM, _ASI])]
@@ -168,7 +169,8 @@ def layers_and_sites(table: pd.DataFrame) -> go.Figure:
             hovertemplate=f"{name}, layer %{{text}}<br>rank %{{x:.3f}}: %{{customdata:.2f}} %<extra></extra>",
             **{**where, "col": 1},
         )
-        for layer, pair in pairs.iterrows():
+        both = pairs.dropna()  # some layers may have a random start alone
+        for layer, pair in both.iterrows():
             figure.add_scatter(
                 x=[x, x + 1],
                 y=pair**0.5,
@@ -181,7 +183,7 @@ def layers_and_sites(table: pd.DataFrame) -> go.Figure:
                 hovertemplate=f"{name}, layer {layer}: %{{customdata:.2f}} %<extra></extra>",
                 **where,
             )
-        for method, mean in pairs.mean().dropna().items():
+        for method, mean in (both if len(both) else pairs).mean().dropna().items():
             place = {"half": 0.15, "right": method == _ASI, **where}
             bar(figure, x + (method == _ASI), mean**0.5, f"{round(mean, 2):.3g}", tone, **place)
     root_y(figure, float(rows.silent.max()))

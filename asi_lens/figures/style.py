@@ -15,6 +15,8 @@ from asi_lens.base.errors import DataError, unknown_name
 from asi_lens.base.sites import ALL as SITES
 from asi_lens.results.rows import Row, columns
 
+PLOTLY = "application/vnd.plotly.v1+json"
+"""MIME type of a figure, which JupyterLab and VS Code draw."""
 COLORS = {name: site.color for name, site in SITES.items()}
 _METHODS = {
     "random": ("#000000", "circle"),

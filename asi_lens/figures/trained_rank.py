@@ -62,7 +62,11 @@ def rank_over_training(table: pd.DataFrame, packaged: pd.DataFrame | None = None
         figure.add_hline(
             y=packaged.effective_rank_fraction.mean(),
             line={"color": GREY, "dash": "dot"},
-            annotation={"text": packaged.model.iloc[0], "font": {"size": 12, "color": GREY}},
+            annotation={
+                "text": packaged.model.iloc[0],
+                "font": {"size": 12, "color": GREY},
+                "bgcolor": "white",
+            },
             annotation_position="top right",
             row=1,
             col=3,

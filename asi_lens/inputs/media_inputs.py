@@ -25,6 +25,8 @@ from asi_lens.inputs.plain import PlainModel
 
 __all__ = ["Inputs", "load_inputs"]
 
+_TEXT_VOCABULARY = 256
+
 
 @checked
 @dataclass(frozen=True, eq=False)
@@ -170,6 +172,19 @@ def kind_of_inputs(model: nn.Module) -> str:
             "load_tokens(corpus, model, ...)"
         )
     return "sequences"
+
+
+def data_kind(model: nn.Module) -> str:
+    """Return what a model reads: "text", "pictures", "speech" or "sequences".
+
+    Language models read text, as do encoders with a vocabulary of 256 tokens or more; encoders with a smaller
+    one (residues of proteins) read sequences.
+    """
+    info = models.model_info(model, fingerprint=False)
+    if not isinstance(model, PlainModel) and info.causal:
+        return "text"
+    kind = kind_of_inputs(model)
+    return "text" if kind == "sequences" and info.d_vocab >= _TEXT_VOCABULARY else kind
 
 
 def maker_name(model: nn.Module) -> str:

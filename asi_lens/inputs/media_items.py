@@ -10,6 +10,7 @@ from torch import Tensor
 
 from asi_lens.base.errors import DataError, OptionError, UnknownNameError
 from asi_lens.base.files import existing, plain_name
+from asi_lens.inputs.media import media_names, open_media
 
 # Kind -> ends of the names of its files.
 _SUFFIXES = {
@@ -38,14 +39,21 @@ class Made(NamedTuple):
 
 
 def open_items(data: Any, kind: str) -> Items:
-    """Return the items of a file, a folder (sorted by path) or an iterable.
+    """Return the items of a packaged data set, a file, a folder (sorted by path) or an iterable.
 
-    Raises DataError for a folder without files of this kind, OptionError for anything else.
+    Raises UnknownNameError for a name that is neither packaged nor a path, DataError for a folder without
+    files of this kind and for packaged data of another kind, OptionError for anything else.
     """
+    if isinstance(data, str) and data in media_names():
+        packaged = open_media(data)
+        if packaged.kind != kind:
+            raise DataError(f"the packaged {data!r} holds {packaged.kind}; the model takes {kind}")
+        return Items(data, packaged.items())
     if isinstance(data, str | Path):
         path = existing(data)
         if path is None:
-            raise UnknownNameError(f"{str(data)!r} is not a file or a folder of {kind}")
+            known = ", ".join(name for name in media_names() if open_media(name).kind == kind)
+            raise UnknownNameError(f"{str(data)!r} is not a file or a folder of {kind} (packaged: {known})")
         return Items(plain_name(path), _files(path, kind))
     # An array without axes calls itself iterable.
     if isinstance(data, Iterable) and not isinstance(data, bytes | dict) and getattr(data, "ndim", None) != 0:

@@ -161,7 +161,10 @@ def _cached(model: nn.Module, both: twin.Runners) -> Verification:
             found[name] = list(found[name].items())
         return {**found, "changing": [name for name, place in places.items() if place.changes]}
 
-    known = cached_number("verifications", key, compute)
+    try:
+        known = cached_number("verifications", key, compute)
+    except OSError:  # a cache that cannot be written: the same outcome, a second later
+        known = compute()
     for name in known.pop("changing"):
         places[name] = places[name]._replace(changes=True)
     for name in ("sites", "refused"):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pandas as pd
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from asi_lens.base.errors import require
@@ -77,7 +78,7 @@ def top_contexts(
             value = best[place, sequence, position].item()
             if value <= 0:
                 continue
-            parts = _parts(lorsa, pairs[sequence : sequence + 1].inputs, unit, position)
+            _, parts = read_from(lorsa, pairs[sequence : sequence + 1].inputs, unit, position)
             source = int(parts.argmax())
             ids = tokens.ids[sequence].tolist()
             start = max(0, min(position - before, source - 2))
@@ -111,9 +112,16 @@ def _strongest(lorsa: Lorsa, pairs: SequencePairs, units: Sequence[int]) -> Tens
     return out
 
 
-def _parts(lorsa: Lorsa, x: Tensor, unit: int, position: int) -> Tensor:
-    """Return each source position's contribution to a unit: A[position, source] (x_n . w_v + b_v)."""
+@torch.no_grad()
+def read_from(
+    lorsa: Lorsa, x: Float[Tensor, "1 position d_in"], unit: int, position: int
+) -> tuple[Float[Tensor, " sources"], Float[Tensor, " sources"]]:
+    """Return what a unit read from each position up to its own, in one sequence x (raw units).
+
+    The first is the pattern of the unit's head, A[position, source]; the second each source's contribution to
+    the unit's value, A[position, source] (x_n . w_v + b_v). Contributions add up to z~ of the unit.
+    """
     x_n = lorsa.normalize(x)
-    pattern = lorsa.heads(x_n)[0, lorsa.head_of_unit[unit], position]
-    values = x_n[0] @ lorsa.W_V[unit] + lorsa.b_V[unit]
-    return (pattern * values)[: position + 1]
+    pattern = lorsa.heads(x_n)[0, lorsa.head_of_unit[unit], position, : position + 1]
+    values = x_n[0, : position + 1] @ lorsa.W_V[unit] + lorsa.b_V[unit]
+    return pattern, pattern * values

@@ -19,7 +19,7 @@ from asi_lens.base.errors import AsiLensError, DataError
 from asi_lens.results.parameters_cell import notebook_path
 
 # What notebooks use of a `Page` besides the calls that load; a test holds the lists against `Page`.
-PAGE_LOADS = ("load_model", "load_tokens", "harvest", "small_tokenizer")
+PAGE_LOADS = ("load_model", "load_tokens", "load_inputs", "harvest", "small_tokenizer")
 PAGE_LOADS_NOTHING = (
     *("budget", "done", "figure", "judge", "rows", "setting", "table", "train", "train_config"),
     *("folder", "notebook", "parameters", "profile", "seeds"),
@@ -41,6 +41,8 @@ class AskedText:
     """Size of the text's own tokenizer (`inputs.small_tokenizer`)."""
     trained_on: str = ""
     """Text that this tokenizer was trained on."""
+    media: tuple[tuple[str, str], ...] = ()
+    """Pairs (kind, data) that are taken in place of the text if the model reads that kind."""
 
 
 @dataclass
@@ -190,7 +192,15 @@ class _Package:
         return _Model(model)
 
     def load_tokens(
-        self, source: Any, model: Any, n_tokens: Any, *, context: Any = 256, offset: Any = 0, **more: Any
+        self,
+        source: Any,
+        model: Any,
+        n_tokens: Any,
+        *,
+        context: Any = 256,
+        offset: Any = 0,
+        media: Any = (),
+        **more: Any,
     ) -> Any:
         """Stand-in for `asi_lens.load_tokens`."""
         if more:
@@ -203,6 +213,7 @@ class _Package:
             n_tokens,
             context,
             _known("offset", offset, int),
+            media=media,
             **own,
         )
         self._asked.add_text(text)
@@ -250,6 +261,12 @@ class _Page:
         source = self["main_corpus"] if corpus is None else corpus
         offset = 0 if after is None else len(after)
         return self._package.load_tokens(source, model, n_tokens, context=self["context"], offset=offset)
+
+    def load_inputs(self, model: Any, n_rows: Any, *, after: Any = None, what: str = "") -> Any:
+        media = tuple((kind, _known(kind, self[kind], str)) for kind in ("pictures", "speech", "sequences"))
+        offset = 0 if after is None else len(after)
+        options = {"context": self["context"], "offset": offset}
+        return self._package.load_tokens(self["main_corpus"], model, n_rows, **options, media=media)
 
     def harvest(self, model: Any, wheres: Any) -> Any:
         sizes = {name: self[name] for name in ("n_tokens", "n_tokens_held_out", "context")}

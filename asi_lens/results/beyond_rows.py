@@ -79,6 +79,10 @@ class DiagnosisRow(Row):
     start: str
     """`asi` or `random`."""
     d_init: int | None
+    d_sae_advised: int
+    """`d_sae`, or the largest of its halves at which at most 1 % of the advised start never fire."""
+    dead_advised: float
+    """Share of the advised start that never fires at that size, measured on centered inputs."""
     reason: str
 
 
@@ -167,6 +171,37 @@ class TriedStartRow(DeadFeatureRow):
     encoder_inside_end: float
     train_seconds: float
     """Time spent in training steps, as the run recorded it, on the machine that trained it."""
+
+
+@dataclass(frozen=True)
+class LastStepRow(Row):
+    """Encoder rows around the last firing of features that die (`16_last_steps.csv`).
+
+    Means over the features that fired and are dead at the end of a run, and over those that are alive then,
+    at the same logged rows.
+    """
+
+    model: str
+    corpus: str
+    site: str
+    layer: int
+    method: str
+    optimizer: str
+    lr: float
+    d_sae: int
+    k: int
+    seed: int
+    n_tokens: int
+    """Training tokens of the whole run."""
+    dead_window_tokens: int
+    group: Literal["died", "alive"]
+    n_features: int
+    tokens: int
+    """Tokens after the first logged row that had seen the last firing; negative before it."""
+    bias: float | None
+    norm: float | None
+    mean_cosine: float | None
+    """Cosine with the mean that is subtracted from the input."""
 
 
 @dataclass(frozen=True)

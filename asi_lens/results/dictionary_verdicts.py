@@ -30,6 +30,7 @@ from asi_lens.results.judging import (
     spreads,
     taken,
 )
+from asi_lens.results.paired_verdicts import above, below, paired_differences, told_differences
 
 AUTOMATIC = "ASI, automatic d_init"
 PLACE = ["site", "layer"]
@@ -114,17 +115,24 @@ def _falls_with_rank(points: pd.DataFrame, over: str) -> Found:
     "ASI cures dead features, at lower reconstruction error and lower delta LM loss",
     "87 % dead falls below 1 % (1M features, Llama-3.1-8B)",
 )
-def c7(table: pd.DataFrame, dead_window: int) -> Found:
+def c7(table: pd.DataFrame, dead_window: int, paired: pd.DataFrame | None = None) -> Found:
     """C7: ASI prevents dead features and lowers reconstruction error and delta LM loss (abstract, figures).
 
-    Takes `DeadFeatureRow`s. Holds if in every seed ASI has fewer dead features than the random start, in
-    training and on held-out text, a lower FVU, a lower KL, and a loss that is not higher (by two standard
-    errors); partly, if only the dead features are fewer in every seed. Does not hold if a condition on dead
-    features fails in every seed.
+    Takes `DeadFeatureRow`s, and `PairedLossRow`s if there are any. Holds if in every seed ASI has fewer dead
+    features than the random start, in training and on held-out text, a lower FVU, a lower KL, and a loss
+    that is not higher (by two standard errors); partly, if only the dead features are fewer in every seed.
+    Does not hold if a condition on dead features fails in every seed. With `paired`, KL is lower and the loss
+    is higher if the paired difference on the same text is, by two of its standard errors.
     """
     random, asi = (end.drop(columns="l0") for end in ends(table, dead_window, ["random", "ASI"]))
     better = asi.lt(random)[["fvu", "kl"]].assign(loss=~loss_is_higher(asi, random))
-    return by_seed(_silent_and_fvu(random, asi), graded(asi.lt(random)[DEAD], better), random, asi)
+    if paired is None:
+        return by_seed(_silent_and_fvu(random, asi), graded(asi.lt(random)[DEAD], better), random, asi)
+    own = paired_differences(paired).reindex(random.index)
+    better = better.assign(kl=below(own, "kl"), loss=~above(own, "cross_entropy"))
+    numbers = [*_silent_and_fvu(random, asi)[:2], *told_differences(own)]
+    measured = random[[*DEAD, "fvu"]], asi[[*DEAD, "fvu"]], own
+    return by_seed(numbers, graded(asi.lt(random)[DEAD], better), *measured)
 
 
 @claim(
@@ -257,9 +265,11 @@ def c11(table: pd.DataFrame) -> Found:
 
     Takes `DeadFeatureRow`s. Holds if ASI removes more silent features (in percentage points, mean over
     layers) on attention outputs than on every other site, and at least half of the silent features on
-    attention outputs.
+    attention outputs. Places with a random start alone do not count.
     """
     silent = by_method(table, PLACE, ["dead_fraction"], ["random", "ASI"]).dead_fraction
+    held = held_out(table, [*PLACE, "method"], [])
+    silent = silent[silent.index.isin(held[held.method == "ASI"].set_index(PLACE).index)]
     if not set(SITES) <= set(silent.index.unique("site")):
         raise UntestedError
     gain = silent.random - silent.ASI

@@ -125,6 +125,35 @@ class LossRow(Row):
 
 
 @dataclass(frozen=True)
+class PairedLossRow(Row):
+    """Losses of the language model under two methods' dictionaries on the same text (`04_paired.csv`).
+
+    Differences are `method` minus `reference`, means over sequences of the differences of each sequence.
+    Their errors are standard errors over sequences: what both methods share on a sequence does not enter.
+    """
+
+    model: str
+    corpus: str
+    n_tokens: int
+    """Tokens of the text."""
+    n_sequences: int
+    places: str
+    """Sites and layers whose dictionaries were put in their places in one pass: `attn_out 3, attn_out 15`."""
+    n_places: int
+    method: str
+    reference: str
+    seed: int
+    cross_entropy_delta: float
+    """With the method's reconstructions, minus clean."""
+    cross_entropy_difference: float
+    cross_entropy_error: float
+    kl: float
+    """KL(clean || spliced) of the method."""
+    kl_difference: float
+    kl_error: float
+
+
+@dataclass(frozen=True)
 class OutputProjectionRow(Row):
     """Effective rank of a layer's attention output under one change (`03_wo_ablation.csv`)."""
 

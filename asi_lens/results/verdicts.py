@@ -8,6 +8,7 @@ measured (NaN), the verdict's `holds` is None. The paper is arXiv 2508.16929.
 
 from __future__ import annotations
 
+from asi_lens.results.architecture_verdicts import architectures, c1_on_each, c4_on_each, c5_on_each
 from asi_lens.results.beyond_verdicts import (
     centering_or_subspace,
     do_saved_features_mean_something,
@@ -42,6 +43,8 @@ from asi_lens.results.judging import (
     loss_is_higher,
     rank_correlation,
 )
+from asi_lens.results.last_step_verdicts import death_by_rate, last_steps
+from asi_lens.results.paired_verdicts import c7_spliced
 from asi_lens.results.rank_verdicts import (
     c1,
     c2,

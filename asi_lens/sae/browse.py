@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ from asi_lens.base.errors import AsiLensError, OptionError, require
 from asi_lens.base.files import write_text
 from asi_lens.inputs.corpora import Tokens, load_tokens
 from asi_lens.inputs.models import load_model
+from asi_lens.sae.cards import Card
 from asi_lens.sae.dictionary import SparseAutoencoder
-from asi_lens.sae.features import Card, Features
+from asi_lens.sae.features import Features
 
 _STATIC = (
     "This front end shows no widgets, so here is one feature as it is; al.browse(...).card(n) shows others."
@@ -43,7 +44,7 @@ class Browser:
 
         self.features = features
         order = features.firings.counts.argsort(descending=True, stable=True).tolist()
-        last = features.sae.d_sae - 1
+        last = features.d_sae - 1
         style = {"description_width": "7em"}
         wide = widgets.Layout(width="32em")
         self.number = widgets.IntSlider(
@@ -68,7 +69,7 @@ class Browser:
 
     def show(self, feature: int) -> None:
         """Move to a feature. Raises OptionError for one that does not exist."""
-        require(0 <= feature < self.features.sae.d_sae, "feature", feature, f"from 0 to {self.number.max}")
+        require(0 <= feature < self.features.d_sae, "feature", feature, f"from 0 to {self.number.max}")
         self.number.value = feature
 
     def card(self, feature: int) -> Card:
@@ -178,10 +179,26 @@ def _template() -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0, or 1 after printing the error."""
+    return write_cards("python -m asi_lens.sae.browse", __doc__ or "", look, arguments)
+
+
+def look(given: argparse.Namespace) -> Features:
+    """Return the features of the dictionary in the command's folder, on its text."""
+    sae = SparseAutoencoder.load(given.dictionary)
+    model = load_model(given.model)
+    tokens = load_tokens(given.corpus, model, given.tokens, context=given.context)
+    return Features(sae, _harvested(sae, tokens, model), tokens, model)
+
+
+def write_cards(
+    program: str,
+    about: str,
+    look: Callable[[argparse.Namespace], Features],
+    arguments: Sequence[str] | None,
+) -> int:
+    """Run a command that writes a page of what `look` returns. Returns 0, or 1 after printing the error."""
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "python -m asi_lens.sae.browse", description=__doc__, formatter_class=form
-    )
+    parser = argparse.ArgumentParser(program, description=about, formatter_class=form)
     parser.add_argument("dictionary", type=Path, help="folder of the dictionary")
     parser.add_argument("--model", required=True, help="as `load_model`")
     parser.add_argument("--corpus", required=True, help="as `load_tokens`")
@@ -191,11 +208,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("features.html"), help="file to write")
     given = parser.parse_args(arguments)
     try:
-        sae = SparseAutoencoder.load(given.dictionary)
-        model = load_model(given.model)
-        tokens = load_tokens(given.corpus, model, given.tokens, context=given.context)
-        features = Features(sae, _harvested(sae, tokens, model), tokens, model)
-        caption = f"{features.site}, {tokens.ids.numel():,} tokens"
+        features = look(given)
+        caption = f"{features.site}, {features.tokens.ids.numel():,} tokens"
         groups = features.choice(given.features)
         print(write_page(given.output, features, groups, f"Features of {given.dictionary.name}", caption))
     except (AsiLensError, OSError) as error:

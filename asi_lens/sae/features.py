@@ -6,11 +6,11 @@ facts of one feature, which `browse` draws.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from asi_lens.activations.pairs import PairedStores
@@ -21,6 +21,7 @@ from asi_lens.base.errors import OptionError, UnsupportedModelError, require, re
 from asi_lens.base.sites import SITES
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
+from asi_lens.sae.cards import Card, Context
 from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.drift import subspace_share
 from asi_lens.sae.firings import Firings, find_firings
@@ -29,55 +30,6 @@ from asi_lens.sae.initialize import auto_d_init
 # Tokens whose final residual stream the effect on the logits is averaged over.
 _LOGIT_SEQUENCES, _LOGIT_CONTEXT = 4, 64
 _AROUND = (16, 8)
-
-
-@dataclass(frozen=True)
-class Context:
-    """A stretch of text around a firing.
-
-    Attributes:
-        tokens: text of each token. values: the feature's value on each, 0 where it does not fire or where the
-            store holds no row. at: place of the firing among them.
-        sequence, position: of the firing, in the tokens of the store.
-    """
-
-    tokens: list[str]
-    values: list[float]
-    at: int
-    sequence: int
-    position: int
-
-    @property
-    def value(self) -> float:
-        """The feature's value at the firing, in normalized units."""
-        return self.values[self.at]
-
-
-@dataclass(frozen=True)
-class Card:
-    """Facts of one feature.
-
-    Attributes:
-        feature: its number. site: what its dictionary is of, in words.
-        frequency: share of tokens on which it fires. mean: its mean value there; None if it never fires.
-        inside: share of the squared norm of its decoder row in the active subspace.
-        top, sampled: contexts of its largest values, and of a random sample from the largest value down.
-        raised, lowered: tokens whose logits the feature moves most, with the change at its mean value; empty
-            if `no_logits` says why.
-        similar: features with the most similar decoder rows, and the cosines.
-    """
-
-    feature: int
-    site: str
-    frequency: float
-    mean: float | None
-    inside: float
-    top: list[Context]
-    sampled: list[Context]
-    raised: list[tuple[str, float]]
-    lowered: list[tuple[str, float]]
-    no_logits: str
-    similar: list[tuple[int, float]]
 
 
 @checked
@@ -89,6 +41,9 @@ class Features:
         inside: share of each decoder row's squared norm in the active subspace [d_sae].
         d_init: dimensions of that subspace.
     """
+
+    sae: Any
+    store: Any
 
     def __init__(
         self,
@@ -128,13 +83,26 @@ class Features:
         self.firings: Firings = find_firings(
             sae, store, top=top, sampled=sampled, seed=seed, progress=progress
         )
-        spectrum: Spectrum = store.spectrum
         started = sae.initialization.get("d_init")
-        self.d_init = d_init or (started if isinstance(started, int) else auto_d_init(spectrum))
-        self.inside: Float[Tensor, " d_sae"] = subspace_share(
-            sae.W_dec.detach(), spectrum.active_subspace(self.d_init).float().to(sae.W_dec.device)
-        ).cpu()
-        self._words: dict[int, str] = {}
+        self._look_inside(store.spectrum, d_init or (started if isinstance(started, int) else None))
+
+    def _look_inside(self, spectrum: Spectrum, d_init: int | None) -> None:
+        """Set `d_init` ("auto" of the spectrum for None) and `inside`."""
+        self.d_init = d_init or auto_d_init(spectrum)
+        rows = self.directions
+        basis = spectrum.active_subspace(self.d_init).float().to(rows.device)
+        self.inside: Float[Tensor, " d_sae"] = subspace_share(rows, basis).cpu()
+
+    @property
+    def d_sae(self) -> int:
+        """Number of features."""
+        return int(self.sae.d_sae)
+
+    @property
+    def directions(self) -> Float[Tensor, "d_sae d_out"]:
+        """The features' decoder rows."""
+        rows: Tensor = self.sae.W_dec.detach()
+        return rows
 
     @property
     def site(self) -> str:
@@ -186,10 +154,10 @@ class Features:
         if not len(rows):
             return []
         near = rows[:, None] + torch.arange(-before, after + 1)
-        near = near.clamp(0, self._rows.n - 1)
+        near = near.clamp(0, self.firings.n - 1)
         values = self._values(near.flatten(), feature).view(near.shape)
-        places = self._rows.positions(near.flatten()).view(*near.shape, 2)
-        here = self._rows.positions(rows)
+        places = self._positions(near.flatten()).view(*near.shape, 2)
+        here = self._positions(rows)
         found = []
         for (sequence, position), theirs, at in zip(here.tolist(), values, places, strict=True):
             known = {p: v for (s, p), v in zip(at.tolist(), theirs.tolist(), strict=True) if s == sequence}
@@ -203,7 +171,7 @@ class Features:
         """Return the `n` features whose decoder rows have the largest cosine with this one's."""
         self._require(feature)
         require_whole("n", n, 0)
-        rows = self.sae.W_dec.detach()
+        rows = self.directions
         cosines = (rows @ rows[feature]) / (rows.norm(dim=1) * rows[feature].norm()).clamp_min(1e-30)
         cosines[feature] = -2
         values, numbers = cosines.topk(min(n, len(rows) - 1))
@@ -212,7 +180,7 @@ class Features:
     def written(self, feature: int) -> Float[Tensor, " d_out"]:
         """Return what a feature adds to the reconstruction per unit of its value, in raw units."""
         self._require(feature)
-        return self.sae.W_dec.detach()[feature] / self.sae.written_normalization[1]
+        return self.directions[feature] / self._scale
 
     @torch.no_grad()
     def logit_effect(self, feature: int) -> Float[Tensor, " d_vocab"]:
@@ -227,10 +195,9 @@ class Features:
         why = self._why_no_logits()
         if why:
             raise UnsupportedModelError(why)
-        push = self.written(feature) * self.firings.mean[feature].to(self.sae.W_dec)
-        site, layer = self.store.metadata["site"], int(self.store.metadata["layer"])
-        if site == "z":
-            W_O = models.output_projection(self.model, layer)
+        push = self.written(feature) * self.firings.mean[feature].to(self.directions)
+        if self.store.metadata.get("site") == "z":
+            W_O = models.output_projection(self.model, int(self.store.metadata["layer"]))
             push = push.to(W_O) @ W_O.reshape(-1, W_O.shape[-1])
         change = self._final_logits(push) - self._clean_logits
         return (change - change.mean()).float()
@@ -261,7 +228,7 @@ class Features:
         require_whole("n", n, 0)
         rows, values = self.firings.top.rows, self.firings.top.values
         known = rows >= 0
-        places = self._rows.positions(rows[known])
+        places = self._positions(rows[known])
         ids = self.tokens.ids[places[:, 0], places[:, 1]]
         kinds, which = ids.unique(return_inverse=True)
         hit = torch.tensor([text in self.word(i) for i in kinds.tolist()], dtype=torch.bool)
@@ -283,6 +250,10 @@ class Features:
             "rarest": order[-n:][::-1],
         }
 
+    @cached_property
+    def _words(self) -> dict[int, str]:
+        return {}
+
     def word(self, token: int) -> str:
         """Return the text of a token id."""
         if token not in self._words:
@@ -292,7 +263,17 @@ class Features:
 
     def _require(self, feature: int) -> None:
         require_whole("feature", feature, 0)
-        require(feature < self.sae.d_sae, "feature", feature, f"from 0 to {self.sae.d_sae - 1}")
+        require(feature < self.d_sae, "feature", feature, f"from 0 to {self.d_sae - 1}")
+
+    @property
+    def _scale(self) -> Tensor:
+        """Factor on raw outputs before they are normalized."""
+        scale: Tensor = self.sae.written_normalization[1]
+        return scale
+
+    def _positions(self, rows: Int[Tensor, " n"]) -> Int[Tensor, "n 2"]:
+        """Return sequence and position of rows."""
+        return self._rows.positions(rows)
 
     def _why_no_logits(self) -> str:
         """Return why the feature's direct effect on the logits is not known; empty if it is."""

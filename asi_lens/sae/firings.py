@@ -5,7 +5,7 @@ One pass over a store. Memory holds a block of codes and the entries kept so far
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -90,23 +90,40 @@ def find_firings(
 
     Raises OptionError for numbers out of range, DataError for rows of another width.
     """
+    codes = codes_in_order(sae, store)
+    return count_firings(codes, sae.d_sae, len(store), top, sampled, seed, progress)
+
+
+def count_firings(
+    codes: Iterable[tuple[int, SparseCode]],
+    d_sae: int,
+    n: int,
+    top: int,
+    sampled: int,
+    seed: int,
+    progress: bool,
+) -> Firings:
+    """Return the firings in a code of `n` rows, given in blocks with the number of each block's first row.
+
+    The other options are those of `find_firings`. Raises OptionError for numbers out of range.
+    """
     require_whole("top", top, 1)
     require_whole("sampled", sampled, 1)
     require_whole("seed", seed, 0)
-    counts = torch.zeros(sae.d_sae, dtype=torch.int64)
-    sums = torch.zeros(sae.d_sae, dtype=torch.float64)
-    strongest, drawn = _Best(sae.d_sae, top), _Best(sae.d_sae, sampled)
-    with tqdm(total=len(store), unit="row", unit_scale=True, desc="firings", disable=not progress) as bar:
-        for first, code in codes_in_order(sae, store):
+    counts = torch.zeros(d_sae, dtype=torch.int64)
+    sums = torch.zeros(d_sae, dtype=torch.float64)
+    strongest, drawn = _Best(d_sae, top), _Best(d_sae, sampled)
+    with tqdm(total=n, unit="row", unit_scale=True, desc="firings", disable=not progress) as bar:
+        for first, code in codes:
             place, column = (code.values > 0).nonzero(as_tuple=True)
             features, values = code.indices[place, column], code.values[place, column]
             rows = place + first
-            counts += torch.bincount(features, minlength=sae.d_sae)
+            counts += torch.bincount(features, minlength=d_sae)
             sums.index_add_(0, features, values.double())
             strongest.add(features, rows, values, values.double())
             drawn.add(features, rows, values, _hashed(rows, features, seed))
             bar.update(len(code.values))
-    return Firings(len(store), counts, sums, strongest.picks(), drawn.picks().by_row())
+    return Firings(n, counts, sums, strongest.picks(), drawn.picks().by_row())
 
 
 def codes_in_order(

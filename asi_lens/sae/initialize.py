@@ -131,7 +131,8 @@ def initialize(
             and searches the norm on the authors' grid, before the encoder bias is centered.
         spectrum: spectrum of the activations, for ASI and for the input's mean and scale. Without a
             spectrum, mean and scale come from `sample`; without both they stay unchanged.
-        d_init: dimensions of the active subspace, 1 to d_in, or "auto" (`auto_d_init`). ASI only.
+        d_init: dimensions of the active subspace, 1 to the rank of the spectrum (at most d_in), or "auto"
+            (`auto_d_init`). ASI only.
         sample: raw activations, for the norm search, the encoder bias and the report.
         tied: the encoder starts as the decoder's transpose. False: it is drawn independently, the same way.
         norm_search: scale the encoder so that the first reconstruction of `sample` has the smallest mean
@@ -268,6 +269,9 @@ def active_subspace_of(
     if not isinstance(d_init, int) or isinstance(d_init, bool):
         raise OptionError(f"d_init={d_init!r} is not allowed; d_init must be {allowed}")
     require(1 <= d_init <= d_in, "d_init", d_init, allowed)
+    rank = spectrum.rank
+    most = f"at most {rank}, the rank of {spectrum.name or 'the spectrum'} (from n={spectrum.n:,} rows)"
+    require(d_init <= rank, "d_init", d_init, f"{most}: directions without variance are arbitrary")
     return spectrum.active_subspace(d_init)
 
 

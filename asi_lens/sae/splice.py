@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -157,24 +157,38 @@ class SpliceLosses:
     """Predicted tokens: sequences times (context - 1)."""
 
 
+class SequenceLosses(NamedTuple):
+    """Losses of the language model on each sequence: means over its predicted tokens, in nats, float64, CPU.
+
+    Attributes:
+        clean: cross-entropy of the unchanged model [n]. cross_entropy: under each edit [edits n].
+        kl: KL(clean || edited) of the next-token distributions [edits n]; NaN where it was not computed.
+    """
+
+    clean: Float[Tensor, " n"]
+    cross_entropy: Float[Tensor, "edits n"]
+    kl: Float[Tensor, "edits n"]
+
+
 @torch.inference_mode()
-def hooked_losses(
+def sequence_losses(
     model: nn.Module,
     tokens: Tokens,
-    place: Place,
-    mean: Float[Tensor, " d_out"],
-    spliced: Sequence[Hooks],
+    edits: Sequence[Hooks],
+    layer: int,
     *,
+    without_kl: int = 0,
     batch_tokens: int = 1024,
     progress: bool = True,
-) -> list[SpliceLosses]:
-    """Return losses of the language model under each of `spliced`, compared with clean and ablated losses.
+    what: str = "",
+) -> SequenceLosses:
+    """Return losses of the language model on each sequence, clean and under each of `edits`.
 
-    All hooks of `spliced` belong to `place`, so the blocks below its layer run once per batch. `mean` is put
-    in the place of the written activation for the ablated losses.
+    All hooks belong to blocks from `layer` on, so the blocks below run once per batch. The first `without_kl`
+    edits get no KL.
 
     Raises UnsupportedModelError for a model that does not predict next tokens, OptionError if there is no
-    token to predict, DataError for a loss that is not finite.
+    token to predict.
     """
     info = models.model_info(model, fingerprint=False)
     if not info.causal:
@@ -185,14 +199,12 @@ def hooked_losses(
     require(tokens.context >= 2, "context", tokens.context, "at least 2 (a first token predicts the next)")
     require(len(tokens) >= 1, "tokens", f"{len(tokens)} sequences", "at least one sequence")
     require(batch_tokens >= 1, "batch_tokens", batch_tokens, "at least 1")
-    site, layer = place.site, place.layer
-    edits: list[Hooks] = [{place.write: skip_outliers(mean_ablate(mean))}, *spliced]
-    # Sums for each sequence. The first list is of the clean model.
+    each = tokens.context - 1
+    # A list of sums for each sequence; the first is of the clean model.
     sums: list[list[Tensor]] = [[] for _ in range(1 + len(edits))]
-    divergences = [0.0] * len(edits)
-    n = len(tokens) * (tokens.context - 1)
+    divergences: list[list[Tensor]] = [[] for _ in edits]
     with tqdm(
-        total=n, unit="tok", unit_scale=True, desc=f"losses {site} {layer}", disable=not progress
+        total=len(tokens) * each, unit="tok", unit_scale=True, desc=f"losses {what}", disable=not progress
     ) as bar:
         for ids in tokens.batches(max(1, batch_tokens // tokens.context)):
             start = models.capture_resume(model, ids, layer)
@@ -209,21 +221,50 @@ def hooked_losses(
             for k, edit in enumerate(edits):
                 edited = _log_probabilities(run(edit))
                 sums[1 + k].append(_loss(edited, targets))
-                if k > 0:
-                    divergences[k] += _divergence(p, clean, edited)
-            bar.update(ids.shape[0] * (tokens.context - 1))
-    clean_each, ablated_each, *each = (torch.cat(parts) / (tokens.context - 1) for parts in sums)
-    clean_loss, ablated_loss = clean_each.mean().item(), ablated_each.mean().item()
+                known = k >= without_kl
+                divergences[k].append(
+                    _divergence(p, clean, edited) if known else torch.full((len(ids),), math.nan).double()
+                )
+            bar.update(ids.shape[0] * each)
+    means = [torch.cat(parts) / each for parts in sums]
+    kl = [torch.cat(parts) / each for parts in divergences]
+    empty = means[0].new_empty(0, len(tokens))
+    return SequenceLosses(
+        means[0], torch.stack(means[1:]) if edits else empty, torch.stack(kl) if edits else empty
+    )
+
+
+def hooked_losses(
+    model: nn.Module,
+    tokens: Tokens,
+    place: Place,
+    mean: Float[Tensor, " d_out"],
+    spliced: Sequence[Hooks],
+    *,
+    batch_tokens: int = 1024,
+    progress: bool = True,
+) -> list[SpliceLosses]:
+    """Return losses of the language model under each of `spliced`, compared with clean and ablated losses.
+
+    All hooks of `spliced` belong to `place`. `mean` is put in the place of the written activation for the
+    ablated losses. Raises DataError for a loss that is not finite, and as `sequence_losses`.
+    """
+    site, layer = place.site, place.layer
+    edits: list[Hooks] = [{place.write: skip_outliers(mean_ablate(mean))}, *spliced]
+    options: dict[str, Any] = {"batch_tokens": batch_tokens, "progress": progress}
+    found = sequence_losses(model, tokens, edits, layer, without_kl=1, what=f"{site} {layer}", **options)
+    n = len(tokens) * (tokens.context - 1)
+    clean_loss, ablated_loss = found.clean.mean().item(), found.cross_entropy[0].mean().item()
     out = []
-    for own, divergence in zip(each, divergences[1:], strict=True):
+    for own, kl in zip(found.cross_entropy[1:], found.kl[1:], strict=True):
         loss = own.mean().item()
         if not all(abs(x) < float("inf") for x in (loss, clean_loss, ablated_loss)):
             raise DataError(f"the cross-entropy with {site} of layer {layer} edited is not finite")
         recovered = loss_recovered(loss, clean_loss, ablated_loss)
         many = len(own) > 1
-        error = (own - clean_each).std().item() / math.sqrt(len(own)) if many else None
-        delta = loss - clean_loss
-        out.append(SpliceLosses(loss, clean_loss, ablated_loss, delta, error, recovered, divergence / n, n))
+        error = (own - found.clean).std().item() / math.sqrt(len(own)) if many else None
+        delta, divergence = loss - clean_loss, kl.mean().item()
+        out.append(SpliceLosses(loss, clean_loss, ablated_loss, delta, error, recovered, divergence, n))
     return out
 
 
@@ -243,9 +284,10 @@ def _divergence(
     p: Float[Tensor, "batch predicted d"],
     log_p: Float[Tensor, "batch predicted d"],
     log_q: Float[Tensor, "batch predicted d"],
-) -> float:
-    """Return the sum of KL(p || q) over all predictions, one sequence at a time to save memory."""
+) -> Float[Tensor, " batch"]:
+    """Return the sum of KL(p || q) of each sequence, one sequence at a time to save memory."""
     parts = zip(p, log_p, log_q, strict=True)
-    return sum(
-        (one * (log_one - log_other)).sum(dtype=torch.float64).item() for one, log_one, log_other in parts
+    return torch.tensor(
+        [(one * (log_one - log_other)).sum(dtype=torch.float64).item() for one, log_one, log_other in parts],
+        dtype=torch.float64,
     )

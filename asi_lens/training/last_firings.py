@@ -1,4 +1,5 @@
-"""The last firing of every feature at each logged row of a training, kept in the run's folder.
+"""The last firing of every feature at each logged row of a training, and other numbers of every feature, kept
+in the run's folder.
 
 Every row is a file of its own. A run that was stopped repeats the steps after its checkpoint, and so writes
 the files of those steps again, with the same numbers.
@@ -6,7 +7,7 @@ the files of those steps again, with the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,14 @@ _FIRED = "last_fired"
 
 
 class LastFirings:
-    """Writes the ledger's `last_fired` of trainers whenever a row is logged: `on_log` of `train_together`."""
+    """Writes the ledger's `last_fired` of trainers whenever a row is logged: `on_log` of `train_together`.
 
-    def __init__(self) -> None:
+    `measure` returns more tensors of a trainer by name, to be written beside it.
+    """
+
+    def __init__(self, measure: Callable[[Any], Mapping[str, Tensor]] | None = None) -> None:
         self._folders: dict[Any, Path] = {}
+        self._measure = measure
 
     def begin(self, trainer: Any, folder: Path, start: Mapping[str, Tensor]) -> None:
         """Keep firings of `trainer` in a run's `folder`, and `start`: tensors from before the first step."""
@@ -36,7 +41,9 @@ class LastFirings:
 
     def __call__(self, trainer: Any, output: StepOutput) -> None:
         """Write the last firings after a step. Raises OSError naming the file if it cannot be written."""
-        save_tensors(_file(self._folders[trainer], output.tokens), {_FIRED: trainer.ledger.last_fired}, {})
+        more = {} if self._measure is None else self._measure(trainer)
+        tensors = {_FIRED: trainer.ledger.last_fired, **more}
+        save_tensors(_file(self._folders[trainer], output.tokens), tensors, {})
 
 
 def read_start(folder: Path) -> dict[str, Tensor]:
@@ -49,9 +56,17 @@ def read_last_firings(folder: Path, tokens: Sequence[int]) -> Int[Tensor, "rows 
 
     `tokens` are those of logged rows. Raises CacheError for rows that were not kept.
     """
+    return read_kept(folder, tokens, [_FIRED])[_FIRED]
+
+
+def read_kept(folder: Path, tokens: Sequence[int], names: Sequence[str]) -> dict[str, Tensor]:
+    """Return tensors by name [rows d_sae] that were kept at each of `tokens`, those of logged rows.
+
+    Raises CacheError for rows or names that were not kept.
+    """
     repair = f"delete {folder} to train again"
-    files = [_file(folder, n) for n in tokens]
-    return torch.stack([read_tensors(file, CacheError, repair, [_FIRED])[0][_FIRED] for file in files])
+    rows = [read_tensors(_file(folder, n), CacheError, repair, list(names))[0] for n in tokens]
+    return {name: torch.stack([row[name] for row in rows]) for name in names}
 
 
 def _file(folder: Path, tokens: int) -> Path:

@@ -16,10 +16,9 @@ from asi_lens.base.errors import OptionError, require
 from asi_lens.base.facts import facts_html
 from asi_lens.figures.panels import FVU
 from asi_lens.figures.parts import panels
+from asi_lens.figures.style import PLOTLY
 from asi_lens.training.learner import StepOutput
 
-PLOTLY = "application/vnd.plotly.v1+json"
-"""MIME type of a figure, which JupyterLab and VS Code draw."""
 MOST_POINTS = 1_000
 """Largest number of drawn points of a curve, besides its last point."""
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -13,7 +13,7 @@ from asi_lens.activations.spectrum import Spectrum
 from asi_lens.base.errors import DataError, OptionError
 from asi_lens.collapse.centering import dead_at_start, gamma, predicted_dead
 from asi_lens.experiments import diagnose as module
-from asi_lens.experiments.diagnose import advise, diagnose
+from asi_lens.experiments.diagnose import KILLED, advise, advise_width, diagnose
 from asi_lens.figures.beyond import diagnosis
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.results.beyond_rows import DiagnosisRow
@@ -59,6 +59,25 @@ def test_advice_follows_from_mean_and_spectrum() -> None:
     assert advise(flat, 0.5, 0.01).center == "needed"
     assert "silence 50.0% of a random start, centered ones 1.0%" in advise(flat, 0.5, 0.01).reason
     assert advise(flat, 0.5, 0.5).center == "harmless", "not the mean's deaths"
+
+
+def test_the_width_is_the_largest_half_whose_start_fires() -> None:
+    rows = torch.randn(300, 40, generator=torch.Generator().manual_seed(0)) * 0.85 ** torch.arange(40) + 2
+    site = Spectrum.of(rows)
+    advice = advise(site, 0.0, 0.0)
+    assert advice.start == "asi"
+    found = advise_width(rows, site, advice, 4_096, 4)
+    inside = ((rows.double() - site.mean) @ site.active_subspace(advice.d_init or 1)).float()
+    assert found.d_sae < 4_096
+    assert found.dead == dead_at_start(inside, 4, found.d_sae) <= KILLED
+    assert dead_at_start(inside, 4, 2 * found.d_sae) > KILLED
+    assert f"of 4,096 features never fire, {found.dead:.1%} of {found.d_sae:,} features" in found.reason
+    assert advise_width(rows, site, advice, found.d_sae, 4).d_sae == found.d_sae
+    # The random start is measured at full width; where no size will do, that is said.
+    flat = advise(spectrum(torch.ones(40)), 0.0, 0.0)
+    assert advise_width(rows, site, flat, 64, 4).dead == dead_at_start(rows, 4, 64, center=site.mean)
+    worst = advise_width(rows[:2], site, advice, 4_096, 4)
+    assert (worst.d_sae, worst.reason.endswith("measure on more text")) == (16, True)
 
 
 def test_what_cannot_be_diagnosed_is_refused(tiny_llama: Any, tiny_tokens: Tokens) -> None:

@@ -139,3 +139,50 @@ def test_a_run_that_was_stopped_keeps_the_same_firings(
 def test_paired_stores_are_refused(store: ActivationStore) -> None:
     with pytest.raises(OptionError, match="keep_firings must be False for paired"):
         train_recipes(PairedStores(store, store), ["random"], keep_firings=True, **OPTIONS)
+
+
+def test_last_steps_are_those_of_rows_followed_by_hand(store: ActivationStore) -> None:
+    (run,) = train_recipes(store, ["random"], seeds=[3], keep_rows=True, **OPTIONS)
+    found = {(row.group, row.tokens): row for row in lives.last_step_rows([run])}
+    assert len(found) == 2 * (lives.BEFORE + lives.AFTER + 1)
+    sae = SparseAutoencoder(SAEConfig(D_IN, 256, 2, seed=3))
+    initialize(sae, "random", store.spectrum, None, store.sample(1000))
+    trainer = Trainer(sae, replace(OPTIONS["train"], seed=3))
+    norms, biases = [], []
+
+    def follow(trainer: Trainer, output: Any) -> None:
+        norms.append(trainer.sae.encoder_rows.norm(dim=1).clone())
+        biases.append(trainer.sae.b_enc.detach().clone())
+
+    trainer.fit(store, log_every=1, progress=False, on_log=follow)
+    last = trainer.ledger.last_fired
+    dead = last <= 640 - WINDOW
+    own = [
+        (f, place)
+        for f in range(256)
+        if dead[f] and (place := int(last[f]) // 64 - 1) > lives.BEFORE and place + lives.AFTER < 10
+    ]
+    assert own, "some features died late enough to be followed"
+    for offset in range(-lives.BEFORE, lives.AFTER + 1):
+        died, alive = found["died", 64 * offset], found["alive", 64 * offset]
+        assert (died.n_features, alive.n_features) == (len(own), int((~dead).sum()))
+        norm = sum(norms[place + offset][f].item() for f, place in own) / len(own)
+        bias = sum(biases[place + offset][~dead].mean().item() for _, place in own) / len(own)
+        assert died.norm == pytest.approx(norm, rel=1e-5)
+        assert alive.bias == pytest.approx(bias, rel=1e-4, abs=1e-7)
+
+
+def test_rows_are_kept_only_where_asked_for(store: ActivationStore) -> None:
+    (kept,) = train_recipes(store, ["random"], keep_rows=True, **OPTIONS)
+    (firings,) = train_recipes(store, ["random"], keep_firings=True, **OPTIONS)
+    assert kept.folder != firings.folder
+    assert lives.life_rows([kept]) == lives.life_rows([firings])
+    with pytest.raises(CacheError, match="bias"):
+        lives.last_step_rows([firings])
+
+
+def test_a_run_in_which_nothing_died_has_no_numbers(store: ActivationStore) -> None:
+    options = {**OPTIONS, "train": quick(n_tokens=640, dead_window=640)}
+    found = lives.last_step_rows(train_recipes(store, ["random"], keep_rows=True, **options))
+    died = [row for row in found if row.group == "died"]
+    assert {(row.n_features, row.bias, row.norm) for row in died} == {(0, None, None)}

@@ -185,3 +185,18 @@ def test_dimensions_are_shares_of_the_width() -> None:
     figure = collapse.dimension_curves(ranks())
     assert {round(y, 6) for trace in figure.data if trace.y is not None for y in trace.y} == {40 / 64}
     assert {shape.y0 for shape in figure.layout.shapes} == {0.6}
+
+
+def test_a_cut_is_drawn_at_the_directions_of_one_site() -> None:
+    table = spectra(layers=(3,))
+    own = table[table.site == "mlp_out"]
+    figure = collapse.spectrum_cut(table, "mlp_out", 5)
+    (line,) = figure.layout.shapes
+    assert line.x0 == line.x1 == 5 / own.d.iloc[0]
+    assert line.line.color == COLORS["mlp_out"]
+    assert named(figure).keys() == named(collapse.spectra(table)).keys()
+    assert f"5 of {own.d.iloc[0]}" in [note.text for note in figure.layout.annotations]
+    with pytest.raises(DataError, match="the table has no site 'other'"):
+        collapse.spectrum_cut(table, "other", 5)
+    with pytest.raises(DataError, match="draws one layer"):
+        collapse.spectrum_cut(spectra(layers=(0, 3)), "mlp_out", 5)

@@ -359,5 +359,12 @@ def test_layers_need_both_methods_and_bear_a_gap() -> None:
     bars = [trace for trace in traces(figure, "attn_out", 2) if "text" in trace.mode]
     assert len(bars) == 1
     np.testing.assert_allclose(np.square(bars[0].y), 38)
+    # A layer with a random start alone has a mark, and no part in the comparison.
+    one = ranked()[lambda t: ~((t.site == "attn_out") & (t.method == "ASI") & (t.layer == 1))]
+    figure = dead_features.layers_and_sites(one)
+    assert [int(layer) for layer in traces(figure, "attn_out", 1)[0].text] == [1, 3]
+    line, random_bar, _ = traces(figure, "attn_out", 2)
+    np.testing.assert_allclose(line.customdata, [39, 0.39])
+    np.testing.assert_allclose(np.square(random_bar.y), 39)
     none_dead = dead_features.layers_and_sites(ranked().assign(dead_fraction=0.0))
     assert none_dead.layout.yaxis.range[1] > 0

@@ -17,7 +17,7 @@ from asi_lens.base.errors import (
     UnknownNameError,
     UnsupportedModelError,
 )
-from asi_lens.inputs import models, own_tokens
+from asi_lens.inputs import media, media_inputs, media_items, models, own_tokens
 
 pytestmark = pytest.mark.model_facing
 
@@ -140,3 +140,24 @@ def test_a_folder_without_a_processor_says_so(plain_folder: Any, tmp_path: Path)
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(DataError, match="preprocessor_config"):
         al.load_model(tmp_path)
+
+
+def test_packaged_data_is_taken_by_name(plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = media.Media("antibodies", "sequences", "0" * 16)
+    monkeypatch.setattr(media_items, "open_media", lambda name: found)
+    monkeypatch.setattr(media.Media, "items", lambda self: iter(small_plain.sequences()))
+    inputs = al.load_inputs("antibodies", plain("esm"))
+    assert (inputs.corpus, len(inputs)) == ("antibodies", len(small_plain.sequences()))
+    with pytest.raises(DataError, match="holds sequences; the model takes pictures"):
+        al.load_inputs("antibodies", plain("vit"))
+    monkeypatch.undo()
+    with pytest.raises(UnknownNameError, match="packaged: pictures-skimage"):
+        al.load_inputs("pictures-skimag", plain("vit"))
+
+
+def test_what_a_model_reads(plain: Any, tiny_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = {kind: media_inputs.data_kind(plain(kind)) for kind in ("vit", "whisper", "esm", "bert-masked")}
+    assert kinds == {"vit": "pictures", "whisper": "speech", "esm": "sequences", "bert-masked": "sequences"}
+    assert media_inputs.data_kind(tiny_llama) == "text"
+    monkeypatch.setattr(media_inputs, "_TEXT_VOCABULARY", 25)  # words, not residues
+    assert media_inputs.data_kind(plain("esm")) == "text"

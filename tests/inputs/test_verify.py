@@ -239,6 +239,14 @@ def test_a_second_load_reads_what_the_first_has_found(
         verify.verification(second)
 
 
+def test_a_cache_that_cannot_be_written_costs_nothing_but_time(
+    folder_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("ASI_LENS_CACHE", str(tmp_path / "file"))
+    assert verify.verification(load(folder_of("llama"))).holds
+
+
 def test_a_wrong_w_o_is_named(folder_of: Any) -> None:
     model = load(folder_of("llama"))
     projection = twin.original(model.blocks[1].attn.o)

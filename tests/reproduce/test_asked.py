@@ -75,6 +75,18 @@ def test_a_tokenizer_of_the_texts_own_is_no_model(ask: Callable[..., Any]) -> No
     ]
 
 
+def test_data_for_whatever_a_model_takes(ask: Callable[..., Any]) -> None:
+    names = {"pictures": "p", "speech": "s", "sequences": "q"}
+    more = "".join(f"{name} = {value!r}\n" for name, value in names.items())
+    cell = "first = page.load_inputs(lens, 64)\npage.load_inputs(lens, 32, after=first, what='held out')"
+    found = ask(START + more + cell, **names)
+    media = tuple(names.items())
+    assert found.texts == [
+        AskedText("t", "m", 64, 16, media=media),
+        AskedText("t", "m", 32, 16, 4, media=media),
+    ]
+
+
 def test_the_package_itself_may_be_asked(ask: Callable[..., Any]) -> None:
     cell = "import asi_lens as al\nlens = al.load_model('n')\nal.load_tokens('x', lens, 64, context=8)"
     found = ask(cell)

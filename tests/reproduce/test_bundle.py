@@ -25,6 +25,7 @@ page = al.Page("01_alpha", globals())
 lens = page.load_model()
 tokens = page.load_tokens(lens, n_tokens)
 """
+MEDIA = {"pictures": "pictures-skimage", "speech": "speech-prompts", "sequences": "antibodies"}
 # Brings up the loopback of a new network namespace, which kernels need, then runs a command.
 ALONE = """
 import fcntl, os, socket, struct, sys
@@ -57,6 +58,29 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_folder: Any) -> C
     return one
 
 
+def test_data_that_a_model_takes_in_place_of_text(
+    make: Callable[..., dict[str, Any]], tmp_path: Path, plain_folder: Any
+) -> None:
+    """A model of residues takes the packaged sequences; the text for a language model stays out."""
+    cell = CELL.replace("load_tokens", "load_inputs")
+    names = "".join(f'{kind} = "{name}"\n' for kind, name in MEDIA.items())
+    more = f'{names}dtype = "float32"\ncontext = 16\nmain_corpus = "wiki-en"\nn_tokens = 64\n'
+    runs.notebook(
+        tmp_path / "project" / "notebooks" / "01_alpha.ipynb", cell, parameters=runs.PARAMETERS + more
+    )
+    folder = SOURCES["antibodies"].folder
+    folder.mkdir(parents=True)
+    (folder / "vh.csv").write_text("input_seq\nEVQ\n")
+    files = {"vh.csv": {"size": 14, "sha256": ""}}
+    (folder / "manifest.json").write_text(json.dumps({"format": 1, "source": "antibodies", "files": files}))
+    manifest = make(tmp_path / "b", model=str(plain_folder("esm")), without=["wheels", "texts"])
+    assert f"cache/downloads/{folder.name}/vh.csv" in manifest["files"]
+    assert not [name for name in manifest["files"] if "wiki" in name]
+    assert manifest["licenses"]["antibodies"] == SOURCES["antibodies"].license
+    with pytest.raises(OptionError, match="packaged name"):
+        make(tmp_path / "c", model=str(plain_folder("esm")), given={"sequences": "own.txt"})
+
+
 def test_it_holds_what_the_notebooks_ask_for(
     make: Callable[..., dict[str, Any]], tmp_path: Path, tiny_folder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,7 +108,7 @@ def test_it_holds_what_the_notebooks_ask_for(
 
     lens = load_model(tmp_path / "there" / "given" / model.name, dtype="float32", device="cpu")
     load_tokens("wiki-en", lens, 64, context=16)
-    assert not (tmp_path / "empty").exists()
+    assert {path.name for path in (tmp_path / "empty").iterdir()} <= {"verifications"}
     assert len(list(open_corpus("wiki-en").documents())) == 2
     with pytest.raises(Exception, match=r"wiki_offline-0\.0\.7.* is not on this machine"):
         list(open_corpus("wiki-fr").documents())

@@ -334,6 +334,12 @@ def test_c11_tells_the_gains_over_layers() -> None:
     }
 
 
+def test_c11_leaves_out_places_with_a_random_start_alone() -> None:
+    table = gains(**SMALL, attn_out=([0.4, 0.2], [0.1, 0.1]))
+    alone = table[(table.site == "attn_out") & (table.method == "random")].assign(layer=99, dead_fraction=0.9)
+    assert verdicts.c11(pd.concat([table, alone])) == verdicts.c11(table)
+
+
 # --- C12 --------------------------------------------------------------------------------------------
 
 

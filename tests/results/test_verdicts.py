@@ -39,8 +39,15 @@ def judge(claim: str, notebook: str, read: Callable[[str], pd.DataFrame]) -> Ver
         return verdicts.c5(table, read("03_head_overlap"))
     if claim == "C7" and notebook == "06_dictionary_size":
         return verdicts.c7_by_size(table)
+    if claim == "C7" and notebook == "07_layers_and_sites":
+        return verdicts.c7_spliced(read("07_paired"))
+    if claim == "C7":
+        try:
+            return verdicts.c7(table, window(table), read("04_paired"))
+        except FileNotFoundError:  # published before losses were paired
+            return verdicts.c7(table, window(table))
     function = getattr(verdicts, claim.lower())
-    return function(table, window(table)) if claim in ("C7", "C9", "C10") else function(table)
+    return function(table, window(table)) if claim in ("C9", "C10") else function(table)
 
 
 @pytest.mark.parametrize(("folder", "claim", "notebook", "expected"), PUBLISHED)
@@ -63,7 +70,7 @@ def test_published_tables_give_the_published_verdict(
 
 
 def test_every_claim_has_its_function_and_says_where_the_paper_makes_it() -> None:
-    functions = {name for name in vars(verdicts) if re.fullmatch(r"c\d+(_by_size)?", name)}
-    assert functions == {*(f"c{n}" for n in range(1, 13)), "c7_by_size"}
+    functions = {name for name in vars(verdicts) if re.fullmatch(r"c\d+(_by_size|_spliced)?", name)}
+    assert functions == {*(f"c{n}" for n in range(1, 13)), "c7_by_size", "c7_spliced"}
     for name in functions:
         assert re.search(r"paper|abstract|figure", getattr(verdicts, name).__doc__), name

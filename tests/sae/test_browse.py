@@ -14,7 +14,8 @@ import asi_lens as al
 from asi_lens.base.errors import OptionError
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.sae.browse import Browser, card_html, main, write_page
-from asi_lens.sae.features import Card, Context, Features
+from asi_lens.sae.cards import Card, Context
+from asi_lens.sae.features import Features
 
 pytestmark = pytest.mark.filterwarnings("ignore::asi_lens.activations.spectrum.FewTokensWarning")
 

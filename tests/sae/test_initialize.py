@@ -170,6 +170,21 @@ def test_auto_can_be_named(spectrum: Spectrum, sample: torch.Tensor) -> None:
     assert report.d_init == auto_d_init(spectrum)
 
 
+def test_d_init_above_the_rank_is_refused() -> None:
+    flat = rows() @ torch.diag((torch.arange(D_IN) < 10).float())
+    spectrum = Spectrum.of(flat)
+    assert spectrum.rank == 10
+    initialize(make(), "asi", spectrum, 10, flat)
+    with pytest.raises(OptionError, match=r"d_init=11 .*at most 10, the rank of the spectrum"):
+        initialize(make(), "asi", spectrum, 11, flat)
+    few = rows()[:8]
+    with pytest.raises(OptionError, match=r"d_init=8 .*at most 7, the rank of .*n=8 rows"):
+        initialize(make(), "asi", Spectrum.of(few), 8, few)
+    # The automatic choice never is.
+    assert auto_d_init(spectrum) <= 10
+    assert auto_d_init(Spectrum.of(few)) <= 7
+
+
 @pytest.mark.parametrize("d_init", [0, -1, D_IN + 1, None, "automatic", True])
 def test_d_init_that_cannot_be_is_refused(d_init: object, spectrum: Spectrum, sample: torch.Tensor) -> None:
     with pytest.raises(OptionError, match=f"d_init={d_init!r}.*(1 to d_in={D_IN}|a whole number)"):

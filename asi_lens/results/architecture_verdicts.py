@@ -1,0 +1,141 @@
+"""C1, C4 and C5 on several architectures, and answers for each: tables in, verdicts and answers out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import pandas as pd
+
+from asi_lens.results import rank_verdicts
+from asi_lens.results.beyond_rows import AnswerRow
+from asi_lens.results.judging import (
+    Found,
+    Holds,
+    UntestedError,
+    Verdict,
+    claim,
+    counted,
+    held_out,
+    spread,
+    taken,
+)
+
+_SHOWN = 3
+"""Numbers of each architecture's verdict whose mean and range are shown."""
+
+
+@claim(
+    "C1",
+    "Attention outputs use fewer directions than MLP outputs and residual streams, on every architecture",
+    "effective rank: attn_out 0.60, others 0.90 (text decoders; v3)",
+)
+def c1_on_each(ranks: pd.DataFrame) -> Found:
+    """C1 on several architectures: `rank_verdicts.c1` of each model.
+
+    Takes `RankRow`s. Holds if C1 holds on every model, partly if on some; not judged if it cannot be judged
+    on one of them.
+    """
+    return _on_each(_c1(ranks))
+
+
+@claim(
+    "C4",
+    "The output projection makes the collapse on every architecture",
+    "rank of z high, restored by a flat W_O (text decoders)",
+)
+def c4_on_each(projections: pd.DataFrame, ranks: pd.DataFrame) -> Found:
+    """C4 on several architectures: `rank_verdicts.c4` of each model, by the rule of `c1_on_each`.
+
+    Takes `OutputProjectionRow`s and `RankRow`s.
+    """
+    return _on_each(_c4(projections, ranks))
+
+
+@claim(
+    "C5",
+    "The squeeze comes from overlap among the heads' output subspaces on every architecture",
+    "orthogonal heads restore the rank (text decoders)",
+)
+def c5_on_each(projections: pd.DataFrame, overlaps: pd.DataFrame) -> Found:
+    """C5 on several architectures: `rank_verdicts.c5` of each model, by the rule of `c1_on_each`.
+
+    Takes `OutputProjectionRow`s and `HeadOverlapRow`s.
+    """
+    return _on_each(_c5(projections, overlaps))
+
+
+def architectures(
+    ranks: pd.DataFrame, projections: pd.DataFrame, overlaps: pd.DataFrame, trained: pd.DataFrame
+) -> list[AnswerRow]:
+    """Answer for each architecture whether C1, C4 and C5 hold, and whether ASI keeps features alive.
+
+    Takes `RankRow`s, `OutputProjectionRow`s, `HeadOverlapRow`s and `DeadFeatureRow`s of the methods `random`
+    and `ASI`. ASI keeps features alive if in every seed it has fewer silent features than the random start on
+    held-out data, at no higher FVU. A claim that holds in part is a "no" that says so.
+    """
+    judged = {"C1": _c1(ranks), "C4": _c4(projections, ranks), "C5": _c5(projections, overlaps)}
+    out = [
+        _answer(f"{name} on {model}", verdict)
+        for name, verdicts in judged.items()
+        for model, verdict in verdicts.items()
+    ]
+    held = held_out(trained, ["model", "method", "seed"], ["dead_fraction", "fvu"])
+    return [*out, *(_gain(str(model), part) for model, part in held.groupby("model", sort=False))]
+
+
+def _c1(ranks: pd.DataFrame) -> dict[str, Verdict | None]:
+    return _judged(ranks, lambda one, model: rank_verdicts.c1(one, model, str(one.corpus.iloc[0])))
+
+
+def _c4(projections: pd.DataFrame, ranks: pd.DataFrame) -> dict[str, Verdict | None]:
+    return _judged(projections, lambda one, model: rank_verdicts.c4(one, ranks[ranks.model == model]))
+
+
+def _c5(projections: pd.DataFrame, overlaps: pd.DataFrame) -> dict[str, Verdict | None]:
+    return _judged(projections, lambda one, model: rank_verdicts.c5(one, overlaps[overlaps.model == model]))
+
+
+def _judged(
+    table: pd.DataFrame, judge: Callable[[pd.DataFrame, str], Verdict | None]
+) -> dict[str, Verdict | None]:
+    """Return the verdict on each model, in the order of the table."""
+    models = taken(table, ["model", "corpus"], []).model.unique()
+    return {str(model): judge(table[table.model == model], str(model)) for model in models}
+
+
+def _on_each(judged: Mapping[str, Verdict | None]) -> Found:
+    """Return one result of the verdicts on several models; means and ranges are over the models."""
+    known = [verdict for verdict in judged.values() if verdict is not None]
+    if not known or len(known) < len(judged):
+        raise UntestedError
+    numbers = spread(
+        "architectures where it holds", pd.Series([one.holds is True for one in known]).mean(), percent=True
+    )
+    for place in range(min(_SHOWN, *(len(one.numbers) for one in known))):
+        same = [one.numbers[place] for one in known]
+        numbers += spread(same[0].name, pd.Series([one.value for one in same]), percent=same[0].percent)
+    results = {verdict.holds for verdict in known}
+    holds: Holds = None if None in results else "partly"
+    if len(results) == 1:
+        holds = known[0].holds
+    return Found(numbers, counted(len(known), "architecture"), holds)
+
+
+def _answer(question: str, verdict: Verdict | None) -> AnswerRow:
+    if verdict is None or verdict.holds is None:
+        return AnswerRow(question, "not testable here", "rows or numbers are missing")
+    told = ", ".join(f"{number.name} {number.text}" for number in verdict.numbers[:_SHOWN])
+    part = "in part: " if verdict.holds == "partly" else ""
+    return AnswerRow(question, "yes" if verdict.holds is True else "no", f"{part}{told}")
+
+
+def _gain(model: str, held: pd.DataFrame) -> AnswerRow:
+    question = f"ASI keeps more features alive than a random start on {model}"
+    wide = held.set_index(["seed", "method"])[["dead_fraction", "fvu"]].unstack("method")
+    if not {"random", "ASI"} <= set(held.method) or wide.isna().any(axis=None):
+        return AnswerRow(question, "not testable here", "ASI or random is missing")
+    dead, fvu = wide.dead_fraction, wide.fvu
+    better = (dead.random > dead.ASI) & (fvu.random >= fvu.ASI)
+    told = f"silent {dead.random.mean():.1%} from a random start, {dead.ASI.mean():.1%} from ASI; FVU "
+    told += f"{fvu.random.mean():.3f}, {fvu.ASI.mean():.3f}; better in {int(better.sum())} of "
+    return AnswerRow(question, "yes" if better.all() else "no", told + counted(len(better), "seed"))
