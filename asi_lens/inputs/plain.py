@@ -111,7 +111,6 @@ class PlainModel(nn.Module):
         self.source, self.part = source.eval(), (part or "encoder") if two else ""
         self.takes: Takes = TAKES[source.main_input_name]
         self.processor, self.tokenizer = processor, tokenizer
-        source.config.use_cache = False
         layers = self.blocks
         out = self._module(layers[0], "attn.o")
         d_z, d_model = projection_weight(out).shape
