@@ -40,9 +40,10 @@ def rank_over_training(table: pd.DataFrame, packaged: pd.DataFrame | None = None
     # At the start the loss is that of equal guesses, and would flatten all that follows.
     trained = means[means.tokens > 0].join(base.rename("base"), on=["seed", "tokens"])
     trained = trained.assign(difference=trained.validation_loss - trained.base).dropna(subset=["difference"])
+    told = [over(table, "seed"), "" if packaged is None else f"dotted: {order(packaged, 'model')[0]}"]
     figure = panels(
         "Does a higher rank of attention help the model?",
-        setting(table, what=over(table, "seed")),
+        setting(table, what=" · ".join(filter(None, told))),
         [["validation loss", "less the baseline's, same seed", "rank of attention, mean over layers"]],
         shared_y=False,
     )
@@ -62,12 +63,6 @@ def rank_over_training(table: pd.DataFrame, packaged: pd.DataFrame | None = None
         figure.add_hline(
             y=packaged.effective_rank_fraction.mean(),
             line={"color": GREY, "dash": "dot"},
-            annotation={
-                "text": packaged.model.iloc[0],
-                "font": {"size": 12, "color": GREY},
-                "bgcolor": "white",
-            },
-            annotation_position="top right",
             row=1,
             col=3,
         )

@@ -58,7 +58,8 @@ def test_a_released_model_is_a_dotted_line() -> None:
     (line,) = figure.layout.shapes
     assert line.y0 == line.y1 == pytest.approx(0.4)
     assert (line.xref, line.yref) == ("x3 domain", "y3")
-    assert "released" in [note.text for note in figure.layout.annotations]
+    assert figure.layout.title.subtitle.text.endswith("mean and range over seeds · dotted: released")
+    assert "dotted" not in rank_over_training(table()).layout.title.subtitle.text
 
 
 def test_every_seed_is_a_mark() -> None:
