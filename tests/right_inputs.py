@@ -85,7 +85,7 @@ def _page_with_data(world: World) -> Any:
     page = world.page
     page._model = world.model
     if "split" not in world.kept:
-        sizes = {"n_tokens": 64, "n_tokens_held_out": 32, "n_tokens_loss": 16, "context": 16}
+        sizes = {"n_tokens": 64, "n_tokens_held_out": 32, "n_tokens_loss": 32, "context": 16}
         texts, wheres = ["abcdefgh " * 60], [("attn_out", 1)]
         world.kept["split"] = al.harvest_split(world.model, texts, wheres, **sizes)
     page._data = world.kept["split"]
@@ -98,7 +98,9 @@ def _page_store(world: World) -> Any:
 
 def _runs(world: World) -> Any:
     if "runs" not in world.kept:
-        world.kept["runs"] = _page_with_data(world).train(_page_store(world), ["random"], progress=False)
+        world.kept["runs"] = _page_with_data(world).train(
+            _page_store(world), ["random", "ASI"], progress=False
+        )
     return world.kept["runs"]
 
 
@@ -355,12 +357,15 @@ DOORS: dict[str, Callable[[World], Made]] = {
         PAGE_OF, "load_tokens", model=MODEL, n_tokens=_is(32), corpus=_is(["abcdefgh " * 60]), after=_is(None),
         what=_is("w"),
     ),
+    "Page.small_tokenizer": _of(PAGE_OF, "small_tokenizer", vocab=_is(260)),
+    "Page.load_inputs": _of(PAGE_OF, "load_inputs", model=MODEL, n_rows=_is(32), after=_is(None), what=_is("w")),
     "Page.harvest": _of(PAGE_OF, "harvest", model=MODEL, wheres=WHERES),
     "Page.train_config": _of(PAGE_OF, "train_config"),
     "Page.train": _of(
         PAGE_DATA, "train", store=_page_store, methods=_is(["random"]), d_sae=_is(32), lr=_is(1e-3)
     ),
     "Page.rows": _of(PAGE_DATA, "rows", runs=_runs, held_out=_page_store, losses=NO, curves=NO, drift=NO),
+    "Page.paired": _of(PAGE_DATA, "paired", runs=_runs, reference=_is("random")),
     "Page.setting": _of(PAGE_OF, "setting", model=MODEL, tokens=TOKENS),
     "Page.budget": _of(PAGE_DATA, "budget", runs=_runs, losses=NO, before=_is(""), after=_is("")),
     "Page.table": _of(PAGE_OF, "table", rows=_is([_ROW]), row=_is(RankRow), stem=_is("03_more")),
