@@ -15,6 +15,8 @@ _SHOWN = (
     ("mean_cosine", "cosine with the mean"),
 )
 _TONES = ("#56B4E9", "#0072B2", "#CC79A7", "#882255", "#E69F00", "#8C6D00", "#009E73", "#444444")
+_LONG = 5
+"""Cases from which the legend takes two lines."""
 
 
 def last_steps(table: pd.DataFrame) -> go.Figure:
@@ -24,13 +26,14 @@ def last_steps(table: pd.DataFrame) -> go.Figure:
     are alive at the end, at the same time; means over seeds, bands their range.
     """
     need(table, LastStepRow)
+    cases = table[["optimizer", "lr"]].drop_duplicates().sort_values(["optimizer", "lr"]).to_numpy()
     figure = panels(
         "The last steps before features die",
         setting(table, what=over(table, "seed")),
         [[title for _, title in _SHOWN]],
         shared_y=False,
+        legend=1 if len(cases) < _LONG else 2,
     )
-    cases = table[["optimizer", "lr"]].drop_duplicates().sort_values(["optimizer", "lr"]).to_numpy()
     for i, (optimizer, lr) in enumerate(cases):
         own = table[(table.optimizer == optimizer) & (table.lr == lr)]
         name, look = f"{optimizer}, lr {lr:g}", (_TONES[i % len(_TONES)], "circle")

@@ -30,15 +30,15 @@ def panels(
     *,
     y: str = "",
     shared_y: bool = True,
-    legend: bool = True,
+    legend: int = 1,
     left: int = 76,
     bottom: int = 62,
     plot: int = 340,
 ) -> go.Figure:
     """Return a figure of empty panels; `titles` has a list per row. A single panel shows no title.
 
-    Panels of a row have one y axis, unless `shared_y` is false. `left` and `bottom` are margins, `plot`
-    is the height of a row, in pixels.
+    Panels of a row have one y axis, unless `shared_y` is false. `legend` is the number of its lines, `left`
+    and `bottom` are margins, `plot` is the height of a row, in pixels.
     """
     rows, cols = len(titles), max(len(row) for row in titles)
     alone = rows == cols == 1
