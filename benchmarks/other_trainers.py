@@ -1,7 +1,7 @@
 """Dead features in the training loops of SAELens and sparsify, as they start and with ASI, same budget.
 
     make setup-peers
-    .venv-peers/bin/python benchmarks/other_trainers.py [--tokens 524288] [--d-sae 4096] [--seeds 0,1,2]
+    .venv-peers/bin/python benchmarks/other_trainers.py [--tokens 524288] [--seeds 0,1,2] [--libraries ...]
 
 SAELens: `SAETrainer` over a `TopKTrainingSAE` on stored attention outputs of smollm2-135m, layer 15.
 sparsify: its `Trainer` over the model and token ids. All options are the libraries' own defaults except
@@ -128,11 +128,14 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=65_536)
     parser.add_argument("--d-sae", type=int, default=4096)
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--libraries", default="SAELens,sparsify")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     data = Data(args.tokens, args.held_out)
     results = []
-    for library, train in (("SAELens", saelens), ("sparsify", sparsify)):
+    trainers = {"SAELens": saelens, "sparsify": sparsify}
+    for library in args.libraries.split(","):
+        train = trainers[library]
         for seed in (int(each) for each in args.seeds.split(",")):
 
             def asi(coder: Any, seed: int = seed) -> None:

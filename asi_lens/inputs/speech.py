@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _CROSSINGS, _BETA = 32, 9.0
 # Share of the lower rate's band that passes.
 _PASSED = 0.95
+# A text that a decoder writes ends this many tokens before its context, or not at all (its prefix is cut).
+_ROOM = 8
 _SCALES = {np.dtype(np.int16): 2.0**15, np.dtype(np.int32): 2.0**31}
 
 
@@ -122,7 +124,8 @@ def made(model: PlainModel, items: Iterable[Any], offset: int = 0, join: bool = 
 
     The encoder's input is always 30 s. Rows are the positions whose 20 ms are all real audio. A longer clip
     is cut into pieces of 30 s, which have no text; with `join`, whole clips are laid end to end until no more
-    fit. A decoder's rows are the tokens of the text: the clip's own, else those that the model writes.
+    fit. A decoder's rows are the tokens of the text: the clip's own, else those that the model writes; a text
+    of the model's that does not end is a DataError.
     """
     extractor = model.processor
     if extractor is None or not hasattr(extractor, "hop_length"):
@@ -201,6 +204,11 @@ def _decoder_ids(model: PlainModel, frames: Tensor, clip: Clip) -> Tensor:
         with torch.inference_mode():
             features = model.placed(frames[None])
             ids = model.source.generate(features, do_sample=False, num_beams=1)[0].cpu().clone()
+        if len(ids) > model.cfg.n_ctx - _ROOM:
+            raise DataError(
+                f"{clip.name}: the model writes to the end of its context, as Whisper does where it repeats "
+                "a word; give a text: (samples, rate, text)"
+            )
     if len(ids) > model.cfg.n_ctx:
         raise DataError(f"{clip.name} has a text of {len(ids)} tokens; the decoder takes {model.cfg.n_ctx}")
     if not bool(_is_text(tokenizer, ids).any()):

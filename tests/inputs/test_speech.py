@@ -182,6 +182,14 @@ def test_without_a_text_the_model_writes_one(plain: Any) -> None:
     assert inputs.fingerprint == again.fingerprint
 
 
+def test_a_text_of_the_models_that_does_not_end_is_refused(plain: Any) -> None:
+    model = plain("whisper", "decoder")
+    model.source.generation_config.max_new_tokens = None
+    model.source.generation_config.max_length = model.cfg.n_ctx
+    with pytest.raises(DataError, match=r"clip 0.* to the end of its context"):
+        al.load_inputs(small_plain.clips((1.0,) * 8), model)
+
+
 def test_texts_that_do_not_fit(plain: Any, plain_folder: Any, tmp_path: Path) -> None:
     clip = small_plain.clips((1.0,))[0]
     with pytest.raises(DataError, match=r"text of 40 tokens; the decoder takes 32"):
