@@ -11,6 +11,7 @@ import pytest
 from made_up_ranks import losses, overlaps, projections, ranks, spectra
 
 from asi_lens.base.errors import DataError, UnknownNameError
+from asi_lens.base.sites import SITES
 from asi_lens.figures import collapse, output_projection
 from asi_lens.figures.style import COLORS, color, pick
 
@@ -63,7 +64,8 @@ def test_a_site_has_its_color_and_marker_everywhere() -> None:
                 symbols.setdefault(name, set()).add((trace.line.color, trace.marker.symbol))
     assert all(len(found) == 1 for found in symbols.values())
     assert len({next(iter(found)) for found in symbols.values()}) == len(symbols) == 4
-    assert {trace.line.color for trace in named(collapse.spectra(spectra())).values()} == set(COLORS.values())
+    drawn = {trace.line.color for trace in named(collapse.spectra(spectra())).values()}
+    assert drawn == {COLORS[name] for name in SITES}
 
 
 def test_other_hooks_get_a_color_of_their_own_that_stays() -> None:

@@ -170,6 +170,7 @@ def test_auto_can_be_named(spectrum: Spectrum, sample: torch.Tensor) -> None:
     assert report.d_init == auto_d_init(spectrum)
 
 
+@pytest.mark.filterwarnings("ignore::asi_lens.activations.spectrum.FewTokensWarning")
 def test_d_init_above_the_rank_is_refused() -> None:
     flat = rows() @ torch.diag((torch.arange(D_IN) < 10).float())
     spectrum = Spectrum.of(flat)
