@@ -19,8 +19,9 @@ from torch.nn.functional import pad
 from asi_lens.kernels import devices
 from asi_lens.kernels.codes import SparseCode, side_by_side
 
-# Bytes and rows of a tile on a CPU: the top-k reads a tile while it is still in the cache.
-_TILE_BYTES, _TILE_ROWS = 16 * 2**20, 512
+# Bytes of a tile on a CPU (the top-k reads a tile while it is still in the cache), and its rows for each byte
+# of a number: products in float32 gain a tenth from 1,024 rows, those in bfloat16 lose as much.
+_TILE_BYTES, _ROWS_PER_BYTE = 16 * 2**20, 256
 # Columns of a bias among the weights: 16 bytes in bfloat16, since tensor cores need aligned rows.
 BIAS_COLUMNS = 8
 # Floats are compared as integers of the same bits: seven times as fast with bfloat16 on a CPU.
@@ -158,7 +159,7 @@ def encode_topk(
     """
     n, batch = encoder.shape[0] if features is None else features.shape[0], x.shape[0]
     on_cpu = devices.is_host(x.device)
-    height = max(1, min(batch, _TILE_ROWS) if on_cpu else batch)
+    height = max(1, min(batch, _ROWS_PER_BYTE * x.element_size()) if on_cpu else batch)
     tile = tile_bytes or (_TILE_BYTES if on_cpu else devices.scratch_bytes(x.device))
     # On a GPU a tile may be as large as the dictionary; the copy of its weights is then limited, too.
     width = max(k, tile // ((height if on_cpu else max(height, x.shape[1])) * x.element_size()))
