@@ -73,7 +73,8 @@ test-tl4: $(SETUP_TL4) ## run the model-facing tests in a second environment wit
 
 test-peers: $(SETUP_PEERS) ## check dictionaries and converted models against other libraries, in a third environment
 	$(VENV_PEERS)/bin/python -m pytest tests/sae/test_peers.py tests/sae/test_foreign.py \
-	    tests/experiments/test_released.py tests/inputs/test_conversions.py $(ARGS)
+	    tests/experiments/test_released.py tests/inputs/test_conversions.py \
+	    "tests/test_docs.py::test_the_code_of_a_page_runs[docs/your_trainer.md]" $(ARGS)
 
 test-triton: $(SETUP_TRITON) ## run the kernels in Triton's interpreter and compile them for Hopper, without a card
 	TRITON_INTERPRET=1 $(VENV_TRITON)/bin/python -m pytest -n auto $(TRITON_TESTS) $(ARGS)

@@ -24,6 +24,7 @@ SMALLER = {
     "n_ov=2_304": "n_ov=288",
     "dead_window=100_000": "dead_window=2_000",
     "context=256": "context=64",
+    "d_init=256": "d_init=6",
 }
 PAGES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))]
 
