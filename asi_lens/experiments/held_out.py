@@ -8,9 +8,8 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import nn
 
-from asi_lens.base.cache import cached_jsons
 from asi_lens.inputs.corpora import Tokens
-from asi_lens.inputs.fingerprint import is_fixed, number_key
+from asi_lens.inputs.fingerprint import cached_numbers, number_key
 from asi_lens.inputs.models import model_info
 from asi_lens.results.rows import LOSSES
 from asi_lens.sae.evaluate import Evaluation
@@ -64,6 +63,4 @@ def held_out_numbers(
             for one in evaluate([runs[position] for position in missing])
         ]
 
-    if info is not None and not is_fixed(info.fingerprint):
-        return measure(list(range(len(runs))))
-    return cached_jsons("evaluations", [{**judged, "run": run.folder.name} for run in runs], measure)
+    return cached_numbers("evaluations", [{**judged, "run": run.folder.name} for run in runs], measure)

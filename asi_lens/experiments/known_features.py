@@ -21,7 +21,7 @@ from asi_lens.experiments.recipes import find_recipe
 from asi_lens.experiments.rows import dead_feature_rows
 from asi_lens.experiments.runs import TrainedRun, train_recipes
 from asi_lens.results.beyond_rows import KnownFeatureRow
-from asi_lens.sae.firings import codes_in_order
+from asi_lens.sae.firings import find_firings
 from asi_lens.sae.matching import match_features
 from asi_lens.training.config import TrainConfig
 
@@ -138,9 +138,7 @@ def _rows(
     sae = run.sae()
     match = match_features(truth.directions, sae.W_dec.detach())
     good = match.cosine >= FOUND
-    fires = torch.zeros(sae.d_sae, dtype=torch.bool)
-    for _, code in codes_in_order(sae, held_out):
-        fires[code.indices[code.values > 0]] = True
+    fires = find_firings(sae, held_out, top=1, sampled=1, progress=False).counts > 0
     live = fires[match.partner]
     about: dict[str, Any] = {
         "model": MODEL,

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from asi_lens.base.cache import cached_jsons
 from asi_lens.base.errors import DataError, require
 from asi_lens.experiments.runs import TrainedRun
 from asi_lens.inputs.corpora import Tokens
-from asi_lens.inputs.fingerprint import is_fixed, number_key
+from asi_lens.inputs.fingerprint import cached_numbers, number_key
 from asi_lens.inputs.models import model_info, resolve_device
 from asi_lens.results.rows import PairedLossRow
 from asi_lens.sae.splice import sequence_losses
@@ -63,6 +62,8 @@ def paired_rows(
         if method == reference:
             continue
         _, other_loss, other_kl = found[reference, seed]
+        loss_difference, loss_error = _pair(loss, other_loss)
+        kl_difference, kl_error = _pair(kl, other_kl)
         out.append(
             PairedLossRow(
                 model=info.name,
@@ -75,15 +76,11 @@ def paired_rows(
                 reference=reference,
                 seed=seed,
                 cross_entropy_delta=(loss - clean).mean().item(),
-                **dict(
-                    zip(
-                        ("cross_entropy_difference", "cross_entropy_error"),
-                        _pair(loss, other_loss),
-                        strict=True,
-                    )
-                ),
+                cross_entropy_difference=loss_difference,
+                cross_entropy_error=loss_error,
                 kl=kl.mean().item(),
-                **dict(zip(("kl_difference", "kl_error"), _pair(kl, other_kl), strict=True)),
+                kl_difference=kl_difference,
+                kl_error=kl_error,
             )
         )
     return out
@@ -112,7 +109,7 @@ def _pair(own: Tensor, other: Tensor) -> tuple[float, float]:
 
 def _measured(
     groups: Sequence[Sequence[TrainedRun]], model: nn.Module, tokens: Tokens, progress: bool
-) -> list[tuple[Tensor, Tensor, Tensor]]:
+) -> list[tuple[Tensor, ...]]:
     """Return clean losses, losses and KL of each sequence, for each group of dictionaries."""
 
     def measure(missing: list[int]) -> list[dict[str, list[float]]]:
@@ -135,18 +132,9 @@ def _measured(
         ]
 
     info = model_info(model)
-    everything = list(range(len(groups)))
-    if is_fixed(info.fingerprint):
-        shared = number_key(info.fingerprint, info.dtype, tokens.fingerprint, format=_FORMAT)
-        keys = [{**shared, "runs": sorted(run.folder.name for run in own)} for own in groups]
-        found = cached_jsons("paired", keys, measure)
-    else:
-        found = measure(everything)
+    shared = number_key(info.fingerprint, info.dtype, tokens.fingerprint, format=_FORMAT)
+    keys = [{**shared, "runs": sorted(run.folder.name for run in own)} for own in groups]
     return [
-        (
-            torch.tensor(one["clean"], dtype=torch.float64),
-            torch.tensor(one["loss"], dtype=torch.float64),
-            torch.tensor(one["kl"], dtype=torch.float64),
-        )
-        for one in found
+        tuple(torch.tensor(one[name], dtype=torch.float64) for name in ("clean", "loss", "kl"))
+        for one in cached_numbers("paired", keys, measure)
     ]

@@ -17,7 +17,7 @@ import importlib.metadata
 import json
 import marshal
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
@@ -26,7 +26,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from asi_lens.base.cache import cached_json
+from asi_lens.base.cache import cached_json, cached_jsons
 from asi_lens.inputs import structure, twin
 
 _ADDED = "with added hooks "
@@ -76,6 +76,18 @@ def cached_number(kind: str, key: Mapping[str, Any], compute: Callable[[], Any])
     `key` is a `number_key`. With hooks that somebody added to the model the cache is not used.
     """
     return cached_json(kind, key, compute) if is_fixed(key["weights"]) else compute()
+
+
+def cached_numbers(
+    kind: str, keys: Sequence[Mapping[str, Any]], compute: Callable[[list[int]], Sequence[Any]]
+) -> list[Any]:
+    """Return one number per key as `cache.cached_jsons` does; all are computed where the cache is not used.
+
+    `keys` are `number_key`s of one model, or keys of numbers that no model is part of.
+    """
+    if all(is_fixed(key.get("weights", "")) for key in keys):
+        return cached_jsons(kind, keys, compute)
+    return list(compute(list(range(len(keys)))))
 
 
 @cache

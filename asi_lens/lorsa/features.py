@@ -22,7 +22,7 @@ from asi_lens.lorsa.contexts import read_from
 from asi_lens.lorsa.data import SequencePairs
 from asi_lens.lorsa.lorsa import Lorsa
 from asi_lens.sae.cards import Card, Context, Reading
-from asi_lens.sae.features import Features
+from asi_lens.sae.features import Features, require_text_of
 from asi_lens.sae.firings import Firings, count_firings
 
 # Values z~ [sequence position unit] held at a time.
@@ -69,11 +69,7 @@ class UnitFeatures(Features):
         theirs = pairs.metadata.get("tokens")
         if theirs is None:
             raise OptionError("these pairs were not harvested from tokens: their rows have no text")
-        if theirs != tokens.fingerprint:
-            raise OptionError(
-                f"tokens={tokens.corpus!r}, fingerprint {tokens.fingerprint}, are not allowed; tokens must "
-                f"be those of the pairs, with fingerprint {theirs}"
-            )
+        require_text_of("the pairs", theirs, tokens)
         require(pairs.d == lorsa.d_in, "pairs", f"of width {pairs.d}", f"of width d_in={lorsa.d_in}")
         codes = self._codes()
         self.firings: Firings = count_firings(codes, lorsa.n_ov, pairs.n, top, sampled, seed, progress)

@@ -74,12 +74,7 @@ class Features:
         self._rows = rows
         if "tokens_fingerprint" not in rows.metadata:
             raise OptionError("the rows of this store have no text: they were not harvested from tokens")
-        theirs = rows.metadata["tokens_fingerprint"]
-        if theirs != tokens.fingerprint:
-            raise OptionError(
-                f"tokens={tokens.corpus!r}, fingerprint {tokens.fingerprint}, are not allowed; tokens must "
-                f"be those of the store, with fingerprint {theirs}"
-            )
+        require_text_of("the store", rows.metadata["tokens_fingerprint"], tokens)
         self.firings: Firings = find_firings(
             sae, store, top=top, sampled=sampled, seed=seed, progress=progress
         )
@@ -290,3 +285,12 @@ class Features:
         rows, which = index.unique(return_inverse=True)
         code = self.sae.encode(self._rows.rows(rows))
         return (code.values * (code.indices == feature)).sum(-1).cpu()[which]
+
+
+def require_text_of(what: str, fingerprint: str, tokens: Tokens) -> None:
+    """Raise OptionError unless `tokens` are those that `what` was harvested from."""
+    if fingerprint != tokens.fingerprint:
+        raise OptionError(
+            f"tokens={tokens.corpus!r}, fingerprint {tokens.fingerprint}, are not allowed; tokens must "
+            f"be those of {what}, with fingerprint {fingerprint}"
+        )
