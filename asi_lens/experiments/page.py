@@ -83,9 +83,12 @@ class Page:
             raise OptionError(f"{self.notebook} has no parameter {name!r} in its cell of parameters")
         return self.parameters[name]
 
-    def load_model(self, name: str | None = None) -> nn.Module:
-        """Return the parameters' model, or the model called `name`, in the `dtype` of the parameters."""
-        self._model = load_model(self["model"] if name is None else name, dtype=self["dtype"])
+    def load_model(self, name: str | None = None, part: str | None = None) -> nn.Module:
+        """Return the parameters' model, or the model called `name`, in the `dtype` of the parameters.
+
+        `part` is "decoder" for the text decoder of a model of speech.
+        """
+        self._model = load_model(self["model"] if name is None else name, dtype=self["dtype"], part=part)
         info = model_info(self._model)
         self._sources[info.label] = info.fingerprint
         return self._model

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from asi_lens.figures.architectures import overlap_by_layer, starts_by_architecture
+from asi_lens.figures.architectures import (
+    overlap_by_layer,
+    starts_by_architecture,
+    with_cross,
+)
 from asi_lens.figures.beyond import (
     death_at_start,
     inputs_and_starts,

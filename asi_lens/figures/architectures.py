@@ -7,6 +7,7 @@ import plotly.graph_objects as go
 
 from asi_lens.figures.parts import legend_only, panels
 from asi_lens.figures.style import GREY, METHOD_COLORS, need, order, setting
+from asi_lens.results.architecture_verdicts import CROSS_ATTENTION, cross_named
 from asi_lens.results.rows import DeadFeatureRow, HeadOverlapRow
 
 _MEASURES = (("dead_fraction", "silent features, held out (%)", 100), ("fvu", "FVU, held out", 1))
@@ -16,13 +17,14 @@ def starts_by_architecture(table: pd.DataFrame) -> go.Figure:
     """Draw silent features and FVU on held-out data of every method, a panel per number, models side by side.
 
     Takes `DeadFeatureRow`s, of which the held-out rows are drawn. A dot is a seed, a bar the mean over seeds.
+    A decoder's cross-attention stands beside its other site.
     """
     need(table, DeadFeatureRow)
-    held = table[table.split == "held_out"]
+    held = cross_named(table[table.split == "held_out"])
     models, methods = order(held, "model"), order(held, "method")
     figure = panels(
         "A random start and ASI on other architectures",
-        setting(held, tokens=False, what="a dot per seed, a bar at the mean"),
+        setting(table, tokens=False, what="a dot per seed, a bar at the mean"),
         [[title for _, title, _ in _MEASURES]],
         shared_y=False,
     )
@@ -59,9 +61,22 @@ def starts_by_architecture(table: pd.DataFrame) -> go.Figure:
         color = METHOD_COLORS.get(method, GREY)
         legend_only(figure, method, mode="markers", marker={"size": 9, "color": color})
     figure.update_xaxes(
-        tickvals=list(range(len(models))), ticktext=models, range=[-0.6, len(models) - 0.4], showgrid=False
+        tickvals=list(range(len(models))),
+        ticktext=[model.replace(" ", "<br>") for model in models],
+        range=[-0.6, len(models) - 0.4],
+        showgrid=False,
     )
     return figure
+
+
+def with_cross(own: pd.DataFrame, cross: pd.DataFrame) -> pd.DataFrame:
+    """Return a table of decoders' self-attention and cross-attention, each with a panel in `wo_ablation` and
+    `overlap_by_layer`.
+
+    `own` holds `OutputProjectionRow`s or `HeadOverlapRow`s of any models, `cross` those of cross-attention.
+    """
+    decoders = own[own.model.isin(cross.model)]
+    return pd.concat([decoders, cross.assign(model=cross.model + CROSS_ATTENTION)])
 
 
 def overlap_by_layer(table: pd.DataFrame) -> go.Figure:

@@ -30,6 +30,8 @@ from asi_lens.results.rows import LossRow, RankRow, SpectrumRow
 
 # Values of loss recovered below this are not drawn: how far a value is below ablation does not matter.
 _LOWEST = -0.5
+# Sites in a line of the legend.
+_SITES_OF_A_LINE = 5
 
 
 def rank_curves(table: pd.DataFrame) -> go.Figure:
@@ -69,7 +71,8 @@ def _by_layer(table: pd.DataFrame, column: str, title: str, y: str) -> go.Figure
     """Return a figure of `column` over layers, a line per site, a panel per model."""
     need(table, RankRow)
     models = order(table, "model")
-    figure = panels(title, setting(table, what=over(table, "corpus")), [models], y=y)
+    legend = 1 if table.site.nunique() <= _SITES_OF_A_LINE else 2
+    figure = panels(title, setting(table, what=over(table, "corpus")), [models], y=y, legend=legend)
     for col, model in enumerate(models, start=1):
         part = table[table.model == model]
         site_curves(figure, part, "layer", column, 1, col)

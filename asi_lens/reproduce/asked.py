@@ -249,7 +249,7 @@ class _Page:
     def __getitem__(self, name: str) -> Any:
         return self._parameters[name]
 
-    def load_model(self, name: str | None = None) -> Any:
+    def load_model(self, name: str | None = None, part: str | None = None) -> Any:
         return self._package.load_model(self["model"] if name is None else name)
 
     def small_tokenizer(self, vocab: Any) -> Any:

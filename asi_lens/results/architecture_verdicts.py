@@ -20,6 +20,8 @@ from asi_lens.results.judging import (
     taken,
 )
 
+CROSS_ATTENTION = " (cross-attention)"
+"""Follows a decoder's name where its attention to the encoder is shown as an architecture of its own."""
 _SHOWN = 3
 """Numbers of each architecture's verdict whose mean and range are shown."""
 
@@ -65,22 +67,50 @@ def c5_on_each(projections: pd.DataFrame, overlaps: pd.DataFrame) -> Found:
 
 
 def architectures(
-    ranks: pd.DataFrame, projections: pd.DataFrame, overlaps: pd.DataFrame, trained: pd.DataFrame
+    ranks: pd.DataFrame,
+    projections: pd.DataFrame,
+    overlaps: pd.DataFrame,
+    trained: pd.DataFrame,
+    cross: tuple[pd.DataFrame, pd.DataFrame] | None = None,
 ) -> list[AnswerRow]:
     """Answer for each architecture whether C1, C4 and C5 hold, and whether ASI keeps features alive.
 
     Takes `RankRow`s, `OutputProjectionRow`s, `HeadOverlapRow`s and `DeadFeatureRow`s of the methods `random`
     and `ASI`. ASI keeps features alive if in every seed it has fewer silent features than the random start on
     held-out data, at no higher FVU. A claim that holds in part is a "no" that says so.
+
+    `cross`: `OutputProjectionRow`s and `HeadOverlapRow`s of decoders' cross-attention. It is judged by the
+    same rules, `cross_attn_out` in the place of `attn_out`, and answered under its own name.
     """
+    if cross is not None:
+        ranks = pd.concat([ranks, _as_attention(ranks)])
+        projections, overlaps = (
+            pd.concat([own, one.assign(model=one.model + CROSS_ATTENTION)])
+            for own, one in zip((projections, overlaps), cross, strict=True)
+        )
     judged = {"C1": _c1(ranks), "C4": _c4(projections, ranks), "C5": _c5(projections, overlaps)}
     out = [
         _answer(f"{name} on {model}", verdict)
         for name, verdicts in judged.items()
         for model, verdict in verdicts.items()
     ]
-    held = held_out(trained, ["model", "method", "seed"], ["dead_fraction", "fvu"])
+    held = held_out(cross_named(trained), ["model", "method", "seed"], ["dead_fraction", "fvu"])
     return [*out, *(_gain(str(model), part) for model, part in held.groupby("model", sort=False))]
+
+
+def cross_named(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table in which rows of `cross_attn_out` have a model of their own, "... (cross-attention)"."""
+    return table.assign(
+        model=table.model + (table.site == "cross_attn_out").map({True: CROSS_ATTENTION, False: ""})
+    )
+
+
+def _as_attention(ranks: pd.DataFrame) -> pd.DataFrame:
+    """Return the ranks of decoders with cross-attention in the place of self-attention."""
+    decoders = ranks.model[ranks.site == "cross_attn_out"].unique()
+    own = ranks[ranks.model.isin(decoders) & (ranks.site != "attn_out")]
+    site = own.site.replace("cross_attn_out", "attn_out")
+    return own.assign(model=own.model + CROSS_ATTENTION, site=site)
 
 
 def _c1(ranks: pd.DataFrame) -> dict[str, Verdict | None]:

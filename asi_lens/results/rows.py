@@ -44,7 +44,7 @@ class RankRow(Row):
     corpus: str
     """Name of the text."""
     site: str
-    """`attn_out`, `mlp_out`, `resid_post`, `z`, or a full hook name."""
+    """`attn_out`, `mlp_out`, `resid_post`, `z`, a decoder's `cross_attn_out` or `cross_z`, or a hook name."""
     layer: int
     """Layer, from 0."""
     d: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import wave
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import made_up_ranks as tables
 import pandas as pd
 import pytest
 import runs
+import small_plain
 
 from asi_lens import figures
 from asi_lens.base.errors import OptionError, UnknownNameError
@@ -146,6 +148,27 @@ def test_training_follows_the_parameters(namespace: dict[str, Any]) -> None:
     assert page.train_config(lr=0.1).lr == 0.1
     with pytest.raises(OptionError, match="load_model and harvest come before"):
         page.budget([])
+
+
+def test_a_decoder_is_loaded_by_its_part(
+    namespace: dict[str, Any], plain_folder: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for number in range(2):
+        with wave.open(str(folder / f"{number}.wav"), "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(small_plain.RATE)
+            file.writeframes(bytes(2 * small_plain.RATE))
+    given = {"model": str(plain_folder("whisper")), "output_folder": "x"}
+    page = Page("03_page", {**namespace, **given})
+    page.parameters["speech"] = str(folder)
+    lens = page.load_model()
+    assert page.load_inputs(lens, small_plain.POSITIONS).n_rows == small_plain.POSITIONS
+    decoder = page.load_model(part="decoder")
+    assert (lens.part, decoder.part) == ("encoder", "decoder")
+    assert sum(" decoder (" in name for name in page._sources) == 1
 
 
 def test_what_is_loaded_notes_its_fingerprint(

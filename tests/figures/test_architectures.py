@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 from drawn import Builder, Table, names_its_setting_and_refuses_other_tables
 
-from asi_lens.figures.architectures import overlap_by_layer, starts_by_architecture
+from asi_lens.figures.architectures import overlap_by_layer, starts_by_architecture, with_cross
+from asi_lens.figures.output_projection import wo_ablation
 
 BUILDERS: list[tuple[Builder, Table]] = [
     (starts_by_architecture, made_up_tables.curves),
@@ -42,3 +43,22 @@ def test_overlap_is_drawn_beside_random_subspaces() -> None:
     assert lines["random subspaces", "x"] == pytest.approx([0.33, 0.33])
     means = table.groupby("layer").mean_cosine.mean()
     assert lines["heads", "x"] == pytest.approx(list(means))
+
+
+def test_cross_attention_has_a_panel_beside_its_decoders_own() -> None:
+    own, heads = made_up_ranks.projections(), made_up_ranks.overlaps()
+    own = pd.concat([own.assign(model="other"), own])
+    figure = wo_ablation(with_cross(own, own[own.model == "m"].assign(effective_rank_fraction=0.9)))
+    panels = [one.text for one in figure.layout.annotations[:2]]
+    assert panels == ["m", "m (cross-attention)"], "a model without cross-attention has none"
+    lines = overlap_by_layer(with_cross(heads, heads.assign(mean_cosine=0.5))).data
+    assert [list(line.y) for line in lines if line.xaxis == "x2" and line.name == "heads"] == [[0.5, 0.5]]
+
+
+def test_a_decoder_has_two_places_among_the_starts() -> None:
+    one = made_up_tables.curves(methods=("random", "ASI"))
+    both = pd.concat([one, one.assign(site="cross_attn_out", dead_fraction=0.5)])
+    figure = starts_by_architecture(both)
+    assert list(figure.layout.xaxis.ticktext) == ["m", "m<br>(cross-attention)"]
+    (silent, *_) = (t for t in figure.data if t.name == "random" and t.xaxis == "x")
+    assert list(silent.y) == pytest.approx([40, 41, 42, 50, 50, 50])

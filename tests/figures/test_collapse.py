@@ -172,6 +172,17 @@ def test_rows_without_a_recovered_loss_are_left_out() -> None:
         collapse.downstream_loss(table.assign(loss_recovered=np.nan))
 
 
+def test_more_sites_than_a_line_of_the_legend_holds_get_a_second_line() -> None:
+    table = ranks()
+    crossed = table.assign(site=table.site.map({"attn_out": "cross_attn_out", "z": "cross_z"}))
+    both = collapse.rank_curves(pd.concat([table, crossed.dropna(subset="site")]))
+    one = collapse.rank_curves(table)
+    assert len(named(both)) == len(named(one)) + 2
+    more = both.layout.margin.t - one.layout.margin.t
+    assert more > 0
+    assert both.layout.height == one.layout.height + more, "the panels keep their height"
+
+
 def test_ranks_with_massive_rows_are_dashed_beside_those_without() -> None:
     table = ranks()
     mlp = table.site == "mlp_out"

@@ -103,6 +103,32 @@ def test_answers_for_each_architecture() -> None:
     assert "better in 2 of 2 seeds" in last
 
 
+def test_cross_attention_is_answered_under_its_own_name_and_counts_for_no_claim() -> None:
+    one = ranks()
+    crossed = one[(one.model == "c") & (one.site == "attn_out")]
+    crossed = crossed.assign(site="cross_attn_out", effective_rank_fraction=0.99, intrinsic_dimension_99=63)
+    table = pd.concat([one, crossed])
+    assert holds(c1_on_each(table)) is True
+    assert told(c1_on_each(table)) == told(c1_on_each(one))
+    cross = (
+        projections(without=("c",))[lambda t: t.model == "c"],
+        overlaps()[lambda t: t.model == "c"],
+    )
+    at_both = pd.concat([trained(), trained(0.6, ("c",)).assign(site="cross_attn_out")])
+    found = architectures(table, projections(), overlaps(), at_both, cross)
+    answers = {row.question: row.answer for row in found}
+    gain = "ASI keeps more features alive than a random start on"
+    name = "c (cross-attention)"
+    assert answers == {
+        **{f"{claim} on {model}": "yes" for claim in ("C1", "C4", "C5") for model in MODELS},
+        **{f"{gain} {model}": "yes" for model in MODELS},
+        f"C1 on {name}": "no",  # 0.99, above the MLP
+        f"C4 on {name}": "no",
+        f"C5 on {name}": "not testable here",  # nothing drops
+        f"{gain} {name}": "no",
+    }
+
+
 @pytest.mark.parametrize(
     ("table", "answer"),
     [
