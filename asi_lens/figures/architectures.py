@@ -14,7 +14,7 @@ _MEASURES = (("dead_fraction", "silent features, held out (%)", 100), ("fvu", "F
 
 
 def starts_by_architecture(table: pd.DataFrame) -> go.Figure:
-    """Draw silent features and FVU on held-out data of every method, a panel per number, models side by side.
+    """Draw silent features and FVU on held-out data of every method, a row per number, models side by side.
 
     Takes `DeadFeatureRow`s, of which the held-out rows are drawn. A dot is a seed, a bar the mean over seeds.
     A decoder's cross-attention stands beside its other site.
@@ -25,10 +25,11 @@ def starts_by_architecture(table: pd.DataFrame) -> go.Figure:
     figure = panels(
         "A random start and ASI on other architectures",
         setting(table, tokens=False, what="a dot per seed, a bar at the mean"),
-        [[title for _, title, _ in _MEASURES]],
+        [[title] for _, title, _ in _MEASURES],
         shared_y=False,
+        plot=250,
     )
-    for col, (column, _, factor) in enumerate(_MEASURES, start=1):
+    for row, (column, _, factor) in enumerate(_MEASURES, start=1):
         for place, method in enumerate(methods):
             shift = 0.5 * (place - (len(methods) - 1) / 2) / len(methods)
             part = held[held.method == method]
@@ -53,19 +54,21 @@ def starts_by_architecture(table: pd.DataFrame) -> go.Figure:
                     name=method,
                     hovertemplate=f"{method}, %{{customdata}}: %{{y:.4g}}<extra></extra>",
                     showlegend=False,
-                    row=1,
-                    col=col,
+                    row=row,
+                    col=1,
                 )
-        figure.update_yaxes(rangemode="tozero", row=1, col=col)
+        figure.update_yaxes(rangemode="tozero", row=row, col=1)
     for method in methods:
         color = METHOD_COLORS.get(method, GREY)
         legend_only(figure, method, mode="markers", marker={"size": 9, "color": color})
     figure.update_xaxes(
         tickvals=list(range(len(models))),
         ticktext=[model.replace(" ", "<br>") for model in models],
+        tickangle=0,
         range=[-0.6, len(models) - 0.4],
         showgrid=False,
     )
+    figure.update_xaxes(showticklabels=False, row=1)
     return figure
 
 

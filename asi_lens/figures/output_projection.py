@@ -31,6 +31,8 @@ _GROUPS = (
     ("orthogonal_heads", "sum_of_heads"),
 )
 
+_WIDE_PANELS = 4
+
 
 def wo_ablation(table: pd.DataFrame) -> go.Figure:
     """Draw the effective rank of attention's output under changes to W_O, its input or its heads (C4, C5).
@@ -55,11 +57,13 @@ def wo_ablation(table: pd.DataFrame) -> go.Figure:
         left=left_margin(VARIANT_LABELS[variant] for variant in place),
         plot=round(30 - 38 * min(place.values())),
     )
+    # Narrow panels need more room for a row's number.
+    end = 1.12 if len(models) <= _WIDE_PANELS else 1.3
     for col, model in enumerate(models, start=1):
         dots = table[table.model == model].groupby(["variant", "layer"]).effective_rank_fraction.mean()
         for variant in place:
             if variant in dots.index.get_level_values("variant"):
-                _strip(figure, dots[variant], place[variant], col, color=COLORS.get(variant))
+                _strip(figure, dots[variant], place[variant], col, end, color=COLORS.get(variant))
     figure.update_yaxes(
         tickvals=list(place.values()),
         ticktext=[VARIANT_LABELS[variant] for variant in place],
@@ -68,7 +72,7 @@ def wo_ablation(table: pd.DataFrame) -> go.Figure:
         ticks="",
     )
     ticks = [0, 0.2, 0.4, 0.6, 0.8, 1]
-    figure.update_xaxes(title_text="effective rank / width", range=[0, 1.12], tickvals=ticks)
+    figure.update_xaxes(title_text="effective rank / width", range=[0, end], tickvals=ticks)
     scale = color_scale("layer", 0, max(1, int(table.layer.max())), step=1)
     figure.update_layout(coloraxis=scale, margin_r=90)
     return figure
@@ -111,8 +115,9 @@ def head_overlap(table: pd.DataFrame, layers: Sequence[int] | None = None) -> go
     return figure
 
 
-def _strip(figure: go.Figure, dots: pd.Series, y: float, col: int, *, color: str | None) -> None:
-    """Add a dot per layer at height `y`, a bar at the dots' mean, and a vertical line in `color`."""
+def _strip(figure: go.Figure, dots: pd.Series, y: float, col: int, end: float, *, color: str | None) -> None:
+    """Add a dot per layer at height `y`, a bar at the dots' mean, the mean before `end`, and a vertical line
+    in `color`."""
     where = {"row": 1, "col": col}
     mean = float(dots.mean())
     # A fixed offset by depth separates the dots of 30 layers; random jitter would differ between runs.
@@ -141,7 +146,7 @@ def _strip(figure: go.Figure, dots: pd.Series, y: float, col: int, *, color: str
         showlegend=False,
         **where,
     )
-    figure.add_annotation(x=1.11, xanchor="right", y=y, text=f"{mean:.2f}", showarrow=False, **where)
+    figure.add_annotation(x=end - 0.01, xanchor="right", y=y, text=f"{mean:.2f}", showarrow=False, **where)
     if color is not None:
         line = {"color": color, "width": 1.5, "dash": "dash"}
         figure.add_vline(x=mean, line=line, layer="below", **where)
