@@ -7,7 +7,7 @@ normalized units, as for a dictionary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -168,12 +168,6 @@ class LorsaTrainer(Fits[SequencePairs, PairBatch]):
         )
         size = self.config.batch_size
         require(size >= each, "batch_size", size, f"at least {each}, the positions of a sequence that count")
-
-    def stream(self, store: SequencePairs, start: int) -> Iterator[PairBatch]:
-        """Yield batches from position `start` to `n_tokens`, copied ahead to the Lorsa's device."""
-        config = self.config
-        options: dict[str, Any] = {"seed": config.seed, "start": start, "n_tokens": config.n_tokens}
-        return store.batches(config.batch_size, **options, device=self.lorsa.W_O.device)
 
     def describe(self) -> dict[str, Any]:
         """Return the options that a checkpoint must share for this trainer to continue it (JSON values)."""

@@ -166,10 +166,9 @@ def test_a_step_waits_for_a_device_once(
 
 
 def test_batches_come_to_the_lorsas_device(tiny_llama: Any, pairs: SequencePairs) -> None:
-    one = trainer(tiny_llama, pairs)
-    assert next(one.stream(pairs, 0)).x.device.type == "cpu"
-    one.lorsa.to("meta")
-    assert next(one.stream(pairs, 0)).x.device.type == "meta"
+    one = started(tiny_llama, pairs)
+    assert next(LorsaTrainer(one, quick()).stream(pairs, 0)).x.device.type == "cpu"
+    assert next(LorsaTrainer(one.to("meta"), quick()).stream(pairs, 0)).x.device.type == "meta"
 
 
 def test_the_ledger_counts_positions_but_the_first(tiny_llama: Any, pairs: SequencePairs) -> None:
