@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from asi_lens.activations.moments import Moments
-from asi_lens.activations.precision import one_thread
+from asi_lens.activations.precision import exact_products, one_thread
 from asi_lens.base.doors import checked
 from asi_lens.base.errors import OptionError, require
 from asi_lens.kernels.draws import draw_gaussian, unit_rows_
@@ -61,6 +61,7 @@ def from_attention(
 
 
 @checked
+@exact_products()
 @torch.no_grad()
 def initialize_lorsa(
     lorsa: Lorsa,
