@@ -17,6 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # One test process a core: more threads would wait for each other, those of kernels and children too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import jaxtyping
 import small_plain
 import tiny_models
 import torch
@@ -109,6 +110,17 @@ def tiny_tokens() -> Any:
     )
     ids[:, 0] = tiny_models.SPECIALS.index("<bos>")
     return Tokens(ids=ids, corpus="random", tokenizer="tiny", context=32)
+
+
+@pytest.fixture
+def many_steps() -> Any:
+    """Shapes in annotations go unchecked in a test that takes hundreds of steps: checks are 4/5 of its time.
+
+    Tests of a few steps check the same functions.
+    """
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

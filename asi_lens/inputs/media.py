@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import csv
+import gzip
+import itertools
+import re
+import wave
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +20,10 @@ from asi_lens.inputs.sources import SOURCES, fetch
 
 CROP = 224
 """Height and width of a crop, in pixels: what small vision transformers read."""
+LONGEST = 30.0
+"""Seconds of the longest clip with a transcript: what Whisper hears at once."""
+# A transcript with brackets tells of a sound or holds a note; with a clip's name, two lines run together.
+_NO_SPEECH = re.compile(r"[][(){}<>]|\w-[\w-]*\w:")
 
 
 @dataclass(frozen=True)
@@ -32,9 +40,11 @@ class Media:
         """Yield the items in a fixed order; the first call downloads the package.
 
         Pictures: crops as uint8 arrays [224 224 3], without overlap, picture by picture. Speech: the path of
-        the `.wav` file of each clip. Sequences: a string of residues each.
+        the `.wav` file of each clip; of data with transcripts (path, text, code of the language), a clip of
+        each language in turn. Clips without a transcript of spoken words, or over 30 s, are left out there.
+        Sequences: a string of residues each.
 
-        Raises the errors of `sources.fetch`.
+        Raises the errors of `sources.fetch`, and DataError for files of another form.
         """
         source = SOURCES[self.name]
         return _ITEMS[source.kind](source, fetch(source.name))
@@ -76,8 +86,42 @@ def _pictures(source: PackagedSource, folder: Path) -> Iterator[np.ndarray]:
             yield from crops(np.asarray(picture.convert("RGB")))
 
 
-def _speech(source: PackagedSource, folder: Path) -> Iterator[Path]:
-    yield from _files(source, folder)
+def _speech(source: PackagedSource, folder: Path) -> Iterator[Any]:
+    if not source.transcripts:
+        yield from _files(source, folder)
+        return
+    languages = [
+        [
+            (path, text, language)
+            for path, text in _transcribed(folder / clips, folder / told)
+            if not _NO_SPEECH.search(text) and _seconds(path) <= LONGEST
+        ]
+        for language, clips, told in source.transcripts
+    ]
+    for turn in itertools.zip_longest(*languages):
+        yield from (clip for clip in turn if clip is not None)
+
+
+def _transcribed(clips: Path, told: Path) -> Iterator[tuple[Path, str]]:
+    """Yield clips and their texts, sorted by path; clips without a text are left out."""
+    texts: dict[str, str] = {}
+    with gzip.open(told, "rt", encoding="utf-8-sig") as lines:
+        for line in map(str.strip, lines):
+            name, colon, text = line.partition(":")
+            if not line or line.startswith(";"):
+                continue
+            if not colon or name in texts:
+                raise DataError(f"{told} has the line {line!r}; each clip has one line `name: text`")
+            texts[name] = text.strip()
+    for path in sorted(clips.rglob("*.wav")):
+        said = texts.get(path.relative_to(clips).with_suffix("").as_posix())
+        if said:
+            yield path, said
+
+
+def _seconds(path: Path) -> float:
+    with wave.open(str(path), "rb") as clip:
+        return clip.getnframes() / clip.getframerate()
 
 
 def _sequences(source: PackagedSource, folder: Path) -> Iterator[str]:

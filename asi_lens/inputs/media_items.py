@@ -79,4 +79,5 @@ def _files(path: Path, kind: str) -> Iterator[Path]:
 
 def label(kind: str, number: int, item: Any) -> str:
     """Return an item's name for errors."""
-    return f"{kind} {number}" + (f" ({item})" if isinstance(item, Path) else "")
+    named = item[0] if isinstance(item, tuple) and item else item
+    return f"{kind} {number}" + (f" ({named})" if isinstance(named, Path) else "")

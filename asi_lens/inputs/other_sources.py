@@ -18,7 +18,22 @@ _PICTURES = [
     *("moon.png", "motorcycle_left.png", "retina.jpg", "rocket.jpg"),
 ]
 
-_SOUNDS = "./usr/share/asterisk/sounds/en_US_f_Allison/"
+_VOICES = {"en": "en_US_f_Allison", "fr": "fr_CA_f_June", "it": "it_IT_m_Carlo", "ru": "ru_RU_f_IvrvoiceRU"}
+_SOUNDS = {language: f"usr/share/asterisk/sounds/{voice}" for language, voice in _VOICES.items()}
+_PROMPTS = PackageFile(
+    "asterisk-core-sounds-en-wav",
+    "1.6.1-1",
+    "asterisk-core-sounds-en-wav_1.6.1-1_all.deb",
+    "2be3ea287d83299d143815fa804f11179a75b7affd4a758b98b55f5afc18a35d",
+    18_272_864,
+)
+_LISTS = "usr/share/doc/asterisk-core-sounds"
+
+
+def _prompts(kind: str, sha256: str, size: int) -> PackageFile:
+    dist = f"asterisk-core-sounds-{kind}"
+    return PackageFile(dist, "1.6.1-1", f"{dist}_1.6.1-1_all.deb", sha256, size)
+
 
 OTHERS: tuple[PackagedSource, ...] = (
     PackagedSource(
@@ -97,21 +112,44 @@ OTHERS: tuple[PackagedSource, ...] = (
     PackagedSource(
         name="speech-prompts",
         kind="speech",
-        packages=(
-            PackageFile(
-                "asterisk-core-sounds-en-wav",
-                "1.6.1-1",
-                "asterisk-core-sounds-en-wav_1.6.1-1_all.deb",
-                "2be3ea287d83299d143815fa804f11179a75b7affd4a758b98b55f5afc18a35d",
-                18_272_864,
-            ),
-        ),
+        packages=(_PROMPTS,),
         # All but the folder silence/.
         members=tuple(
-            Member(f"{_SOUNDS}{start}*.wav") for start in ("[0-9a-rt-z]", "s[a-hj-z]", "si[a-km-z]")
+            Member(f"./{_SOUNDS['en']}/{start}*.wav") for start in ("[0-9a-rt-z]", "s[a-hj-z]", "si[a-km-z]")
         ),
         license="CC BY-SA 3.0 (Digium)",
         notes="Spoken telephone prompts in English, one voice, 8 kHz, 16 bits, mono.",
+    ),
+    PackagedSource(
+        name="speech-transcribed",
+        kind="speech",
+        packages=(
+            _PROMPTS,
+            _prompts(
+                "fr-wav", "8d4e1bc32ed5ba7fbda40841ca1825ed20cc6232724a473c90f8bb0e53e6073e", 18_516_060
+            ),
+            _prompts(
+                "it-wav", "5a26638089e134b8ac39363fe249c5c93c50cd8bfdc9b2499ae61ec4a35e2fcb", 18_262_124
+            ),
+            _prompts(
+                "ru-wav", "ccbfaebfa450b7a9ddf644ae0f3d1e9017d5df7c0aebe816e946345589d38201", 18_788_860
+            ),
+            _prompts("en", "973e797d28e37fa6ca3c0a9d6fa717e77cf1268ae916bf09fd3503113cdffa50", 22_844),
+            _prompts("fr", "04c82c78c570c43a7136cbc5e2488d0c470b775468dff9fbce4a131b18cf1056", 23_152),
+            _prompts("it", "3884d9457e12f21caa018c18f0d587df5d53ebea14b673d8453a134c5941ab3b", 23_972),
+            _prompts("ru", "28a61616bb0cd3345a7ea532dec4df9f071e5d0fa9f8c1a563ea9669002f39ab", 25_592),
+        ),
+        members=(
+            *(Member(f"./{_SOUNDS[language]}/*.wav", None, i) for i, language in enumerate(_VOICES)),
+            *(
+                Member(f"./{_LISTS}-{language}/core-sounds-{language}.txt.gz", f"{language}.txt.gz", i)
+                for i, language in enumerate(_VOICES, start=len(_VOICES))
+            ),
+        ),
+        license="CC BY-SA 3.0 (Digium: English, French), CC BY 3.0 (Italian, Carlo Flora; Russian, Maxim)",
+        notes="Spoken telephone prompts with transcripts in English, French, Italian and Russian, one voice "
+        "each, 8 kHz, 16 bits, mono.",
+        transcripts=tuple((one, _SOUNDS[one], f"{one}.txt.gz") for one in _VOICES),
     ),
     PackagedSource(
         name="antibodies",

@@ -47,6 +47,8 @@ class PackagedSource:
     """Layout "json": a document is all text of a file, not one string."""
     column: str | None = None
     """Sequences: the column of the CSV files that holds them."""
+    transcripts: tuple[tuple[str, str, str], ...] = ()
+    """Speech: (code of a language, folder of its clips, gzipped list of lines `name of a clip: text`)."""
     distinct: bool = False
     """Corpora: leave out texts that have come before."""
     terms: str | None = None
@@ -58,7 +60,7 @@ class PackagedSource:
         way their documents are read."""
         reading: dict[str, Any] = {
             name: value
-            for name in ("json_keys", "joined", "distinct", "column")
+            for name in ("json_keys", "joined", "distinct", "column", "transcripts")
             if (value := getattr(self, name))  # absent in the keys of older sources
         }
         return cache_key(

@@ -36,30 +36,39 @@ class Clip(NamedTuple):
     samples: Float[Tensor, " n"]
     text: str | None
     name: str
+    language: str | None = None
+    """Code of the text's language, as Whisper's marks have it: "en"."""
 
 
 def open_clip(item: Any, rate: int, name: str) -> Clip:
     """Return a clip at `rate` samples a second, resampled if it has another rate.
 
-    `item`: a `.wav` file of PCM samples (channels are averaged), or (samples [n], rate) or (samples, rate,
-    text), samples of int16, int32, or float from -1 to 1. Raises DataError for anything else, and for a clip
+    `item`: a `.wav` file of PCM samples (channels are averaged), (file, text) or (file, text, language), or
+    (samples [n], rate), (samples, rate, text) or (samples, rate, text, language). Samples are int16, int32,
+    or float from -1 to 1; `language` is a code ("en"). Raises DataError for anything else, and for a clip
     without samples.
     """
-    text = None
-    if isinstance(item, str | Path):
-        samples, own = _read_wav(Path(item), name)
-    elif isinstance(item, tuple | list) and len(item) in (2, 3):
-        samples, own = _floats(item[0], name), item[1]
-        text = item[2] if len(item) == 3 else None
+    given = list(item) if isinstance(item, tuple | list) else [item]
+    if given and isinstance(given[0], str | Path) and len(given) <= 3:
+        samples, own = _read_wav(Path(given[0]), name)
+        told = given[1:]
+    elif 2 <= len(given) <= 4:
+        samples, own = _floats(given[0], name), given[1]
+        told = given[2:]
     else:
         raise DataError(f"{name} is no speech: a {type(item).__name__}, not (samples, rate)")
+    text, language = [*told, None, None][:2]
     if isinstance(own, bool) or not isinstance(own, int | np.integer) or own < 1:
         raise DataError(f"{name} has a rate of {own!r}; a rate is a whole number of samples a second")
-    if text is not None and not (isinstance(text, str) and text.strip()):
-        raise DataError(f"{name} has the text {text!r}; a text is a string with words")
+    for key, value, allowed in (
+        ("text", text, "a string with words"),
+        ("language", language, "a code: 'en'"),
+    ):
+        if value is not None and not (isinstance(value, str) and value.strip()):
+            raise DataError(f"{name} has the {key} {value!r}; a {key} is {allowed}")
     if not len(samples):
         raise DataError(f"{name} has no samples")
-    return Clip(resampled(samples, int(own), rate), text, name)
+    return Clip(resampled(samples, int(own), rate), text, name, language)
 
 
 def _read_wav(path: Path, name: str) -> tuple[Tensor, int]:
@@ -123,9 +132,9 @@ def made(model: PlainModel, items: Iterable[Any], offset: int = 0, join: bool = 
     """Return the log-mel frames [mel frame] of each clip, and which of the model's positions are rows.
 
     The encoder's input is always 30 s. Rows are the positions whose 20 ms are all real audio. A longer clip
-    is cut into pieces of 30 s, which have no text; with `join`, whole clips are laid end to end until no more
-    fit. A decoder's rows are the tokens of the text: the clip's own, else those that the model writes; a text
-    of the model's that does not end is a DataError.
+    is cut into pieces of 30 s, which have no text; with `join`, whole clips of one language are laid end to
+    end until no more fit. A decoder's rows are the tokens of the text: the clip's own, else those that the
+    model writes; a text of the model's that does not end is a DataError.
     """
     extractor = model.processor
     if extractor is None or not hasattr(extractor, "hop_length"):
@@ -150,21 +159,25 @@ def _pieces(clips: Iterable[Clip], longest: int) -> Iterator[Clip]:
 
 
 def _joined(clips: Iterator[Clip], longest: int) -> Iterator[Clip]:
-    """Yield clips laid end to end, each as long as whole clips allow."""
-    group: list[Clip] = []
-
-    def together() -> Clip:
-        texts = [clip.text for clip in group if clip.text is not None]
-        text = " ".join(texts) if len(texts) == len(group) else None
-        return Clip(torch.cat([clip.samples for clip in group]), text, f"{group[0].name} to {group[-1].name}")
-
+    """Yield clips of the same language laid end to end, each as long as whole clips allow."""
+    groups: dict[str | None, list[Clip]] = {}
     for clip in clips:
+        group = groups.setdefault(clip.language, [])
         if group and sum(len(one.samples) for one in group) + len(clip.samples) > longest:
-            yield together()
-            group = []
+            yield _together(group)
+            group.clear()
         group.append(clip)
-    if group:
-        yield together()
+    yield from (_together(group) for group in groups.values())
+
+
+def _together(group: list[Clip]) -> Clip:
+    texts = [clip.text for clip in group if clip.text is not None]
+    return Clip(
+        torch.cat([clip.samples for clip in group]),
+        " ".join(texts) if len(texts) == len(group) else None,
+        f"{group[0].name} to {group[-1].name}",
+        group[0].language,
+    )
 
 
 def _made(model: PlainModel, clip: Clip) -> Made:
@@ -199,11 +212,18 @@ def _decoder_ids(model: PlainModel, frames: Tensor, clip: Clip) -> Tensor:
             f"the folder of {model.cfg.model_name!r} has no tokenizer for its decoder"
         )
     if clip.text is not None:
-        ids = torch.tensor(tokenizer(clip.text)["input_ids"])
+        ids = torch.tensor(_told_ids(model, clip))
     else:
+        options = {} if clip.language is None else {"language": _mark(model, clip), "task": "transcribe"}
         with torch.inference_mode():
-            features = model.placed(frames[None])
-            ids = model.source.generate(features, do_sample=False, num_beams=1)[0].cpu().clone()
+            found = model.source.generate(
+                model.placed(frames[None]),
+                do_sample=False,
+                num_beams=1,
+                return_dict_in_generate=True,  # with the prefix that the decoder read
+                **options,
+            )
+        ids = found["sequences"][0].cpu().clone()
         if len(ids) > model.cfg.n_ctx - _ROOM:
             raise DataError(
                 f"{clip.name}: the model writes to the end of its context, as Whisper does where it repeats "
@@ -214,6 +234,28 @@ def _decoder_ids(model: PlainModel, frames: Tensor, clip: Clip) -> Tensor:
     if not bool(_is_text(tokenizer, ids).any()):
         raise DataError(f"{clip.name} has no words: its text is {tokenizer.decode(ids.tolist())!r}")
     return ids
+
+
+def _told_ids(model: PlainModel, clip: Clip) -> list[int]:
+    """Return ids of a clip's own text: after marks of its language and of transcription, if it has a language
+    (how Whisper was trained), else as the tokenizer makes them."""
+    tokenizer, text = model.tokenizer, str(clip.text)
+    if clip.language is None:
+        return list(tokenizer(text)["input_ids"])
+    mark, has = _mark(model, clip), model.source.generation_config
+    before = (has.decoder_start_token_id, has.lang_to_id[mark], has.task_to_id["transcribe"])
+    words = tokenizer(f" {text.strip()}", add_special_tokens=False)["input_ids"]
+    return [*before, has.no_timestamps_token_id, *words, has.eos_token_id]
+
+
+def _mark(model: PlainModel, clip: Clip) -> str:
+    """Return the mark of a clip's language. Raises DataError for a language that the model does not name."""
+    known = getattr(getattr(model.source, "generation_config", None), "lang_to_id", None) or {}
+    mark = f"<|{clip.language}|>"
+    if mark not in known:
+        names = ", ".join(sorted(name.strip("<|>") for name in known)) or "none"
+        raise DataError(f"{clip.name} is of the language {clip.language!r}; the model names {names}")
+    return mark
 
 
 def _is_text(tokenizer: Any, ids: Tensor) -> Tensor:

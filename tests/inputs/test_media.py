@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gzip
 import wave
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,6 +56,57 @@ def test_chains_alternate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         list(media.open_media("antibodies").items())
 
 
+@pytest.fixture
+def transcribed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
+    """Returns the items of two languages; each clip lasts a second, or as long as told."""
+    monkeypatch.setattr(media, "fetch", lambda name: tmp_path)
+    told = (("en", "a/en", "en.gz"), ("fr", "a/fr", "fr.gz"))
+    source = dataclasses.replace(SOURCES["speech-transcribed"], transcripts=told)
+    monkeypatch.setitem(media.SOURCES, "speech-transcribed", source)
+
+    def one(english: str, french: str, clips: dict[str, float]) -> list[Any]:
+        for file, lines in (("en.gz", english), ("fr.gz", french)):
+            (tmp_path / file).write_bytes(gzip.compress(lines.encode()))
+        for name, seconds in clips.items():
+            path = tmp_path / "a" / f"{name}.wav"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with wave.open(str(path), "wb") as file:
+                file.setnchannels(1)
+                file.setsampwidth(2)
+                file.setframerate(100)
+                file.writeframes(bytes(round(200 * seconds)))
+        found = media.open_media("speech-transcribed").items()
+        return [(path.relative_to(tmp_path / "a").as_posix(), *more) for path, *more in found]
+
+    return one
+
+
+def test_clips_with_transcripts_come_a_language_in_turn(transcribed: Callable[..., list[Any]]) -> None:
+    english = "\ufeff; a comment\n\nb: Two: words. \ndigits/1: one\nnowhere: no clip\na: First.\n"
+    clips = dict.fromkeys(["en/a", "en/b", "en/digits/1", "en/without", "fr/a"], 1.0)
+    assert transcribed(english, "a: un\n", clips) == [
+        ("en/a.wav", "First.", "en"),
+        ("fr/a.wav", "un", "fr"),
+        ("en/b.wav", "Two: words.", "en"),
+        ("en/digits/1.wav", "one", "en"),
+    ]
+
+
+def test_clips_that_are_no_speech_or_too_long_are_left_out(transcribed: Callable[..., list[Any]]) -> None:
+    sounds = "a: [tones]\nb: <beep>\nc: (noise)\nd: yes. e-f: no\ne:\nf: long\ng: well-known\nh: at 5:00"
+    clips = {f"en/{name}": 30.0 if name == "g" else 1.0 for name in "abcdegh"} | {"en/f": 30.5}
+    assert transcribed(sounds, "", clips) == [
+        ("en/g.wav", "well-known", "en"),
+        ("en/h.wav", "at 5:00", "en"),
+    ]
+
+
+@pytest.mark.parametrize("line", ["no colon", "a: again"])
+def test_a_list_of_another_form_is_an_error(transcribed: Callable[..., list[Any]], line: str) -> None:
+    with pytest.raises(DataError, match=f"en.gz has the line '{line}'; each clip has one line"):
+        transcribed(f"a: one\n{line}\n", "", {"en/a": 1.0})
+
+
 @pytest.mark.packaged
 def test_the_packaged_ones() -> None:
     """Counts that docs/models_and_texts.md states."""
@@ -67,6 +123,12 @@ def test_the_packaged_ones() -> None:
         assert "silence" not in path.parts
     assert formats == {(8000, 2, 1)}
     assert round(seconds) == 1474
+
+    told = list(media.open_media("speech-transcribed").items())
+    assert Counter(language for _, _, language in told) == {"en": 537, "fr": 504, "it": 554, "ru": 540}
+    assert {path.name: text for path, text, language in told if language == "en"}[
+        "all-circuits-busy-now.wav"
+    ] == "All circuits are busy now."
 
     sequences = list(media.open_media("antibodies").items())
     assert len(sequences) == len(set(sequences)) == 100_000

@@ -261,6 +261,7 @@ def test_the_key_changes_with_content_and_layout() -> None:
 
 def test_the_key_changes_with_the_reading_and_older_sources_keep_theirs() -> None:
     assert SOURCES["news-en"].key == "08ead37d221d9495"  # in every cache that is filled
+    assert SOURCES["speech-prompts"].key == "d40fa39788ef7d74"
     source = SOURCES["docs-en"]
     for change in ({"joined": False}, {"distinct": False}, {"json_keys": (("description", "plain"),)}):
         assert dataclasses.replace(source, **change).key != source.key
@@ -287,6 +288,7 @@ def test_registry_is_complete_and_consistent() -> None:
         "antiberty",
         "pictures-skimage",
         "speech-prompts",
+        "speech-transcribed",
         "antibodies",
     ]
     assert len({s.key for s in SOURCES.values()}) == len(SOURCES)
@@ -296,6 +298,7 @@ def test_registry_is_complete_and_consistent() -> None:
         assert (source.main is not None) == (source.kind == "model")
         assert (source.layout is not None) == (source.kind == "corpus")
         assert (source.column is not None) == (source.kind == "sequences")
+        assert source.kind == "speech" or not source.transcripts
         assert (source.layout == "json") == bool(source.json_keys)
         assert {m.package for m in source.members} == set(range(len(source.packages)))
         for package in source.packages:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
+import re
 import wave
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,9 @@ from small_plain import HOP, POSITIONS, RATE
 
 import asi_lens as al
 from asi_lens.base.errors import DataError, UnsupportedModelError
-from asi_lens.inputs import models, speech
+from asi_lens.inputs import media, models, speech
+
+EXPECTED = 0.50
 
 pytestmark = pytest.mark.model_facing
 
@@ -138,7 +143,8 @@ def test_what_is_no_speech(plain: Any, tmp_path: Path) -> None:
         (samples[None], RATE),
         (samples.astype(np.int64), RATE),
     ]
-    wrong += [(samples, RATE, " "), (samples, RATE, 3), samples, None, (samples,)]
+    wrong += [(samples, RATE, " "), (samples, RATE, 3), samples, None, (samples,), ()]
+    wrong += [(samples, RATE, "a", 3), (samples, RATE, "a", "en", 1), (silent, "a", "en", 1), (deep, 16_000)]
     for one in wrong:
         with pytest.raises(DataError, match="the clip"):
             speech.open_clip(one, RATE, "the clip")
@@ -165,6 +171,48 @@ def test_a_decoders_rows_are_the_words_of_the_text(plain: Any) -> None:
     assert joined.kept[1].sum() == len("fg hello you")
 
 
+def test_a_language_is_told_to_the_decoder_as_in_whispers_training(
+    plain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = plain("whisper", "decoder")
+    has = copy.deepcopy(model.source.generation_config)
+    monkeypatch.setattr(model.source, "generation_config", has)
+    has.lang_to_id, has.task_to_id = {"<|en|>": 20, "<|fr|>": 21}, {"transcribe": 22, "translate": 23}
+    has.no_timestamps_token_id = 24
+    languages = ("en", "fr", "en", "fr")
+    clips = [
+        (*clip, text, language)
+        for clip, text, language in zip(
+            small_plain.clips((0.4, 0.5, 0.5, 0.3)), ("abc", "de", "fg", "hij"), languages, strict=True
+        )
+    ]
+    ids = al.load_inputs(clips * 4, model).arrays["decoder_input_ids"]
+    assert ids[0, :4].tolist() == [has.decoder_start_token_id, 20, 22, 24]
+    assert ids[1, :4].tolist() == [has.decoder_start_token_id, 21, 22, 24]
+    words = model.tokenizer(" fg", add_special_tokens=False)["input_ids"]
+    assert ids[2, 4 : 5 + len(words)].tolist() == [*words, has.eos_token_id]
+    joined = al.load_inputs(clips * 4, model, join=True)
+    texts = [model.tokenizer.decode(one.tolist()[4:]) for one in joined.arrays["decoder_input_ids"]]
+    assert all(("abc" in text or "fg" in text) != ("de" in text or "hij" in text) for text in texts)
+    assert texts[0].split("<")[0] == " abc fg", (
+        "clips of a language are laid end to end, whatever lies between them"
+    )
+    with pytest.raises(DataError, match="clip 0 is of the language 'xx'; the model names en, fr"):
+        al.load_inputs([(*clips[0][:3], "xx")], model)
+    del has.lang_to_id
+    with pytest.raises(DataError, match="the model names none"):
+        al.load_inputs(clips[:1], model)
+
+
+def test_a_file_may_come_with_its_text(plain: Any, tmp_path: Path) -> None:
+    path = write_wav(tmp_path / "a.wav", (sine(440, RATE) * 2**14).numpy().astype("<i2"), RATE)
+    clip = speech.open_clip((path, "words", "en"), RATE, "x")
+    assert (clip.text, clip.language) == ("words", "en")
+    assert torch.equal(clip.samples, speech.open_clip(path, RATE, "x").samples)
+    with pytest.raises(DataError, match=r"clip 0 \(.*absent.wav\)"):
+        al.load_inputs([(tmp_path / "absent.wav", "words")], plain("whisper"))
+
+
 def test_without_a_text_the_model_writes_one(plain: Any) -> None:
     model = plain("whisper", "decoder")
     model.source.generation_config.max_new_tokens = 8
@@ -177,7 +225,7 @@ def test_without_a_text_the_model_writes_one(plain: Any) -> None:
             ids.append(int(model.source(**given).logits[0, -1].argmax()))
     assert len(set(ids)) > 2
     written = inputs.arrays["decoder_input_ids"][0].tolist()
-    assert written in (ids, ids[1:])
+    assert written == ids, "with the mark that the decoder began from"
     again = al.load_inputs(small_plain.clips((1.0,) * 8), model)
     assert inputs.fingerprint == again.fingerprint
 
@@ -201,3 +249,41 @@ def test_texts_that_do_not_fit(plain: Any, plain_folder: Any, tmp_path: Path) ->
     with pytest.raises(UnsupportedModelError, match="no tokenizer for its decoder"):
         al.load_inputs([(*clip, "words")], model)
     assert al.load_inputs([clip], al.load_model(tmp_path, dtype="float32")).n_rows == POSITIONS
+
+
+@pytest.mark.packaged
+def test_the_decoder_finds_the_transcripts_likely_after_their_own_audio() -> None:
+    """Nats per token of two windows, French and Italian; with the other's audio each costs far more."""
+    model = al.load_model("whisper-base", dtype="float32", device="cpu", part="decoder")
+    told = media.open_media("speech-transcribed").items()
+    inputs = al.load_inputs(itertools.islice(told, 130), model, 512, join=True)
+    frames, ids = inputs.arrays["input_features"][:2], inputs.arrays["decoder_input_ids"][:2]
+    marks = model.tokenizer.convert_ids_to_tokens(ids[:, 1].tolist())
+    assert marks == ["<|fr|>", "<|it|>"]
+    with torch.inference_mode():
+        encoded = model.source.get_encoder()(frames).last_hidden_state
+        right, wrong = (
+            torch.nn.functional.cross_entropy(
+                model.source(encoder_outputs=(states,), decoder_input_ids=ids).logits[:, :-1].mT,
+                ids[:, 1:],
+                reduction="none",
+            )[inputs.kept[:2, 1:]]
+            for states in (encoded, encoded.roll(1, 0))
+        )
+    assert float(right.mean()) == pytest.approx(EXPECTED, abs=0.05)
+    assert float(wrong.mean()) > 5 * EXPECTED
+
+
+@pytest.mark.packaged
+@pytest.mark.filterwarnings("ignore")  # transformers warns of its own settings
+def test_of_a_single_clip_the_decoder_writes_what_is_said() -> None:
+    model = al.load_model("whisper-base", dtype="float32", device="cpu", part="decoder")
+    told = media.open_media("speech-transcribed").items()
+    path, text, _ = next(clip for clip in told if clip[0].stem == "agent-alreadyon" and clip[2] == "en")
+    clip = speech.open_clip((path, text, "en"), RATE, "x")._replace(text=None)
+    found = speech._made(model, clip)
+    ids = found.arrays["decoder_input_ids"]
+    prefix = "<|startoftranscript|><|en|><|transcribe|><|notimestamps|>"
+    assert model.tokenizer.decode(ids[~found.kept].tolist()) in (prefix, f"{prefix}<|endoftext|>")
+    written = model.tokenizer.decode(ids[found.kept].tolist())
+    assert re.findall(r"\w+", written) == re.findall(r"\w+", text)
