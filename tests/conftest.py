@@ -113,10 +113,9 @@ def tiny_tokens() -> Any:
 
 
 @pytest.fixture
-def many_steps() -> Any:
-    """Shapes in annotations go unchecked in a test that takes hundreds of steps: checks are 4/5 of its time.
-
-    Tests of a few steps check the same functions.
+def unchecked_shapes() -> Any:
+    """Shapes in annotations go unchecked, as for users: for tests of very many calls, where checks take 4/5 of
+    the time. Tests of few calls check the same functions.
     """
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
