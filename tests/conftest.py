@@ -114,8 +114,9 @@ def tiny_tokens() -> Any:
 
 @pytest.fixture
 def unchecked_shapes() -> Any:
-    """Shapes in annotations go unchecked, as for users: for tests of very many calls, where checks take 4/5 of
-    the time. Tests of few calls check the same functions.
+    """Shapes in annotations go unchecked, as for users: checks take most of the time of many calls.
+
+    Tests of few calls check the same functions.
     """
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
