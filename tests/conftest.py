@@ -113,10 +113,10 @@ def tiny_tokens() -> Any:
 
 
 @pytest.fixture
-def many_steps() -> Any:
-    """Shapes in annotations go unchecked in a test that takes hundreds of steps: checks are 4/5 of its time.
+def unchecked_shapes() -> Any:
+    """Shapes in annotations go unchecked, as for users: checks take most of the time of many calls.
 
-    Tests of a few steps check the same functions.
+    Tests of few calls check the same functions.
     """
     jaxtyping.config.update("jaxtyping_disable", True)
     yield

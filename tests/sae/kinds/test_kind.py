@@ -47,7 +47,7 @@ def test_step_gradients_equal_autograd(
         assert output.loss + output.penalty == pytest.approx(loss.item())
 
 
-@pytest.mark.usefixtures("many_steps")
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if not KINDS[kind].picks_k])
 @pytest.mark.parametrize("method", ["random", "asi"])
 def test_l0_reaches_its_target(kind: str, method: str) -> None:
