@@ -17,6 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # One test process a core: more threads would wait for each other, those of kernels and children too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import jaxtyping
 import small_plain
 import tiny_models
 import torch
@@ -109,6 +110,17 @@ def tiny_tokens() -> Any:
     )
     ids[:, 0] = tiny_models.SPECIALS.index("<bos>")
     return Tokens(ids=ids, corpus="random", tokenizer="tiny", context=32)
+
+
+@pytest.fixture
+def unchecked_shapes() -> Any:
+    """Shapes in annotations go unchecked, as for users: checks take most of the time of many calls.
+
+    Tests of few calls check the same functions.
+    """
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

@@ -75,5 +75,5 @@ def test_readme_names_commands_that_exist() -> None:
 def test_ci_runs_what_the_readme_tells_people_to_run() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
-    for command in ("lint", "test", "test-tl4", "test-triton", "figures PROFILE=smoke GROUP=all"):
-        assert re.search(rf"^step make {command}$", script.read_text(), re.MULTILINE), command
+    steps = " ".join(re.findall(r"^step make (.+)$", script.read_text(), re.MULTILINE)).split()
+    assert {"lint", "test", "test-tl4", "test-peers", "test-triton", "docs", "GROUP=all"} <= set(steps)

@@ -92,7 +92,7 @@ def test_attention_is_copied_exactly(model: Any) -> None:
     from asi_lens.lorsa.evaluate import evaluate_lorsa
     from asi_lens.lorsa.initialize import from_attention
 
-    tokens = load_tokens("news-en", model, n_tokens=1024, context=256)
+    tokens = load_tokens("news-en", model, n_tokens=512, context=256)
     pairs = harvest_pairs(model, tokens, 15, progress=False)
     found = evaluate_lorsa(from_attention(model, 15, 256), pairs, model=model, tokens=tokens, progress=False)
     assert found.fvu < 1e-8

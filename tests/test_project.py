@@ -218,6 +218,13 @@ def test_every_dependency_is_imported() -> None:
     assert lines - used == set()
 
 
+def test_the_citation_is_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == asi_lens.__version__
+    assert citation["cff-version"] == "1.2.0"
+    assert {"message", "title", "authors", "license"} <= set(citation)
+
+
 def test_changelog_has_this_version() -> None:
     assert Version(asi_lens.__version__)
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")

@@ -21,7 +21,7 @@ from right_inputs import DOORS, World, made
 import asi_lens as al
 from asi_lens.base.errors import AsiLensError
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("unchecked_shapes")]
 
 
 class Broken:

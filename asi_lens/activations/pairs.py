@@ -89,10 +89,16 @@ class PairedStores:
         return self.outputs.moments
 
     def batches(
-        self, batch_size: int, *, seed: int = 0, start: int = 0, n_tokens: int | None = None
+        self,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        start: int = 0,
+        n_tokens: int | None = None,
+        device: torch.device | None = None,
     ) -> Iterator[Pair]:
         """Batches as of `ActivationStore.batches`, with the same tokens of both stores."""
-        options: dict[str, Any] = {"seed": seed, "start": start, "n_tokens": n_tokens}
+        options: dict[str, Any] = {"seed": seed, "start": start, "n_tokens": n_tokens, "device": device}
         sides = (store.batches(batch_size, **options) for store in (self.inputs, self.outputs))
         return (Pair(x, y) for x, y in zip(*sides, strict=True))
 

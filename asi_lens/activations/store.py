@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -24,6 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from asi_lens.activations import shards
+from asi_lens.activations.ahead import moved, pinned, read_ahead
 from asi_lens.activations.moments import Moments
 from asi_lens.activations.row_files import open_rows
 from asi_lens.activations.spectrum import Spectrum
@@ -298,24 +298,12 @@ class ActivationStore:
         share: Callable[[int], tuple[int, int]] | None,
         device: torch.device | None,
     ) -> Iterator[Float[Tensor, "batch d"]]:
-        # While one batch is in use, a thread reads the next batch from disk.
-        with ThreadPoolExecutor(1) as reader:
-            ahead: Future[ReadRows] | None = None
-            for index in self._order(batch_size, seed, start, n_tokens):
-                if share is not None:
-                    index = index[slice(*share(len(index)))]
-                now, ahead = ahead, reader.submit(self._read_for, index, device)
-                if now is not None:
-                    yield self._placed(_moved(now.result(), device), dtype)
-            if ahead is not None:
-                yield self._placed(_moved(ahead.result(), device), dtype)
+        def read(index: Int[Tensor, " batch"]) -> ReadRows:
+            own = index if share is None else index[slice(*share(len(index)))]
+            return ReadRows(*(pinned(part, device) for part in self._read(own)))
 
-    def _read_for(self, index: Int[Tensor, " batch"], device: torch.device | None) -> ReadRows:
-        """Return the rows as `_read` does; in pinned memory if they are to be copied to a GPU."""
-        read = self._read(index)
-        if device is None or device.type != "cuda" or read.rows.device.type != "cpu":
-            return read
-        return ReadRows(read.rows.pin_memory(), read.order.pin_memory())
+        for found in read_ahead(read, self._order(batch_size, seed, start, n_tokens)):
+            yield self._placed(ReadRows(*(moved(part, device) for part in found)), dtype)
 
     def _order(
         self, batch_size: int, seed: int, start: int, n_tokens: int | None
@@ -341,10 +329,3 @@ class ActivationStore:
         require(seed >= 0, "seed", seed, "at least 0")
         index = Permutation(self.n, _SAMPLE, seed)(np.arange(n))
         return self._gather(torch.from_numpy(index), torch.float32)
-
-
-def _moved(read: ReadRows, device: torch.device | None) -> ReadRows:
-    """Return the same rows on a device. The copy from pinned memory does not wait."""
-    if device is None:
-        return read
-    return ReadRows(*(part.to(device, non_blocking=part.is_pinned()) for part in read))

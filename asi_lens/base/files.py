@@ -106,7 +106,9 @@ def read_yaml_mapping(path: Path | str) -> dict[str, Any]:
     import yaml
 
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        # The same rules, ten times as fast: the runner reads all files of parameters for each notebook.
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     if not isinstance(values, dict | None):

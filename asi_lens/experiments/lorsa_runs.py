@@ -115,11 +115,11 @@ def train_lorsas(
         return [_run(recipe, config, replace(base, seed=seed), pairs, log_every) for recipe in recipes]
 
     def start(run: LorsaRun) -> tuple[LorsaTrainer, dict[str, Any]]:
-        lorsa = Lorsa(run.config)
+        lorsa = Lorsa(run.config).to(target)
         sample = pairs[: min(_SAMPLE, len(pairs))]
         initialize_lorsa(lorsa, model, layer, sample, run.recipe.init, run.d_init)
         about = {"format": FORMAT, "recipe": asdict(run.recipe), "initialization": lorsa.initialization}
-        return LorsaTrainer(lorsa.to(target), run.train), about
+        return LorsaTrainer(lorsa, run.train), about
 
     def save(run: LorsaRun, trainer: LorsaTrainer) -> dict[str, Any]:
         trainer.lorsa.save(run.folder / _WEIGHTS)

@@ -27,7 +27,7 @@ from asi_lens.results.beyond_rows import Library, ReleasedRow
 from asi_lens.results.dictionary_verdicts import RANKS
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.evaluate import evaluate
-from asi_lens.sae.formats import CONFIG, OURS, SAELENS, load_folder
+from asi_lens.sae.formats import CONFIG, OURS, library_of, load_folder
 from asi_lens.sae.kinds import KINDS
 
 SAVE = "from sae_lens import SAE; SAE.from_pretrained('{}', '{}').save_model('{}')"
@@ -198,12 +198,7 @@ def _opened(model: nn.Module, name: str, folder: Path, model_names: Sequence[str
     if width != sae.d_in:
         site, layer = where
         raise OptionError(f"{folder} is {sae.d_in} wide, but {site} {layer} of {own} is {width} wide")
-    # In the order of `load_folder`.
-    library: Library = "sparsify"
-    if (folder / OURS).is_file():
-        library = "asi_lens"
-    elif (folder / SAELENS).is_file():
-        library = "SAELens"
+    library = library_of(folder)
     start = sae.initialization.get("method") if library == "asi_lens" else None
     return Released(name, folder, library, where, sae.config, start)
 

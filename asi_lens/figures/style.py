@@ -34,7 +34,8 @@ _SPARE_METHODS = (
     ("#0072B2", "star-diamond"),
     ("#777777", "hexagon"),
 )
-_SPARE_COLORS = ("#E69F00", "#56B4E9", "#000000", "#8C6D00")
+# Colors of other hooks. None is a site's.
+_SPARE_COLORS = ("#882255", "#332288", "#000000", "#8C6D00")
 _FONT = "Arial, Helvetica, Liberation Sans, DejaVu Sans, sans-serif"
 
 TEMPLATE = go.layout.Template(

@@ -9,7 +9,7 @@ from asi_lens.figures.parts import curve, panels
 from asi_lens.figures.style import GREY, need, order, over, setting, single
 from asi_lens.results.rows import RankRow
 from asi_lens.results.trained_rank_rows import TrainedRankRow
-from asi_lens.results.trained_rank_verdicts import differences_to_baseline
+from asi_lens.results.trained_rank_verdicts import differences_to_baseline, final_numbers
 
 _LOOKS = (
     ("#000000", "circle"),
@@ -80,10 +80,7 @@ def final_rank_and_loss(table: pd.DataFrame) -> go.Figure:
     """
     need(table, TrainedRankRow)
     single(table, "corpus", "final_rank_and_loss")
-    final = differences_to_baseline(table)
-    at_end = table[table.tokens == table.groupby(["variant", "seed"]).tokens.transform("max")]
-    means = at_end.groupby(["variant", "seed"], sort=False)[["validation_loss", "effective_rank_fraction"]]
-    whole = means.mean().reset_index()
+    whole, final = final_numbers(table), differences_to_baseline(table)
     figure = panels(
         "Loss against rank at the end of training",
         setting(table, what="a mark is a seed"),
@@ -93,7 +90,7 @@ def final_rank_and_loss(table: pd.DataFrame) -> go.Figure:
     for name, (tone, symbol) in zip(order(whole, "variant"), _LOOKS * len(whole), strict=False):
         here, change = whole[whole.variant == name], final[final.variant == name]
         shown = (
-            (here, "effective_rank_fraction", "validation_loss"),
+            (here, "rank", "loss"),
             (change, "rank_difference", "loss_difference"),
         )
         for col, (part, x, y) in enumerate(shown, start=1):

@@ -41,6 +41,12 @@ class PackageFile:
     size: int
     """Bytes of the file."""
 
+    @classmethod
+    def wheel(cls, dist: str, version: str, sha256: str, size: int) -> PackageFile:
+        """Return a wheel of pure Python, whose file is named after the package and its version."""
+        filename = f"{dist.replace('-', '_')}-{version}-py3-none-any.whl"
+        return cls(dist, version, filename, sha256, size)
+
 
 @dataclass(frozen=True)
 class PipSettings:

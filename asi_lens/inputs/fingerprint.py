@@ -23,7 +23,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor, nn
 
 from asi_lens.base.cache import cached_json, cached_jsons
@@ -54,7 +53,7 @@ def model_fingerprint(model: nn.Module) -> str:
             zip(tensors, threads.map(_digest, tensors.values()), strict=True)
         )
     text = json.dumps([[line, digests.get(key)] for line, key in lines])
-    return xxhash.xxh3_128_hexdigest(text.encode())[:16]
+    return _hashed(text.encode())[:16]
 
 
 def is_fixed(fingerprint: str) -> bool:
@@ -128,7 +127,7 @@ def _own_code(kind: type[nn.Module]) -> list[str]:
     code = getattr(kind.forward, "__code__", None)
     if code is None or kind.forward.__module__.partition(".")[0] in (*structure.LIBRARIES, "torch"):
         return []
-    return [xxhash.xxh3_128_hexdigest(marshal.dumps(code))]
+    return [_hashed(marshal.dumps(code))]
 
 
 def _is_added_bias(name: str, module: nn.Module, value: Tensor) -> bool:
@@ -162,8 +161,16 @@ def _described(value: Any) -> Any:
     return getattr(value, "__qualname__", None) or type(value).__qualname__
 
 
+def _hashed(data: bytes) -> str:
+    import xxhash  # here, since a training from a store needs few packages
+
+    return xxhash.xxh3_128_hexdigest(data)
+
+
 def _digest(tensor: Tensor) -> str:
     """Return the hash of a tensor's bytes; the bytes of another device are copied a piece at a time."""
+    import xxhash
+
     flat = tensor.detach().contiguous().view(-1)
     state = xxhash.xxh3_128()
     step = max(1, _CHUNK // flat.element_size())

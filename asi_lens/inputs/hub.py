@@ -1,8 +1,9 @@
-"""Texts from the Hugging Face hub: streamed at one commit, which cached tokens are named after."""
+"""The Hugging Face hub: texts streamed at one commit, by which cached tokens are named; local snapshots."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from asi_lens.base.errors import AsiLensError, FetchError, OptionError, unknown_name
@@ -59,6 +60,19 @@ def hub_commit(repo: str, revision: str | None) -> str:
         return str(HfApi().dataset_info(repo, revision=revision, timeout=30).sha)
     except Exception as error:  # httpx, OS and hub errors, which have no common base
         raise _not_reached(repo, error) from error
+
+
+def local_snapshot(repo: str) -> Path:
+    """Return the folder `<repository>/snapshots/<commit>` of a model in the hub's own cache.
+
+    It is the snapshot that the name alone stands for: that of `refs/main`. Raises FetchError without one.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repo, "config.json")
+    if not isinstance(found, str):
+        raise FetchError(f"the hub's cache has no snapshot of the model {repo!r}; run `hf download {repo}`")
+    return Path(found).parent
 
 
 def _absent(repo: str) -> FetchError:

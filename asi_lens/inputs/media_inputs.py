@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import xxhash
 from jaxtyping import Bool
 from torch import Tensor, nn
 
@@ -56,6 +55,8 @@ class Inputs:
     @property
     def fingerprint(self) -> str:
         """16 hex digits of the arrays and of which positions are rows, computed anew at every call."""
+        import xxhash
+
         state = xxhash.xxh3_128()
         for name, value in [*sorted(self.arrays.items()), ("kept", self.kept)]:
             state.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -189,6 +190,8 @@ def data_kind(model: nn.Module) -> str:
 
 def maker_name(model: nn.Module) -> str:
     """Return class and fingerprint of what makes a model's inputs: its processor, and its tokenizer."""
+    import xxhash
+
     from asi_lens.inputs.tokenizing import fingerprint
 
     parts = []

@@ -177,15 +177,23 @@ def load_model(
         if not (path / "config.json").is_file():
             raise DataError(f"{path} is not a Hugging Face model folder: it has no config.json")
         return boot(path, plain_name(path))
-    if name.count("/") == 1 and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not name.endswith(".gguf"):
-        return boot(name, name)
-    if name in _OLD_HUB_NAMES:
-        return boot(_OLD_HUB_NAMES[name], name)
+    if (on_hub := hub_name(name)) is not None:
+        return boot(on_hub, name)
     packaged = [key for key, source in SOURCES.items() if source.kind == "model"]
     raise UnknownNameError(
         f"{unknown_name('model', name, packaged)}. A model is also a hub name (owner/name), a Hugging Face "
         "folder, a `.gguf` file (neither is at that path), or a TransformerBridge or HookedTransformer object"
     )
+
+
+def hub_name(name: str) -> str | None:
+    """Return the hub's name of a model ("owner/name"), or None for a name that cannot be on the hub.
+
+    Packaged names and existing paths come before names of the hub; that is not looked at here.
+    """
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not name.endswith(".gguf"):
+        return name
+    return _OLD_HUB_NAMES.get(name)
 
 
 def _boot(

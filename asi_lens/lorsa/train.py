@@ -18,6 +18,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from asi_lens.base.doors import checked
 from asi_lens.base.errors import DataError, OptionError, require
+from asi_lens.kernels import devices
 from asi_lens.kernels.codes import SparseCode
 from asi_lens.kernels.draws import unit_rows_
 from asi_lens.lorsa.data import PairBatch, SequencePairs
@@ -82,6 +83,8 @@ class LorsaTrainer(Fits[SequencePairs, PairBatch]):
         The schedule of the learning rate takes `n_tokens` / (positions of this batch) as the number of steps.
         Raises DataError for shapes that do not fit, NaN or infinity, and DivergedError (naming the step) if
         the loss or a gradient is not finite. A step that raises changes nothing.
+
+        On a GPU the host waits for numbers once, before the update.
         """
         x, y = batch.x, batch.y
         if x.shape != y.shape or x.ndim != 3 or x.shape[1] < 2:
@@ -90,16 +93,23 @@ class LorsaTrainer(Fits[SequencePairs, PairBatch]):
                 f"[batch position {self.lorsa.d_in}] with at least 2 positions"
             )
         lorsa, config = self.lorsa, self.config
-        target = lorsa.normalize_output(y)[:, 1:]
-        code = SparseCode(*(part[:, 1:] for part in lorsa.encode(x)))
+        # Finite batches have a finite sum, which is read with the other numbers of the step.
+        target = lorsa.normalize_output(y, checked=False)[:, 1:]
+        code = SparseCode(*(part[:, 1:] for part in lorsa.encode(x, checked=False)))
         n = target.shape[0] * target.shape[1]
         loss = (lorsa.decode_normalized(code) - target).square().sum() / n
         self.optimizer.zero_grad()
         torch.autograd.backward(loss)
         norm = self._finish_gradients()
-        size, missed, spread, fired = self._numbers(norm, loss * n, target, code)
-        if not (math.isfinite(missed) and math.isfinite(size)):
+        sizes = SparseCode(code.indices.flatten(0, 1), code.values.detach().abs().flatten(0, 1))
+        fired = self.ledger.fired(sizes)
+        sums = x.sum(dtype=torch.float32) + y.sum(dtype=torch.float32)
+        numbers = self._numbers(norm, loss * n, target, sums, fired)
+        size, missed, spread, inputs, n_fired, n_dead = devices.read(numbers)
+        if not (math.isfinite(missed) and math.isfinite(size) and math.isfinite(inputs)):
             self.optimizer.zero_grad()
+            lorsa.normalize(x)
+            lorsa.normalize_output(y)
             raise DivergedError(
                 f"step {self.steps + 1}: loss {missed / n} or its gradient is not finite; "
                 "no weight was updated. A smaller lr or clip_norm may help"
@@ -112,7 +122,7 @@ class LorsaTrainer(Fits[SequencePairs, PairBatch]):
         self.optimizer.step()
         self.optimizer.zero_grad()
         unit_rows_(lorsa.W_O.data)
-        self.ledger.update(SparseCode(code.indices.flatten(0, 1), code.values.detach().abs().flatten(0, 1)))
+        self.ledger.update(sizes, fired)
         self._steps += 1
         return StepOutput(
             step=self.steps,
@@ -121,8 +131,8 @@ class LorsaTrainer(Fits[SequencePairs, PairBatch]):
             aux_loss=0.0,
             penalty=0.0,
             fvu=missed / spread if spread else math.nan,
-            l0=fired / n,
-            dead_fraction=self.ledger.dead_fraction(config.dead_window),
+            l0=n_fired / n,
+            dead_fraction=n_dead / lorsa.n_ov,
             lr=lr,
             gradient_norm=None if config.clip_norm is None else size,
         )
@@ -136,12 +146,16 @@ class LorsaTrainer(Fits[SequencePairs, PairBatch]):
         grad.sub_((grad * W_O).sum(1, keepdim=True) * W_O)
         return get_total_norm([p.grad for p in self.lorsa.parameters() if p.grad is not None])
 
-    @staticmethod
-    def _numbers(norm: Tensor, missed: Tensor, target: Tensor, code: SparseCode) -> list[float]:
-        """Return gradient norm, squared error, variance and firings, with one wait for the device."""
+    def _numbers(
+        self, norm: Tensor, missed: Tensor, target: Tensor, sums: Tensor, fired: Tensor
+    ) -> Float[Tensor, " 6"]:
+        """Return gradient norm, squared error, variance, sum of the batch, firings and dead units after the
+        step, for one wait."""
         rows = target.flatten(0, 1)
         spread = (rows - rows.mean(0)).square().sum()
-        return torch.stack([norm, missed.detach(), spread, (code.values != 0).sum()]).tolist()
+        n_dead = self.ledger.dead_after(fired, len(rows), self.config.dead_window)
+        numbers = torch.stack([norm, missed.detach(), spread, sums]).double()
+        return torch.cat([numbers, torch.stack([fired.sum(), n_dead]).double()])
 
     def prepare(self, store: SequencePairs) -> None:
         """Check that `store` can be trained on. `fit` calls it first.

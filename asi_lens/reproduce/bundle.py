@@ -5,13 +5,15 @@
     eval "$(python -m asi_lens.reproduce.bundle use FOLDER)"            there: unpacks, sets the variables
 
 A bundle holds weights, texts and their tokens, the wheels of the lock, and the project. What the notebooks
-ask for is found out from the notebooks. `verify` and `use` need Python 3.11 alone; without a checkout they
-run as `PYTHONPATH=FOLDER/project.zip python -m asi_lens.reproduce.bundle use FOLDER`.
+ask for is found out from the notebooks. Of a model of the hub, the snapshot in the hub's own cache is taken.
+`verify` and `use` need Python 3.11 alone; without a checkout they run as
+`PYTHONPATH=FOLDER/project.zip python -m asi_lens.reproduce.bundle use FOLDER`.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import shutil
 import sys
@@ -24,11 +26,11 @@ from typing import Any
 
 from asi_lens import __version__
 from asi_lens.base.errors import AsiLensError, DataError, OptionError, require, require_known, require_whole
-from asi_lens.base.files import write_whole_folder
+from asi_lens.base.files import existing, write_whole_folder
 from asi_lens.base.paths import cached, project_root, watched
 from asi_lens.reproduce import parts
 
-PROJECT, CACHE, GIVEN, WHEELS = "project.zip", "cache", "given", "wheels"
+PROJECT, CACHE, GIVEN, HUB, WHEELS = "project.zip", "cache", "given", "hub", "wheels"
 WITHOUT = ("texts", "wheels", "torch", "project")
 _PROJECT_FILES = ("pyproject.toml", "requirements.lock", "README.md", "LICENSE", "Makefile")
 _PROJECT_FOLDERS = ("asi_lens", "notebooks", "parameters")
@@ -66,7 +68,8 @@ def make(
     require_whole("part_mib", part_mib, 1)
     if folder.exists() and not (folder / parts.MANIFEST).is_file():
         raise OptionError(f"{folder} exists and is not a bundle; choose another folder")
-    asked, taken, licenses = _inputs(model, profile, notebooks, given, "texts" not in without, dequantized)
+    options = (model, profile, notebooks, given, "texts" not in without, dequantized)
+    asked, taken, commits, licenses = _inputs(*options)
     for path in more:
         if not path.exists():
             raise DataError(f"no file or folder {path} to take along")
@@ -84,6 +87,7 @@ def make(
             "source": source_digest(),
             "profile": profile,
             "models": asked.models,
+            "hub": commits,
             "texts": [vars(text) for text in asked.texts],
             "without": list(without),
             "python": python,
@@ -131,6 +135,8 @@ def use(folder: Path, into: Path | None = None) -> dict[str, str]:
     parts.unpack_parts(folder, manifest, into)
     variables = {"ASI_LENS_BUNDLE": str(into / CACHE), "ASI_LENS_OFFLINE": "1", "PIP_NO_INDEX": "1"}
     (into / CACHE).mkdir(exist_ok=True)
+    if (into / HUB).is_dir():
+        variables["HF_HUB_CACHE"] = str(into / HUB)
     if (into / WHEELS).is_dir():
         variables["PIP_FIND_LINKS"] = str(into / WHEELS)
     if (folder / PROJECT).is_file():
@@ -164,13 +170,14 @@ def _inputs(
     given: Mapping[str, Any] | None,
     texts: bool,
     dequantized: bool,
-) -> tuple[Any, dict[str, Path], dict[str, str]]:
-    """Return what the notebooks ask for, its files by path in the bundle, and licenses by source."""
+) -> tuple[Any, dict[str, Path], dict[str, str], dict[str, str]]:
+    """Return what the notebooks ask for, its files by path in the bundle, commits of hub models by name, and
+    licenses by source."""
     from asi_lens.inputs import sources
     from asi_lens.inputs.corpora import load_tokens
     from asi_lens.inputs.media import media_names
     from asi_lens.inputs.media_inputs import data_kind
-    from asi_lens.inputs.models import load_model
+    from asi_lens.inputs.models import hub_name, load_model
     from asi_lens.inputs.small_tokenizer import small_tokenizer
     from asi_lens.inputs.texts import MIXTURES
     from asi_lens.reproduce.asked import asked_by
@@ -179,18 +186,22 @@ def _inputs(
     options: dict[str, Any] = {"model": model, "profile": profile, "given": given, "output_folder": Path()}
     asked = asked_by({name: merged_parameters(name, **options) for name in choose(notebooks)})
     taken: dict[str, Path] = {}
+    commits: dict[str, str] = {}
     media: set[str] = set()
     kinds = ("downloads", "corpora", "tokenizers", *(["models"] if dequantized else []))
     for text in asked.texts:
-        pinned = "@" in text.source or text.source in sources.corpus_names()
-        told = "a packaged text or a data set of the hub at a commit (owner/name@...)"
-        require(pinned, "text", text.source, told)
+        pinned = re.search(r"@[0-9a-f]{40}$", text.source) or text.source in sources.corpus_names()
+        told = "a packaged text or a data set of the hub at a commit (owner/name@<40 hex digits>)"
+        require(bool(pinned), "text", text.source, told)
     with watched() as entries:
         for name in asked.models:
-            path = _given_model(name)
-            if path is not None:
-                taken |= parts.files_below(path, f"{GIVEN}/{path.name}")
+            path = None if name in sources.SOURCES else existing(name)
             loaded = load_model(path or name, device="cpu")
+            if path is not None:
+                taken |= parts.files_below(path.resolve(), f"{GIVEN}/{path.resolve().name}")
+            elif name not in sources.SOURCES and (repo := hub_name(name)):
+                commits[name], files = _hub_model(repo)
+                taken |= files
             for text in asked.texts:
                 if text.model == name and text.media and (kind := data_kind(loaded)) != "text":
                     media |= {dict(text.media)[kind]}
@@ -213,19 +224,17 @@ def _inputs(
     for kind, name in entries:
         if kind in kinds and (kind != "downloads" or name in folders):
             taken |= parts.files_below(cached(kind, name), f"{CACHE}/{kind}/{name}")
-    return asked, taken, {name: sources.SOURCES[name].license for name in sorted(packaged)}
+    return asked, taken, commits, {name: sources.SOURCES[name].license for name in sorted(packaged)}
 
 
-def _given_model(name: str) -> Path | None:
-    """Return the path of a model that is not packaged, None for one that is. Raises OptionError."""
-    from asi_lens.inputs.sources import SOURCES
+def _hub_model(repo: str) -> tuple[str, dict[str, Path]]:
+    """Return commit and files of a model in the hub's cache, in the layout of that cache."""
+    from asi_lens.inputs.hub import local_snapshot
 
-    if name in SOURCES:
-        return None
-    path = Path(name).expanduser()
-    told = "a packaged name, a folder or a file (`hf download NAME --local-dir FOLDER` makes a folder)"
-    require(path.exists(), "model", name, told)
-    return path.resolve()
+    snapshot = local_snapshot(repo)
+    root = snapshot.parents[1]
+    files = parts.files_below(snapshot, f"{HUB}/{root.name}/snapshots/{snapshot.name}")
+    return snapshot.name, {**files, f"{HUB}/{root.name}/refs/main": root / "refs" / "main"}
 
 
 def _wheels(folder: Path, python: str, platform: str, without: Sequence[str]) -> dict[str, Path]:
@@ -259,7 +268,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     verbs = parser.add_subparsers(dest="verb", required=True)
     making = verbs.add_parser("make", help="write a bundle")
-    making.add_argument("--model", default="smollm2-135m", help="a packaged name, folder or .gguf file")
+    making.add_argument(
+        "--model", default="smollm2-135m", help="a packaged name, folder, .gguf file or hub name"
+    )
     making.add_argument("--profile", default="quick")
     making.add_argument("--notebooks", default="", help="names, numbers or groups; paper if left out")
     making.add_argument("-p", dest="given", action="append", default=[], metavar="KEY=VALUE")

@@ -82,10 +82,11 @@ def merged_parameters(
     missing = [key for key in ALWAYS if key not in defaults]
     if missing:
         raise OptionError(f"{notebook} has no cell tagged `parameters` that sets {', '.join(missing)}")
-    path = parameters_dir() / f"{profile}.yaml"
-    if profile not in profile_names():
+    files = {path.stem: path for path in parameters_dir().glob("*.yaml")}
+    sections = read_yaml_mapping(files[profile]) if profile in files else {}
+    if "common" not in sections:
         raise unknown_name("profile", profile, profile_names())
-    sections = read_yaml_mapping(path)
+    path = files[profile]
     for section in sections:
         if section not in ("common", NEEDS) and section not in notebook_names():
             raise unknown_name(f"section of {path.name}", section, ["common", NEEDS, *notebook_names()])

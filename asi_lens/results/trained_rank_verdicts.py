@@ -57,22 +57,27 @@ def rank_and_loss(table: pd.DataFrame) -> list[AnswerRow]:
 
 
 def differences_to_baseline(table: pd.DataFrame) -> pd.DataFrame:
-    """Return final numbers of `TrainedRankRow`s by variant and seed, less those of the baseline's same seed.
+    """Return `final_numbers` of all variants but the baseline, and their differences to the baseline.
 
-    Columns: variant, seed, rank (mean over layers), loss, rank_difference, loss_difference; differences are
-    NaN where the baseline lacks the seed. The baseline itself is left out.
+    Further columns: rank_difference, loss_difference, less the baseline of the same seed; NaN where the
+    baseline lacks the seed.
     """
-    measures = ["validation_loss", "effective_rank_fraction"]
-    rows = taken(table, ["variant", "seed", "layer", "tokens", "n_tokens"], measures)
-    last = rows[rows.tokens == rows.groupby(["variant", "seed"]).tokens.transform("max")]
-    final = last.groupby(["variant", "seed"], sort=False)[measures].mean().reset_index()
-    final = final.rename(columns={"validation_loss": "loss", "effective_rank_fraction": "rank"})
+    final = final_numbers(table)
     base = final[final.variant == _BASELINE].set_index("seed")
     others = final[final.variant != _BASELINE]
     differences = {
         f"{name}_difference": others[name] - others.seed.map(base[name]) for name in ("rank", "loss")
     }
     return others.assign(**differences)
+
+
+def final_numbers(table: pd.DataFrame) -> pd.DataFrame:
+    """Return variant, seed, loss and rank (mean over layers) of `TrainedRankRow`s at the end of each run."""
+    measures = ["validation_loss", "effective_rank_fraction"]
+    rows = taken(table, ["variant", "seed", "layer", "tokens", "n_tokens"], measures)
+    last = rows[rows.tokens == rows.groupby(["variant", "seed"]).tokens.transform("max")]
+    final = last.groupby(["variant", "seed"], sort=False)[measures].mean().reset_index()
+    return final.rename(columns={"validation_loss": "loss", "effective_rank_fraction": "rank"})
 
 
 def _interval(question: str, values: pd.Series, sign: int) -> AnswerRow:

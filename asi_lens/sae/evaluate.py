@@ -136,7 +136,6 @@ def evaluate(
 
 
 @checked
-@exact_products()
 def evaluate_together(
     saes: Sequence[SparseAutoencoder],
     rows: ActivationStore | Float[Tensor, "n d_in"],
@@ -190,7 +189,6 @@ def evaluate_transcoder(
     return evaluate_transcoders([sae], store, model=model, tokens=tokens, **options)[0]
 
 
-@exact_products()
 def evaluate_transcoders(
     saes: Sequence[Transcoder],
     store: PairedStores,
@@ -226,6 +224,7 @@ def evaluate_transcoders(
     return evaluate_at(saes, store, model, tokens, batch_tokens=batch_tokens, progress=progress)
 
 
+@exact_products()
 def evaluate_at(
     coders: Sequence[Coder],
     data: Targets | ActivationStore | Tensor,
@@ -279,7 +278,7 @@ class _Tally:
 
     def __init__(self, coder: Coder):
         self.coder = coder
-        self.error = 0.0
+        self.error: float | Tensor = 0.0  # on the coder's device
         self.ledger: DeadnessLedger | None = None
 
     def add(self, block: Any) -> None:
@@ -287,13 +286,13 @@ class _Tally:
         for target, reconstruction, code in self.coder.scan(block):
             self.ledger = self.ledger or DeadnessLedger(self.coder.d_sae, code.values.device)
             exact = target.double()
-            self.error += (exact - reconstruction.to(exact)).square().sum().item()
+            self.error = self.error + (exact - reconstruction.to(exact)).square().sum()
             self.ledger.update(code)
 
     def numbers(self, n: int, variance: float, losses: SpliceLosses | None) -> Evaluation:
         """Return the evaluation over `n` rows whose targets have that variance (a sum, in raw units)."""
         assert self.ledger is not None  # there is a row
-        fvu = self.error / self.coder.target_scale**2 / variance
+        fvu = float(self.error) / self.coder.target_scale**2 / variance
         l0 = self.ledger.counts.sum().item() / n
         return Evaluation(n, fvu, 1 - fvu, l0, self.ledger.silent_fraction, losses)
 

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from asi_lens.activations.precision import exact_products
 from asi_lens.activations.spectrum import Spectrum
 from asi_lens.base.errors import DataError, OptionError, require, require_whole
 from asi_lens.sae.initialize import active_subspace_of, largest_leak
@@ -78,6 +79,7 @@ class _Coder:
     forward: Callable[[Tensor], Tensor]
 
 
+@exact_products()
 @torch.no_grad()
 def initialize(
     coder: Any,

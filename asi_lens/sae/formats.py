@@ -23,7 +23,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from packaging.version import InvalidVersion, Version
@@ -117,14 +117,19 @@ def load_folder(folder: Path | str) -> SparseAutoencoder:
     option, UnknownNameError for an unknown configuration key, DataError for files that are damaged, edited,
     or do not belong together.
     """
-    folder = Path(folder)
+    load = {"asi_lens": _load_ours, "SAELens": _load_saelens, "sparsify": _load_sparsify}
+    return load[library_of(Path(folder))](Path(folder))
+
+
+def library_of(folder: Path) -> Literal["asi_lens", "SAELens", "sparsify"]:
+    """Return whose format `load_folder` reads. Raises FileNotFoundError for a folder without a dictionary."""
     if (folder / OURS).is_file():
-        return _load_ours(folder)
+        return "asi_lens"
     if (folder / CONFIG).is_file():
         if (folder / SAELENS).is_file():
-            return _load_saelens(folder)
+            return "SAELens"
         if (folder / SPARSIFY).is_file():
-            return _load_sparsify(folder)
+            return "sparsify"
     raise FileNotFoundError(
         f"{folder} is not the folder of a dictionary: it needs {OURS}, or {CONFIG} with {SAELENS} (SAELens) "
         f"or {SPARSIFY} (sparsify)"
@@ -188,9 +193,9 @@ def _load_ours(folder: Path) -> SparseAutoencoder:
     config = SAEConfig.from_dict(ours["config"])
     family = SparseAutoencoder if config.d_out is None else Transcoder
     sae = family(config, draw=False, dtype=getattr(torch, ours["dtype"]))
-    tensors = _read_tensors(folder / OUR_WEIGHTS)
+    tensors = read_tensors(folder / OUR_WEIGHTS, DataError)[0]
     names = sae.activation.saelens_names
-    shared = {names.get(name, name): t for name, t in _read_tensors(folder / SAELENS).items()}
+    shared = {names.get(name, name): t for name, t in read_tensors(folder / SAELENS, DataError)[0].items()}
     tensors |= {name: shared[name] for name in ours["in_sae_weights"]}
     if set(tensors) != set(sae.state_dict()):
         raise DataError(
@@ -229,7 +234,7 @@ def _load_saelens(folder: Path) -> SparseAutoencoder:
     names = kind.saelens_names
     shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
     shapes |= dict.fromkeys([*names] if "b_enc" in names.values() else ["b_enc", *names], (d_sae,))
-    tensors = _read_tensors(folder / SAELENS)
+    tensors = read_tensors(folder / SAELENS, DataError)[0]
     _require_shapes(tensors, shapes, folder / SAELENS)
     if values.get("rescale_acts_by_decoder_norm", False):
         if "b_enc" not in tensors:
@@ -256,7 +261,7 @@ def _load_sparsify(folder: Path) -> SparseAutoencoder:
     # sparsify's own defaults
     d_sae = values.get("num_latents") or d_in * values.get("expansion_factor", 32)
     config = SAEConfig(d_in=d_in, d_sae=d_sae, k=values.get("k", 32), metadata={"hf_hook_name": folder.name})
-    tensors = _read_tensors(folder / SPARSIFY)
+    tensors = read_tensors(folder / SPARSIFY, DataError)[0]
     encoder = {"encoder.weight": (d_sae, d_in), "encoder.bias": (d_sae,)}
     _require_shapes(tensors, {**encoder, "W_dec": (d_sae, d_in), "b_dec": (d_in,)}, folder / SPARSIFY)
     tensors["W_enc"] = tensors.pop("encoder.weight").T
@@ -341,8 +346,3 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     except TypeError as error:
         raise OptionError(f"metadata and initialization must be JSON values: {error}") from error
     path.write_text(text + "\n", encoding="utf-8")
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return memory-mapped tensors of a safetensors file."""
-    return read_tensors(path, DataError)[0]

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from asi_lens.activations.pairs import Pair
+from asi_lens.kernels import devices
 from asi_lens.kernels.gradients import decode_sum
 from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.threshold import set_threshold
@@ -29,13 +30,16 @@ def best_scale(total: float, cross: float, power: float) -> float:
 
 
 def fit_sums(sides: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float, float]:
-    """Return sums of |t|^2, t . r and |r|^2 over batches of targets t and reconstructions r, in float64."""
-    total = cross = power = 0.0
+    """Return sums of |t|^2, t . r and |r|^2 over batches of targets t and reconstructions r, in float64.
+
+    They are summed on the device, and read once.
+    """
+    sums: Tensor | None = None
     for target, reconstruction in sides:
         t, r = target.double(), reconstruction.double()
-        total += t.square().sum().item()
-        cross += (t * r).sum().item()
-        power += r.square().sum().item()
+        found = torch.stack([t.square().sum(), (t * r).sum(), r.square().sum()])
+        sums = found if sums is None else sums + found
+    total, cross, power = [0.0] * 3 if sums is None else devices.read(sums)
     return total, cross, power
 
 

@@ -222,15 +222,13 @@ def sequence_losses(
                 edited = _log_probabilities(run(edit))
                 sums[1 + k].append(_loss(edited, targets))
                 known = k >= without_kl
-                divergences[k].append(
-                    _divergence(p, clean, edited) if known else torch.full((len(ids),), math.nan).double()
-                )
+                kl = _divergence(p, clean, edited) if known else torch.full_like(sums[0][-1], math.nan)
+                divergences[k].append(kl)
             bar.update(ids.shape[0] * each)
-    means = [torch.cat(parts) / each for parts in sums]
-    kl = [torch.cat(parts) / each for parts in divergences]
+    means, kls = ([torch.cat(parts).cpu() / each for parts in found] for found in (sums, divergences))
     empty = means[0].new_empty(0, len(tokens))
     return SequenceLosses(
-        means[0], torch.stack(means[1:]) if edits else empty, torch.stack(kl) if edits else empty
+        means[0], torch.stack(means[1:]) if edits else empty, torch.stack(kls) if edits else empty
     )
 
 
@@ -277,7 +275,7 @@ def _loss(
     log_p: Float[Tensor, "batch predicted d"], targets: Int[Tensor, "batch predicted"]
 ) -> Float[Tensor, " batch"]:
     """Return the sum of the cross-entropies of each sequence, in nats."""
-    return -log_p.gather(-1, targets[..., None]).sum((1, 2), dtype=torch.float64).cpu()
+    return -log_p.gather(-1, targets[..., None]).sum((1, 2), dtype=torch.float64)
 
 
 def _divergence(
@@ -287,7 +285,6 @@ def _divergence(
 ) -> Float[Tensor, " batch"]:
     """Return the sum of KL(p || q) of each sequence, one sequence at a time to save memory."""
     parts = zip(p, log_p, log_q, strict=True)
-    return torch.tensor(
-        [(one * (log_one - log_other)).sum(dtype=torch.float64).item() for one, log_one, log_other in parts],
-        dtype=torch.float64,
+    return torch.stack(
+        [(one * (log_one - log_other)).sum(dtype=torch.float64) for one, log_one, log_other in parts]
     )

@@ -251,14 +251,11 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
 
     def stream(self, store: ActivationStore | PairedStores, start: int) -> Iterator[Tensor | Pair | Part]:
         """Yield batches from token `start` to `n_tokens`; with several ranks, this rank's parts of them."""
-        config, device, one = self.config, self.sae.W_dec.device, self.mesh.config.data == 1
-        if isinstance(store, PairedStores) or (one and device.type == "cpu"):
+        config, device = self.config, self.sae.W_dec.device
+        if isinstance(store, PairedStores) or self.mesh.config.data == 1:
             yield from super().stream(store, start)
             return
         options: dict[str, Any] = {"seed": config.seed, "start": start, "n_tokens": config.n_tokens}
-        if one:
-            yield from store.batches(config.batch_size, **options, device=device)
-            return
         for rows in store.batches(config.batch_size, **options, share=self.mesh.tokens, device=device):
             n = min(config.batch_size, config.n_tokens - start)
             start += n

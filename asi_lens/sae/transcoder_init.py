@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from asi_lens.activations.pairs import PairedStores
+from asi_lens.activations.precision import exact_products
 from asi_lens.base.doors import checked
 from asi_lens.base.errors import require, unknown_name
 from asi_lens.kernels.draws import other_stream, unit_rows_
@@ -38,6 +39,7 @@ _SAMPLE = 8192
 
 
 @checked
+@exact_products()
 @torch.no_grad()
 def initialize_transcoder(
     sae: Transcoder,

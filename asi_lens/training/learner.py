@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from asi_lens.base.errors import AsiLensError
@@ -75,8 +76,10 @@ class Data(Protocol[_Batch]):
         """Text that changes with the data."""
         ...
 
-    def batches(self, batch_size: int, *, seed: int, start: int, n_tokens: int) -> Iterator[_Batch]:
-        """Yield batches from token `start` to token `n_tokens` of the stream."""
+    def batches(
+        self, batch_size: int, *, seed: int, start: int, n_tokens: int, device: torch.device
+    ) -> Iterator[_Batch]:
+        """Yield batches from token `start` to token `n_tokens` of the stream, on a device."""
         ...
 
 

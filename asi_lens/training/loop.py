@@ -309,9 +309,9 @@ class Fits(Generic[Store, Batch]):
     mesh = Mesh()
 
     def stream(self, store: Store, start: int) -> Iterator[Batch]:
-        """See `Learner.stream`."""
-        config = self.config
-        return store.batches(config.batch_size, seed=config.seed, start=start, n_tokens=config.n_tokens)
+        """Yield batches from token `start` to `n_tokens`, copied ahead to the device of the weights."""
+        run, device = self.config, self.ledger.counts.device
+        return store.batches(run.batch_size, seed=run.seed, start=start, n_tokens=run.n_tokens, device=device)
 
     def dead_fraction(self, window: int) -> float:
         """Return the share of features (units) silent for the last `window` tokens or more, on all ranks."""

@@ -40,6 +40,8 @@ def test_batches_samples_and_rows_are_the_same_tokens_of_both(pairs: PairedStore
         assert torch.equal(part.x[:, 0], part.y[:, 0])
         assert (part.x.shape[1], part.y.shape[1]) == (D_IN, D_OUT)
     assert sum(len(part) for part in shuffled) == 2 * N
+    there = next(pairs.batches(64, device=torch.device("meta")))
+    assert (there.x.device.type, there.y.device.type) == ("meta", "meta")
     in_order = torch.cat([part.y[:, 0] for part in pairs.in_order(64)])
     assert in_order.tolist() == list(range(N))
 

@@ -73,7 +73,9 @@ def test_other_hooks_get_a_color_of_their_own_that_stays() -> None:
     table["site"] = table.site.replace("z", "blocks.0.hook_resid_mid")
     line = named(collapse.rank_curves(table))["blocks.0.hook_resid_mid"].line
     assert line.color == color("blocks.0.hook_resid_mid")
-    assert line.color not in COLORS.values()
+    others = {color(f"blocks.0.hook_{n}") for n in range(40)}
+    assert len(others) == 4
+    assert others.isdisjoint(COLORS.values()), "a site's color, cross-attention's included"
 
 
 def test_rank_curves_draw_the_mean_and_range_over_texts() -> None:

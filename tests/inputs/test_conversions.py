@@ -198,13 +198,13 @@ def test_whispers_encoder_computes_what_ctranslate2_does(folders: dict[str, Path
 @pytest.mark.packaged
 @torch.no_grad()
 def test_antiberty_fills_masked_residues(folders: dict[str, Path]) -> None:
-    """289 of 318 residues (91 %) of 16 sequences that it may not have seen; chance is 5 %."""
+    """144 of 158 residues (91 %) of 8 sequences that it may not have seen; chance is 5 %."""
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
     model = AutoModelForMaskedLM.from_pretrained(folders["antiberty"])
     tokenizer = AutoTokenizer.from_pretrained(folders["antiberty"])
     right = []
-    for sequence in islice(open_media("antibodies").items(), 16):
+    for sequence in islice(open_media("antibodies").items(), 8):
         ids = torch.tensor(tokenizer(sequence).input_ids)
         places = torch.arange(1, len(sequence) + 1, 6)
         rows = torch.arange(len(places))
@@ -213,5 +213,5 @@ def test_antiberty_fills_masked_residues(folders: dict[str, Path]) -> None:
         with torch.inference_mode():
             logits = model(masked).logits
         right += (logits[rows, places].argmax(-1) == ids[places]).tolist()
-    assert len(right) == 318
+    assert len(right) == 158
     assert sum(right) / len(right) > 0.9

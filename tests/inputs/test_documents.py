@@ -312,6 +312,7 @@ def test_packaged_layouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.packaged
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize(
     ("name", "documents", "characters"),
     [

@@ -122,6 +122,17 @@ def test_without_a_network_a_hub_name_says_so() -> None:
         models.load_model("some-owner/some-model")
 
 
+@pytest.mark.parametrize(
+    ("name", "on_hub"),
+    [
+        *(("owner/name", "owner/name"), ("gpt2", "openai-community/gpt2")),
+        *(("name", None), ("a/b/c", None), ("/a/b", None), ("owner/name.gguf", None), ("../name", None)),
+    ],
+)
+def test_names_of_the_hub(name: str, on_hub: str | None) -> None:
+    assert models.hub_name(name) == on_hub
+
+
 def test_offline_the_hub_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ASI_LENS_OFFLINE", "1")
     with pytest.raises(FetchError, match=r"'some-owner/some-model' is not on this machine.*by its path"):

@@ -72,6 +72,7 @@ def plain_values(model: Any, plain: Any, ids: torch.Tensor) -> tuple[torch.Tenso
     }
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize("name", architectures.CONFIGS)
 def test_each_site_is_right_or_refused(name: str, folder_of: Any) -> None:
     model = architectures.load(folder_of(name))

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from precisions import inside
 from small_lorsas import CONTEXT, LAYER, N_OV, read_and_written, started
 
 from asi_lens.base.errors import DataError, OptionError
@@ -17,6 +18,7 @@ from asi_lens.lorsa.attention import layer_place
 from asi_lens.lorsa.data import SequencePairs, harvest_pairs
 from asi_lens.lorsa.evaluate import evaluate_lorsa
 from asi_lens.lorsa.initialize import from_attention
+from asi_lens.lorsa.lorsa import Lorsa
 from asi_lens.sae.evaluate import Coder
 
 pytestmark = pytest.mark.model_facing
@@ -37,6 +39,15 @@ def test_a_layer_exactly_loses_nothing(tiny_llama: Any, tiny_tokens: Tokens, pai
     assert found.losses is not None
     assert found.losses.cross_entropy_delta == pytest.approx(0, abs=1e-5)
     assert found.losses.loss_recovered == pytest.approx(1, abs=1e-3)
+
+
+def test_starts_and_numbers_are_of_exact_products(
+    tiny_llama: Any, pairs: SequencePairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lorsa = started(tiny_llama, pairs)
+    assert inside(monkeypatch, Lorsa, "units", lambda: started(tiny_llama, pairs)) == {"ieee"}
+    assert inside(monkeypatch, Lorsa, "units", lambda: evaluate_lorsa(lorsa, pairs)) == {"ieee"}
+    assert inside(monkeypatch, Lorsa, "units", lambda: lorsa.encode(pairs.inputs)) == {"tf32"}
 
 
 def test_numbers_are_their_definitions(tiny_llama: Any, tiny_tokens: Tokens, pairs: SequencePairs) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from small_lorsas import CONTEXT, LAYER, N_OV, K, quick, read_and_written, started
+from waits import Waits, accelerated
 
 from asi_lens.base.errors import DataError, OptionError
 from asi_lens.inputs.corpora import Tokens
@@ -72,6 +73,8 @@ def test_batches_are_shuffled_sequences_and_go_on_anywhere() -> None:
     assert [int(x) for batch in later for x in batch.x[:, 0, 0]] == order[15:]
     other = [int(x) for batch in pairs.batches(9, seed=1, n_tokens=9 * 14) for x in batch.x[:, 0, 0]]
     assert other != order
+    there = next(pairs.batches(9, seed=0, device=torch.device("meta")))
+    assert (there.x.device.type, there.y.device.type, there.x.shape) == ("meta", "meta", (3, 4, 2))
     with pytest.raises(OptionError, match=r"batch_size=2 .* at least 3"):
         next(pairs.batches(2, seed=0))
     with pytest.raises(OptionError, match="start=4"):
@@ -140,6 +143,34 @@ def test_gradients_are_free_of_the_part_that_would_change_norms(
     assert norms[0] == pytest.approx(1e-3, rel=1e-3)
 
 
+@pytest.mark.parametrize("rectify", [True, False])
+def test_a_step_waits_for_a_device_once(
+    tiny_llama: Any, pairs: SequencePairs, rectify: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And it computes what it does on a CPU. (PyTorch's own backward pass is not looked into.)"""
+    ends = []
+    for on_cpu in (True, False):
+        with monkeypatch.context() as patch:
+            one = LorsaTrainer(started(tiny_llama, pairs, rectify=rectify), quick(clip_norm=1e-3))
+            if not on_cpu:
+                accelerated(patch)
+            stream = one.stream(pairs, 0)
+            first, batch = one.step(next(stream)), next(stream)
+            with Waits(patch) as waits:
+                second = one.step(batch)
+        assert waits.found["tolist"] == 1
+        assert waits.total == 1, waits.found
+        ends.append((first, second, one))
+    assert ends[0][:2] == ends[1][:2]
+    assert same_bits(ends[0][2], ends[1][2])
+
+
+def test_batches_come_to_the_lorsas_device(tiny_llama: Any, pairs: SequencePairs) -> None:
+    one = started(tiny_llama, pairs)
+    assert next(LorsaTrainer(one, quick()).stream(pairs, 0)).x.device.type == "cpu"
+    assert next(LorsaTrainer(one.to("meta"), quick()).stream(pairs, 0)).x.device.type == "meta"
+
+
 def test_the_ledger_counts_positions_but_the_first(tiny_llama: Any, pairs: SequencePairs) -> None:
     one = trainer(tiny_llama, pairs, dead_window=4 * EACH)
     with torch.no_grad():
@@ -158,10 +189,12 @@ def test_steps_that_cannot_be_are_refused_and_change_nothing(tiny_llama: Any, pa
     one = trainer(tiny_llama, pairs)
     before = {name: tensor.clone() for name, tensor in one.state().items()}
     x, y = pairs.inputs[:2], pairs.outputs[:2]
-    broken = y.clone()
+    broken, endless = y.clone(), x.clone()
     broken[0, 3, 3] = float("nan")
+    endless[:, 0, 0] = torch.tensor([float("inf"), float("-inf")])
     for inputs, outputs, message in [
         (x, broken, "1 of 2 sequences of outputs hold NaN"),
+        (endless, y, "2 of 2 sequences of inputs hold NaN or infinity"),
         (x, y[:1], "and outputs"),
         (x[:, :1], y[:, :1], "at least 2 positions"),
         (x[..., :20], y[..., :20], r"\[batch position 24\]"),

@@ -15,7 +15,7 @@ import pytest
 import runs
 import yaml
 
-from asi_lens.base.errors import CacheError, DataError, OptionError, UnknownNameError
+from asi_lens.base.errors import CacheError, DataError, FetchError, OptionError, UnknownNameError
 from asi_lens.inputs.sources import SOURCES
 from asi_lens.reproduce import bundle
 
@@ -114,6 +114,84 @@ def test_it_holds_what_the_notebooks_ask_for(
         list(open_corpus("wiki-fr").documents())
 
 
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_folder: Any) -> Path:
+    """The hub's own cache, with two snapshots of owner/tiny: links to blobs, `main` is the second."""
+    from huggingface_hub import constants
+
+    repo = tmp_path / "hub" / "models--owner--tiny"
+    for commit, change in (("a" * 40, "older"), ("b" * 40, "newer")):
+        snapshot = repo / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        (repo / "blobs").mkdir(exist_ok=True)
+        for path in tiny_folder("llama").iterdir():
+            blob = repo / "blobs" / f"{change}-{path.name}"
+            shutil.copy(path, blob)
+            (snapshot / path.name).symlink_to(f"../../blobs/{blob.name}")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("b" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(repo.parent))
+    return repo
+
+
+THERE = """
+import json, sys
+import asi_lens as al
+from huggingface_hub import constants
+lens = al.load_model("owner/tiny", dtype="float32", device="cpu")
+info, tokens = al.model_info(lens), al.load_tokens("wiki-en", lens, 64, context=16)
+print(json.dumps([info.name, info.fingerprint, tokens.fingerprint, constants.HF_HUB_CACHE]))
+"""
+
+
+def test_a_model_of_the_hub_is_the_snapshot_in_the_hubs_cache(
+    make: Callable[..., dict[str, Any]], tmp_path: Path, hub: Path
+) -> None:
+    from asi_lens.inputs.corpora import load_tokens
+    from asi_lens.inputs.models import load_model, model_info
+
+    manifest = make(tmp_path / "b", model="owner/tiny", without=["wheels", "texts"])
+    assert manifest["hub"] == {"owner/tiny": "b" * 40}
+    taken = {Path(name) for name in manifest["files"] if name.startswith("hub/")}
+    kept = Path("hub/models--owner--tiny")
+    snapshot = kept / "snapshots" / ("b" * 40)
+    assert taken == {snapshot / path.name for path in (hub / "snapshots" / ("b" * 40)).iterdir()} | {
+        kept / "refs" / "main"
+    }
+    variables = bundle.use(tmp_path / "b", tmp_path / "there")
+    lens = load_model("owner/tiny", dtype="float32", device="cpu")
+    tokens = load_tokens("wiki-en", lens, 64, context=16)
+
+    # There, with nothing but the bundle, it is the same model under the same name.
+    shutil.rmtree(hub.parent)
+    variables |= {"ASI_LENS_CACHE": str(tmp_path / "empty"), "HF_HOME": str(tmp_path / "nothing")}
+    done = without_network("-c", THERE, **variables)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said == [
+        "owner/tiny",
+        model_info(lens).fingerprint,
+        tokens.fingerprint,
+        str(tmp_path / "there" / "hub"),
+    ]
+    # What the bundle lacks is refused at once.
+    done = without_network("-c", THERE.replace("owner/tiny", "owner/other"), **variables)
+    assert "FetchError: the model 'owner/other' is not on this machine" in done.stderr
+
+
+def test_a_snapshot_that_is_not_whole_is_refused(
+    make: Callable[..., dict[str, Any]], tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (hub / "snapshots" / ("b" * 40) / "model.safetensors").unlink()
+    with pytest.raises(FetchError, match="cannot fetch 'owner/tiny'"):
+        make(tmp_path / "b", model="owner/tiny")
+    (hub / "refs" / "main").unlink()
+    monkeypatch.setenv("ASI_LENS_OFFLINE", "1")
+    with pytest.raises(FetchError, match="'owner/tiny' is not on this machine"):
+        make(tmp_path / "b", model="owner/tiny")
+    assert not (tmp_path / "b").exists()
+
+
 def test_tokens_alone(make: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     manifest = make(tmp_path / "b", without=["wheels", "texts", "project"])
     kinds = [name.split("/")[1] for name in manifest["files"] if name.startswith("cache/")]
@@ -170,8 +248,10 @@ def test_a_bundle_that_is_not_whole_or_of_another_version(
 
 def test_what_cannot_be_taken_along(make: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     for options, error, told in (
-        ({"model": "owner/name"}, OptionError, "model='owner/name'.*hf download"),
+        ({"model": "owner/name"}, FetchError, "cannot fetch 'owner/name' from the model hub"),
+        ({"model": "tiny"}, UnknownNameError, "A model is also a hub name"),
         ({"given": {"main_corpus": "owner/name"}}, OptionError, "text='owner/name'.*at a commit"),
+        ({"given": {"main_corpus": "owner/name@main"}}, OptionError, "text='owner/name@main'.*40 hex"),
         ({"more": [tmp_path / "nothing"]}, DataError, "no file or folder .*nothing"),
         ({"without": ["torches"]}, UnknownNameError, "did you mean 'torch'"),
         ({"part_mib": 0}, OptionError, "part_mib=0"),

@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from asi_lens.base.errors import DataError
 from asi_lens.base.paths import figures_root, project_root
@@ -27,6 +29,9 @@ from asi_lens.results.claims import CLAIMS_FILE, ClaimRow
 from asi_lens.results.sidecar import read_sidecars, write_sidecar
 from asi_lens.results.tables import read_rows
 
+# Blue to yellow, and noise that an encoder cannot shorten.
+SHADES = np.linspace([0, 32, 76], [255, 234, 70], 4096).reshape(64, 64, 3).astype(np.uint8)
+SHADES = SHADES + np.random.default_rng(0).integers(0, 4, SHADES.shape, np.uint8)
 FIGURE = {"title": "t", "subtitle": "s", "caption": "c", "png": True, "reason": ""}
 
 
@@ -43,8 +48,9 @@ def left(root: Path, profile: str, notebook: str, told: str = "supported", **cha
     """What a run of one notebook leaves that tests C2 and C10."""
     folder = root / DEFAULT_MODEL / profile
     folder.mkdir(parents=True, exist_ok=True)
-    for suffix in (".csv", ".png", ".html"):
+    for suffix in (".csv", ".html"):
         (folder / f"{notebook}{suffix}").write_text(f"{profile}{suffix}")
+    Image.fromarray(SHADES).save(folder / f"{notebook}.png")
     verdicts = [
         {
             "claim": claim,
@@ -75,6 +81,15 @@ def test_tables_images_and_records_are_copied_and_nothing_else(root: Path) -> No
         "run.json",
     ]
     assert [row.claim for row in read_rows(folder / CLAIMS_FILE, ClaimRow)] == ["C2", "C10"]
+
+
+def test_images_are_copied_in_fewer_bytes_and_look_the_same(root: Path) -> None:
+    source = left(root, "quick", "01_a") / "01_a.png"
+    copy = publish(DEFAULT_MODEL, "quick") / "01_a.png"
+    with Image.open(copy) as image:
+        shown = np.asarray(image.convert("RGB")).astype(int)
+    assert np.abs(shown - SHADES).max() <= 20
+    assert copy.stat().st_size < source.stat().st_size
 
 
 def test_a_notebook_replaces_its_own_files_only(root: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import random
@@ -10,12 +11,15 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from small_ranks import Launched, file_of
 from small_trainings import rows
 
@@ -27,6 +31,7 @@ from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.training.metrics import read_metrics
 
 STEPS, BATCH, TIMEOUT = 60, 40, 10
+ROOT = Path(__file__).resolve().parents[2]
 LIMIT = TIMEOUT + 15  # with the start of Python and 2 s of asking who is lost
 
 
@@ -86,6 +91,27 @@ def test_a_run_leaves_the_dictionary_that_it_trained(
     assert saved.initialization["method"] == "asi"
     assert saved.config.metadata["site"] == "attn_out"
     assert len(read_metrics(tmp_path / "out" / "metrics.csv")) == STEPS
+
+
+NEEDED = {"torch", "numpy", "safetensors", "jaxtyping", "einops", "filelock", "packaging", "pyyaml", "tqdm"}
+
+
+def test_a_training_needs_few_packages(store: Path, alone: SparseAutoencoder, tmp_path: Path) -> None:
+    """On a GPU machine often little but PyTorch is there: all other packages are made to be missing."""
+    lines = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    names = {canonicalize_name(Requirement(line).name) for line in lines}
+    assert names > NEEDED
+    tops = importlib.metadata.packages_distributions().items()
+    missing = [top for top, found in tops if {canonicalize_name(one) for one in found} <= names - NEEDED]
+    assert {"transformers", "xxhash", "pydantic", "PIL"} <= set(missing)
+    path = file_of(tmp_path, values(store, tmp_path / "out"))
+    code = (
+        f"import sys\nsys.modules.update(dict.fromkeys({missing}))\n"
+        f"from asi_lens.sae.__main__ import main\nraise SystemExit(main([{str(path)!r}, '--quiet']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert same(SparseAutoencoder.load(tmp_path / "out" / "sae"), alone)
 
 
 def test_other_dictionaries_are_exported_too(store: Path, tmp_path: Path) -> None:

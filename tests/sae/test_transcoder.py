@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from precisions import inside
 from small_trainings import Stop, close, quick, stop_at
 
 from asi_lens.activations.harvest_store import ActivationStore, harvest_stores
@@ -63,6 +64,13 @@ def perturbed(activation: str) -> Transcoder:
         for parameter in sae.activation.parameters() if activation in ("jumprelu", "gated") else ():
             parameter += 0.3 * torch.rand(parameter.shape, generator=draw, dtype=torch.float64)
     return sae
+
+
+def test_starts_and_numbers_are_of_exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    sae, pairs = make(), stores(200)
+    begun = inside(monkeypatch, Transcoder, "encode", lambda: initialize_transcoder(sae, pairs, d_init=3))
+    assert begun == inside(monkeypatch, Transcoder, "encode", lambda: evaluate_transcoder(sae, pairs))
+    assert begun == {"ieee"}
 
 
 # --- what it computes -------------------------------------------------------------------------------

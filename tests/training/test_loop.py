@@ -25,6 +25,7 @@ from small_trainings import (
 )
 
 from asi_lens.activations.harvest_store import ActivationStore
+from asi_lens.activations.pairs import Pair, PairedStores
 from asi_lens.base.errors import OptionError, UnknownNameError
 from asi_lens.sae.train import StepOutput, Trainer
 from asi_lens.training import checkpoint, loop, sharded_checkpoint
@@ -110,6 +111,13 @@ def test_checkpoints_are_written_by_time_too(
     monkeypatch.setattr(loop.time, "monotonic", lambda: next(clock))
     trained(store, quick(), folder=tmp_path / "slow")
     assert written == [6, 12, 18, 24, 30]
+
+
+def test_batches_come_to_the_device_of_the_weights(store: ActivationStore) -> None:
+    for data in (store, PairedStores(store, store)):
+        for device in ("cpu", "meta"):
+            batch = next(iter(Trainer(make().to(device), quick()).stream(data, 0)))
+            assert (batch.x if isinstance(batch, Pair) else batch).device.type == device
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:

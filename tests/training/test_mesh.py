@@ -67,6 +67,53 @@ CHILD = """
 """
 
 
+CLOCKS = """
+    import itertools, json, sys, time, types
+    sys.path.insert(0, {tests!r})
+    import torch
+    from asi_lens.base.ranks import joined
+    from asi_lens.sae.shard import shard
+    from asi_lens.sae.train import Trainer
+    from asi_lens.training import loop, sharded_checkpoint
+    from asi_lens.training.mesh import MeshConfig, RankMesh
+    from small_trainings import Stop, make, quick, same_bits, small_store, stop_at
+    from training.test_mesh import begin
+    torch.set_num_threads(1)
+    with joined(timeout_s=60) as ranks:
+        mesh = RankMesh(MeshConfig(data={data}, model={model}), ranks)
+        # A minute a step for the last rank, nothing for the others: read at the begin, after each step, and
+        # after a checkpoint.
+        clock = itertools.count(0, 60) if ranks.rank == ranks.size - 1 else itertools.repeat(0)
+        loop.time = types.SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter)
+        written, write = [], sharded_checkpoint.write
+
+        def note(folder, tensors, about, mesh):
+            written.append(about["step"])
+            write(folder, tensors, about, mesh)
+
+        sharded_checkpoint.write = note
+
+        def run(**options):
+            sae = shard(make(), mesh)
+            begin(sae, "asi-adam", mesh)
+            trainer = Trainer(sae, quick(), mesh=mesh)
+            try:
+                return trainer, trainer.fit(small_store(), log_every=1, progress=False, **options)
+            except Stop:
+                return trainer, []
+
+        whole, _ = run()
+        assert written == []
+        run(folder="{folder}/run", on_log=stop_at(13))
+        stopped = list(written)
+        resumed, history = run(folder="{folder}/run")
+        # Rank 0 alone reads the rows of before.
+        steps = [row["step"] for row in history][-20:]
+        said = [stopped, written, steps, same_bits(whole, resumed)]
+        open(f"{folder}/{{ranks.rank}}.json", "w").write(json.dumps(said))
+"""
+
+
 def begin(sae: SparseAutoencoder, name: str, mesh: Mesh | None = None) -> None:
     """ASI, or random directions, as the name says."""
     store, method = small_store(), name.partition("-")[0]
@@ -103,6 +150,22 @@ def on_ranks(data: int, model: int, folder: Path) -> dict[str, Any]:
     codes, said = Launched([["-c", code]] * (data * model)).ended(300)
     assert not any(codes), said
     return json.loads((folder / "out.json").read_text())
+
+
+@pytest.mark.parametrize(("data", "model"), [(2, 1), (1, 2)])
+def test_ranks_whose_clocks_differ_write_together_and_go_on(data: int, model: int, tmp_path: Path) -> None:
+    code = textwrap.dedent(CLOCKS).format(
+        tests=str(Path(__file__).parents[1]), data=data, model=model, folder=tmp_path
+    )
+    codes, said = Launched([["-c", code]] * 2).ended(120)
+    assert not any(codes), said
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert found[0] == found[1]
+    stopped, written, steps, same = found[0]
+    assert stopped == [5, 10]
+    assert written == [*stopped, 15, 20, 25, 30]
+    assert steps == list(range(11, 31))
+    assert same
 
 
 @pytest.fixture(scope="module")

@@ -47,6 +47,7 @@ def test_step_gradients_equal_autograd(
         assert output.loss + output.penalty == pytest.approx(loss.item())
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if not KINDS[kind].picks_k])
 @pytest.mark.parametrize("method", ["random", "asi"])
 def test_l0_reaches_its_target(kind: str, method: str) -> None:
@@ -55,8 +56,8 @@ def test_l0_reaches_its_target(kind: str, method: str) -> None:
     d_init = 8 if method == "asi" else None
     initialize(sae, method, store.spectrum, d_init, store.sample(500))
     trainer = Trainer(sae, quick(n_tokens=64 * 600, lr=1e-2), KINDS[kind].default)
-    history = trainer.fit(store, progress=False, log_every=1)[-50:]
-    assert sum(row["l0"] for row in history) / 50 == pytest.approx(K, rel=0.15)
+    history = trainer.fit(store, progress=False, log_every=5)[-10:]
+    assert sum(row["l0"] for row in history) / 10 == pytest.approx(K, rel=0.15)
     # L1 shrinks what it keeps.
     assert history[-1]["fvu"] < (0.75 if kind == "relu" else 0.5)
     # What inference does agrees with what training did.
