@@ -58,7 +58,7 @@ compare: $(SETUP) ## compare a run with the published one, table by table, with 
 	$(BIN)/python -m asi_lens.reproduce.compare --model "$(MODEL)" --profile "$(PROFILE)" $(ARGS)
 
 test: $(SETUP) $(CHROME) ## install and run the tests
-	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 setup-tl4: $(SETUP_TL4)
 
@@ -69,7 +69,7 @@ setup-triton: $(SETUP_TRITON)
 setup-docs: $(SETUP_DOCS)
 
 test-tl4: $(SETUP_TL4) ## run the model-facing tests in a second environment with TransformerLens 4
-	$(VENV_TL4)/bin/python -m pytest -n auto --dist loadfile -m model_facing $(ARGS)
+	$(VENV_TL4)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m model_facing $(ARGS)
 
 test-peers: $(SETUP_PEERS) ## check dictionaries and converted models against other libraries, in a third environment
 	$(VENV_PEERS)/bin/python -m pytest tests/sae/test_peers.py tests/sae/test_foreign.py \

@@ -27,6 +27,13 @@ settings.register_profile("asi_lens", deadline=None, suppress_health_check=[Heal
 settings.load_profile("asi_lens")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put files with tests of real models and notebooks first: they take longest, and each has one process."""
+    names = ("packaged", "notebooks")
+    long = {item.path for item in items if any(item.get_closest_marker(name) for name in names)}
+    items.sort(key=lambda item: item.path not in long)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The cache of this session: `ASI_LENS_TEST_CACHE` if set, else a temporary folder for all workers."""

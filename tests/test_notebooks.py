@@ -176,7 +176,13 @@ def test_architectures_that_no_notebook_names(
         Image.fromarray(pixels).save(tmp_path / "own" / f"{i:02}.png")
     letters = draw.choice(list(small_plain.LETTERS), (90, 20))
     (tmp_path / "own.txt").write_text("\n".join("".join(row) for row in letters))
-    given: dict[str, Any] = {"beside_models": [], "n_rows": 600, "n_tokens": 600, "n_tokens_held_out": 200}
+    given: dict[str, Any] = {
+        "beside_models": [],
+        "decoder": "",
+        "n_rows": 600,
+        "n_tokens": 600,
+        "n_tokens_held_out": 200,
+    }
     given |= {"pictures": str(tmp_path / "own"), "sequences": str(tmp_path / "own.txt"), "d_sae": 64, "k": 4}
     model = plain_folder(kind)
     reproduce(str(model), "smoke", ["19"], given=given)

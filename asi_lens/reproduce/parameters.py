@@ -26,7 +26,7 @@ GROUPS: dict[str, range] = {PAPER: range(14), "beyond": range(14, 100), "all": r
 
 
 def choose(names: Sequence[str] | None) -> list[str]:
-    """Return the chosen notebooks in their order.
+    """Return the chosen notebooks as they were named, those of a group in their own order.
 
     `names` are notebooks' names, numbers such as `01`, or names of `GROUPS`; None is the group `paper`.
     Raises UnknownNameError, and DataError where there are no notebooks (an installed package has none).
@@ -37,15 +37,15 @@ def choose(names: Sequence[str] | None) -> list[str]:
             f"there are no notebooks in {project_root()}; run this in a checkout of asi_lens or its sdist, "
             "or name one in ASI_LENS_PROJECT"
         )
-    chosen = set()
+    chosen: dict[str, None] = {}
     for name in names or [PAPER]:
         found = [k for k in known if k == name or k.split("_")[0] == name]
         if name in GROUPS:
             found = [k for k in known if (n := k.split("_")[0]).isdigit() and int(n) in GROUPS[name]]
         elif not found:
             raise unknown_name("notebook", name, [*known, *GROUPS])
-        chosen.update(found)
-    return [k for k in known if k in chosen]
+        chosen |= dict.fromkeys(found)
+    return list(chosen)
 
 
 def profile_names() -> list[str]:

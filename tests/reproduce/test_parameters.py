@@ -137,11 +137,11 @@ def test_a_profile_may_need_a_device(project: Path, monkeypatch: pytest.MonkeyPa
         require_machine("big")
 
 
-def test_notebooks_are_chosen_by_name_or_number_in_their_order(project: Path) -> None:
+def test_notebooks_are_chosen_by_name_or_number_as_they_were_named(project: Path) -> None:
     assert notebook_names() == ["01_alpha", "02_beta"]
     assert profile_names() == ["quick", "smoke"]
     assert choose(None) == choose([]) == ["01_alpha", "02_beta"]
-    assert choose(["02", "01_alpha", "02_beta"]) == ["01_alpha", "02_beta"]
+    assert choose(["02", "01_alpha", "02_beta"]) == ["02_beta", "01_alpha"]
 
 
 def test_groups_are_told_apart_by_number(project: Path) -> None:
@@ -149,7 +149,7 @@ def test_groups_are_told_apart_by_number(project: Path) -> None:
         runs.notebook(project / "notebooks" / f"{name}.ipynb", "y = 1")
     assert choose(None) == choose(["paper"]) == ["01_alpha", "02_beta", "13_last"]
     assert choose(["beyond"]) == ["14_first", "20_other"]
-    assert choose(["beyond", "01"]) == ["01_alpha", "14_first", "20_other"]
+    assert choose(["20", "beyond", "01"]) == ["20_other", "14_first", "01_alpha"]
     assert choose(["all"]) == notebook_names()
     with pytest.raises(UnknownNameError, match="did you mean 'beyond'"):
         choose(["beyon"])
