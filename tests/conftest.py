@@ -28,7 +28,7 @@ settings.load_profile("asi_lens")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put files with tests of real models and notebooks first: they take longest, and each has one process."""
+    """Put files with tests of real models and notebooks first: they take longest, each in one process."""
     names = ("packaged", "notebooks")
     long = {item.path for item in items if any(item.get_closest_marker(name) for name in names)}
     items.sort(key=lambda item: item.path not in long)
