@@ -24,8 +24,7 @@ SETUP_TRITON := $(VENV_TRITON)/.asi_lens-setup
 # Tests of the kernels; without Triton most of them are skipped.
 TRITON_TESTS := tests/kernels/triton tests/sae/test_kernel_training.py
 SOURCES    := $(wildcard notebooks/*.ipynb)
-# Python compiles a module when it is first imported: a third of the installation saved.
-PIP_FLAGS  := --no-compile $(if $(CI),--quiet)
+PIP_QUIET  := $(if $(CI),--quiet)
 # Cells keep their names: renumbering them would make every insertion a change of the whole file.
 NBSTRIPOUT := $(BIN)/nbstripout --keep-id
 
@@ -125,8 +124,8 @@ endef
 
 $(SETUP): pyproject.toml requirements.lock
 	$(call new-environment,$(VENV))
-	$(BIN)/python -m pip install $(PIP_FLAGS) -r requirements.lock
-	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip install $(PIP_QUIET) -r requirements.lock
+	$(BIN)/python -m pip install $(PIP_QUIET) --no-deps --no-build-isolation -e .
 	$(BIN)/python -m ipykernel install --sys-prefix --name asi_lens --display-name asi_lens
 	@touch $@
 
@@ -140,7 +139,7 @@ define laid-over
 	main=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
 	echo "import site; site.addsitedir('$$main')" > \
 	  "$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth"
-	$(1)/bin/python -m pip install $(PIP_FLAGS) --no-deps -r $(2)
+	$(1)/bin/python -m pip install $(PIP_QUIET) --no-deps -r $(2)
 endef
 
 $(SETUP_PEERS): $(SETUP) requirements-peers.txt
