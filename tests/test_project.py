@@ -345,6 +345,8 @@ def test_functions_stay_short() -> None:
 def test_notebook_is_stripped_short_and_parametrized(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
+    told = "not as Jupyter saves it; open and save it, then `make format`"
+    assert path.read_text(encoding="utf-8") == f"{nbformat.writes(notebook)}\n", told
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert ["parameters" in cell.metadata.get("tags", []) for cell in cells].count(True) == 1
     assert [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])] == cells[:1]
