@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import wave
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -211,3 +212,13 @@ def write(path: Path) -> None:
 
 if __name__ == "__main__":
     write(Path(__file__).resolve().parent.parent / "docs" / "architectures.md")
+
+
+def write_wav(path: Path, samples: np.ndarray, rate: int, width: int = 2) -> Path:
+    """Write samples [n] or [n channels] of `width` bytes as a `.wav` file; return its path."""
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1 if samples.ndim == 1 else samples.shape[1])
+        file.setsampwidth(width)
+        file.setframerate(rate)
+        file.writeframes(samples.tobytes())
+    return path

@@ -90,12 +90,10 @@ def measure(model: nn.Module, data: Tokens | Inputs, parts: int, draws: int, see
         name = {"corpus": f"{data.corpus}, part {number + 1}"}
         found.ranks.extend({**row, **name} for row in spectra.records())
         if number == 0:
-            for site, projections, overlaps in (
-                ("z", found.projections, found.overlaps),
-                ("cross_z", found.cross_projections, found.cross_overlaps),
-            ):
-                if site not in {name for name, _ in spectra}:
-                    continue
+            tables = {"z": (found.projections, found.overlaps)}
+            if "cross_z" in crossed:
+                tables["cross_z"] = (found.cross_projections, found.cross_overlaps)
+            for site, (projections, overlaps) in tables.items():
                 changed = counterfactual_records(model, spectra, draws=draws, seed=seed, site=site)
                 angles = overlap_records(model, spectra, seed=seed, site=site)
                 projections.extend({**row, **name} for row in changed)

@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 
 from asi_lens.figures.parts import legend_only, panels
 from asi_lens.figures.style import GREY, METHOD_COLORS, need, order, setting
-from asi_lens.results.architecture_verdicts import CROSS_ATTENTION, cross_named
+from asi_lens.results.architecture_verdicts import cross_named, of_cross_attention
 from asi_lens.results.rows import DeadFeatureRow, HeadOverlapRow
 
 _MEASURES = (("dead_fraction", "silent features, held out (%)", 100), ("fvu", "FVU, held out", 1))
@@ -79,7 +79,7 @@ def with_cross(own: pd.DataFrame, cross: pd.DataFrame) -> pd.DataFrame:
     `own` holds `OutputProjectionRow`s or `HeadOverlapRow`s of any models, `cross` those of cross-attention.
     """
     decoders = own[own.model.isin(cross.model)]
-    return pd.concat([decoders, cross.assign(model=cross.model + CROSS_ATTENTION)])
+    return pd.concat([decoders, of_cross_attention(cross)])
 
 
 def overlap_by_layer(table: pd.DataFrame) -> go.Figure:

@@ -20,13 +20,6 @@ _PICTURES = [
 
 _VOICES = {"en": "en_US_f_Allison", "fr": "fr_CA_f_June", "it": "it_IT_m_Carlo", "ru": "ru_RU_f_IvrvoiceRU"}
 _SOUNDS = {language: f"usr/share/asterisk/sounds/{voice}" for language, voice in _VOICES.items()}
-_PROMPTS = PackageFile(
-    "asterisk-core-sounds-en-wav",
-    "1.6.1-1",
-    "asterisk-core-sounds-en-wav_1.6.1-1_all.deb",
-    "2be3ea287d83299d143815fa804f11179a75b7affd4a758b98b55f5afc18a35d",
-    18_272_864,
-)
 _LISTS = "usr/share/doc/asterisk-core-sounds"
 
 
@@ -34,6 +27,8 @@ def _prompts(kind: str, sha256: str, size: int) -> PackageFile:
     dist = f"asterisk-core-sounds-{kind}"
     return PackageFile(dist, "1.6.1-1", f"{dist}_1.6.1-1_all.deb", sha256, size)
 
+
+_ENGLISH = _prompts("en-wav", "2be3ea287d83299d143815fa804f11179a75b7affd4a758b98b55f5afc18a35d", 18_272_864)
 
 OTHERS: tuple[PackagedSource, ...] = (
     PackagedSource(
@@ -112,7 +107,7 @@ OTHERS: tuple[PackagedSource, ...] = (
     PackagedSource(
         name="speech-prompts",
         kind="speech",
-        packages=(_PROMPTS,),
+        packages=(_ENGLISH,),
         # All but the folder silence/.
         members=tuple(
             Member(f"./{_SOUNDS['en']}/{start}*.wav") for start in ("[0-9a-rt-z]", "s[a-hj-z]", "si[a-km-z]")
@@ -124,7 +119,7 @@ OTHERS: tuple[PackagedSource, ...] = (
         name="speech-transcribed",
         kind="speech",
         packages=(
-            _PROMPTS,
+            _ENGLISH,
             _prompts(
                 "fr-wav", "8d4e1bc32ed5ba7fbda40841ca1825ed20cc6232724a473c90f8bb0e53e6073e", 18_516_060
             ),

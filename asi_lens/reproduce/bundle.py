@@ -198,7 +198,8 @@ def _inputs(
             path = None if name in sources.SOURCES else existing(name)
             loaded = load_model(path or name, device="cpu")
             if path is not None:
-                taken |= parts.files_below(path.resolve(), f"{GIVEN}/{path.resolve().name}")
+                whole = path.resolve()
+                taken |= parts.files_below(whole, f"{GIVEN}/{whole.name}")
             elif name not in sources.SOURCES and (repo := hub_name(name)):
                 commits[name], files = _hub_model(repo)
                 taken |= files

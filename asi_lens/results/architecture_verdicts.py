@@ -85,7 +85,7 @@ def architectures(
     if cross is not None:
         ranks = pd.concat([ranks, _as_attention(ranks)])
         projections, overlaps = (
-            pd.concat([own, one.assign(model=one.model + CROSS_ATTENTION)])
+            pd.concat([own, of_cross_attention(one)])
             for own, one in zip((projections, overlaps), cross, strict=True)
         )
     judged = {"C1": _c1(ranks), "C4": _c4(projections, ranks), "C5": _c5(projections, overlaps)}
@@ -96,6 +96,11 @@ def architectures(
     ]
     held = held_out(cross_named(trained), ["model", "method", "seed"], ["dead_fraction", "fvu"])
     return [*out, *(_gain(str(model), part) for model, part in held.groupby("model", sort=False))]
+
+
+def of_cross_attention(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table with its models' names followed by "(cross-attention)"."""
+    return table.assign(model=table.model + CROSS_ATTENTION)
 
 
 def cross_named(table: pd.DataFrame) -> pd.DataFrame:
@@ -110,7 +115,7 @@ def _as_attention(ranks: pd.DataFrame) -> pd.DataFrame:
     decoders = ranks.model[ranks.site == "cross_attn_out"].unique()
     own = ranks[ranks.model.isin(decoders) & (ranks.site != "attn_out")]
     site = own.site.replace("cross_attn_out", "attn_out")
-    return own.assign(model=own.model + CROSS_ATTENTION, site=site)
+    return of_cross_attention(own.assign(site=site))
 
 
 def _c1(ranks: pd.DataFrame) -> dict[str, Verdict | None]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import wave
 from pathlib import Path
 from typing import Any
 
 import made_up_ranks as tables
+import numpy as np
 import pandas as pd
 import pytest
 import runs
@@ -156,11 +156,8 @@ def test_a_decoder_is_loaded_by_its_part(
     folder = tmp_path / "clips"
     folder.mkdir()
     for number in range(2):
-        with wave.open(str(folder / f"{number}.wav"), "wb") as file:
-            file.setnchannels(1)
-            file.setsampwidth(2)
-            file.setframerate(small_plain.RATE)
-            file.writeframes(bytes(2 * small_plain.RATE))
+        silence = np.zeros(small_plain.RATE, np.int16)
+        small_plain.write_wav(folder / f"{number}.wav", silence, small_plain.RATE)
     given = {"model": str(plain_folder("whisper")), "output_folder": "x"}
     page = Page("03_page", {**namespace, **given})
     page.parameters["speech"] = str(folder)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from small_plain import write_wav
 
 from asi_lens.base.errors import DataError, OptionError, UnknownNameError
 from asi_lens.inputs import media
@@ -70,11 +71,7 @@ def transcribed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
         for name, seconds in clips.items():
             path = tmp_path / "a" / f"{name}.wav"
             path.parent.mkdir(parents=True, exist_ok=True)
-            with wave.open(str(path), "wb") as file:
-                file.setnchannels(1)
-                file.setsampwidth(2)
-                file.setframerate(100)
-                file.writeframes(bytes(round(200 * seconds)))
+            write_wav(path, np.zeros(round(100 * seconds), np.int16), 100)
         found = media.open_media("speech-transcribed").items()
         return [(path.relative_to(tmp_path / "a").as_posix(), *more) for path, *more in found]
 

@@ -6,7 +6,6 @@ import copy
 import itertools
 import math
 import re
-import wave
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import small_plain
 import torch
-from small_plain import HOP, POSITIONS, RATE
+from small_plain import HOP, POSITIONS, RATE, write_wav
 
 import asi_lens as al
 from asi_lens.base.errors import DataError, UnsupportedModelError
@@ -23,16 +22,6 @@ from asi_lens.inputs import media, models, speech
 EXPECTED = 0.50
 
 pytestmark = pytest.mark.model_facing
-
-
-def write_wav(path: Path, samples: np.ndarray, rate: int, width: int = 2) -> Path:
-    channels = 1 if samples.ndim == 1 else samples.shape[1]
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(channels)
-        file.setsampwidth(width)
-        file.setframerate(rate)
-        file.writeframes(samples.tobytes())
-    return path
 
 
 def sine(hertz: float, rate: int, seconds: float = 0.5) -> torch.Tensor:
