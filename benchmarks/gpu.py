@@ -3,11 +3,11 @@
     PYTHONPATH=. python benchmarks/gpu.py --seconds 300 --out FOLDER     on a machine with a Hopper card
     PYTHONPATH=. python benchmarks/gpu.py --dry --out FOLDER             on a CPU: tiny, in the interpreter
 
-Parts, in this order: the tests of the kernels (with pytest, hypothesis, jaxtyping and beartype); the kernels
-of a step one by one, beside the plain product and a product with `torch.topk`; whole steps of the kernels, of
-the plain path, of dense PyTorch and of sparsify, SAELens and dictionary_learning where they can be imported;
-block sizes of the encoder. Ratios are of one run on one card, whose name stands in the results. The first way
-runs again at the end.
+Parts, in this order: the tests of the kernels (with pytest, pytest-xdist, hypothesis, jaxtyping and
+beartype), while other processes compile what comes later; the kernels of a step one by one, beside the plain
+product and a product with `torch.topk`; whole steps of the kernels, of the plain path, of dense PyTorch and
+of sparsify, SAELens and dictionary_learning where they can be imported; block sizes of the encoder. Ratios
+are of one run on one card, whose name stands in the results. The first way runs again at the end.
 
 `gpu.json` in FOLDER is written anew after every measurement. Nothing begins after `--seconds`; 30 s later the
 process ends itself, whatever it does.
@@ -58,6 +58,8 @@ DENSE = ("plain PyTorch, bfloat16", "SAELens", "dictionary_learning")
 """Ways with several arrays of batch x d_sae: left out where one has over 8 GiB."""
 
 _TEST_SECONDS = 120
+_timed = True
+"""False in a process that only compiles."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,9 @@ SIZES = [
     Sizes(576, 16_384, 32, 4096),
     Sizes(576, 131_072, 32, 4096),
     Sizes(576, 1_048_576, 32, 4096),
-    Sizes(576, 131_072, 32, 16_384),
+    Sizes(576, 131_072, 32, 32_768),
+    Sizes(576, 1_048_576, 32, 32_768),
+    Sizes(576, 16_384, 32, 32_768),
 ]
 DRY = [Sizes(32, 128, 4, 8, steps=2)]
 
@@ -124,6 +128,10 @@ def wait() -> None:
 
 def milliseconds(run: Callable[[], Any], times: int = 10) -> float:
     """Median of `times` calls after two to warm up, each with the wait for its end."""
+    if not _timed:
+        run()
+        wait()
+        return 1.0
     found = []
     for _ in range(times + 2):
         wait()
@@ -143,19 +151,25 @@ def machine() -> dict[str, Any]:
     return found | {"machine": provenance.machine()}
 
 
-def own_tests() -> dict[str, Any]:
-    """The tests that run kernels, on the card: a process for each file, since most of the time compiles."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+def tests_while_compiling() -> dict[str, Any]:
+    """The tests that run kernels, on the card, while a process for each size compiles what will be timed."""
+    pytest = ["-m", "pytest", "-v", "-n", "10", "-p", "no:cacheprovider", "-W", "default", *TESTS]
+    compiling = [str(Path(__file__).resolve()), "--compile"]
+    commands = {"tests": pytest} | {str(size): [*compiling, str(i)] for i, size in enumerate(SIZES)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    started = {name: subprocess.Popen([*command, name], cwd=ROOT, **pipes) for name in TESTS}
-    found, until = {}, time.monotonic() + _TEST_SECONDS
+    started = {
+        name: subprocess.Popen([sys.executable, *rest], cwd=ROOT, **pipes) for name, rest in commands.items()
+    }
+    found, begun = {}, time.monotonic()
     for name, process in started.items():
         try:
-            out, _ = process.communicate(timeout=max(1.0, until - time.monotonic()))
+            out, _ = process.communicate(timeout=max(1.0, begun + _TEST_SECONDS - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
             out, _ = process.communicate()
-        found[name] = {"passed": process.returncode == 0, "end": out[-2000:]}
+        seconds = round(time.monotonic() - begun, 1)
+        found[name] = {"passed": process.returncode == 0, "seconds": seconds, "end": out[-6000:]}
+        print(f"{name}: {process.returncode}, {seconds} s\n{out[-600:]}", flush=True)
     return found
 
 
@@ -281,6 +295,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--out", type=Path, default=Path("."))
     parser.add_argument("--dry", action="store_true")
+    parser.add_argument("--compile", type=int, metavar="SIZE", help="only compile what this size needs")
     args = parser.parse_args()
     if not args.dry and not torch.cuda.is_available():
         parser.error("no GPU here; --dry runs tiny sizes on the CPU")
@@ -288,11 +303,17 @@ def main() -> None:
         sys.path.append(str(ROOT / "tests"))
         importlib.import_module("small_triton").need_kernels()  # mends Triton's interpreter
     device = torch.device("cpu" if args.dry else "cuda")
+    if args.compile is not None:
+        global _timed
+        _timed = False
+        parts_of_a_step(SIZES[args.compile], device)
+        blocks(SIZES[args.compile], device)
+        return
     args.out.mkdir(parents=True, exist_ok=True)
     results = Results(args.out / "gpu.json", args.seconds)
     results.measure("machine", "here", machine)
     if not args.dry:
-        results.measure("tests", "kernels", own_tests)
+        results.measure("tests", "kernels", tests_while_compiling)
     for sizes in DRY if args.dry else SIZES:
         results.measure("parts", str(sizes), partial(parts_of_a_step, sizes, device))
     for sizes in DRY if args.dry else SIZES:
