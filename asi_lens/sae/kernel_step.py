@@ -7,9 +7,10 @@ several ranks, `search="subspace"`, other dtypes than bfloat16 for the encoder's
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from asi_lens.base.errors import OptionError
@@ -116,6 +117,32 @@ class KernelAdam(RowAdam):
         self.refresh()
 
 
+class Forward(NamedTuple):
+    """What a forward pass computes."""
+
+    code: SparseCode
+    residual: Float[Tensor, "batch d_in"]
+    error: Float[Tensor, ""]
+    picks: Picks
+    check: Float[Tensor, ""]
+    overflow: Int[Tensor, ""]
+
+
+class Recorded:
+    """A forward pass as a CUDA graph, which is one launch. The next call overwrites the result."""
+
+    def __init__(self, run: Callable[[Tensor], Forward], x: Float[Tensor, "batch d_in"]):
+        self.x, self._graph = x.clone(), torch.cuda.CUDAGraph()
+        # A thread that reads batches ahead goes on meanwhile.
+        with torch.cuda.device_of(x), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self.found = run(self.x)
+
+    def __call__(self, x: Float[Tensor, "batch d_in"]) -> Forward:
+        self.x.copy_(x)
+        self._graph.replay()
+        return self.found
+
+
 class KernelStep:
     """Passes and updates of one dictionary by the kernels.
 
@@ -130,24 +157,41 @@ class KernelStep:
         self.plan = plan
         self.optimizer = KernelAdam(sae, optimizer)
         self.mended = 0
+        self._recorded: tuple[tuple[int, ...], Recorded] | None = None
+        self._last: tuple[int, ...] = ()
 
     def forward(self, x: Float[Tensor, "batch d_in"]) -> Pass:
         """Return the pass of centered rows. Nothing here waits for the device.
 
-        If `overflow` is above 0, `again` must follow.
+        If `overflow` is above 0, `again` must follow, before the next call: that may overwrite the result.
         """
         if self.optimizer.steps == 0:
             self.optimizer.refresh()
-        with torch.cuda.device_of(x):  # Triton launches on the current card
-            code, overflow = encode(x.bfloat16(), self.optimizer.low, self.sae.b_enc.data, self.plan)
-        return self._decoded(code, x, overflow)
+        if not x.is_cuda:
+            return self._pass(x, self._forward(x))
+        # What a graph reads: it holds as long as the weights stay where they are.
+        weights = (self.optimizer.low, self.sae.b_enc.data, self.sae.W_dec.data)
+        key = (len(x), *(tensor.data_ptr() for tensor in weights))
+        if self._recorded is None or self._recorded[0] != key:
+            if self._last != key:  # the first call compiles, and the last batch of all comes once
+                self._last = key
+                return self._pass(x, self._forward(x))
+            self._recorded = None  # its memory is free for the next
+            self._recorded = key, Recorded(self._forward, x)
+        recorded = self._recorded[1]
+        return self._pass(recorded.x, recorded(x))
 
     def again(self, before: Pass, code: SparseCode) -> Pass:
         """Return the pass of the same rows with a code of the plain path."""
         self.mended += 1
-        return self._decoded(code, before.x, None)
+        return self._pass(before.x, self._decoded(code, before.x, torch.zeros_like(code.indices[0, 0])))
 
-    def _decoded(self, code: SparseCode, x: Tensor, overflow: Tensor | None) -> Pass:
+    def _forward(self, x: Tensor) -> Forward:
+        with torch.cuda.device_of(x):  # Triton launches on the current card
+            code, overflow = encode(x.bfloat16(), self.optimizer.low, self.sae.b_enc.data, self.plan)
+        return self._decoded(code, x, overflow)
+
+    def _decoded(self, code: SparseCode, x: Tensor, overflow: Tensor) -> Forward:
         short = SparseCode(code.indices.int(), code.values)
         code = SparseCode(code.indices.long(), code.values)
         with torch.cuda.device_of(x):
@@ -156,10 +200,13 @@ class KernelStep:
         # By Cauchy and Schwarz no gradient of a feature is above this product: it is a sum over rows of v r,
         # dot x, dot or v dot, with |dot| at most |r|.
         check = power(missed.residual).sqrt() * (power(x) + power(code.values) + len(x)).sqrt()
-        zero = torch.zeros_like(check)
+        return Forward(code, missed.residual, missed.error.sum(), picks, check, overflow)
+
+    def _pass(self, x: Tensor, found: Forward) -> Pass:
+        zero = torch.zeros_like(found.check)
 
         def apply(lr: float, scale: float, l0: float) -> None:
             assert scale == 1.0  # nothing is clipped
-            self.optimizer.update_picked(picks, missed.residual, x, lr)
+            self.optimizer.update_picked(found.picks, found.residual, x, lr)
 
-        return Pass(code, x, x, missed.error.sum(), zero, zero, check, apply, overflow)
+        return Pass(found.code, x, x, found.error, zero, zero, found.check, apply, found.overflow)

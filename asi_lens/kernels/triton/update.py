@@ -1,8 +1,9 @@
-"""Gradients of the picks, Adam, unit norm and the bfloat16 copy, in one pass over a feature's rows.
+"""Gradients of the picks, Adam, unit norm and the bfloat16 copy, in one pass over each weight's rows.
 
-A program sums the picks of a feature in registers, in a fixed order, and updates both of its rows and its
-bias: every row of weights and moments is read and written once, and a gradient is never stored. A feature
-with many picks is summed in pieces by other programs first. There are no atomic operations.
+A program sums the picks of a feature in registers, in a fixed order, and updates its row: every row of
+weights and moments is read and written once, and a gradient is never stored. Decoder rows come first, and
+leave the dots of their picks for the encoder rows. A feature with many picks is summed in pieces by other
+programs before. There are no atomic operations.
 
 With r the gradient in the reconstruction (`decode`), v the value and x the input of a pick:
 
@@ -54,22 +55,37 @@ class Adam(NamedTuple):
 
 @jit()
 @no_type_check
-def sums(begin, end, rows, vals, R, X, decoder, d, D: tl.constexpr, DP: tl.constexpr, AT_ONCE: tl.constexpr):
-    """Return sum dot x, sum v r, sum dot and sum v dot over the picks from `begin` to `end`."""
-    enc, dec = tl.zeros((DP,), tl.float32), tl.zeros((DP,), tl.float32)
-    bias, along = 0.0, 0.0
+def decoder_sums(
+    begin, end, rows, vals, R, row, dots, d, D: tl.constexpr, DP: tl.constexpr, AT_ONCE: tl.constexpr
+):
+    """Return sum v r, sum dot and sum v dot over the picks from `begin` to `end`, and store their dots."""
+    dec, bias, along = tl.zeros((DP,), tl.float32), 0.0, 0.0
     for at in range(begin, end, AT_ONCE):
         i = at + tl.arange(0, AT_ONCE)
-        row = tl.load(rows + i, mask=i < end, other=0).to(tl.int64)
+        of = tl.load(rows + i, mask=i < end, other=0).to(tl.int64)
         v = tl.load(vals + i, mask=i < end, other=0.0)
         here = (i < end)[:, None] & (d < D)[None, :]
-        r = tl.load(R + row[:, None] * D + d[None, :], mask=here, other=0.0)
-        dot = tl.sum(r * decoder[None, :], 1)
-        enc += tl.sum(dot[:, None] * tl.load(X + row[:, None] * D + d[None, :], mask=here, other=0.0), 0)
+        r = tl.load(R + of[:, None] * D + d[None, :], mask=here, other=0.0)
+        dot = tl.sum(r * row[None, :], 1)
+        tl.store(dots + i, dot, mask=i < end)
         dec += tl.sum(v[:, None] * r, 0)
         bias += tl.sum(dot)
         along += tl.sum(v * dot)
-    return enc, dec, bias, along
+    return dec, bias, along
+
+
+@jit()
+@no_type_check
+def encoder_sum(begin, end, rows, dots, X, d, D: tl.constexpr, DP: tl.constexpr, AT_ONCE: tl.constexpr):
+    """Return sum dot x over the picks from `begin` to `end`."""
+    enc = tl.zeros((DP,), tl.float32)
+    for at in range(begin, end, AT_ONCE):
+        i = at + tl.arange(0, AT_ONCE)
+        of = tl.load(rows + i, mask=i < end, other=0).to(tl.int64)
+        dot = tl.load(dots + i, mask=i < end, other=0.0)
+        here = (i < end)[:, None] & (d < D)[None, :]
+        enc += tl.sum(dot[:, None] * tl.load(X + of[:, None] * D + d[None, :], mask=here, other=0.0), 0)
+    return enc
 
 
 @jit()
@@ -85,6 +101,7 @@ def piece_kernel(
     R,
     X,
     decoder,
+    dots,
     part,
     D: tl.constexpr,
     DP: tl.constexpr,
@@ -98,7 +115,9 @@ def piece_kernel(
         own = decoder + tl.load(features + slot).to(tl.int64) * D + d
         row = tl.load(own, mask=d < D, other=0.0)
         end = min(begin + PIECE, tl.load(offsets + slot + 1))
-        enc, dec, bias, along = sums(begin, end, rows, vals, R, X, row, d, D, DP, AT_ONCE)
+        dec, bias, along = decoder_sums(begin, end, rows, vals, R, row, dots, d, D, DP, AT_ONCE)
+        tl.debug_barrier()  # the dots are there for all threads
+        enc = encoder_sum(begin, end, rows, dots, X, d, D, DP, AT_ONCE)
         out = part + piece.to(tl.int64) * (2 * D + 2)
         tl.store(out + d, enc, mask=d < D)
         tl.store(out + D + d, dec, mask=d < D)
@@ -108,19 +127,40 @@ def piece_kernel(
 
 @jit()
 @no_type_check
-def moved(w, m, v, at, g, keep, size, root, fade1, fade2, B1, B2, EPS):
+def read(w, m, v, at, keep):
+    """A weight and its moments."""
+    return (
+        tl.load(w + at, mask=keep, other=0.0),
+        tl.load(m + at, mask=keep, other=0.0),
+        tl.load(v + at, mask=keep, other=0.0),
+    )
+
+
+@jit()
+@no_type_check
+def moved(w, old_m, old_v, m, v, at, g, keep, size, root, fade1, fade2, B1, B2, EPS):
     """Store new moments and return new weights. `fade1` and `fade2`: decay that the moments missed."""
-    old_m = tl.load(m + at, mask=keep, other=0.0) * fade1
-    old_v = tl.load(v + at, mask=keep, other=0.0) * fade2
+    old_m, old_v = old_m * fade1, old_v * fade2
     new_m, new_v = old_m + (1 - B1) * (g - old_m), B2 * old_v + (1 - B2) * g * g
     tl.store(m + at, new_m, mask=keep)
     tl.store(v + at, new_v, mask=keep)
-    return tl.load(w + at, mask=keep, other=0.0) - size * new_m / (tl.sqrt(new_v) / root + EPS)
+    return w - size * new_m / (tl.sqrt(new_v) / root + EPS)
+
+
+@jit()
+@no_type_check
+def fades(updated, f, step, log1, log2, FADE: tl.constexpr):
+    """Decay of both moments that a feature missed."""
+    fade1, fade2 = 1.0, 1.0
+    if FADE:
+        missed = (step - 1 - tl.load(updated + f)).to(tl.float32)
+        fade1, fade2 = tl.exp2(missed * log1), tl.exp2(missed * log2)
+    return fade1, fade2
 
 
 @jit(do_not_specialize=("step",))
 @no_type_check
-def update_kernel(
+def decoder_kernel(
     features,
     offsets,
     n_slots,
@@ -128,17 +168,72 @@ def update_kernel(
     rows,
     vals,
     R,
-    X,
     part,
-    we,
-    me,
-    ve,
-    wd,
-    md,
-    vd,
+    dots,
+    biases,
+    w,
+    m,
+    v,
     be,
     mb,
     vb,
+    updated,
+    step,
+    size,
+    root,
+    log1,
+    log2,
+    B1: tl.constexpr,
+    B2: tl.constexpr,
+    EPS: tl.constexpr,
+    FADE: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    """Update the decoder rows and biases of every PROGRAMS-th slot, and store the bias's gradient."""
+    d = tl.arange(0, DP)
+    for slot in range(tl.program_id(0), tl.load(n_slots), tl.num_programs(0)):
+        f = tl.load(features + slot).to(tl.int64)
+        begin, end = tl.load(offsets + slot), tl.load(offsets + slot + 1)
+        at, keep = f * D + d, d < D
+        # All is read before the sums: they wait for rows, and these come meanwhile.
+        row, old_m, old_v = read(w, m, v, at, keep)
+        old_b, old_mb, old_vb = read(be, mb, vb, f, True)
+        few = tl.where(end - begin <= PIECE, end, begin)
+        dec, bias, along = decoder_sums(begin, few, rows, vals, R, row, dots, d, D, DP, AT_ONCE)
+        if few < end:
+            for i in range(tl.cdiv(end - begin, PIECE)):
+                own = part + (tl.load(first_piece + slot) + i).to(tl.int64) * (2 * D + 2)
+                dec += tl.load(own + D + d, mask=keep, other=0.0)
+                bias += tl.load(own + 2 * D)
+                along += tl.load(own + 2 * D + 1)
+        tl.store(biases + slot, bias)
+        fade1, fade2 = fades(updated, f, step, log1, log2, FADE)
+        new = moved(
+            row, old_m, old_v, m, v, at, dec - along * row, keep, size, root, fade1, fade2, B1, B2, EPS
+        )
+        tl.store(w + at, new / tl.sqrt(tl.sum(tl.where(keep, new * new, 0.0))), mask=keep)
+        new = moved(old_b, old_mb, old_vb, mb, vb, f, bias, True, size, root, fade1, fade2, B1, B2, EPS)
+        tl.store(be + f, new)
+
+
+@jit(do_not_specialize=("step",))
+@no_type_check
+def encoder_kernel(
+    features,
+    offsets,
+    n_slots,
+    first_piece,
+    rows,
+    dots,
+    X,
+    part,
+    biases,
+    w,
+    m,
+    v,
     low,
     through,
     updated,
@@ -156,40 +251,30 @@ def update_kernel(
     AT_ONCE: tl.constexpr,
     PIECE: tl.constexpr,
 ):
-    """Update the features of every PROGRAMS-th slot, and sum what b_dec gets through their encoder rows."""
+    """Update the encoder rows of every PROGRAMS-th slot, and sum what b_dec gets through them."""
     d, gone = tl.arange(0, DP), tl.zeros((DP,), tl.float32)
     for slot in range(tl.program_id(0), tl.load(n_slots), tl.num_programs(0)):
-        f, begin, end = (
-            tl.load(features + slot).to(tl.int64),
-            tl.load(offsets + slot),
-            tl.load(offsets + slot + 1),
-        )
+        f = tl.load(features + slot).to(tl.int64)
+        begin, end = tl.load(offsets + slot), tl.load(offsets + slot + 1)
         at, keep = f * D + d, d < D
-        row = tl.load(wd + at, mask=keep, other=0.0)
+        row, old_m, old_v = read(w, m, v, at, keep)
         few = tl.where(end - begin <= PIECE, end, begin)
-        enc, dec, bias, along = sums(begin, few, rows, vals, R, X, row, d, D, DP, AT_ONCE)
+        enc = encoder_sum(begin, few, rows, dots, X, d, D, DP, AT_ONCE)
         if few < end:
             for i in range(tl.cdiv(end - begin, PIECE)):
                 own = part + (tl.load(first_piece + slot) + i).to(tl.int64) * (2 * D + 2)
                 enc += tl.load(own + d, mask=keep, other=0.0)
-                dec += tl.load(own + D + d, mask=keep, other=0.0)
-                bias += tl.load(own + 2 * D)
-                along += tl.load(own + 2 * D + 1)
-        fade1, fade2 = 1.0, 1.0
-        if FADE:
-            missed = (step - 1 - tl.load(updated + f)).to(tl.float32)
-            fade1, fade2 = tl.exp2(missed * log1), tl.exp2(missed * log2)
-            tl.store(updated + f, step)
-        gone += bias * tl.load(we + at, mask=keep, other=0.0)
-        new = moved(we, me, ve, at, enc, keep, size, root, fade1, fade2, B1, B2, EPS)
-        tl.store(we + at, new, mask=keep)
+        fade1, fade2 = fades(updated, f, step, log1, log2, FADE)
+        gone += tl.load(biases + slot) * row
+        new = moved(row, old_m, old_v, m, v, at, enc, keep, size, root, fade1, fade2, B1, B2, EPS)
+        tl.store(w + at, new, mask=keep)
         # To the nearest, ties to even, as PyTorch rounds; Triton's interpreter would cut the bits off.
         bits = new.to(tl.int32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
         tl.store(low + at, (bits >> 16).to(tl.int16), mask=keep)
-        new = moved(wd, md, vd, at, dec - along * row, keep, size, root, fade1, fade2, B1, B2, EPS)
-        tl.store(wd + at, new / tl.sqrt(tl.sum(tl.where(keep, new * new, 0.0))), mask=keep)
-        tl.store(be + f, moved(be, mb, vb, f, bias, True, size, root, fade1, fade2, B1, B2, EPS))
+        if FADE:
+            tl.debug_barrier()  # all threads have read the old number
+            tl.store(updated + f, step)
     tl.store(through + tl.program_id(0).to(tl.int64) * D + d, gone, mask=d < D)
 
 
@@ -222,7 +307,7 @@ def update(
     require_contiguous(grad=grad, x=x, low=low, **named)
     d = x.shape[1]
     shape = {"D": d, "DP": next_power_of_2(d), "AT_ONCE": _AT_ONCE, "PIECE": piece}
-    part = x.new_empty(len(picks.slots), 2 * d + 2)
+    part, dots = x.new_empty(len(picks.slots), 2 * d + 2), torch.empty_like(picks.values)
     piece_kernel[(len(picks.slots),)](
         picks.features,
         picks.offsets,
@@ -234,27 +319,15 @@ def update(
         grad,
         x,
         decoder.weight,
+        dots,
         part,
         **shape,
         num_warps=row_warps(d),
     )
     programs = min(programs, len(picks.features))
-    through = x.new_empty(programs, d)
-    update_kernel[(programs,)](
-        picks.features,
-        picks.offsets,
-        picks.n_slots,
-        picks.first_piece,
-        picks.rows,
-        picks.values,
-        grad,
-        x,
-        part,
-        *encoder,
-        *decoder,
-        *bias,
-        low.view(torch.int16),
-        through,
+    slots = (picks.features, picks.offsets, picks.n_slots, picks.first_piece, picks.rows)
+    biases, through = x.new_empty(len(picks.features)), x.new_empty(programs, d)
+    step = (
         picks.features if updated is None else updated,
         adam.step,
         adam.lr / (1 - adam.b1**adam.step),
@@ -265,7 +338,10 @@ def update(
         adam.b2,
         adam.eps,
         updated is not None,
-        **shape,
-        num_warps=row_warps(d),
+    )
+    how = shape | {"num_warps": row_warps(d)}
+    decoder_kernel[(programs,)](*slots, picks.values, grad, part, dots, biases, *decoder, *bias, *step, **how)
+    encoder_kernel[(programs,)](
+        *slots, dots, x, part, biases, *encoder, low.view(torch.int16), through, *step, **how
     )
     return through.sum(0)

@@ -20,7 +20,7 @@ KERNELS = [
     "select_kernel",
     "settle_kernel",
     "decode_kernel",
-    *["piece_kernel", "update_kernel"] * 2,
+    *["piece_kernel", "decoder_kernel", "encoder_kernel"] * 2,
 ]
 
 
