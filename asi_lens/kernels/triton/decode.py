@@ -51,5 +51,5 @@ def decode(
 
 
 def row_warps(d: int) -> int:
-    """Return the warps of a program that holds rows of width d: 4 up to 1,024 columns, 16 from 4,096 on."""
-    return max(4, min(16, next_power_of_2(d) // 256))
+    """Return the warps of a program that holds a row of width d: 2 up to 1,024 columns, 8 at 4,096."""
+    return max(2, next_power_of_2(d) // 512)

@@ -45,7 +45,7 @@ class Plan:
     features: int = 256
     depth: int = 64
     warps: int = 8
-    stages: int = 4
+    stages: int = 3
     band: int = 32
 
     def __post_init__(self) -> None:

@@ -189,8 +189,8 @@ def select(
 
 
 def select_warps(groups: int) -> int:
-    """Return the warps of a program of `select`: about 16 keys a thread, from 4 to 16 warps."""
-    return max(4, min(16, next_power_of_2(groups) // 512))
+    """Return the warps of a program of `select`: about 64 keys a thread, from 4 to 8 warps."""
+    return max(4, next_power_of_2(groups) // 1024)
 
 
 def settle(

@@ -26,9 +26,9 @@ from asi_lens.kernels.triton.language import jit, next_power_of_2, tl
 from asi_lens.kernels.triton.picks import Picks
 from asi_lens.kernels.triton.plan import PIECE
 
-PROGRAMS = 1056
+PROGRAMS = 8448
 """Programs of the update. The same on every card, since the sum of their parts of b_dec depends on it."""
-_AT_ONCE = 4  # picks summed at a time
+_AT_ONCE = 2  # picks summed at a time
 
 
 class Moments(NamedTuple):
@@ -306,7 +306,9 @@ def update(
     named = {f"{name}.{part}": t for name, three in given.items() for part, t in three._asdict().items()}
     require_contiguous(grad=grad, x=x, low=low, **named)
     d = x.shape[1]
-    shape = {"D": d, "DP": next_power_of_2(d), "AT_ONCE": _AT_ONCE, "PIECE": piece}
+    padded = next_power_of_2(d)
+    warps = row_warps(d)
+    shape = {"D": d, "DP": padded, "AT_ONCE": _AT_ONCE, "PIECE": piece}
     part, dots = x.new_empty(len(picks.slots), 2 * d + 2), torch.empty_like(picks.values)
     piece_kernel[(len(picks.slots),)](
         picks.features,
@@ -322,7 +324,7 @@ def update(
         dots,
         part,
         **shape,
-        num_warps=row_warps(d),
+        num_warps=warps,
     )
     programs = min(programs, len(picks.features))
     slots = (picks.features, picks.offsets, picks.n_slots, picks.first_piece, picks.rows)
@@ -339,7 +341,7 @@ def update(
         adam.eps,
         updated is not None,
     )
-    how = shape | {"num_warps": row_warps(d)}
+    how = shape | {"num_warps": warps}
     decoder_kernel[(programs,)](*slots, picks.values, grad, part, dots, biases, *decoder, *bias, *step, **how)
     encoder_kernel[(programs,)](
         *slots, dots, x, part, biases, *encoder, low.view(torch.int16), through, *step, **how

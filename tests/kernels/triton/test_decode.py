@@ -33,4 +33,4 @@ def test_nan_and_infinity_are_seen() -> None:
 
 
 def test_wide_rows_get_more_warps() -> None:
-    assert [row_warps(d) for d in (64, 576, 1024, 2048, 4096)] == [4, 4, 4, 8, 16]
+    assert [row_warps(d) for d in (64, 576, 1024, 2048, 4096)] == [2, 2, 2, 4, 8]

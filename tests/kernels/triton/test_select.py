@@ -70,4 +70,4 @@ def test_groups_whose_second_was_chosen_are_listed_and_counted() -> None:
 
 
 def test_warps_grow_with_the_groups() -> None:
-    assert [select_warps(groups) for groups in (32, 2048, 4096, 8192)] == [4, 4, 8, 16]
+    assert [select_warps(groups) for groups in (32, 2048, 4096, 8192)] == [4, 4, 4, 8]
