@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = {
     "evidence.md": "figures/published/README.md",
     "benchmarks.md": "benchmarks/README.md",
+    "benchmarks_gpu.md": "benchmarks/gpu/README.md",
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
 }
