@@ -3,7 +3,7 @@
     PYTHONPATH=. python benchmarks/gpu.py --seconds 300 --out FOLDER     on a machine with a Hopper card
     PYTHONPATH=. python benchmarks/gpu.py --dry --out FOLDER             on a CPU: tiny, in the interpreter
 
-Parts, in this order: the tests of the kernels (with pytest, pytest-xdist, hypothesis, jaxtyping and
+Parts, in this order: the tests that a card runs (with pytest, pytest-xdist, hypothesis, jaxtyping and
 beartype), while other processes compile what comes later; the kernels of a step one by one, beside the plain
 product and a product with `torch.topk`; whole steps of the kernels, of the plain path, of dense PyTorch and
 of sparsify, SAELens and dictionary_learning where they can be imported; block sizes of the encoder. Ratios
@@ -51,7 +51,7 @@ from asi_lens.results import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = [*(f"tests/kernels/triton/test_{name}.py" for name in ("encode", "select", "decode", "update"))]
-TESTS += ["tests/sae/test_kernel_training.py"]
+TESTS += ["tests/sae/test_kernel_training.py", "tests/test_card.py"]
 BLOCKS = [(128, 128, 4, 3), (128, 256, 8, 3), (128, 256, 8, 4), (64, 256, 4, 3)]
 """Rows, features, warps, stages of the encoder's blocks."""
 DENSE = ("plain PyTorch, bfloat16", "SAELens", "dictionary_learning")

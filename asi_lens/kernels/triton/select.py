@@ -18,21 +18,22 @@ def cut(a, c, k):
     """Return `least` and how many entries of a and c are above it: at most k, and with those equal to it at
     least k. Entries are 0 or more, or -1.
 
-    Keys are floats' bits, so halving the interval halves it in their logarithm. The first trial is four
-    octaves below the largest. The search ends where k entries are above a trial, or at the k-th largest.
+    Keys are floats' bits, so halving the interval from `least` to `most` halves it in their logarithm. The
+    first trial is four octaves below the largest. The search ends where k entries are from a trial on, or at
+    the k-th largest. No bound is above the largest entry: NaN has all 31 bits.
     """
-    largest = tl.maximum(tl.max(a, 0), tl.max(c, 0))
-    least, top, above = largest * 0, largest + 1, largest * 0
-    trial = tl.maximum(top - (4 << 23), 1)
-    while top - least > 1:
+    most = tl.maximum(tl.max(a, 0), tl.max(c, 0))
+    least, above = most * 0, most * 0
+    trial = tl.maximum(most - (4 << 23), 1)
+    while least < most:
         if a.shape[0] == c.shape[0]:  # known when it compiles: one reduction for both
             n = tl.sum((a >= trial).to(tl.int32) + (c >= trial).to(tl.int32))
         else:
             n = tl.sum((a >= trial).to(tl.int32)) + tl.sum((c >= trial).to(tl.int32))
         # With exactly k from `trial` on, the next smaller number divides them from the others.
         least = tl.where(n < k, least, tl.where(n == k, trial - 1, trial))
-        top, above = tl.where(n > k, top, trial), tl.where(n > k, above, n)
-        trial = least + (top - least) // 2
+        most, above = tl.where(n > k, most, trial - 1), tl.where(n > k, above, n)
+        trial = most - (most - least) // 2
     return least, above
 
 

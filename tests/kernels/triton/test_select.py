@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from small_triton import DEVICE, need_kernels, small_plan
 
 need_kernels()
@@ -14,8 +16,8 @@ from asi_lens.kernels.triton.select import select, select_warps
 def chosen(first: list[int], second: list[int], plan: Plan) -> tuple[list[int], list[float], list[int]]:
     """Features, values and unsure groups of one row of keys."""
     keys = torch.full((2, 1, plan.groups), -1, dtype=torch.int32, device=DEVICE)
-    for to, given in zip(keys, (first, second), strict=True):
-        to[0, : len(given)] = torch.tensor(given, dtype=torch.int32)
+    for to, row in zip(keys, (first, second), strict=True):
+        to[0, : len(row)] = torch.tensor(row, dtype=torch.int32)
     indices = torch.full((1, plan.k), -7, dtype=torch.int32, device=DEVICE)
     values = torch.full((1, plan.k), torch.nan, device=DEVICE)
     unsure = torch.full((1,), -7, dtype=torch.int32, device=DEVICE)
@@ -67,6 +69,33 @@ def test_groups_whose_second_was_chosen_are_listed_and_counted() -> None:
     assert listed == []
     assert sorted(round(value, 4) for value in values) == [0, 0, 1, 1]
     assert len(set(features)) == 4
+
+
+_KEYS = st.sampled_from([0, 1, 2, 9, 1 << 23, 2 << 23, (127 << 23) + 5, (127 << 23) + 6, (2**31) - 1])
+_ROW = st.lists(_KEYS, min_size=8, max_size=8)
+
+
+@settings(max_examples=30)
+@given(first=st.lists(_ROW, min_size=3, max_size=3), second=st.lists(_ROW, min_size=3, max_size=3))
+@example(first=[[2**31 - 1] * 8] * 3, second=[[2**31 - 1] * 8] * 3)  # NaN everywhere
+@example(first=[[0] * 8] * 3, second=[[-1] * 8] * 3)
+def test_exactly_the_k_largest_of_every_row_are_chosen(
+    first: list[list[int]], second: list[list[int]]
+) -> None:
+    plan = small_plan(32, 64, 5)
+    keys = torch.full((2, 3, plan.groups), -1, dtype=torch.int32, device=DEVICE)
+    keys[0, :, :8], keys[1, :, :8] = torch.tensor(first).to(keys), torch.tensor(second).to(keys)
+    indices = torch.full((4, plan.k), -7, dtype=torch.int32, device=DEVICE)
+    values, unsure = torch.zeros(4, plan.k, device=DEVICE), torch.zeros(3, dtype=torch.int32, device=DEVICE)
+    select(*keys, plan, indices[:3], values[:3], unsure)
+    for row in range(3):
+        entries = keys[:, row].flatten()
+        largest = entries.sort(descending=True).values[: plan.k]
+        expected = torch.where(largest < plan.group, 0, largest & -plan.group)
+        got = values[row].view(torch.int32)
+        assert (got.sort(descending=True).values & -plan.group).tolist() == expected.tolist()
+    assert (indices[:3] >= 0).all()
+    assert (indices[3] == -7).all()  # nothing is written beyond a row's k
 
 
 def test_warps_grow_with_the_groups() -> None:
