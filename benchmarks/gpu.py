@@ -6,8 +6,9 @@
 Parts, in this order: the tests that a card runs (with pytest, pytest-xdist, hypothesis, jaxtyping and
 beartype), while other processes compile what comes later; the kernels of a step one by one, beside the plain
 product and a product with `torch.topk`; whole steps of the kernels, of the plain path, of dense PyTorch and
-of sparsify, SAELens and dictionary_learning where they can be imported; block sizes of the encoder. Ratios
-are of one run on one card, whose name stands in the results. The first way runs again at the end.
+of sparsify, SAELens and dictionary_learning where they can be imported; `fit` on a store; block sizes of the
+encoder. Ratios are of one run on one card, whose name stands in the results. The first way runs again at the
+end.
 
 `gpu.json` in FOLDER is written anew after every measurement. Nothing begins after `--seconds`; 30 s later the
 process ends itself, whatever it does.
@@ -39,6 +40,8 @@ if "--dry" in sys.argv:
 import torch
 from ways import LR, ON_GPU, PEERS, WAYS, Task
 
+from asi_lens.activations import ahead
+from asi_lens.activations.store import ActivationStore
 from asi_lens.base.files import write_text
 from asi_lens.kernels.codes import SparseCode
 from asi_lens.kernels.triton import encode as encoding
@@ -48,6 +51,9 @@ from asi_lens.kernels.triton.plan import Plan
 from asi_lens.kernels.triton.select import select, settle
 from asi_lens.kernels.triton.update import Adam, Moments, update
 from asi_lens.results import provenance
+from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
+from asi_lens.sae.train import Trainer
+from asi_lens.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = [*(f"tests/kernels/triton/test_{name}.py" for name in ("encode", "select", "decode", "update"))]
@@ -280,6 +286,26 @@ def way(name: str, sizes: Sizes, device: torch.device) -> dict[str, Any]:
     return out
 
 
+def from_a_store(sizes: Sizes, device: torch.device) -> dict[str, Any]:
+    """Tokens/s of `Trainer.fit` on rows in the host's memory: copied to the card first, and read ahead."""
+    task, _ = task_of(sizes, device)
+    store, found = ActivationStore.from_tensor(torch.cat(task.batches * 8).bfloat16().cpu()), {}
+    n_tokens = 10 * sizes.steps * sizes.batch
+    for name, room in (("copied first", ahead.room), ("read ahead", lambda device: 0)):
+        ahead.room, kept = room, ahead.room
+        try:
+            with device:
+                sae = SparseAutoencoder(SAEConfig(sizes.d_in, sizes.d_sae, sizes.k))
+            trainer = Trainer(sae, TrainConfig(batch_size=sizes.batch, n_tokens=n_tokens))
+            start = time.perf_counter()
+            trainer.fit(store, progress=False)
+            wait()
+            found[name] = round(n_tokens / (time.perf_counter() - start))
+        finally:
+            ahead.room = kept
+    return found
+
+
 def names_for(sizes: Sizes) -> list[str]:
     """Ways of this size: ours first and last."""
     fits = 2 * sizes.batch * sizes.d_sae <= 2**33
@@ -321,6 +347,8 @@ def main() -> None:
         for name in [*names, names[0]]:
             again = " again" if name in results.data.get(f"steps: {sizes}", {}) else ""
             results.measure(f"steps: {sizes}", name + again, partial(way, name, sizes, device))
+    for sizes in DRY if args.dry else SIZES[:1]:
+        results.measure("tokens/s of fit", str(sizes), partial(from_a_store, sizes, device))
     for sizes in DRY if args.dry else SIZES[:3]:
         results.measure("blocks", str(sizes), partial(blocks, sizes, device))
     print(json.dumps(results.data, indent=1)[-11_000:])

@@ -1,8 +1,8 @@
-"""Batches of a training, read ahead of their use and copied to a GPU without a wait."""
+"""Batches of a training: drawn from a copy on the GPU where it fits, else read ahead and copied there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -40,3 +40,32 @@ def pinned(tensor: Tensor, device: torch.device | None) -> Tensor:
 def moved(tensor: Tensor, device: torch.device | None) -> Tensor:
     """Return a tensor on `device`; None leaves it where it is. A copy from pinned memory does not wait."""
     return tensor if device is None else tensor.to(device, non_blocking=tensor.is_pinned())
+
+
+def room(device: torch.device | None) -> int:
+    """Return the bytes that rows may take on a device: half of what is free on a GPU, none elsewhere."""
+    if device is None or device.type != "cuda":
+        return 0
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return (torch.cuda.mem_get_info(device)[0] + held) // 2
+
+
+def copied(parts: Sequence[Tensor], device: torch.device | None) -> Tensor | None:
+    """Return all parts as one tensor on a GPU, if there is room, else None.
+
+    A batch is drawn there in microseconds; to read 4,096 rows of 576 numbers here and copy them takes longer
+    than a step with 16,384 features.
+    """
+    here = room(device)
+    if device is None or not here:
+        return None
+    if len(parts) == 1 and parts[0].device == device:
+        return parts[0]
+    if sum(part.nbytes for part in parts) > here:
+        return None
+    whole = parts[0].new_empty((sum(map(len, parts)), *parts[0].shape[1:]), device=device)
+    at = 0
+    for part in parts:
+        whole[at : at + len(part)].copy_(part)
+        at += len(part)
+    return whole

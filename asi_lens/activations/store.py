@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from asi_lens.activations import shards
-from asi_lens.activations.ahead import moved, pinned, read_ahead
+from asi_lens.activations.ahead import copied, moved, pinned, read_ahead
 from asi_lens.activations.moments import Moments
 from asi_lens.activations.row_files import open_rows
 from asi_lens.activations.spectrum import Spectrum
@@ -277,7 +277,8 @@ class ActivationStore:
             dtype: dtype of the batches; None keeps the store's dtype.
             share: maps the size n of a batch to the rows of it that are read: (first, after the last). None
                 reads all rows. Positions count whole batches.
-            device: device of the batches; None is that of the store. Rows are copied to a GPU as they are
+            device: device of the batches; None is that of the store. All rows are copied to a GPU first if
+                they take at most half of its free memory; else batches are read ahead and copied as they are
                 stored, from pinned memory and without a wait, and converted and put into order there.
         """
         require(batch_size >= 1, "batch_size", batch_size, "at least 1")
@@ -298,11 +299,18 @@ class ActivationStore:
         share: Callable[[int], tuple[int, int]] | None,
         device: torch.device | None,
     ) -> Iterator[Float[Tensor, "batch d"]]:
-        def read(index: Int[Tensor, " batch"]) -> ReadRows:
-            own = index if share is None else index[slice(*share(len(index)))]
-            return ReadRows(*(pinned(part, device) for part in self._read(own)))
+        def own(index: Int[Tensor, " batch"]) -> Int[Tensor, " own"]:
+            return index if share is None else index[slice(*share(len(index)))]
 
-        for found in read_ahead(read, self._order(batch_size, seed, start, n_tokens)):
+        def read(index: Int[Tensor, " batch"]) -> ReadRows:
+            return ReadRows(*(pinned(part, device) for part in self._read(own(index))))
+
+        order = self._order(batch_size, seed, start, n_tokens)
+        if (whole := copied(self._rows, device)) is not None:
+            for index in read_ahead(lambda index: pinned(own(index), device), order):
+                yield whole[moved(index, device)].to(dtype or self.dtype)
+            return
+        for found in read_ahead(read, order):
             yield self._placed(ReadRows(*(moved(part, device) for part in found)), dtype)
 
     def _order(

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from asi_lens.activations.ahead import moved, pinned, read_ahead
+from asi_lens.activations.ahead import copied, moved, pinned, read_ahead
 from asi_lens.activations.harvest import SiteLayer, harvest
 from asi_lens.activations.harvest_store import harvest_stores
 from asi_lens.activations.moments import Moments
@@ -131,7 +131,15 @@ class SequencePairs:
             at = chosen.to(self.inputs.device)
             return PairBatch(pinned(self.inputs[at], device), pinned(self.outputs[at], device))
 
-        for found in read_ahead(read, self._order(n_sequences, seed, start // each, last)):
+        order = self._order(n_sequences, seed, start // each, last)
+        if (x := copied([self.inputs], device)) is not None and (
+            y := copied([self.outputs], device)
+        ) is not None:
+            for at in order:
+                at = moved(pinned(at, device), device)
+                yield PairBatch(x[at], y[at])
+            return
+        for found in read_ahead(read, order):
             yield PairBatch(moved(found.x, device), moved(found.y, device))
 
     def _order(self, size: int, seed: int, first: int, last: int | None) -> Iterator[Int[Tensor, " batch"]]:

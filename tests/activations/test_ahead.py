@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from asi_lens.activations.ahead import moved, pinned, read_ahead
+from asi_lens.activations.ahead import copied, moved, pinned, read_ahead, room
 
 
 def test_one_batch_is_read_ahead_in_another_thread() -> None:
@@ -55,3 +55,14 @@ def test_rows_move_only_to_a_device_that_is_named() -> None:
     assert moved(rows, None) is rows
     assert moved(rows, torch.device("cpu")) is rows
     assert moved(rows, torch.device("meta")).device.type == "meta"
+
+
+def test_half_of_what_is_free_on_a_gpu_is_room_for_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
+    assert room(gpu) == 515
+    assert room(None) == room(torch.device("cpu")) == 0
+    assert copied([torch.zeros(2, 3)], None) is copied([torch.zeros(2, 3)], torch.device("cpu")) is None
+    assert copied([torch.zeros(130, 1)], gpu) is None  # 520 bytes

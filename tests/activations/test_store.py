@@ -11,6 +11,8 @@ import pytest
 import torch
 from small_stores import OPTIONS, everything, files
 
+from asi_lens.activations import ahead
+from asi_lens.activations import store as store_module
 from asi_lens.activations.harvest_store import harvest_store
 from asi_lens.activations.shard_writer import ShardWriter
 from asi_lens.activations.store import ActivationStore
@@ -140,6 +142,30 @@ def test_shares_of_a_batch_are_the_batch(numbered: ActivationStore) -> None:
         assert torch.equal(torch.cat(shares), batch)
         sizes = [len(share) for share in shares]
         assert max(sizes) - min(sizes) <= 1
+
+
+def test_batches_drawn_from_a_copy_are_those_that_are_read(
+    numbered: ActivationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = torch.device("cpu")
+    options: dict[str, Any] = {"start": 3, "n_tokens": 2 * numbered.n + 5, "device": cpu}
+    shared = options | {"share": lambda n: (1, n), "dtype": None}
+    read = [list(numbered.batches(7, **given)) for given in (options, shared)]
+    needed = numbered.n * numbered.d * numbered.dtype.itemsize
+    copies: list[torch.Tensor] = []
+
+    def copy(parts: Any, device: Any) -> Any:
+        copies.append(ahead.copied(parts, device))
+        return copies[-1]
+
+    monkeypatch.setattr(store_module, "copied", copy)
+    for room in (needed - 1, needed):
+        monkeypatch.setattr(ahead, "room", lambda device, room=room: room)
+        drawn = [list(numbered.batches(7, **given)) for given in (options, shared)]
+        for ours, theirs in zip(drawn, read, strict=True):
+            assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(ours, theirs, strict=True))
+    # Rows that lie there already need no room.
+    assert [copied is None for copied in copies] == [numbered.folder is not None] * 2 + [False] * 2
 
 
 def test_batches_have_the_dtype_asked_for(small: ActivationStore) -> None:
