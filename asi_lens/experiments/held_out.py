@@ -14,6 +14,7 @@ from asi_lens.inputs.models import model_info
 from asi_lens.results.rows import LOSSES
 from asi_lens.sae.evaluate import Evaluation
 
+_FORMAT = 2  # part of the keys: raise it when the code gives other bits, also by a product in other tiles
 NO_LOSSES: Mapping[str, None] = dict.fromkeys(LOSSES)
 """Columns of the language-model losses, for rows without that measurement."""
 
@@ -31,7 +32,6 @@ AnyRun = TypeVar("AnyRun", bound=_Finished)
 
 def held_out_numbers(
     runs: Sequence[AnyRun],
-    format_number: int,
     held_out: str,
     model: nn.Module | None,
     tokens: Tokens | None,
@@ -40,13 +40,12 @@ def held_out_numbers(
     """Return the evaluated fields of `held_out` rows, a mapping for each run, from the cache or `evaluate`.
 
     Args:
-        format_number: part of the cache key; raise it when a change to the code changes the results.
         held_out: fingerprint of the evaluated data.
         model, tokens: used for the language-model losses; None to skip them.
         evaluate: evaluates, together, the runs that are not in the cache.
     """
     info = None if model is None else model_info(model)
-    judged = {"format": format_number, "losses": list(LOSSES), "held_out": held_out}
+    judged = {"format": _FORMAT, "losses": list(LOSSES), "held_out": held_out}
     if info is not None:
         text = None if tokens is None else tokens.fingerprint
         judged = number_key(info.fingerprint, info.dtype, text, **judged)

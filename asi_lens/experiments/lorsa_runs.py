@@ -214,7 +214,7 @@ def _evaluations(
         lorsas = [run.lorsa().to(resolve_device("auto")) for run in missing]
         return evaluate_lorsas(lorsas, held_out, model=model, tokens=tokens, progress=progress)
 
-    return held_out_numbers(runs, FORMAT, held_out.fingerprint, model, tokens, evaluate)
+    return held_out_numbers(runs, held_out.fingerprint, model, tokens, evaluate)
 
 
 def _about(run: LorsaRun, held_out: SequencePairs) -> dict[str, Any]:

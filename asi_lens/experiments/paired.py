@@ -24,7 +24,7 @@ from asi_lens.results.rows import PairedLossRow
 from asi_lens.sae.splice import sequence_losses
 
 # Raise it when a change to the code changes the numbers.
-_FORMAT = 1
+_FORMAT = 2
 _Group = tuple[str, int]
 
 

@@ -15,7 +15,7 @@ from asi_lens.activations.split import Split
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import require
 from asi_lens.experiments.held_out import NO_LOSSES, held_out_numbers
-from asi_lens.experiments.runs import FORMAT, TrainedRun
+from asi_lens.experiments.runs import TrainedRun
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.inputs.models import model_info, resolve_device
 from asi_lens.results.rows import DeadFeatureRow, DriftRow
@@ -174,7 +174,7 @@ def _evaluations(
             return evaluate_transcoders(transcoders, held_out, **options)
         return evaluate_together(saes, held_out, **options)
 
-    return held_out_numbers(runs, FORMAT, held_out.fingerprint, model, tokens, evaluate)
+    return held_out_numbers(runs, held_out.fingerprint, model, tokens, evaluate)
 
 
 def _about(run: TrainedRun, held_out: ActivationStore | PairedStores) -> dict[str, Any]:
