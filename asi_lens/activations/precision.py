@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from asi_lens.base.errors import DataError
+from asi_lens.base.threads import one_thread
 
 MOST_UNCERTAIN = 0.005
 """Largest relative uncertainty of an effective rank that is given out."""
@@ -41,19 +42,9 @@ def entropy_rank(singular_values: Float[Tensor, " d"]) -> float:
     return math.exp(-torch.special.xlogy(p, p).sum().item())
 
 
-@contextmanager
-def one_thread(d: int) -> Iterator[None]:
-    """Context in which decompositions of up to 2,048 dimensions run on one thread.
-
-    Their steps are too small to share: threads that wait for each other make them slower, and several times
-    slower when other programs run on the machine.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1 if d <= 2048 else threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+def few_threads(d: int) -> AbstractContextManager[None]:
+    """Return a context in which decompositions of up to 2,048 dimensions run on one thread."""
+    return one_thread() if d <= 2048 else nullcontext()
 
 
 def covariance_eigenvalues(covariance: Float[Tensor, "d d"]) -> Float[Tensor, " d"]:
@@ -65,7 +56,7 @@ def covariance_eigenvalues(covariance: Float[Tensor, "d d"]) -> Float[Tensor, " 
     """
     if not torch.isfinite(covariance).all():
         raise DataError("a covariance holds NaN or infinity: the activations are too large")
-    with one_thread(covariance.shape[0]):
+    with few_threads(covariance.shape[0]):
         values = torch.linalg.eigvalsh(covariance.double(), UPLO="U").flip(0)
     return values.where(values > len(values) * torch.finfo(torch.float64).eps * values[0], 0.0)
 

@@ -21,7 +21,7 @@ from asi_lens.activations.precision import (
     MOST_UNCERTAIN,
     covariance_eigenvalues,
     entropy_rank,
-    one_thread,
+    few_threads,
     uncertainty,
 )
 from asi_lens.base.doors import checked
@@ -107,7 +107,7 @@ class Spectrum:
     @cached_property
     def eigenvectors(self) -> Float[Tensor, "d d"]:
         """Principal directions as columns, in the order of the eigenvalues, float64."""
-        with one_thread(self.d):
+        with few_threads(self.d):
             vectors = torch.linalg.eigh(self.covariance, UPLO="U").eigenvectors.flip(1)
         # An eigenvector's sign is arbitrary. Its largest entry is made positive, so that runs agree.
         signs = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()

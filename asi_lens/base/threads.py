@@ -37,3 +37,20 @@ def short_steps() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let PyTorch compute on one thread inside the context.
+
+    Small steps are not worth sharing: threads that wait for each other make them slower, and several times
+    slower when other programs run on the machine. A long sum shared by other threads has other last bits.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from asi_lens.activations.precision import covariance_eigenvalues, entropy_rank, one_thread
+from asi_lens.activations.precision import covariance_eigenvalues, entropy_rank, few_threads
 from asi_lens.base.doors import checked
 from asi_lens.base.errors import OptionError, require, unknown_name
 from asi_lens.collapse.spectra import Spectra
@@ -86,7 +86,7 @@ def counterfactual_ranks(
         return _rank(projection.T @ C @ projection) / d_model
 
     out: dict[str, float] = {}
-    with one_thread(d_z):
+    with few_threads(d_z):
         rank_of_z = _rank(C)
         for variant in variants:
             match variant:
@@ -143,7 +143,7 @@ def head_overlap(
     """Compute the principal angles between all pairs of heads' output subspaces (Bjorck and Golub 1973)."""
     heads = W_O.double()
     d_model = heads.shape[2]
-    with one_thread(d_model):
+    with few_threads(d_model):
         bases = torch.linalg.svd(heads, full_matrices=False).Vh  # [n_heads min(d_head, d_model) d_model]
         cosines = torch.linalg.svdvals(bases[:, None] @ bases[None].mT).clamp(0.0, 1.0)
         blocks = _blocks(z_covariance.to(heads), heads)

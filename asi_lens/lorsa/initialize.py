@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from asi_lens.activations.moments import Moments
-from asi_lens.activations.precision import exact_products, one_thread
+from asi_lens.activations.precision import exact_products, few_threads
 from asi_lens.base.doors import checked
 from asi_lens.base.errors import OptionError, require
 from asi_lens.kernels.draws import draw_gaussian, unit_rows_
@@ -132,7 +132,7 @@ def active_values(
 ) -> Float[Tensor, "head d_head d_init"]:
     """Return the top principal directions of each head's values, as orthonormal columns, float64."""
     C = input_covariance.double().cpu()
-    with one_thread(source.d_head):
+    with few_threads(source.d_head):
         vectors = torch.linalg.eigh(source.W_V.mT @ C @ source.W_V).eigenvectors
     return vectors[:, :, -d_init:].flip(-1)
 

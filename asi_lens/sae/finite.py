@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from asi_lens.base.errors import DataError
+from asi_lens.base.threads import one_thread
 from asi_lens.kernels.gradients import Gradients
 
 
@@ -27,9 +29,10 @@ def require_finite_rows(rows: Float[Tensor, "n d"], name: str) -> None:
 
 
 def power(rows: Tensor) -> Float[Tensor, ""]:
-    """Return the sum of all squares, without an array of squares."""
+    """Return the sum of all squares, without an array of squares, and the same for any number of threads."""
     flat = rows.flatten()
-    return flat @ flat
+    with one_thread() if flat.is_cpu else nullcontext():
+        return flat @ flat
 
 
 def total_of(grads: Gradients, own: Mapping[str, Tensor]) -> Tensor:

@@ -92,6 +92,12 @@ def test_a_number_that_is_there_in_one_run_alone_disagrees() -> None:
     assert compare_tables("t", new, table(), exact=False).apart == ("fvu (0%)",)
 
 
+def test_times_are_not_compared() -> None:
+    new, old = (table().assign(train_seconds=seconds) for seconds in (1.0, 2.0))
+    found = compare_tables("t", new, old, exact=True)
+    assert (found.holds, found.numbers) == (True, 60)
+
+
 def test_other_rows_columns_or_names_are_not_compared_by_place() -> None:
     assert "12 rows, published 8" in compare_tables("t", table(), table(seeds=2), exact=False).reason
     assert (

@@ -13,6 +13,7 @@ from asi_lens.activations.pairs import Pair
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import DataError, OptionError, UnknownNameError
 from asi_lens.sae.dictionary import SparseAutoencoder
+from asi_lens.sae.finite import power
 from asi_lens.sae.initialize import initialize
 from asi_lens.sae.train import TrainConfig, Trainer
 from asi_lens.training.config import OPTIMIZERS as KINDS
@@ -255,3 +256,17 @@ def test_defaults_that_the_user_set_change_nothing(activation: str, start: str) 
             torch.set_default_dtype(torch.float32)
     assert same_bits(ends[0], ends[1])
     assert same_bits(ends[0], ends[2])
+
+
+def test_a_sum_of_squares_is_the_same_for_any_number_of_threads() -> None:
+    x = torch.randn(4096, 576, generator=torch.Generator().manual_seed(0))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(power(x).item())
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert len(set(found)) == 1
+    assert found[0] == pytest.approx(x.double().square().sum().item(), rel=1e-4)
