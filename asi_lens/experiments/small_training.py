@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from asi_lens.activations.precision import few_threads
 from asi_lens.base.doors import checked
 from asi_lens.base.errors import require, require_whole
 from asi_lens.experiments.small_transformer import (
@@ -131,7 +132,9 @@ class Training:
             for layer, attention in enumerate(self.model.attentions()):
                 generator = torch.Generator().manual_seed(seed * 1_000_003 + layer)
                 drawn = torch.empty(config.d_model, config.d_model)
-                attention.W_O.weight.data.copy_(nn.init.orthogonal_(drawn, generator=generator))
+                with few_threads(config.d_model):  # shared by threads, the decomposition has other last bits
+                    nn.init.orthogonal_(drawn, generator=generator)
+                attention.W_O.weight.data.copy_(drawn)
                 attention.W_O.weight.requires_grad_(False)
         self.optimizers = list(_optimizers(self.model, variant, options.lr))
 
