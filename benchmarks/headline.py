@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
-from PIL import Image
 
 from asi_lens import figures
+from asi_lens.reproduce.publish import copy_small
 from asi_lens.results.figure_files import save
 from asi_lens.results.rows import DeadFeatureRow
 from asi_lens.results.tables import frame
@@ -29,9 +31,8 @@ METHODS = {
 WINDOW = 10_000_000  # tokens
 
 
-def table() -> pd.DataFrame:
+def table(run: Mapping[str, Any]) -> pd.DataFrame:
     """Curves over training and held-out ends, as the notebooks have them."""
-    run = json.loads((HERE / "gpu" / "headline.json").read_text(encoding="utf-8"))
     parts, asked = run["parts"], run["arguments"]
     what = {key: parts["unpack"][key] for key in ("model", "corpus", "site", "layer")}
     same = {"aux_k": 0, "d_sae": asked["d_sae"], "k": asked["k"], "lr": asked["lr"], "seed": asked["seed"]}
@@ -62,11 +63,10 @@ def main() -> None:
         f"{budget}, one seed, {parts['machine']['card']}, {parts['train']['seconds']:.0f} s for all three."
     )
     with tempfile.TemporaryDirectory() as folder:  # it leaves a page beside the picture
-        saved = save(figures.dead_feature_curves(table()), Path(folder, "headline"), caption=caption)
+        saved = save(figures.dead_feature_curves(table(run)), Path(folder, "headline"), caption=caption)
         if saved.png is None:
             raise SystemExit(saved.reason)
-        with Image.open(saved.png) as image:  # 256 colors look the same in a fifth of the bytes
-            image.convert("RGB").quantize(256).save(HERE.parent / "docs" / "headline.png", optimize=True)
+        copy_small(saved.png, HERE.parent / "docs" / "headline.png")
 
 
 if __name__ == "__main__":

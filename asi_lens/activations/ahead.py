@@ -9,6 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from asi_lens.base.memory import free_bytes
+
 Index = TypeVar("Index")
 Batch = TypeVar("Batch")
 
@@ -44,10 +46,7 @@ def moved(tensor: Tensor, device: torch.device | None) -> Tensor:
 
 def room(device: torch.device | None) -> int:
     """Return the bytes that rows may take on a device: half of what is free on a GPU, none elsewhere."""
-    if device is None or device.type != "cuda":
-        return 0
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return (torch.cuda.mem_get_info(device)[0] + held) // 2
+    return 0 if device is None else (free_bytes(device) or 0) // 2
 
 
 def copied(parts: Sequence[Tensor], device: torch.device | None) -> Tensor | None:

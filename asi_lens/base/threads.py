@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 _JOBS = "ASI_LENS_JOBS"
 
@@ -26,31 +26,26 @@ def share_cores(jobs: int) -> None:
 
 
 @contextmanager
-def short_steps() -> Iterator[None]:
-    """Limit PyTorch inside the context to this process's share of the cores (number of threads)."""
+def _at_most(n: int) -> Iterator[None]:
     import torch
 
     before = torch.get_num_threads()
-    share = max(1, (cores() or 1) // int(os.environ.get(_JOBS, "1")))
-    torch.set_num_threads(min(before, share))
+    torch.set_num_threads(min(before, n))
     try:
         yield
     finally:
         torch.set_num_threads(before)
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
+def short_steps() -> AbstractContextManager[None]:
+    """Limit PyTorch inside the context to this process's share of the cores (number of threads)."""
+    return _at_most(max(1, (cores() or 1) // int(os.environ.get(_JOBS, "1"))))
+
+
+def one_thread() -> AbstractContextManager[None]:
     """Let PyTorch compute on one thread inside the context.
 
     Small steps are not worth sharing: threads that wait for each other make them slower, and several times
     slower when other programs run on the machine. A long sum shared by other threads has other last bits.
     """
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return _at_most(1)

@@ -132,13 +132,13 @@ class SequencePairs:
             return PairBatch(pinned(self.inputs[at], device), pinned(self.outputs[at], device))
 
         order = self._order(n_sequences, seed, start // each, last)
-        if (x := copied([self.inputs], device)) is not None and (
-            y := copied([self.outputs], device)
-        ) is not None:
+        x, y = (copied([side], device) for side in (self.inputs, self.outputs))
+        if x is not None and y is not None:
             for at in order:
                 at = moved(pinned(at, device), device)
                 yield PairBatch(x[at], y[at])
             return
+        del x, y  # a copy of one side would only take memory
         for found in read_ahead(read, order):
             yield PairBatch(moved(found.x, device), moved(found.y, device))
 

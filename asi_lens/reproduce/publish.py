@@ -52,7 +52,7 @@ def publish(model: str, profile: str, notebooks: Sequence[str] | None = None) ->
             (target / file).unlink(missing_ok=True)
         for file in kept:
             with write_whole(target / file) as temporary:
-                copy = _copy_small if file.endswith(".png") else shutil.copyfile
+                copy = copy_small if file.endswith(".png") else shutil.copyfile
                 copy(source / file, temporary)
         if "timed_key" in one:  # a notebook that ran without the runner has no times
             one = {**one, "longest_wall_time_s": longest_time(one, before.get(name, {}))}
@@ -61,7 +61,7 @@ def publish(model: str, profile: str, notebooks: Sequence[str] | None = None) ->
     return target
 
 
-def _copy_small(source: Path, target: Path) -> None:
+def copy_small(source: Path, target: Path) -> None:
     """Copy an image with 256 colors, which look the same: a quarter of the bytes in the repository."""
     from PIL import Image
 

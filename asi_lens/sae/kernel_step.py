@@ -14,8 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from asi_lens.base.errors import OptionError
+from asi_lens.base.memory import free_bytes
 from asi_lens.kernels.codes import SparseCode
-from asi_lens.kernels.triton.card import UnsupportedError, free_bytes, require_card
+from asi_lens.kernels.triton.card import UnsupportedError, require_card
 from asi_lens.kernels.triton.decode import decode
 from asi_lens.kernels.triton.encode import encode
 from asi_lens.kernels.triton.picks import Picks, sort_picks

@@ -78,7 +78,7 @@ def test_the_plain_path_learns_as_much() -> None:
         one = trainer(kernels, optimizer="adam")
         found[kernels] = sum(one.step(batch).fvu for batch in X.split(BATCH))
     # The plain path rounds its products to bfloat16, so a pick may be another one of nearly the same score.
-    assert found["triton"] == pytest.approx(found["plain"], rel=0.02)
+    assert found["triton"] == pytest.approx(found["plain"], rel=0.01)
 
 
 @pytest.mark.parametrize(("optimizer", "steps"), [("adam", 20), ("sparse_adam_decay", 6)])

@@ -54,17 +54,6 @@ def require_card(device: torch.device) -> None:
         )
 
 
-def free_bytes(device: torch.device) -> int | None:
-    """Return the bytes that tensors on `device` may still take, None for a CPU.
-
-    Memory that PyTorch holds but has no tensor in counts as free.
-    """
-    if device.type != "cuda":
-        return None
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + held
-
-
 def require_contiguous(**tensors: Tensor) -> None:
     """Raise ValueError for a tensor that is not contiguous: the kernels would read other memory."""
     for name, tensor in tensors.items():

@@ -306,9 +306,7 @@ def update(
     named = {f"{name}.{part}": t for name, three in given.items() for part, t in three._asdict().items()}
     require_contiguous(grad=grad, x=x, low=low, **named)
     d = x.shape[1]
-    padded = next_power_of_2(d)
-    warps = row_warps(d)
-    shape = {"D": d, "DP": padded, "AT_ONCE": _AT_ONCE, "PIECE": piece}
+    how = {"D": d, "DP": next_power_of_2(d), "AT_ONCE": _AT_ONCE, "PIECE": piece, "num_warps": row_warps(d)}
     part, dots = x.new_empty(len(picks.slots), 2 * d + 2), torch.empty_like(picks.values)
     piece_kernel[(len(picks.slots),)](
         picks.features,
@@ -323,8 +321,7 @@ def update(
         decoder.weight,
         dots,
         part,
-        **shape,
-        num_warps=warps,
+        **how,
     )
     programs = min(programs, len(picks.features))
     slots = (picks.features, picks.offsets, picks.n_slots, picks.first_piece, picks.rows)
@@ -341,7 +338,6 @@ def update(
         adam.eps,
         updated is not None,
     )
-    how = shape | {"num_warps": warps}
     decoder_kernel[(programs,)](*slots, picks.values, grad, part, dots, biases, *decoder, *bias, *step, **how)
     encoder_kernel[(programs,)](
         *slots, dots, x, part, biases, *encoder, low.view(torch.int16), through, *step, **how
