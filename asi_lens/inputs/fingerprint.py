@@ -97,29 +97,29 @@ def versions() -> dict[str, str]:
 
 def _lines(root: nn.Module, tensors: dict[int, Tensor]) -> Iterator[tuple[Any, int | None]]:
     """Yield (JSON description, id of a tensor in `tensors` or None) of every part of a model."""
-
-    def tensor(name: str, value: Tensor) -> tuple[Any, int]:
-        tensors.setdefault(id(value), value)
-        return [name, str(value.dtype), list(value.shape)], id(value)
-
     configs: dict[int, Any] = {}
     for path, module in root.named_modules():
         yield [path, type(module).__qualname__, *_own_code(type(module))], None
         for table in (module._parameters, module._buffers):
             for name, value in table.items():
                 if value is not None and not (value.ndim == 1 and _is_added_bias(name, module, value)):
-                    yield tensor(f"{path}.{name}", value)
+                    yield _tensor_line(f"{path}.{name}", value, tensors)
         if type(module).__module__.startswith("transformer_lens"):
             continue  # components keep values of the last forward
         for name, value in sorted(structure.attributes(module), key=lambda item: item[0]):
             if hasattr(value, "to_dict"):
                 configs[id(value)] = value
             elif isinstance(value, Tensor):
-                yield tensor(f"{path}.{name}", value)
+                yield _tensor_line(f"{path}.{name}", value, tensors)
             else:
                 yield [f"{path}.{name}", _described(value)], None
     for config in [*configs.values(), *([] if configs else [getattr(root, "cfg", None)])]:
         yield _described(config), None
+
+
+def _tensor_line(name: str, value: Tensor, tensors: dict[int, Tensor]) -> tuple[Any, int]:
+    tensors.setdefault(id(value), value)
+    return [name, str(value.dtype), list(value.shape)], id(value)
 
 
 def _own_code(kind: type[nn.Module]) -> list[str]:

@@ -58,7 +58,7 @@ def run(
         for name, hook in hooks.items():
             if name not in runner.places:
                 raise unknown_name("hook", name, runner.places)
-            undo.callback(_attach(runner.places[name], hook, name, fired, shape).remove)
+            undo.callback(_Attached(runner.places[name], hook, name, fired, shape).attach().remove)
         if start is not None:
             _skip_blocks(runner, start, ids, undo)
         if stop_after_layer is not None:
@@ -95,45 +95,58 @@ def states_before(model: nn.Module, runner: twin.Runner, ids: Tensor, layer: int
     return kept[0]
 
 
-def _attach(place: twin.Place, hook: Hook, name: str, fired: set[str], shape: torch.Size | None) -> Any:
-    def run(activation: Tensor) -> Tensor | None:
-        fired.add(name)
-        flat = activation
-        if name.endswith(".hook_z"):  # TransformerLens's versions have 3 or 4 axes
-            flat = rearrange(activation, "batch position ... -> batch position (...)")
-        elif shape is not None and activation.ndim == 2 and len(activation) == shape.numel():
-            # OPT joins batch and position
-            flat = activation.unflatten(0, shape)
-        if place.scale != 1.0:
-            flat = flat * place.scale
-        new = hook(flat.clone() if place.changes else flat)
-        if new is None:
-            return None
-        if new.shape != flat.shape:
-            raise OptionError(f"the hook at {name} returned {tuple(new.shape)} for {tuple(flat.shape)}")
-        if place.scale != 1.0:
-            new = new / place.scale
-        return new.to(activation.dtype).reshape(activation.shape)
+@dataclass(frozen=True)
+class _Attached:
+    """A hook at a place of a model, in the form in which PyTorch calls it."""
 
-    def after(module: nn.Module, inputs: Any, output: Any) -> Any:
+    place: twin.Place
+    hook: Hook
+    name: str
+    fired: set[str]
+    """Names of the hooks that a pass has reached; this one adds its own."""
+    shape: torch.Size | None
+    """Batch and positions of the ids."""
+
+    def attach(self) -> Any:
+        """Register the hook and return PyTorch's handle."""
+        if self.place.side == "in":
+            return self.place.module.register_forward_pre_hook(self.before, with_kwargs=True)
+        return self.place.module.register_forward_hook(self.after)
+
+    def after(self, module: nn.Module, inputs: Any, output: Any) -> Any:
         if not isinstance(output, tuple | list):
-            return run(output)
-        new = run(output[0])
+            return self._run(output)
+        new = self._run(output[0])
         if new is None:
             return None
         return [new, *output[1:]] if isinstance(output, list) else (new, *output[1:])
 
-    def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         if args:
-            new = run(args[0])
+            new = self._run(args[0])
             return None if new is None else ((new, *args[1:]), kwargs)
         key = next(key for key, value in kwargs.items() if isinstance(value, Tensor))
-        new = run(kwargs[key])
+        new = self._run(kwargs[key])
         return None if new is None else (args, {**kwargs, key: new})
 
-    if place.side == "in":
-        return place.module.register_forward_pre_hook(before, with_kwargs=True)
-    return place.module.register_forward_hook(after)
+    def _run(self, activation: Tensor) -> Tensor | None:
+        self.fired.add(self.name)
+        flat, scale, shape = activation, self.place.scale, self.shape
+        if self.name.endswith(".hook_z"):  # TransformerLens's versions have 3 or 4 axes
+            flat = rearrange(activation, "batch position ... -> batch position (...)")
+        elif shape is not None and activation.ndim == 2 and len(activation) == shape.numel():
+            # OPT joins batch and position
+            flat = activation.unflatten(0, shape)
+        if scale != 1.0:
+            flat = flat * scale
+        new = self.hook(flat.clone() if self.place.changes else flat)
+        if new is None:
+            return None
+        if new.shape != flat.shape:
+            raise OptionError(f"the hook at {self.name} returned {tuple(new.shape)} for {tuple(flat.shape)}")
+        if scale != 1.0:
+            new = new / scale
+        return new.to(activation.dtype).reshape(activation.shape)
 
 
 def _skip_blocks(runner: twin.Runner, start: ResumePoint, ids: twin.Given, undo: ExitStack) -> None:

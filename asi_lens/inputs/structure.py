@@ -81,6 +81,7 @@ def state_of(model: nn.Module) -> State:
     Objects other than numbers and texts count by identity. Tensors are not part: a twin shares them.
     """
     parts: list[Any] = [getattr(model, "compatibility_mode", False)]
+    values: list[Any] = []
     configs: dict[int, Any] = {}
     for module in all_modules(model):
         parts += [id(module), type(module).forward, *map(id, module._modules.values())]
@@ -89,8 +90,11 @@ def state_of(model: nn.Module) -> State:
         for name, value in attributes(module):
             if hasattr(value, "to_dict"):
                 configs[id(value)] = value
-            parts.append((name, id(value) if hasattr(value, "to_dict") else _content(value)))
-    return tuple([*parts, *(_content(config) for config in configs.values())])
+                parts.append((name, id(value)))
+            else:
+                parts.append(name)
+                values.append(value)
+    return (*parts, *_content([*values, *configs.values()]))
 
 
 def attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -109,19 +113,23 @@ def config_items(config: Any) -> dict[str, Any]:
     }
 
 
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, bool | int | float | str | dtype)
-
-
-def _content(value: Any) -> Any:
-    """Return a hashable copy of a configuration's entry, deep."""
-    if hasattr(value, "to_dict"):
-        return tuple((name, _content(one)) for name, one in config_items(value).items())
-    if isinstance(value, dict):
-        return tuple((str(name), _content(one)) for name, one in value.items())
-    if isinstance(value, list | tuple | set):
-        return tuple(map(_content, value))
-    return value if _is_plain(value) else id(value)
+def _content(value: Any) -> State:
+    """Return a hashable copy of a value and all that it holds: keys, lengths, plain values."""
+    flat: list[Any] = []
+    waiting = [value]
+    while waiting:  # no recursion: a model has thousands of entries, read at every forward pass
+        one = waiting.pop()
+        if hasattr(one, "to_dict"):
+            one = config_items(one)
+        if isinstance(one, dict):
+            flat.append(tuple(map(str, one)))
+            waiting += one.values()
+        elif isinstance(one, list | tuple | set):
+            flat.append((type(one).__name__, len(one)))
+            waiting += one
+        else:
+            flat.append(one if one is None or isinstance(one, bool | int | float | str | dtype) else id(one))
+    return tuple(flat)
 
 
 def added_hooks(model: nn.Module) -> list[str]:
@@ -129,7 +137,7 @@ def added_hooks(model: nn.Module) -> list[str]:
 
     Hooks and methods that TransformerLens, transformers and accelerate add for themselves do not count.
     """
-    found = [module for module in all_modules(model) if next(_added(module), None) is not None]
+    found = [module for module in _changed(model) if next(_added(module), None) is not None]
     names = {id(module): name for name, module in model.named_modules()} if found else {}
     named = [names.get(id(module)) or type(module).__name__ for module in found]
     return named + ["every module"] * any(map(len, _global_tables()))
@@ -140,7 +148,7 @@ def without_added_hooks(model: nn.Module) -> Iterator[None]:
     """Take the hooks of `added_hooks` off inside the context."""
     tables: dict[int, tuple[MutableMapping[Any, Any], dict[Any, Any]]] = {}
     everywhere = [(table, key) for table in _global_tables() for key in table]
-    for table, key in [*everywhere, *(one for module in all_modules(model) for one in _added(module))]:
+    for table, key in [*everywhere, *(one for module in _changed(model) for one in _added(module))]:
         tables.setdefault(id(table), (table, dict(table)))
         tables[id(table)][0].pop(key)
     try:
@@ -156,10 +164,17 @@ def _global_tables() -> tuple[MutableMapping[Any, Any], ...]:
     return torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks
 
 
+def _changed(model: nn.Module) -> list[nn.Module]:
+    """Return the modules with a hook or a `forward` of their own, whoever put it there."""
+    return [
+        module
+        for module in all_modules(model)
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    ]
+
+
 def _added(module: nn.Module) -> Iterator[tuple[MutableMapping[Any, Any], Any]]:
     """Yield (table, key) of every hook or method that somebody added to a module."""
-    if not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)):
-        return  # nearly every module, at every forward pass
     # TransformerLens wraps a user's function; its handle knows the function.
     lens = {handle.hook.id: handle.user_hook for handle in getattr(module, "fwd_hooks", ())}
     for table in (module._forward_hooks, module._forward_pre_hooks):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -292,15 +293,15 @@ def _record(
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """Return the values at `places` that a pass reaches, and the logits, or None without a head."""
     values: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable[[Tensor], None]:
-        return lambda x: values.__setitem__(name, x.detach().clone())
-
-    hooks = {name: keep(name) for name in places}
+    hooks = {name: partial(_keep, values, name) for name in places}
     watched = twin.Runner(runner.blocks, dict(places), runner.root)
     with torch.inference_mode():
         logits = run(model, watched, given, hooks, logits=_has_head(model, runner), reach_all=False)
     return values, logits
+
+
+def _keep(values: dict[str, Tensor], name: str, x: Tensor) -> None:
+    values[name] = x.detach().clone()
 
 
 def _record_all(

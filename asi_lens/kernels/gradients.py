@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -201,6 +201,17 @@ class Term(NamedTuple):
     """Whether this term has a gradient in the decoder; else the decoder is a constant."""
 
 
+def _column(
+    terms: Sequence[Term], order: Tensor, parts: Sequence[Tensor | None], rest: float = 0.0
+) -> Tensor:
+    """Join the terms' parts, for picks that fired, sorted by feature; `rest` replaces a part of None."""
+    whole = [
+        torch.full_like(term.code.values, rest) if part is None else part
+        for part, term in zip(parts, terms, strict=True)
+    ]
+    return torch.cat([part.flatten() for part in whole])[order]
+
+
 def sum_gradients(
     terms: Sequence[Term],
     x: Float[Tensor, "batch d_in"],
@@ -221,15 +232,7 @@ def sum_gradients(
     rows = torch.arange(len(terms) * batch, device=x.device).view(len(terms), batch)
     table_rows = [own.repeat_interleave(width) for own, width in zip(rows, widths, strict=True)]
     features, order, offsets, active, edges = _sorted_picks(terms, d_sae, decoder.shape[1])
-
-    def column(parts: Sequence[Tensor | None], rest: float = 0.0) -> Tensor:
-        """Join the terms' parts, for picks that fired, sorted by feature; `rest` replaces a part of None."""
-        whole = [
-            torch.full_like(term.code.values, rest) if part is None else part
-            for part, term in zip(parts, terms, strict=True)
-        ]
-        return torch.cat([part.flatten() for part in whole])[order]
-
+    column = partial(_column, terms, order)
     table = terms[0].grad if len(terms) == 1 else torch.cat([term.grad for term in terms])
     rows_of_table = column(table_rows)
     values = column([term.code.values if term.moves_decoder else None for term in terms])

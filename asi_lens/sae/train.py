@@ -6,6 +6,7 @@ import math
 import runpy
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from asi_lens.activations.store import ActivationStore
 from asi_lens.base.doors import checked
 from asi_lens.base.errors import OptionError, require, require_known
 from asi_lens.kernels import devices
-from asi_lens.kernels.gradients import sum_gradients
+from asi_lens.kernels.gradients import Gradients, sum_gradients
 from asi_lens.kernels.topk import Workspace
 from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.drift import Drift
@@ -174,13 +175,14 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
         else:
             check = mesh.over_features(total_of(grads, own))
 
-        def apply(lr: float, scale: float, l0: float) -> None:
-            self.optimizer.step(grads, lr, scale, own, self.sparsity.own_lr)
-            self.sparsity.after(picks, l0, self.steps - 1)
-            if self.subspace is not None:
-                self.subspace.refresh(None if config.optimizer == "adam" else grads.features)
-
+        apply = partial(self._apply, grads, own, picks)
         return Pass(terms[0].code, x, goal, error, aux_loss, penalty, check, apply)
+
+    def _apply(self, grads: Gradients, own: Any, picks: Picked, lr: float, scale: float, l0: float) -> None:
+        self.optimizer.step(grads, lr, scale, own, self.sparsity.own_lr)
+        self.sparsity.after(picks, l0, self.steps - 1)
+        if self.subspace is not None:
+            self.subspace.refresh(None if self.config.optimizer == "adam" else grads.features)
 
     def _conclude(self, done: Pass) -> StepOutput:
         """Update the dictionary by a pass, if all of its numbers are finite. Raises as `step`."""
