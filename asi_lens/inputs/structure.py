@@ -116,19 +116,19 @@ def config_items(config: Any) -> dict[str, Any]:
 def _content(value: Any) -> State:
     """Return a hashable copy of a value and all that it holds: keys, lengths, plain values."""
     flat: list[Any] = []
+    held: dict[int, Any] = {}
     waiting = [value]
     while waiting:  # no recursion: a model has thousands of entries, read at every forward pass
         one = waiting.pop()
-        if hasattr(one, "to_dict"):
-            one = config_items(one)
-        if isinstance(one, dict):
-            flat.append(tuple(map(str, one)))
-            waiting += one.values()
-        elif isinstance(one, list | tuple | set):
-            flat.append((type(one).__name__, len(one)))
-            waiting += one
+        if one is None or isinstance(one, bool | int | float | str | dtype):
+            flat.append(one)
+        elif id(one) in held or not (hasattr(one, "to_dict") or isinstance(one, dict | list | tuple | set)):
+            flat.append(id(one))
         else:
-            flat.append(one if one is None or isinstance(one, bool | int | float | str | dtype) else id(one))
+            held[id(one)] = one
+            inside = config_items(one) if hasattr(one, "to_dict") else one
+            flat.append(tuple(map(str, inside)) if isinstance(inside, dict) else (len(inside),))
+            waiting += inside.values() if isinstance(inside, dict) else inside
     return tuple(flat)
 
 
