@@ -176,12 +176,12 @@ def test_a_returned_tensor_goes_on(
 
 
 def test_nothing_after_the_stop_is_computed(tiny_model: Any, ids: torch.Tensor) -> None:
+    name = models.hook_name(tiny_model, "mlp_out", 1)  # the first use verifies the model by passes of its own
     fast = twin.runners(tiny_model).plain
     ran: list[int] = []
     handles = [
         block.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, block in enumerate(fast.blocks)
     ]
-    name = models.hook_name(tiny_model, "mlp_out", 1)
     found, output = recorded(tiny_model, ids, {"x": name}, stop_after_layer=1)
     for handle in handles:
         handle.remove()
