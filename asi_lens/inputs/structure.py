@@ -52,6 +52,7 @@ _CONFIG_PASSING = {
     "dtype",
     "torch_dtype",
 }
+_PLAIN = (type(None), int, float, str, dtype)
 LIBRARIES = ("transformer_lens", "transformers", "accelerate")
 
 State = tuple[Any, ...]
@@ -81,20 +82,13 @@ def state_of(model: nn.Module) -> State:
     Objects other than numbers and texts count by identity. Tensors are not part: a twin shares them.
     """
     parts: list[Any] = [getattr(model, "compatibility_mode", False)]
-    values: list[Any] = []
-    configs: dict[int, Any] = {}
+    held: list[dict[str, Any]] = []
     for module in all_modules(model):
         parts += [id(module), type(module).forward, *map(id, module._modules.values())]
         if "_original_component" in module._modules or type(module).__module__.startswith("transformer_lens"):
             continue  # components of a bridge keep values of the last forward
-        for name, value in attributes(module):
-            if hasattr(value, "to_dict"):
-                configs[id(value)] = value
-                parts.append((name, id(value)))
-            else:
-                parts.append(name)
-                values.append(value)
-    return (*parts, *_content([*values, *configs.values()]))
+        held.append(dict(attributes(module)))
+    return (*parts, *_content(held))
 
 
 def attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -120,7 +114,7 @@ def _content(value: Any) -> State:
     waiting = [value]
     while waiting:  # no recursion: a model has thousands of entries, read at every forward pass
         one = waiting.pop()
-        if one is None or isinstance(one, bool | int | float | str | dtype):
+        if isinstance(one, _PLAIN):
             flat.append(one)
         elif id(one) in held or not (hasattr(one, "to_dict") or isinstance(one, dict | list | tuple | set)):
             flat.append(id(one))

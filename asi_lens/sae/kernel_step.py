@@ -7,6 +7,7 @@ several ranks, `search="subspace"`, other dtypes than bfloat16 for the encoder's
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -205,9 +206,9 @@ class KernelStep:
 
     def _pass(self, x: Tensor, found: Forward) -> Pass:
         zero = torch.zeros_like(found.check)
-
-        def apply(lr: float, scale: float, l0: float) -> None:
-            assert scale == 1.0  # nothing is clipped
-            self.optimizer.update_picked(found.picks, found.residual, x, lr)
-
+        apply = partial(self._apply, found, x)
         return Pass(found.code, x, x, found.error, zero, zero, found.check, apply, found.overflow)
+
+    def _apply(self, found: Forward, x: Tensor, lr: float, scale: float, l0: float) -> None:
+        assert scale == 1.0  # nothing is clipped
+        self.optimizer.update_picked(found.picks, found.residual, x, lr)
