@@ -159,7 +159,7 @@ def tried(ends: dict[str, tuple[float, float, float]], seeds: int = 2, moved: fl
             about: dict[str, Any] = {"seed": seed, "fvu": fvu, "dead_fraction": silent + 0.01 * seed}
             about |= {"decoder_inside_start": inside, "decoder_inside_end": inside + moved}
             about |= {"encoder_inside_start": inside, "encoder_inside_end": inside + 2 * moved}
-            about |= {"train_seconds": 5.0 + seed}
+            about |= {"encoder_norm": 0.5 + 0.1 * seed, "train_seconds": 5.0 + seed}
             rows.append(row(method, TriedStartRow, **about))
             wrong = {
                 **about,

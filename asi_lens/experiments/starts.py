@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from asi_lens.experiments.recipes import Recipe
+from asi_lens.experiments.run_folders import about_run
 from asi_lens.experiments.runs import TrainedRun
 from asi_lens.results.beyond_rows import TriedStartRow
 from asi_lens.results.rows import DeadFeatureRow
@@ -23,6 +24,7 @@ METHODS = (
     Recipe("variance", "variance"),
     Recipe("data points", "datapoint"),
     Recipe("ASI", "asi", "auto"),
+    Recipe("ASI, aligned", "asi", "auto", aligned="start"),
     Recipe("ASI, as its authors", "asi_authors", "auto"),
     Recipe("ASI + data points", "asi_datapoint", "auto"),
     Recipe("ASI of another text", "asi", "auto", subspace_of=TEXT),
@@ -35,7 +37,8 @@ _SIDES = ("decoder", "encoder")
 
 
 def tried_rows(runs: Sequence[TrainedRun], found: Sequence[DeadFeatureRow]) -> list[TriedStartRow]:
-    """Return the rows `found` of runs, with the share of their rows inside the subspace and the time.
+    """Return the rows `found` of runs, with the first norm of their encoder rows, the share of their rows
+    inside the subspace, and the time.
 
     `found` are the rows of `dead_feature_rows(runs, ...)`. Raises KeyError for a row of another run.
     """
@@ -56,4 +59,5 @@ def _course(run: TrainedRun) -> dict[str, Any]:
         for side in _SIDES
         for when, row in (("start", first), ("end", last))
     }
-    return {**shares, "train_seconds": round(seconds, 2)}
+    norm = about_run(run.folder)["initialization"]["encoder_norm"]
+    return {"encoder_norm": round(norm, 4), **shares, "train_seconds": round(seconds, 2)}

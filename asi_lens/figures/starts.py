@@ -17,7 +17,7 @@ _MEASURES = (
     ("fvu", "FVU, held out", 1),
     ("kl", "KL, held out<br>(nats / token)", 1),
     ("inside", "decoder inside the<br>subspace (%)", 100),
-    ("train_seconds", "time in steps (s)", 1),
+    ("encoder_norm", "encoder norm<br>at the start", 1),
 )
 
 

@@ -163,6 +163,8 @@ class TriedStartRow(DeadFeatureRow):
     (as many as ASI takes by itself). For whitened inputs they are of the rows in whitened coordinates.
     """
 
+    encoder_norm: float
+    """Mean norm of the encoder rows that training begins with (decoder rows have norm 1)."""
     decoder_inside_start: float
     """After the first step."""
     decoder_inside_end: float
@@ -170,7 +172,8 @@ class TriedStartRow(DeadFeatureRow):
     """After the first step."""
     encoder_inside_end: float
     train_seconds: float
-    """Time spent in training steps, as the run recorded it, on the machine that trained it."""
+    """Time spent in training steps, as the run recorded it, on the machine that trained it. Times of two runs
+    compare only where they were trained in one call: what is cached may come from another machine."""
 
 
 @dataclass(frozen=True)

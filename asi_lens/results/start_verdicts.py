@@ -9,6 +9,12 @@ from asi_lens.results.beyond_verdicts import predicts
 from asi_lens.results.judging import held_out
 
 _WHO = ["method", "seed"]
+# Question, and the start that should have fewer silent features than the other. Aligned rows have norm 1.
+_NORMS = (
+    ("norm 1 saves features that the best first norm loses, from random", "random, aligned", "random"),
+    ("norm 1 saves features that the best first norm loses, from ASI", "ASI, aligned", "ASI"),
+    ("the subspace saves features at norm 1, too", "ASI, aligned", "random, aligned"),
+)
 
 
 def what_a_start_must_have(table: pd.DataFrame) -> list[AnswerRow]:
@@ -17,16 +23,19 @@ def what_a_start_must_have(table: pd.DataFrame) -> list[AnswerRow]:
     Takes `TriedStartRow`s of one site. The subspace decides if the whole 95 % interval of Spearman's
     correlation over starts (means over seeds), between the share of the decoder inside at the start and the
     silent share on held-out text, is below zero. Rows of a random start move in if, in every seed, the share
-    inside is larger at the end than at the start, of encoder and decoder. Then the answers of
+    inside is larger at the end than at the start, of encoder and decoder. A start saves features that another
+    loses if it leaves fewer silent in every seed; both FVU stand beside. Then the answers of
     `starts_against_asi`.
     """
     inside = [f"{side}_inside_{when}" for side in ("decoder", "encoder") for when in ("start", "end")]
     held = held_out(table, _WHO, ["dead_fraction", *inside])
+    fvus = held_out(table, _WHO, ["dead_fraction", "fvu"])
     means = held.groupby("method", sort=False)[["dead_fraction", *inside]].mean()
     subspace = "the more of a start lies inside the subspace, the fewer features are silent"
     return [
         predicts(subspace, means.decoder_inside_start, means.dead_fraction, -1),
         _moves_in(held[held.method == "random"]),
+        *(_beside(question, fvus, *pair, fewer_alone=True) for question, *pair in _NORMS),
         *starts_against_asi(table),
     ]
 
@@ -54,18 +63,25 @@ def starts_against_asi(table: pd.DataFrame) -> list[AnswerRow]:
     Takes `DeadFeatureRow`s of one site. A start does if in every seed it has at most as many silent features
     on held-out text as ASI, at an FVU that is not higher.
     """
-    held = held_out(table, _WHO, ["dead_fraction", "fvu"]).set_index(_WHO)
-    silent, fvu = (held[column].unstack("method", sort=False) for column in ("dead_fraction", "fvu"))
-    out = []
-    for method in [name for name in silent if name != "ASI"]:
-        question, pair = f"{method} does what ASI does", [method, "ASI"]
-        if "ASI" not in silent or silent[pair].isna().any(axis=None) or fvu[pair].isna().any(axis=None):
-            out.append(AnswerRow(question, "not testable here", "ASI or a number is missing"))
-            continue
-        good = (silent[method] <= silent.ASI) & (fvu[method] <= fvu.ASI)
-        told = (
-            f"silent {100 * silent[method].mean():.1f} against {100 * silent.ASI.mean():.1f} %, FVU "
-            f"{fvu[method].mean():.3f} against {fvu.ASI.mean():.3f}; {int(good.sum())} of {len(good)} seeds"
-        )
-        out.append(AnswerRow(question, "yes" if good.all() else "no", told))
-    return out
+    held = held_out(table, _WHO, ["dead_fraction", "fvu"])
+    others = [name for name in held.method.unique() if name != "ASI"]
+    return [_beside(f"{name} does what ASI does", held, name, "ASI") for name in others]
+
+
+def _beside(
+    question: str, held: pd.DataFrame, one: str, other: str, *, fewer_alone: bool = False
+) -> AnswerRow:
+    """Answer with yes if in every seed start `one` has no more silent features than `other` at no higher FVU,
+    or, with `fewer_alone`, has fewer at any FVU."""
+    wide = held.set_index(_WHO)[["dead_fraction", "fvu"]].unstack("method", sort=False)
+    if not {one, other} <= set(held.method):
+        return AnswerRow(question, "not testable here", f"{one} or {other} is missing")
+    ours, theirs = wide.xs(one, axis=1, level=1), wide.xs(other, axis=1, level=1)
+    if ours.isna().any(axis=None) or theirs.isna().any(axis=None):
+        return AnswerRow(question, "not testable here", f"a number of {one} or {other} is missing")
+    good = ours.dead_fraction < theirs.dead_fraction if fewer_alone else (ours <= theirs).all(axis=1)
+    told = (
+        f"silent {100 * ours.dead_fraction.mean():.1f} against {100 * theirs.dead_fraction.mean():.1f} %, "
+        f"FVU {ours.fvu.mean():.3f} against {theirs.fvu.mean():.3f}; {int(good.sum())} of {len(good)} seeds"
+    )
+    return AnswerRow(question, "yes" if good.all() else "no", told)

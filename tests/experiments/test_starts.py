@@ -60,6 +60,8 @@ def test_every_start_is_trained_and_told(store: ActivationStore, others: dict[st
     for name in ("random", "ASI of another text", "ASI of another layer"):
         assert ends[name].decoder_inside_start < 0.9 * asi.decoder_inside_start
         assert ends[name].d_init == (None if name == "random" else asi.d_init)
+    assert {ends[name].encoder_norm for name in ends if "aligned" in name} == {1.0}
+    assert ends["ASI"].encoder_norm < 1
     for run in runs:
         row, last = ends[run.recipe.name], run.history()[-1]
         assert row.decoder_inside_end == last["decoder_inside"]

@@ -22,7 +22,7 @@ def test_it_names_its_setting_and_refuses_other_tables() -> None:
 def test_starts_stand_in_the_order_of_their_silent_share() -> None:
     figure = starts_side_by_side(tried(ENDS))
     assert list(figure.layout.yaxis.ticktext) == ["ASI", "data points", "random"], "from below"
-    silent, fvu, kl, inside, hollow, time = (t for t in figure.data if not t.showlegend)
+    silent, fvu, kl, inside, hollow, norm = (t for t in figure.data if not t.showlegend)
     assert list(silent.x) == pytest.approx([5.5, 20.5, 40.5])
     assert list(silent.error_x.array) == pytest.approx([0.5] * 3)
     assert list(fvu.x) == pytest.approx([0.2, 0.25, 0.3])
@@ -30,7 +30,7 @@ def test_starts_stand_in_the_order_of_their_silent_share() -> None:
     assert list(inside.x) == pytest.approx([110, 100, 40])
     assert list(hollow.x) == pytest.approx([100, 90, 30])
     assert hollow.xaxis == inside.xaxis
-    assert list(time.x) == pytest.approx([5.5] * 3)
+    assert list(norm.x) == pytest.approx([0.55] * 3)
 
 
 def test_numbers_that_were_not_measured_have_no_column() -> None:

@@ -26,7 +26,7 @@ def told(table: pd.DataFrame) -> dict[str, str]:
 
 def test_the_subspace_decides_or_does_not() -> None:
     found = told(tried(GOOD))
-    assert list(found.values()) == ["yes", "yes", *["no"] * 5]
+    assert list(found.values()) == ["yes", "yes", *["not testable here"] * 3, *["no"] * 5]
     # The more inside, the more silent: the other way round is a no.
     turned = {name: (inside, 0.5 - silent, fvu) for name, (inside, silent, fvu) in GOOD.items()}
     assert next(iter(told(tried(turned)).values())) == "no"
@@ -44,6 +44,27 @@ def test_rows_move_in_in_every_seed_and_on_both_sides() -> None:
     assert numbers == "decoder 30 to 40 % inside; encoder 30 to 50 % inside; 2 of 2 seeds"
     assert told(table[table.method != "random"])[question] == "not testable here"
     assert told(table.assign(encoder_inside_end=math.nan))[question] == "not testable here"
+
+
+def test_the_norm_and_the_subspace_count_each_by_itself() -> None:
+    norm, asi_norm, at_norm_1 = (
+        "norm 1 saves features that the best first norm loses, from random",
+        "norm 1 saves features that the best first norm loses, from ASI",
+        "the subspace saves features at norm 1, too",
+    )
+    both = {**GOOD, "random, aligned": (0.3, 0.1, 0.4), "ASI, aligned": (1.0, 0.02, 0.3)}
+    found = told(tried(both))
+    assert [found[one] for one in (norm, asi_norm, at_norm_1)] == ["yes"] * 3, "FVU is told, not judged"
+    numbers = what_a_start_must_have(tried(both))[2].numbers
+    assert numbers == "silent 10.5 against 40.5 %, FVU 0.400 against 0.300; 2 of 2 seeds"
+    # As many silent features are not fewer.
+    found = told(tried({**both, "ASI, aligned": (1.0, 0.05, 0.2), "random, aligned": (0.3, 0.05, 0.3)}))
+    assert [found[one] for one in (norm, asi_norm, at_norm_1)] == ["yes", "no", "no"]
+    # One seed of two is a no; a lost number decides nothing.
+    table = tried(both)
+    once = (table.method == "ASI, aligned") & (table.seed == 1)
+    assert told(table.assign(dead_fraction=table.dead_fraction.mask(once, 0.9)))[at_norm_1] == "no"
+    assert told(table.assign(fvu=table.fvu.mask(once)))[at_norm_1] == "not testable here"
 
 
 def test_a_start_that_does_what_asi_does() -> None:
