@@ -138,7 +138,7 @@ def initialize(
         norm_search: scale the encoder so that the first reconstruction of `sample` has the smallest mean
             squared error. The first reconstruction is proportional to the scale, so the best scale has a
             closed form, the limit of a finer and finer grid over the norm (`asi_authors` uses the authors'
-            grid). Without the search the scale is 1.
+            grid). Without the search the scale is 1, and more features stay alive (`18_starts`).
         b_dec: "mean", the mean of the normalized input (zero if `center` subtracted it), or "zeros".
         center: subtract the mean from the input (`input_mean`). False: `input_mean` is zero.
         center_encoder_bias: b_enc = - mean pre-activation on `sample`, so that every feature starts with
