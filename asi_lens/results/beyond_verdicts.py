@@ -74,6 +74,17 @@ def predicts(question: str, x: pd.Series, y: pd.Series, sign: int) -> AnswerRow:
     return AnswerRow(question, "yes" if (low > 0 if sign > 0 else high < 0) else "no", told)
 
 
+def has_fewer(
+    one: pd.DataFrame, other: pd.DataFrame, *, fvu: bool = False, strict: bool = False
+) -> pd.Series:
+    """Return by row whether `one` has at most as many dead features as `other`; fewer, if `strict`.
+
+    With `fvu` its FVU may not be higher, either.
+    """
+    fewer = one.dead_fraction < other.dead_fraction if strict else one.dead_fraction <= other.dead_fraction
+    return fewer & (one.fvu <= other.fvu) if fvu else fewer
+
+
 def _better(
     question: str,
     held: pd.DataFrame,
@@ -90,8 +101,7 @@ def _better(
         return AnswerRow(
             question, "not testable here", f"{', '.join(ours)} or {', '.join(theirs)} is missing"
         )
-    fewer = one.dead_fraction < other.dead_fraction if strict else one.dead_fraction <= other.dead_fraction
-    good = fewer & (one.fvu <= other.fvu) if fvu else fewer
+    good = has_fewer(one, other, fvu=fvu, strict=strict)
     told = [
         f"{', '.join(who)}: silent {100 * part.dead_fraction.mean():.1f} %, FVU {part.fvu.mean():.3f}"
         for who, part in ((ours, one), (theirs, other))

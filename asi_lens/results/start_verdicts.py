@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pandas as pd
 
 from asi_lens.results.beyond_rows import AnswerRow
-from asi_lens.results.beyond_verdicts import predicts
+from asi_lens.results.beyond_verdicts import has_fewer, predicts
 from asi_lens.results.judging import held_out
 
 _WHO = ["method", "seed"]
@@ -29,13 +31,13 @@ def what_a_start_must_have(table: pd.DataFrame) -> list[AnswerRow]:
     """
     inside = [f"{side}_inside_{when}" for side in ("decoder", "encoder") for when in ("start", "end")]
     held = held_out(table, _WHO, ["dead_fraction", *inside])
-    fvus = held_out(table, _WHO, ["dead_fraction", "fvu"])
     means = held.groupby("method", sort=False)[["dead_fraction", *inside]].mean()
+    starts = _by_start(table)
     subspace = "the more of a start lies inside the subspace, the fewer features are silent"
     return [
         predicts(subspace, means.decoder_inside_start, means.dead_fraction, -1),
         _moves_in(held[held.method == "random"]),
-        *(_beside(question, fvus, *pair, fewer_alone=True) for question, *pair in _NORMS),
+        *(_beside(question, starts, *pair, fewer_alone=True) for question, *pair in _NORMS),
         *starts_against_asi(table),
     ]
 
@@ -63,23 +65,27 @@ def starts_against_asi(table: pd.DataFrame) -> list[AnswerRow]:
     Takes `DeadFeatureRow`s of one site. A start does if in every seed it has at most as many silent features
     on held-out text as ASI, at an FVU that is not higher.
     """
-    held = held_out(table, _WHO, ["dead_fraction", "fvu"])
-    others = [name for name in held.method.unique() if name != "ASI"]
-    return [_beside(f"{name} does what ASI does", held, name, "ASI") for name in others]
+    starts = _by_start(table)
+    return [_beside(f"{name} does what ASI does", starts, name, "ASI") for name in starts if name != "ASI"]
+
+
+def _by_start(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return silent share and FVU on held-out text of every start, a row for each seed of the table."""
+    measures = ["dead_fraction", "fvu"]
+    wide = held_out(table, _WHO, measures).set_index(_WHO)[measures].unstack("method", sort=False)
+    return {name: wide.xs(name, axis=1, level="method") for name in wide.columns.unique("method")}
 
 
 def _beside(
-    question: str, held: pd.DataFrame, one: str, other: str, *, fewer_alone: bool = False
+    question: str, starts: Mapping[str, pd.DataFrame], one: str, other: str, *, fewer_alone: bool = False
 ) -> AnswerRow:
     """Answer with yes if in every seed start `one` has no more silent features than `other` at no higher FVU,
     or, with `fewer_alone`, has fewer at any FVU."""
-    wide = held.set_index(_WHO)[["dead_fraction", "fvu"]].unstack("method", sort=False)
-    if not {one, other} <= set(held.method):
-        return AnswerRow(question, "not testable here", f"{one} or {other} is missing")
-    ours, theirs = wide.xs(one, axis=1, level=1), wide.xs(other, axis=1, level=1)
-    if ours.isna().any(axis=None) or theirs.isna().any(axis=None):
-        return AnswerRow(question, "not testable here", f"a number of {one} or {other} is missing")
-    good = ours.dead_fraction < theirs.dead_fraction if fewer_alone else (ours <= theirs).all(axis=1)
+    pair = [starts[name] for name in (one, other) if name in starts]
+    if len(pair) < 2 or any(part.isna().any(axis=None) for part in pair):
+        return AnswerRow(question, "not testable here", f"{one}, {other} or a number is missing")
+    ours, theirs = pair
+    good = has_fewer(ours, theirs, fvu=not fewer_alone, strict=fewer_alone)
     told = (
         f"silent {100 * ours.dead_fraction.mean():.1f} against {100 * theirs.dead_fraction.mean():.1f} %, "
         f"FVU {ours.fvu.mean():.3f} against {theirs.fvu.mean():.3f}; {int(good.sum())} of {len(good)} seeds"
