@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 
 # Public name -> module that defines the name. `dir(asi_lens)` and the lazy import both read this table.
 _PUBLIC: dict[str, str] = {

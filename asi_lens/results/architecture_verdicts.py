@@ -8,6 +8,7 @@ import pandas as pd
 
 from asi_lens.results import rank_verdicts
 from asi_lens.results.beyond_rows import AnswerRow
+from asi_lens.results.beyond_verdicts import has_fewer
 from asi_lens.results.judging import (
     Found,
     Holds,
@@ -169,8 +170,8 @@ def _gain(model: str, held: pd.DataFrame) -> AnswerRow:
     wide = held.set_index(["seed", "method"])[["dead_fraction", "fvu"]].unstack("method")
     if not {"random", "ASI"} <= set(held.method) or wide.isna().any(axis=None):
         return AnswerRow(question, "not testable here", "ASI or random is missing")
-    dead, fvu = wide.dead_fraction, wide.fvu
-    better = (dead.random > dead.ASI) & (fvu.random >= fvu.ASI)
-    told = f"silent {dead.random.mean():.1%} from a random start, {dead.ASI.mean():.1%} from ASI; FVU "
-    told += f"{fvu.random.mean():.3f}, {fvu.ASI.mean():.3f}; better in {int(better.sum())} of "
+    asi, random = (wide.xs(name, axis=1, level="method") for name in ("ASI", "random"))
+    better = has_fewer(asi, random, fvu=True, strict=True)
+    told = f"silent {random.dead_fraction.mean():.1%} from a random start, {asi.dead_fraction.mean():.1%} "
+    told += f"from ASI; FVU {random.fvu.mean():.3f}, {asi.fvu.mean():.3f}; better in {int(better.sum())} of "
     return AnswerRow(question, "yes" if better.all() else "no", told + counted(len(better), "seed"))
