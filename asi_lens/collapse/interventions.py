@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from asi_lens.activations.float32 import in_float32, loss_dtype
 from asi_lens.activations.massive import massive_rows
 from asi_lens.activations.spectrum import Spectrum
 from asi_lens.base.doors import checked
@@ -82,12 +83,14 @@ def cross_entropy(
 ) -> float:
     """Return the mean next-token cross-entropy of the unedited model, in nats per token.
 
-    The mean is over all predicted tokens. Raises DataError if the loss is not finite, UnsupportedModelError
-    for a model that does not predict next tokens, OptionError for tokens of another model's tokenizer.
+    The mean is over all predicted tokens; the model computes in float32 (`in_float32`). Raises DataError if
+    the loss is not finite, UnsupportedModelError for a model that does not predict next tokens, OptionError
+    for tokens of another model's tokenizer, and the errors of `in_float32`.
     """
     _require_next_tokens(model, tokens)
     total = 0.0
-    with tqdm(total=len(tokens), unit="seq", desc="clean loss", disable=not progress) as bar:
+    told = {"unit": "seq", "desc": "clean loss", "disable": not progress}
+    with in_float32(model), tqdm(total=len(tokens), **told) as bar:
         for ids in _batches(tokens, batch_tokens):
             total += _summed_loss(models.forward(model, ids, {}, logits=True), ids, "clean")
             bar.update(ids.shape[0])
@@ -112,9 +115,8 @@ def edited_cross_entropy(
     _require_next_tokens(model, tokens)
     hook = models.hook_name(model, site, layer)
     totals = dict.fromkeys(edits, 0.0)
-    with tqdm(
-        total=len(tokens) * len(edits), unit="seq", desc=f"{site} {layer}", disable=not progress, leave=False
-    ) as bar:
+    told = {"unit": "seq", "desc": f"{site} {layer}", "disable": not progress, "leave": False}
+    with in_float32(model), tqdm(total=len(tokens) * len(edits), **told) as bar:
         for ids in _batches(tokens, batch_tokens):
             resume = models.capture_resume(model, ids, layer)
             for name, edit in edits.items():
@@ -154,9 +156,8 @@ def truncation_sweep(
     require(all(seed >= 0 for seed in random_seeds), "random_seeds", list(random_seeds), "of at least 0")
     _require_next_tokens(model, tokens)
     info = models.model_info(model)
-    base = number_key(
-        info.fingerprint, info.dtype, tokens.fingerprint, format=_FORMAT, batch_tokens=batch_tokens
-    )
+    dtype, sizes = loss_dtype(info.dtype), {"batch_tokens": batch_tokens}
+    base = number_key(info.fingerprint, dtype, tokens.fingerprint, format=_FORMAT, **sizes)
     clean = cached_number(
         "losses", base, partial(cross_entropy, model, tokens, batch_tokens=batch_tokens, progress=progress)
     )

@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import nn
 
+from asi_lens.activations.float32 import loss_dtype
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.inputs.fingerprint import cached_numbers, number_key
 from asi_lens.inputs.models import model_info
@@ -48,7 +49,7 @@ def held_out_numbers(
     judged = {"format": _FORMAT, "losses": list(LOSSES), "held_out": held_out}
     if info is not None:
         text = None if tokens is None else tokens.fingerprint
-        judged = number_key(info.fingerprint, info.dtype, text, **judged)
+        judged = number_key(info.fingerprint, loss_dtype(info.dtype), text, **judged)
 
     def measure(missing: list[int]) -> list[dict[str, Any]]:
         return [

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from asi_lens.activations.float32 import loss_dtype
 from asi_lens.base.errors import DataError, require
 from asi_lens.experiments.runs import TrainedRun
 from asi_lens.inputs.corpora import Tokens
@@ -132,7 +133,7 @@ def _measured(
         ]
 
     info = model_info(model)
-    shared = number_key(info.fingerprint, info.dtype, tokens.fingerprint, format=_FORMAT)
+    shared = number_key(info.fingerprint, loss_dtype(info.dtype), tokens.fingerprint, format=_FORMAT)
     keys = [{**shared, "runs": sorted(run.folder.name for run in own)} for own in groups]
     return [
         tuple(torch.tensor(one[name], dtype=torch.float64) for name in ("clean", "loss", "kl"))

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
+from asi_lens.activations.float32 import loss_dtype
 from asi_lens.activations.pairs import PairedStores
 from asi_lens.activations.split import Split
 from asi_lens.activations.store import ActivationStore
@@ -147,7 +148,7 @@ def budget(model: nn.Module, runs: Sequence[TrainedRun], data: Split, *, losses:
     if found:
         parts.append(f"top k searched in the active subspace (at least {min(found):.2%} of their mass found)")
     if losses:
-        parts.append(f"losses on {data.loss_tokens.n_tokens:,} of them")
+        parts.append(f"losses ({loss_dtype(info.dtype)}) on {data.loss_tokens.n_tokens:,} of them")
     seeds = {run.seed for run in runs}
     return ", ".join([*parts, f"seed{'s' * (len(seeds) > 1)} {_numbers(seeds)}"])
 

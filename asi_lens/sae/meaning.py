@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from asi_lens.activations.float32 import in_float32
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import DataError, OptionError, require, require_whole
 from asi_lens.collapse.interventions import next_token_loss
@@ -95,14 +96,15 @@ def ablation_effects(
     """Return what the language model loses when one feature's contribution is taken out of the activation.
 
     The feature's part of the reconstruction, value times decoder row in raw units, is subtracted from the
-    activation wherever it fires; everything else of the activation stays. Position 0 is never edited.
+    activation wherever it fires; everything else of the activation stays. Position 0 is never edited. The
+    model computes in float32 (`in_float32`).
 
     Columns: `feature`, `firings` (on the edited positions), `loss_increase` (nats of next-token loss, summed
     over the text, per firing; NaN for a feature that does not fire), `error` (its standard error over
     sequences, NaN for fewer than two sequences).
 
     Raises OptionError for a feature that does not exist or a dictionary that does not say its site, DataError
-    for a loss that is not finite, and the errors of `models.forward`.
+    for a loss that is not finite, and the errors of `models.forward` and `in_float32`.
     """
     where = site_layer(sae.config.metadata)
     if where is None:
@@ -114,7 +116,8 @@ def ablation_effects(
     increases: dict[int, list[Tensor]] = {feature: [] for feature in features}
     firings = dict.fromkeys(features, 0)
     per_batch = max(1, batch_tokens // tokens.context)
-    with tqdm(total=len(tokens), unit="seq", desc="ablations", disable=not progress) as bar:
+    told = {"unit": "seq", "desc": "ablations", "disable": not progress}
+    with in_float32(model), tqdm(total=len(tokens), **told) as bar:
         for ids in tokens.batches(per_batch):
             start = models.capture_resume(model, ids, where[1])
             seen: list[Tensor] = []

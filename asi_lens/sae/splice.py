@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from asi_lens.activations.float32 import in_float32
 from asi_lens.activations.harvest import SiteLayer
 from asi_lens.base.doors import checked
 from asi_lens.base.errors import DataError, OptionError, UnsupportedModelError, require
@@ -136,8 +137,9 @@ class Spliced(nn.Module):
 class SpliceLosses:
     """Losses of the language model with the reconstruction in place of the activation.
 
-    Losses are means over all predicted tokens, in nats. Position 0 of a sequence and massive rows are never
-    edited, because the dictionary's data and the measured mean exclude them.
+    Losses are means over all predicted tokens, in nats; the model computes in float32 (`in_float32`).
+    Position 0 of a sequence and massive rows are never edited, because the dictionary's data and the measured
+    mean exclude them.
     """
 
     cross_entropy: float
@@ -185,10 +187,10 @@ def sequence_losses(
     """Return losses of the language model on each sequence, clean and under each of `edits`.
 
     All hooks belong to blocks from `layer` on, so the blocks below run once per batch. The first `without_kl`
-    edits get no KL.
+    edits get no KL. The model computes in float32 (`in_float32`).
 
     Raises UnsupportedModelError for a model that does not predict next tokens, OptionError if there is no
-    token to predict.
+    token to predict, and the errors of `in_float32`.
     """
     info = models.model_info(model, fingerprint=False)
     if not info.causal:
@@ -203,9 +205,8 @@ def sequence_losses(
     # A list of sums for each sequence; the first is of the clean model.
     sums: list[list[Tensor]] = [[] for _ in range(1 + len(edits))]
     divergences: list[list[Tensor]] = [[] for _ in edits]
-    with tqdm(
-        total=len(tokens) * each, unit="tok", unit_scale=True, desc=f"losses {what}", disable=not progress
-    ) as bar:
+    told = {"unit": "tok", "unit_scale": True, "desc": f"losses {what}", "disable": not progress}
+    with in_float32(model), tqdm(total=len(tokens) * each, **told) as bar:
         for ids in tokens.batches(max(1, batch_tokens // tokens.context)):
             start = models.capture_resume(model, ids, layer)
 

@@ -229,7 +229,7 @@ def test_massive_rows_are_left_out_of_spectra_and_kept_on_request(
         assert spectrum.effective_rank == pytest.approx(direct.effective_rank, rel=1e-4)
     assert whole.effective_rank < 0.3 * found.effective_rank
     for of in (found.rank_with_massive, growth[-1]["rank_with_massive"]):
-        assert of == pytest.approx(whole.effective_rank_fraction, rel=1e-9)
+        assert of == pytest.approx(whole.effective_rank_fraction, rel=1e-7)  # products in float32
     assert "without 3 massive" in repr(found)
 
 

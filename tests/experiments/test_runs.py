@@ -381,7 +381,7 @@ def test_from_a_model_to_rows_with_losses(tiny_llama: Any, tmp_path: Path) -> No
     for part in ("tiny-llama", "attn_out of layer 1 (width 24)", "64 features, k 4", "640 training tokens"):
         assert part in told
     assert "dead window 256 tokens" in told
-    assert "losses on 32 of them, seed 0" in told
+    assert "losses (float32) on 32 of them, seed 0" in told
     assert "losses" not in budget(tiny_llama, runs, data, losses=False)
 
 
