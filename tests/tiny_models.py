@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import string
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ CHARACTERS = string.ascii_letters + string.digits + string.punctuation + " \n"
 D_VOCAB = len(SPECIALS) + len(CHARACTERS)
 N_CTX = 128
 N_LAYERS = 3
+TL4 = not importlib.metadata.version("transformer-lens").startswith("3.")
 
 _COMMON = {
     "vocab_size": D_VOCAB,

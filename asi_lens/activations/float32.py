@@ -19,14 +19,14 @@ from asi_lens.base.errors import UnsupportedModelError
 from asi_lens.base.memory import free_bytes
 from asi_lens.inputs import structure
 
-_HALF = (torch.bfloat16, torch.float16)
+_HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _PACKED = (torch.uint8, torch.int8, torch.int32)
 _GIB = 2**30
 
 
 def loss_dtype(dtype: str) -> str:
     """Return the dtype, by name, in which a model of `dtype` computes inside `in_float32`."""
-    return "float32" if dtype in ("bfloat16", "float16") else dtype
+    return "float32" if dtype in _HALF else dtype
 
 
 @contextmanager
@@ -41,22 +41,23 @@ def in_float32(model: nn.Module) -> Iterator[None]:
     """
     tensors = list(_tensors(model))
     _require_plain(model, tensors)
-    halves = [(one, one.data) for one in tensors if one.dtype in _HALF]
+    halves = [(one, one.data) for one in tensors if one.dtype in _HALF.values()]
     _require_room([data for _, data in halves])
     cfg: Any = getattr(model, "cfg", None)
     dtype = getattr(cfg, "dtype", None)
+    rounds = dtype in _HALF.values()  # TransformerLens's own layer norms, which give this dtype
     try:
         with torch.inference_mode(False):
             for one, data in halves:
                 one.data = data.float()
-        if dtype in _HALF:  # what TransformerLens's own layer norms give
+        if rounds:
             cfg.dtype = torch.float32
         with exact_products():
             yield
     finally:
         for one, data in halves:
             one.data = data
-        if dtype in _HALF:
+        if rounds:
             cfg.dtype = dtype
 
 

@@ -156,8 +156,8 @@ def truncation_sweep(
     require(all(seed >= 0 for seed in random_seeds), "random_seeds", list(random_seeds), "of at least 0")
     _require_next_tokens(model, tokens)
     info = models.model_info(model)
-    dtype, sizes = loss_dtype(info.dtype), {"batch_tokens": batch_tokens}
-    base = number_key(info.fingerprint, dtype, tokens.fingerprint, format=_FORMAT, **sizes)
+    dtype = loss_dtype(info.dtype)
+    base = number_key(info.fingerprint, dtype, tokens.fingerprint, format=_FORMAT, batch_tokens=batch_tokens)
     clean = cached_number(
         "losses", base, partial(cross_entropy, model, tokens, batch_tokens=batch_tokens, progress=progress)
     )

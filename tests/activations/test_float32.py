@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.metadata
 from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from tiny_models import TL4
 
 from asi_lens.activations import float32
 from asi_lens.activations.float32 import in_float32, loss_dtype
@@ -18,7 +18,6 @@ from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.sae.splice import sequence_losses
 
-TL4 = not importlib.metadata.version("transformer-lens").startswith("3.")
 pytestmark = pytest.mark.model_facing
 HALVES = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 

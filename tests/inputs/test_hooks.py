@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,6 @@ from asi_lens.inputs import models, twin
 
 pytestmark = pytest.mark.model_facing
 
-TL4 = not importlib.metadata.version("transformer-lens").startswith("3.")
 POST_NORM = ("gemma2", "gemma3")
 
 

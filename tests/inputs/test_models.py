@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 import tiny_models
 import torch
 from small_models import all_sites, recorded
+from tiny_models import TL4
 
 from asi_lens.base.errors import (
     DataError,
@@ -21,8 +21,6 @@ from asi_lens.base.errors import (
 from asi_lens.inputs import models
 
 pytestmark = pytest.mark.model_facing
-
-TL4 = not importlib.metadata.version("transformer-lens").startswith("3.")
 
 
 # ---------------------------------------------------------------------------- loading
