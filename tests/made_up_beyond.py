@@ -38,9 +38,9 @@ def starts(dead: Callable[[str, float, float], float], layers: int = 6) -> pd.Da
 
 
 def inputs(silent: Callable[[str, str, float], float], **changes: Any) -> pd.DataFrame:
-    """`silent` by input, start and rank, at four layers and two seeds; FVU 0.2, and 0.1 on white inputs."""
+    """`silent` by input, start and rank, at six layers and two seeds; FVU 0.2, and 0.1 on white inputs."""
     rows = []
-    for layer in range(4):
+    for layer in range(6):
         for seed in (0, 1):
             rank = 0.4 + 0.1 * layer
             for name in INPUTS:

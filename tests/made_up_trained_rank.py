@@ -11,7 +11,7 @@ from asi_lens.results.rows import frame
 from asi_lens.results.trained_rank_rows import TrainedRankRow
 
 Value = Callable[[str, int], float]
-NAMES = ("baseline", "gate", "muon", "frozen")
+NAMES = ("baseline", "gate", "muon", "frozen", "decay", "heads")
 
 
 def trained_ranks(

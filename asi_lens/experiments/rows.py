@@ -126,8 +126,8 @@ def budget(model: nn.Module, runs: Sequence[TrainedRun], data: Split, *, losses:
     """Return the setting of some runs in words, for captions and the claims table."""
     require(len(runs) > 0, "runs", [], "one or more")
     info, store = model_info(model, fingerprint=False), next(iter(data.train.values()))
-    sites = dict.fromkeys(run.config.metadata["site"] for run in runs)
-    layers = {run.config.metadata["layer"] for run in runs}
+    places = [(run.config.metadata["site"], run.config.metadata["layer"]) for run in runs]
+    sites, layers = dict.fromkeys(site for site, _ in places), {layer for _, layer in places}
     sizes, ks = ({getattr(run.config, name) for run in runs} for name in ("d_sae", "k"))
     train, lrs = runs[0].train, dict.fromkeys(f"{run.train.lr:g}" for run in runs)
     parts = [
@@ -139,9 +139,9 @@ def budget(model: nn.Module, runs: Sequence[TrainedRun], data: Split, *, losses:
         f"lr {', '.join(lrs)}, batch {train.batch_size:,}, dead window {train.dead_window:,} tokens",
         f"{data.held_out_tokens.n_tokens:,} held-out tokens",
     ]
-    out = {f"{s} {layer}": n for (s, layer), one in data.train.items() if (n := one.metadata.get("left_out"))}
-    if out:
-        told = ", ".join(f"{n:,} at {where}" for where, n in out.items())
+    out = {where: one.metadata.get("left_out") for where, one in data.train.items() if where in places}
+    if any(out.values()):
+        told = ", ".join(f"{n:,} at {site} {layer}" for (site, layer), n in out.items() if n)
         parts.append(f"massive activations left out of {store.n:,} training rows: {told}")
     searched = [run for run in runs if run.recipe.search != "exact"]
     found = [row["search_mass"] or 0.0 for run in searched for row in run.history()]

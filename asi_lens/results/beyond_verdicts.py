@@ -62,7 +62,7 @@ def _part(held: pd.DataFrame, name: str, start: str) -> pd.DataFrame:
 def predicts(question: str, x: pd.Series, y: pd.Series, sign: int) -> AnswerRow:
     """Answer whether the whole 95 % interval of Spearman's correlation has the `sign` (1 or -1).
 
-    Not testable if there are fewer than three points, or `x` or `y` does not vary.
+    Not testable if there are fewer than six points, or `x` or `y` does not vary.
     """
     y = y.reindex(x.index)
     rho, low, high = rank_correlation(x, y)

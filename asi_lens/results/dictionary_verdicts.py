@@ -29,6 +29,7 @@ from asi_lens.results.judging import (
     spread,
     spreads,
     taken,
+    tied_at_zero,
 )
 from asi_lens.results.paired_verdicts import above, below, paired_differences, told_differences
 
@@ -121,18 +122,20 @@ def c7(table: pd.DataFrame, dead_window: int, paired: pd.DataFrame | None = None
     Takes `DeadFeatureRow`s, and `PairedLossRow`s if there are any. Holds if in every seed ASI has fewer dead
     features than the random start, in training and on held-out text, a lower FVU, a lower KL, and a loss
     that is not higher (by two standard errors); partly, if only the dead features are fewer in every seed.
-    Does not hold if a condition on dead features fails in every seed. With `paired`, KL is lower and the loss
+    Does not hold if a condition on dead features fails in every seed. Cannot be judged where nothing is dead
+    from either start. With `paired`, KL is lower and the loss
     is higher if the paired difference on the same text is, by two of its standard errors.
     """
-    random, asi = (end.drop(columns="l0") for end in ends(table, dead_window, ["random", "ASI"]))
+    random, asi = measured = [end.drop(columns="l0") for end in ends(table, dead_window, ["random", "ASI"])]
+    numbers = _silent_and_fvu(random, asi)
     better = asi.lt(random)[["fvu", "kl"]].assign(loss=~loss_is_higher(asi, random))
-    if paired is None:
-        return by_seed(_silent_and_fvu(random, asi), graded(asi.lt(random)[DEAD], better), random, asi)
-    own = paired_differences(paired).reindex(random.index)
-    better = better.assign(kl=below(own, "kl"), loss=~above(own, "cross_entropy"))
-    numbers = [*_silent_and_fvu(random, asi)[:2], *told_differences(own)]
-    measured = random[[*DEAD, "fvu"]], asi[[*DEAD, "fvu"]], own
-    return by_seed(numbers, graded(asi.lt(random)[DEAD], better), *measured)
+    if paired is not None:
+        own = paired_differences(paired).reindex(random.index)
+        better = better.assign(kl=below(own, "kl"), loss=~above(own, "cross_entropy"))
+        numbers = [*numbers[:2], *told_differences(own)]
+        measured = [random[[*DEAD, "fvu"]], asi[[*DEAD, "fvu"]], own]
+    holds = None if tied_at_zero(random[DEAD], asi[DEAD]) else graded(asi.lt(random)[DEAD], better)
+    return by_seed(numbers, holds, *measured)
 
 
 @claim(
@@ -143,8 +146,10 @@ def c7(table: pd.DataFrame, dead_window: int, paired: pd.DataFrame | None = None
 def c7_by_size(table: pd.DataFrame) -> Found:
     """C7: a random start has more dead features in larger dictionaries; ASI prevents them (a figure).
 
-    Takes `DeadFeatureRow`s. Holds if at every size and seed ASI has fewer silent features on held-out text
-    than the random start, and the random start's silent share grows from the smallest to the largest size.
+    Takes `DeadFeatureRow`s. Holds if at every size and seed ASI has at most half as many silent features on
+    held-out text as the random start, and the random start's silent share grows from the smallest to the
+    largest size; partly, if ASI has fewer, but not at most half as many. Sizes at which nothing is silent in
+    either do not count.
     """
     silent = by_method(table, ["d_sae", "seed"], ["dead_fraction"], ["random", "ASI"]).dead_fraction
     sizes = silent.index.unique("d_sae").sort_values()
@@ -159,7 +164,10 @@ def c7_by_size(table: pd.DataFrame) -> Found:
         "random minus ASI, smallest": gain.min(),
     }
     over = counted(silent.index.unique("seed").size, "seed")
-    holds = (gain > 0).all() and last.random.mean() > first.random.mean()
+    some = silent[(silent != 0).any(axis=1)]
+    fewer = (some.random > some.ASI).all() and last.random.mean() > first.random.mean()
+    halved: Holds = True if (some.random / 2 >= some.ASI).all() else "partly"
+    holds = None if some.empty else fewer and halved
     return Found(spreads(shown, percent=True), over, if_known(holds, silent))
 
 
@@ -229,30 +237,39 @@ def c9(table: pd.DataFrame, dead_window: int) -> Found:
 
     Takes `DeadFeatureRow`s. Holds if in every seed AuxK leaves more dead features than ASI, and sparse Adam
     fewer than Adam, both in training and on held-out text; partly, if one of the two holds in every seed.
-    AuxK is here that of Gao et al. (the residual is detached, weight 1/32). The paper's authors mended faults
-    in their AuxK on 2026-02-02, after its second version.
+    Does not hold if one of them fails in every seed, and neither holds. AuxK is here that of Gao et al. (the
+    residual is detached, weight 1/32). The paper's authors mended faults in their AuxK on 2026-02-02, after
+    its second version.
     """
     methods = ["random + AuxK", "ASI", "ASI + sparse Adam"]
     aux, asi, sparse = found = [end[DEAD] for end in ends(table, dead_window, methods)]
-    less, best = aux.gt(asi), asi.gt(sparse)
+    order = [
+        None if tied_at_zero(more, fewer) else in_every_seed(more.gt(fewer))
+        for more, fewer in ((aux, asi), (asi, sparse))
+    ]
     shown = {
         f"{name}, silent held out": end.silent_held_out for name, end in zip(methods, found, strict=True)
     }
     shown["random + AuxK minus ASI, dead in training"] = aux.dead_in_training - asi.dead_in_training
-    return by_seed(spreads(shown, percent=True), graded(less, best) or graded(best, less), *found)
+    holds: Holds = "partly" if True in order else (False if False in order else None)
+    return by_seed(spreads(shown, percent=True), all(order) or holds, *found)
 
 
 @claim("C10", "ASI carries over to Lorsa: hardly any dead units", "dead units 52 % to 3 %")
 def c10(table: pd.DataFrame, dead_window: int) -> Found:
     """C10: ASI also works for Lorsa: hardly any dead units (a figure of the paper).
 
-    Takes `DeadFeatureRow`s. Holds if in every seed ASI leaves fewer dead units than the random start, in
-    training and on held-out text, and its FVU is not higher. Does not hold if one of these conditions fails
-    in every seed.
+    Takes `DeadFeatureRow`s. Holds if in every seed ASI leaves at most half as many dead units as the random
+    start, in training and on held-out text, and its FVU is not higher; partly, if it leaves fewer, but not at
+    most half as many. Does not hold if one of these conditions fails in every seed. Cannot be judged where
+    nothing is dead from either start.
     """
     random, asi = (end[[*DEAD, "fvu"]] for end in ends(table, dead_window, ["random", "ASI"]))
     better = asi.lt(random).assign(fvu=asi.fvu <= random.fvu)
-    return by_seed(_silent_and_fvu(random, asi), in_every_seed(better), random, asi)
+    holds = graded(better, asi[DEAD] <= random[DEAD] / 2)
+    if tied_at_zero(random[DEAD], asi[DEAD]):
+        holds = None
+    return by_seed(_silent_and_fvu(random, asi), holds, random, asi)
 
 
 @claim(
@@ -265,7 +282,8 @@ def c11(table: pd.DataFrame) -> Found:
 
     Takes `DeadFeatureRow`s. Holds if ASI removes more silent features (in percentage points, mean over
     layers) on attention outputs than on every other site, and at least half of the silent features on
-    attention outputs. Places with a random start alone do not count.
+    attention outputs. Places with a random start alone do not count. Cannot be judged if a random start
+    leaves no silent feature on attention outputs.
     """
     silent = by_method(table, PLACE, ["dead_fraction"], ["random", "ASI"]).dead_fraction
     held = held_out(table, [*PLACE, "method"], [])
@@ -279,7 +297,8 @@ def c11(table: pd.DataFrame) -> Found:
     shown["attn_out, silent left of the random start's"] = asi / random if random else math.nan
     over = counted(silent.index.unique("layer").size, "layer")
     most = mean.attn_out > mean.drop("attn_out").max()
-    return Found(spreads(shown, percent=True), over, if_known(most and asi <= random / 2, silent))
+    holds = (most and asi <= random / 2) if random else None
+    return Found(spreads(shown, percent=True), over, if_known(holds, silent))
 
 
 @claim(
@@ -293,7 +312,8 @@ def c12(table: pd.DataFrame) -> Found:
     Takes `DriftRow`s. Holds if in every seed ASI removes less than half as many silent features when training
     starts at a high l0 as at a low l0, and the decoder rows of the high l0 end with less than half of their
     squared norm in the active subspace; partly, if the benefit is lost in every seed but features do not
-    drift out. Does not hold if the benefit is lost in no seed.
+    drift out. Does not hold if the benefit is lost in no seed. Cannot be judged if ASI removes none at a low
+    l0 in some seed: there is no benefit to lose.
     """
     methods = [f"{start}, {when} l0" for start in ("random", "ASI") for when in ("low", "high")]
     held = by_method(table, ["seed"], ["dead_fraction", "decoder_inside"], methods)
@@ -306,7 +326,8 @@ def c12(table: pd.DataFrame) -> Found:
         "high l0, decoder inside the subspace": inside["ASI, high l0"],
     }
     lost, drifted = (high < low / 2).to_frame(), (inside["ASI, high l0"] < 0.5).to_frame()
-    return by_seed(spreads(shown, percent=True), graded(lost, drifted), silent, inside)
+    holds = graded(lost, drifted) if (low > 0).all() else None
+    return by_seed(spreads(shown, percent=True), holds, silent, inside)
 
 
 def _silent_and_fvu(random: pd.DataFrame, asi: pd.DataFrame) -> list[Number]:

@@ -17,11 +17,13 @@ def c7_spliced(paired: pd.DataFrame) -> Found:
 
     Takes `PairedLossRow`s. Holds if in every seed both KL and loss are lower than those of the random start
     on the same text, by two standard errors of the paired difference; partly, if only the KL is, in every
-    seed.
+    seed. Does not hold if the KL is higher by as much in every seed; a difference within its error says
+    nothing either way.
     """
     own = paired_differences(paired)
     kl, loss = (below(own, name).to_frame() for name in ("kl", "cross_entropy"))
-    return by_seed(told_differences(own), graded(kl, loss), own)
+    holds = graded(kl, loss) or (False if above(own, "kl").all() else None)
+    return by_seed(told_differences(own), holds, own)
 
 
 _DIFFERENCES = [f"{name}_{what}" for name in ("kl", "cross_entropy") for what in ("difference", "error")]

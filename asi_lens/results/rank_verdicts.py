@@ -26,6 +26,8 @@ from asi_lens.results.rows import VARIANTS
 
 OTHERS = ["mlp_out", "resid_post"]
 SITES = ["attn_out", *OTHERS]
+# Differences of ranks (shares of a width) that are rounding: closed forms in float64, tables of nine digits.
+_ROUNDING = 1e-6
 
 
 @claim(
@@ -111,7 +113,8 @@ def c3(table: pd.DataFrame, target: float) -> Found:
     if "attn_out" not in needed or others.empty:
         raise UntestedError
     needed = needed.dropna(how="all")
-    mean = needed.mean()
+    # Means are compared over the same layers: those where every site was measured.
+    mean = needed.dropna().mean()
     fewest = (needed.attn_out < needed[others].min(axis=1)).mean()
     shown = ["attn_out", *mean[others].nsmallest(2).index.sort_values()]
     numbers = {site: needed[site] for site in shown} | {"layers where attention needs fewest": fewest}
@@ -127,14 +130,15 @@ def projection_ranks(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def drop_taken_back(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the share of the drop from `z` to the attention output that each variant undoes.
+    """Return the share of the drop to the attention output that each variant undoes.
 
-    Takes `OutputProjectionRow`s. The result is layer x variant, without `z` and `attn_out`; NaN if the layer
-    has no drop.
+    Takes `OutputProjectionRow`s. The drop is from `flat_spectrum`: a flat W_O keeps the rank of z where it
+    fits, over d_model as the other variants are (`z` is over its own width, which may be another: Gemma). The
+    result is layer x variant, without `z` and `attn_out`; NaN if the layer has no drop.
     """
     ranks = projection_ranks(table)
-    drop = ranks.z - ranks.attn_out
-    back = ranks.sub(ranks.attn_out, axis=0).div(drop.where(drop != 0), axis=0)
+    drop = ranks.flat_spectrum - ranks.attn_out
+    back = ranks.sub(ranks.attn_out, axis=0).div(drop.where(drop.abs() > _ROUNDING), axis=0)
     return back.drop(columns=["z", "attn_out"])
 
 
@@ -148,23 +152,23 @@ def c4(table: pd.DataFrame, ranks: pd.DataFrame) -> Found:
 
     Weight decay is a published mechanism of a low-rank W_V W_O (Kobayashi et al., arXiv 2410.23819).
 
-    Takes `OutputProjectionRow`s, and the `RankRow`s of `mlp_out` of the same model and text. Holds if `z`
-    lies above the attention output in every layer and the mean drop is more than half of the distance between
-    the means of attention and MLP outputs.
+    Takes `OutputProjectionRow`s, and the `RankRow`s of `mlp_out` of the same model and text. Holds if a flat
+    W_O gives a higher rank than the attention output's in every layer, and the mean of this drop is more than
+    half of the distance between the means of attention and MLP outputs.
     """
     about = ["model", "corpus"]
     same = taken(table, about, []).drop_duplicates()
     mlp = taken(ranks, [*about, "site"], ["effective_rank_fraction"]).merge(same, on=about)
     mlp = mlp[mlp.site == "mlp_out"].effective_rank_fraction
-    wide = _projections(table, "z", "attn_out")
+    wide = _projections(table, "z", "attn_out", "flat_spectrum")
     if mlp.empty:
         raise UntestedError
-    mean, drop = wide.mean(), wide.z - wide.attn_out
-    share = _ratio(mean.z - mean.attn_out, mlp.mean() - mean.attn_out)
+    squeezed = wide.flat_spectrum - wide.attn_out
+    share = _ratio(squeezed.mean(), mlp.mean() - wide.attn_out.mean())
     numbers = spreads({"z": wide.z, "attention output": wide.attn_out, "mlp_out": mlp})
     numbers += spread("drop from z over the distance to mlp_out", share, percent=True)
-    holds = (drop > 0).all() and share > 0.5
-    return Found(numbers, counted(len(wide), "layer"), if_known(holds, drop, share))
+    holds = (squeezed > _ROUNDING).all() and share > 0.5
+    return Found(numbers, counted(len(wide), "layer"), if_known(holds, squeezed, share))
 
 
 @claim(
@@ -176,13 +180,17 @@ def c5(table: pd.DataFrame, overlaps: pd.DataFrame) -> Found:
     """C5: the collapse comes from overlap among the heads' output subspaces (abstract of the last version).
 
     Takes `OutputProjectionRow`s, and `HeadOverlapRow`s for the overlap that the verdict reports. Holds if
-    orthogonal heads with the same singular values undo more than half of the mean drop from `z` to the
-    attention output.
+    orthogonal heads with the same singular values undo more than half of the mean drop from a flat W_O to the
+    attention output. Cannot be judged if there is no drop, or if z is wider than d_model, into which that
+    many orthogonal heads do not fit.
     """
     angles = taken(overlaps, [], ["mean_cosine", "random_mean_cosine"]).mean()
-    wide = _projections(table, "z", "attn_out", "orthogonal_heads")
+    wide = _projections(table, "z", "attn_out", "flat_spectrum", "random_orthogonal", "orthogonal_heads")
     mean = wide.mean()
-    share = _ratio(mean.orthogonal_heads - mean.attn_out, mean.z - mean.attn_out)
+    drop = mean.flat_spectrum - mean.attn_out
+    # Every matrix with orthonormal rows keeps the rank of z; a wider z has none, and draws differ.
+    fits = (wide.flat_spectrum - wide.random_orthogonal).abs().max() < _ROUNDING
+    share = _ratio(mean.orthogonal_heads - mean.attn_out, drop) if drop > _ROUNDING and fits else math.nan
     back = drop_taken_back(table).orthogonal_heads
     numbers = [
         *spread("drop taken back by orthogonal heads", back, value=share, percent=True),

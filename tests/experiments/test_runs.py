@@ -385,6 +385,18 @@ def test_from_a_model_to_rows_with_losses(tiny_llama: Any, tmp_path: Path) -> No
     assert "losses" not in budget(tiny_llama, runs, data, losses=False)
 
 
+def test_a_budget_tells_of_its_own_places(tiny_llama: Any, tmp_path: Path) -> None:
+    """Massive activations of a place that the runs were not trained on are not theirs."""
+    data = split_of(tiny_llama, tmp_path, (("attn_out", 1), ("resid_post", 1)))
+    for store, left_out in zip(data.train.values(), (3, 1_007), strict=True):
+        store.metadata = {**store.metadata, "left_out": left_out}
+    runs = [run for store in data.train.values() for run in train_recipes(store, ["random"], **OPTIONS)]
+    both, own = (budget(tiny_llama, part, data) for part in (runs, runs[:1]))
+    assert "training rows: 3 at attn_out 1, 1,007 at resid_post 1" in both
+    assert "training rows: 3 at attn_out 1" in own
+    assert "resid_post" not in own
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -13,7 +13,7 @@ from asi_lens.results.architecture_verdicts import architectures, c1_on_each, c4
 from asi_lens.results.rows import OutputProjectionRow, frame
 
 MODELS = ("a", "b", "c")
-LEVELS = {"z": 0.8, "attn_out": 0.5, "orthogonal_heads": 0.75}
+LEVELS = {"z": 0.8, "attn_out": 0.5, "flat_spectrum": 0.8, "random_orthogonal": 0.8, "orthogonal_heads": 0.75}
 
 
 def ranks(high: tuple[str, ...] = ()) -> pd.DataFrame:
@@ -75,7 +75,9 @@ def test_c5_needs_the_drop_to_be_taken_back() -> None:
     low = (table.variant == "orthogonal_heads") & (table.model == "c")
     table.loc[low, "effective_rank_fraction"] = 0.5
     assert holds(c5_on_each(table, overlaps())) == "partly"
-    table.loc[table.variant == "z", "effective_rank_fraction"] = 0.5  # no drop: nothing to take back
+    table.loc[table.variant.isin(["flat_spectrum", "random_orthogonal"]), "effective_rank_fraction"] = (
+        0.5  # no drop: nothing to take back
+    )
     assert holds(c5_on_each(table, overlaps())) is None
 
 

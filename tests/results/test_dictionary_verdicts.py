@@ -241,10 +241,10 @@ def test_the_automatic_choice_is_held_against_the_good_range(auto: int, inside: 
 
 
 def test_c6_needs_the_whole_interval_below_zero() -> None:
-    falling = [0.5, 0.4, 0.3, 0.2, 0.1]
+    falling = [0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
     verdict = verdicts.c6(points(falling))
     assert verdict is not None
-    assert verdict.over == "10 (layer, site) points, resampled"
+    assert verdict.over == "12 (layer, site) points, resampled"
     # The participation ratio does not vary: it predicts nothing, and is not told.
     assert list(told(verdict)) == [
         "Spearman",
@@ -258,7 +258,7 @@ def test_c6_needs_the_whole_interval_below_zero() -> None:
     assert holds(verdicts.c6(first.assign(dead_fraction=1 - first.dead_fraction))) is False, "rises"
     ties = table.assign(dead_fraction=table.dead_fraction.where(table.site == "mlp_out", 0.9))
     assert holds(verdicts.c6(ties)) == "partly", "attention outputs do not vary"
-    mixed = points([0.3, 0.1, 0.4, 0.2, 0.1])
+    mixed = points([0.3, 0.1, 0.4, 0.2, 0.1, 0.3])
     assert holds(verdicts.c6(mixed[mixed.site == "attn_out"])) is False, "the interval holds zero"
 
 
@@ -266,8 +266,8 @@ def test_c6_is_not_judged_where_nothing_dies() -> None:
     verdict = verdicts.c6(points([0.0] * 4))
     assert holds(verdict) is None
     assert told(verdict) == {}
-    two = points([0.4, 0.3])
-    assert holds(verdicts.c6(two[two.site == "attn_out"])) is None, "two points"
+    few = points([0.5, 0.4, 0.3, 0.2, 0.1])
+    assert holds(verdicts.c6(few[few.site == "attn_out"])) is None, "five points"
 
 
 def test_points_are_means_of_the_random_start_on_held_out_text() -> None:
@@ -277,21 +277,21 @@ def test_points_are_means_of_the_random_start_on_held_out_text() -> None:
 
 
 def test_c6_of_dictionaries_trained_elsewhere() -> None:
-    falling, mixed = [0.5, 0.4, 0.3, 0.2, 0.1], [0.3, 0.1, 0.4, 0.2, 0.1]
+    falling, mixed = [0.6, 0.5, 0.4, 0.3, 0.2, 0.1], [0.3, 0.1, 0.4, 0.2, 0.1, 0.3]
     verdict = verdicts.c6_released(released(falling))
     assert holds(verdict) is True
     assert verdict is not None
-    assert verdict.over == "10 (layer, site) points of 512 features, resampled"
+    assert verdict.over == "12 (layer, site) points of 512 features, resampled"
     assert told(verdict)["within attn_out, effective rank"] == "-1 (-1 to -1)"
     first = released(falling)
-    assert holds(verdicts.c6_released(released(falling[::-1])[:5])) is False, "rises"
+    assert holds(verdicts.c6_released(released(falling[::-1])[:6])) is False, "rises"
     ties = first.assign(dead_fraction=first.dead_fraction.where(first.site == "mlp_out", 0.9))
     assert holds(verdicts.c6_released(ties)) == "partly", "attention outputs do not vary"
-    assert holds(verdicts.c6_released(released(mixed)[:5])) is False, "the interval holds zero"
+    assert holds(verdicts.c6_released(released(mixed)[:6])) is False, "the interval holds zero"
     # Another start says the opposite and does not count; nor do two dictionaries of another size.
     other = [released(falling[::-1], start="asi"), released(falling[::-1], d_sae=64)[:2]]
     assert told(verdicts.c6_released(pd.concat([first, *other]))) == told(verdict)
-    twice = pd.concat([first, released([0.0] * 5)])
+    twice = pd.concat([first, released([0.0] * 6)])
     assert told(verdicts.c6_released(twice)) == told(verdict), "a point is the mean of its dictionaries"
 
 
@@ -365,7 +365,7 @@ THREE = {"random + AuxK": [AUX] * 3, "ASI": [ASI] * 3, "ASI + sparse Adam": [SPA
 BOTH = runs({"random": [RANDOM] * 3, "ASI": [ASI] * 3})
 LOST = ["dead_fraction", "fvu", "kl", "cross_entropy_delta", "cross_entropy_delta_error"]
 SITES = gains(**SMALL, attn_out=([0.4, 0.2], [0.1, 0.1]))
-_POINTS = points([0.5, 0.4, 0.3, 0.2, 0.1])
+_POINTS = points([0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
 FALLING = _POINTS[_POINTS.site == "attn_out"]
 # A table of which the claim holds, its function, and the columns of numbers that it compares.
 JUDGED: dict[str, tuple[pd.DataFrame, Judge, list[str]]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -196,12 +197,15 @@ def test_held_out_means_stand_by_method() -> None:
 
 
 def test_known_values() -> None:
-    assert rank_correlation([1, 2, 3, 4], [10, 20, 40, 30])[0] == pytest.approx(0.8)
-    # A tie takes the mean rank: ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4.
-    assert rank_correlation([1, 2, 2, 5], [1, 2, 3, 4])[0] == pytest.approx(4.5 / math.sqrt(4.5 * 5))
+    # One minus 6 times the squared differences of ranks (two of 1) over n^3 - n.
+    swapped = rank_correlation([1, 2, 3, 4, 5, 6], [10, 20, 40, 30, 50, 60])[0]
+    assert swapped == pytest.approx(1 - 6 * 2 / 210)
+    # A tie takes the mean rank: ranks 1, 2.5, 2.5, 4, 5, 6 against 1 to 6.
+    tied = rank_correlation([1, 2, 2, 5, 7, 8], [1, 2, 3, 4, 5, 6])[0]
+    assert tied == pytest.approx(17 / math.sqrt(17 * 17.5))
 
 
-@given(st.lists(st.integers(-1000, 1000), min_size=5, max_size=12, unique=True), st.integers(0, 3))
+@given(st.lists(st.integers(-1000, 1000), min_size=6, max_size=12, unique=True), st.integers(0, 3))
 def test_only_order_matters(values: list[int], seed: int) -> None:
     generator = np.random.default_rng(seed)
     other = list(generator.normal(size=len(values)))
@@ -223,11 +227,20 @@ def test_the_interval_holds_the_value_and_narrows() -> None:
 
 
 def test_what_does_not_vary_has_no_correlation() -> None:
-    assert all(math.isnan(value) for value in rank_correlation([1, 1, 1], [1, 2, 3]))
+    assert all(math.isnan(value) for value in rank_correlation([1] * 6, range(6)))
 
 
-def test_two_points_say_nothing() -> None:
-    assert all(math.isnan(value) for value in rank_correlation([1, 2], [1, 2]))
+@pytest.mark.parametrize("n", [2, 3, 4, 5])
+def test_few_points_say_nothing(n: int) -> None:
+    """Of three points in a falling order every resampling falls, as in one of six orders by chance."""
+    assert all(math.isnan(value) for value in rank_correlation(range(n), range(n)))
+
+
+def test_the_interval_is_rarely_wrong_of_the_fewest_points() -> None:
+    """Of all orders of six points 2.5 % at most have an interval below zero: that is what 95 % says."""
+    x = list(range(6))
+    below = [rank_correlation(x, order)[2] < 0 for order in itertools.permutations(x)]
+    assert 0 < sum(below) / len(below) <= 0.025
 
 
 def test_unequal_numbers_are_refused() -> None:

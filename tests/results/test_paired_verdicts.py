@@ -20,7 +20,8 @@ from asi_lens.results.paired_verdicts import c7_spliced
         ([(-0.1, 0.0)] * 3, "partly"),
         ([(-0.1, -0.1), (0.0, -0.1), (-0.1, -0.1)], None),
         ([(0.1, -0.1)] * 3, False),
-        ([(-0.015, -0.1)] * 3, False),
+        ([(-0.015, -0.1)] * 3, None),  # within the error
+        ([(0.1, -0.1), (0.1, -0.1), (0.015, -0.1)], None),
     ],
 )
 def test_kl_decides_and_the_loss_completes(differences: list[tuple[float, float]], expected: object) -> None:

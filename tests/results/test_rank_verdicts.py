@@ -9,11 +9,14 @@ from typing import Any
 import made_up_ranks
 import pandas as pd
 import pytest
+import torch
+from einops import rearrange
 from hypothesis import given
 from hypothesis import strategies as st
 from made_up_claims import holds, told
 
 from asi_lens.base.errors import DataError, OptionError, UnknownNameError
+from asi_lens.collapse.output_projection import counterfactual_ranks
 from asi_lens.results import rank_verdicts
 from asi_lens.results.judging import Verdict
 from asi_lens.results.rank_verdicts import c1, c2, c3, c4, c5
@@ -59,7 +62,14 @@ def projections(levels: Levels) -> pd.DataFrame:
 RANKS: Levels = {"attn_out": [0.5] * 4, "mlp_out": [0.9] * 4, "resid_post": [0.8] * 4, "z": [0.1] * 4}
 EARLY, MIDDLE, LATE = [0.95, 1.0, 1.0], [0.4, 0.95, 1.0], [0.1, 0.4, 0.95]
 LOSSES: dict[str, Any] = {"attn_out": [EARLY] * 3, "mlp_out": [LATE] * 3, "resid_post": [MIDDLE] * 3}
-PROJECTIONS: Levels = {"z": [0.8] * 3, "attn_out": [0.5] * 3, "orthogonal_heads": [0.7] * 3}
+# z is half as wide as d_model: its rank over its own width says nothing beside the others.
+PROJECTIONS: Levels = {
+    "z": [0.4] * 3,
+    "attn_out": [0.5] * 3,
+    "flat_spectrum": [0.8] * 3,
+    "random_orthogonal": [0.8] * 3,
+    "orthogonal_heads": [0.7] * 3,
+}
 MLP = ranks({"mlp_out": [0.9] * 3})
 OVERLAPS = frame([HeadOverlapRow("m", "news", 4096, 0, 0, 1, 0.4, 0.9, 0.2, 0.3)])
 
@@ -173,6 +183,14 @@ def test_c3_needs_the_mean_and_two_thirds_of_the_layers(attention: list[Any], ex
     assert holds(c3(losses(levels), 0.9)) is expected
 
 
+def test_c3_compares_means_over_the_same_layers() -> None:
+    """Attention needs the more directions in every layer but for one, where the others were not measured."""
+    unknown: list[float | None] = [None] * 3
+    sites = {"attn_out": [LATE, LATE, EARLY, EARLY, EARLY, EARLY], "resid_post": [LATE] * 6}
+    table = losses({**sites, "mlp_out": [MIDDLE, MIDDLE, *[unknown] * 4]})
+    assert holds(c3(table, 0.9)) is False
+
+
 def test_c3_needs_attention_below_every_other_site() -> None:
     verdict = c3(losses(LOSSES), 0.9)
     assert holds(verdict) is True
@@ -187,19 +205,20 @@ def test_c3_needs_attention_below_every_other_site() -> None:
 
 
 @pytest.mark.parametrize(
-    ("z", "expected"),
+    ("flat", "expected"),
     [
         ([0.8, 0.8, 0.8], True),
         ([0.8, 0.8, 0.51], True),  # above in every layer, and by the mean
         ([0.9, 0.9, 0.45], False),  # below in one layer
         ([0.9, 0.9, 0.5], False),  # level in one layer
+        ([0.9, 0.9, 0.5 + 1e-12], False),  # above by rounding
         ([0.8, 0.8], None),  # not measured in one layer
         ([0.72, 0.72, 0.6], False),  # less than half of the distance
         ([0.4, 0.4, 0.4], False),
     ],
 )
-def test_c4_needs_every_layer_and_half_of_the_distance(z: list[float], expected: bool | None) -> None:
-    assert holds(c4(projections({**PROJECTIONS, "z": z}), MLP)) is expected
+def test_c4_needs_every_layer_and_half_of_the_distance(flat: list[float], expected: bool | None) -> None:
+    assert holds(c4(projections({**PROJECTIONS, "flat_spectrum": flat}), MLP)) is expected
 
 
 def test_c4_takes_mlp_outputs_of_the_same_model_and_text() -> None:
@@ -227,14 +246,53 @@ def test_c5_needs_half_of_the_drop(heads: list[float], expected: bool) -> None:
     assert holds(c5(table, OVERLAPS)) is expected
 
 
+def flattened(attention: list[float], flat: list[float], heads: list[float]) -> pd.DataFrame:
+    levels = {"z": flat, "attn_out": attention, "orthogonal_heads": heads}
+    return projections({**levels, "flat_spectrum": flat, "random_orthogonal": flat})
+
+
+@pytest.mark.parametrize("level", [0.582, 0.582 + 2e-16, 0.582 - 1e-9, 0.5])
+def test_without_a_drop_nothing_can_be_taken_back(level: float) -> None:
+    """A W_O with orthonormal rows: what differs is rounding."""
+    table = flattened([0.582], [level], [0.582 + 3e-16])
+    assert holds(c5(table, OVERLAPS)) is None
+    assert holds(c4(table, ranks({"mlp_out": [0.8]}))) is False
+
+
+def test_heads_that_cannot_be_orthogonal_take_nothing_back() -> None:
+    """Where z is wider than d_model, no W_O has orthonormal rows, so random ones differ from draw to draw."""
+    table = projections({**PROJECTIONS, "random_orthogonal": [0.8, 0.8, 0.79]})
+    assert holds(c5(table, OVERLAPS)) is None
+    assert holds(c4(table, MLP)) is True
+
+
+@pytest.mark.parametrize("narrow", [1, 2])
+def test_z_of_another_width_is_measured_in_the_units_of_the_output(narrow: int) -> None:
+    """An isometry squeezes nothing, however wide z is; an outer product with one direction squeezes all."""
+    d_model = 24
+    made = torch.Generator().manual_seed(0)
+    x = (
+        torch.randn(24 // narrow, 400, generator=made, dtype=torch.float64)
+        * torch.arange(1, 24 // narrow + 1)[:, None]
+    )
+    rows = torch.linalg.qr(torch.randn(d_model, 24 // narrow, generator=made, dtype=torch.float64)).Q.T
+    flat = rearrange(rows, "(head d_head) d_model -> head d_head d_model", head=2)
+    found = counterfactual_ranks(flat, x @ x.T)
+    table = projections({name: [value] for name, value in found.items()})
+    verdict = c4(table, ranks({"mlp_out": [0.9]}))
+    assert holds(verdict) is False
+    assert told(verdict)["drop from z over the distance to mlp_out"] == "0.0 %"
+    assert holds(c5(table, OVERLAPS)) is None
+
+
 def test_exactly_half_is_not_more_than_half() -> None:
-    table = projections({"z": [0.75], "attn_out": [0.5], "orthogonal_heads": [0.625]})
+    table = flattened([0.5], [0.75], [0.625])
     assert holds(c4(table, ranks({"mlp_out": [1.0]}))) is False
     assert holds(c5(table, OVERLAPS)) is False
 
 
 def test_the_share_taken_back_is_told_by_layer() -> None:
-    table = projections({"z": [0.8, 0.6, 0.5], "attn_out": [0.5] * 3, "orthogonal_heads": [0.7, 0.5, 0.5]})
+    table = flattened([0.5] * 3, [0.8, 0.6, 0.5 + 1e-15], [0.7, 0.5, 0.5])
     back = rank_verdicts.drop_taken_back(table).orthogonal_heads
     assert back.tolist()[:2] == pytest.approx([2 / 3, 0])
     assert math.isnan(back[2]), "nothing to take back"
@@ -266,8 +324,8 @@ NEEDED = {
     "C1": ("attn_out", "mlp_out", "resid_post"),
     "C2": ("attn_out", "mlp_out", "resid_post"),
     "C3": ("attn_out",),
-    "C4": ("z", "attn_out"),
-    "C5": ("z", "attn_out", "orthogonal_heads"),
+    "C4": ("attn_out", "flat_spectrum"),
+    "C5": ("attn_out", "flat_spectrum", "random_orthogonal", "orthogonal_heads"),
 }
 
 

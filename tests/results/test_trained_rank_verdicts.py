@@ -34,10 +34,10 @@ def test_rank_up_and_loss_down() -> None:
         lambda name, seed: 5.0 - RANKS[name] + noisy(seed, name),
     )
     found = answers(table)
-    assert [row.answer for row in found.values()] == ["yes"] * 9
-    assert found["some change raises the rank of attention"].numbers == "gate, muon, frozen"
+    assert [row.answer for row in found.values()] == ["yes"] * 13
+    assert found["some change raises the rank of attention"].numbers == "gate, muon, frozen, decay, heads"
     follows = found["where the rank is higher, the loss is lower"]
-    assert follows.numbers == "3 of 3 variants (gate, muon, frozen)"
+    assert follows.numbers == "5 of 5 variants (gate, muon, frozen, decay, heads)"
     gate = found["gate: the loss is lower"].numbers
     assert gate.startswith("-0.1")
     assert gate.endswith("against the baseline; 3 seeds")
@@ -48,12 +48,12 @@ def test_rank_up_and_loss_not() -> None:
     assert up["muon: the rank of attention is higher"].answer == "yes"
     assert up["muon: the loss is lower"].answer == "no"
     assert up["muon: the loss is lower"].numbers.endswith("; the opposite")
-    assert up["where the rank is higher, the loss is lower"].numbers == "0 of 3 variants"
+    assert up["where the rank is higher, the loss is lower"].numbers == "0 of 5 variants"
     assert [row.answer for row in up.values()][-3:] == ["yes", "no", "no"]
     # One that follows is not all.
     one = answers(trained_ranks(lambda name, seed: RANKS[name], lambda name, seed: 5.0 - (name == "muon")))
     assert one["where the rank is higher, the loss is lower"].answer == "no"
-    assert one["where the rank is higher, the loss is lower"].numbers == "1 of 3 variants (muon)"
+    assert one["where the rank is higher, the loss is lower"].numbers == "1 of 5 variants (muon)"
 
 
 def test_no_change_raises_the_rank() -> None:
@@ -91,7 +91,7 @@ def test_pairs_of_the_same_seed_and_the_last_measurement_count() -> None:
 
 def test_what_is_missing_is_not_judged() -> None:
     one = told(trained_ranks(lambda n, s: RANKS[n], lambda n, s: 5 - RANKS[n], seeds=(0,)))
-    assert one == ["not testable here"] * 9
+    assert one == ["not testable here"] * 13
     table = trained_ranks(lambda n, s: RANKS[n], lambda n, s: 5 - RANKS[n])
     lacks = table[(table.variant != "baseline") | (table.seed != 1)]
     assert set(told(lacks)) == {"not testable here"}
