@@ -7,7 +7,7 @@ content are those of the store; only the variances along V differ. Whitening is 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import torch
@@ -36,10 +36,10 @@ class LinearStore(ActivationStore):
         mean = (of.mean.to(self.matrix) - self.center) @ self.matrix
         moments = Moments.exact(of.n, mean, scatter)
         square = scatter.diagonal().sum().item() / of.n
-        empty = torch.empty(0, self.matrix.shape[1], device=of.parts[0].device)
+        empty = torch.empty(0, self.matrix.shape[1], dtype=torch.float32, device=of.parts[0].device)
         super().__init__([empty], lambda: moments, mean, square, of.metadata, left_out=lambda: of.left_out)
         self.n = of.n
-        self._map = self.matrix.float()
+        self._shift, self._map = self.center.float(), self.matrix.float()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -56,12 +56,17 @@ class LinearStore(ActivationStore):
     def _read(self, index: Int[Tensor, " batch"]) -> ReadRows:
         return self.of._read(index)
 
-    def _placed(self, read: ReadRows, dtype: torch.dtype | None) -> Float[Tensor, "batch r"]:
-        rows = self._mapped(self.of._placed(read, torch.float32))
-        return rows if dtype is None else rows.to(dtype)
+    @property
+    def _stored(self) -> Sequence[Float[Tensor, "n_i width"]]:
+        return self.of._stored
+
+    def _seen(self, stored: Float[Tensor, "batch width"], dtype: torch.dtype | None) -> Tensor:
+        return self._mapped(self.of._seen(stored, torch.float32)).to(dtype or self.dtype)
 
     def _mapped(self, rows: Float[Tensor, "n d"]) -> Float[Tensor, "n r"]:
-        return (rows - self.center.to(rows)) @ self._map.to(rows)
+        # They move once: the batches of a training lie on one device.
+        self._shift, self._map = self._shift.to(rows), self._map.to(rows)
+        return (rows - self._shift) @ self._map
 
 
 class ShapedStore(LinearStore):

@@ -238,9 +238,18 @@ class ActivationStore:
 
     def _placed(self, read: ReadRows, dtype: torch.dtype | None) -> Float[Tensor, "batch d"]:
         """Return a copy of the rows in the order asked for."""
-        out = torch.empty(read.rows.shape, dtype=dtype or self.dtype, device=read.rows.device)
-        out[read.order.to(out.device)] = read.rows.to(out.dtype)
-        return out
+        out = torch.empty_like(read.rows)
+        out[read.order.to(out.device)] = read.rows
+        return self._seen(out, dtype)
+
+    @property
+    def _stored(self) -> Sequence[Float[Tensor, "n_i width"]]:
+        """Parts that `_read` reads from."""
+        return self._rows
+
+    def _seen(self, stored: Float[Tensor, "batch width"], dtype: torch.dtype | None) -> Tensor:
+        """Return rows as they are stored as rows [batch d] of this store."""
+        return stored.to(dtype or self.dtype)
 
     def positions(self, index: Int[Tensor, " batch"]) -> Int[Tensor, "batch 2"]:
         """Return (sequence, position) in the harvested tokens of the rows at `index`.
@@ -306,9 +315,9 @@ class ActivationStore:
             return ReadRows(*(pinned(part, device) for part in self._read(own(index))))
 
         order = self._order(batch_size, seed, start, n_tokens)
-        if (whole := copied(self._rows, device)) is not None:
+        if (whole := copied(self._stored, device)) is not None:
             for index in read_ahead(lambda index: pinned(own(index), device), order):
-                yield whole[moved(index, device)].to(dtype or self.dtype)
+                yield self._seen(whole[moved(index, device)], dtype)
             return
         for found in read_ahead(read, order):
             yield self._placed(ReadRows(*(moved(part, device) for part in found)), dtype)

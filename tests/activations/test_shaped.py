@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from small_trainings import D_IN, rows, small_store
 
+from asi_lens.activations import ahead
 from asi_lens.activations.moments import Moments
 from asi_lens.activations.shaped import (
     LinearStore,
@@ -17,6 +20,7 @@ from asi_lens.activations.shaped import (
 from asi_lens.activations.spectrum import Spectrum
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import DataError, OptionError
+from asi_lens.sae.subspace import SubspaceStore
 
 pytestmark = pytest.mark.filterwarnings("ignore::asi_lens.activations.spectrum.FewTokensWarning")
 
@@ -75,6 +79,25 @@ def test_a_linear_store_is_the_map_of_its_rows() -> None:
     torch.testing.assert_close(linear.mean, direct.mean, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(linear.moments.scatter, direct.scatter, rtol=1e-4, atol=1e-2)
     assert linear.fingerprint != LinearStore(store, matrix, center + 1).fingerprint != store.fingerprint
+
+
+@pytest.mark.parametrize("n_parts", [1, 3])
+def test_batches_drawn_from_a_copy_are_those_that_are_read(
+    n_parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = ActivationStore.from_tensor(rows().bfloat16())
+    parts = rows().bfloat16().tensor_split(n_parts)
+    store = ActivationStore(parts, lambda: whole.moments, whole.mean, whole.mean_square_norm, {})
+    seen = [SubspaceStore(store, 3), ShapedStore(store, power_gains(store.spectrum, 0.5))]
+    seen.append(LinearStore(seen[0], torch.ones(3, 2, dtype=torch.float64), torch.ones(3)))
+    options: dict[str, Any] = {"start": 7, "n_tokens": 1100, "device": torch.device("cpu")}
+    for linear in seen:
+        for given in (options, options | {"share": lambda n: (1, n), "dtype": torch.float64}):
+            read = list(linear.batches(16, **given))
+            with monkeypatch.context() as roomy:
+                roomy.setattr(ahead, "room", lambda device: 2**30)
+                drawn = list(linear.batches(16, **given))
+            assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(drawn, read, strict=True))
 
 
 def test_what_cannot_be_shaped_is_refused() -> None:
