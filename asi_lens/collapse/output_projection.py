@@ -58,7 +58,7 @@ def counterfactual_ranks(
     - `z`: the concatenated heads before W_O. `attn_out`: z W_O.
     - `isotropic_z`: W_O alone, with white noise as its input.
     - `sum_of_heads`: the sum of the ranks of the single heads' outputs z_h W_O[h], which would be the rank
-      of the output if heads did not overlap.
+      of the output if heads did not overlap. A head whose output never varies (an ablated head) counts 0.
     - `flat_spectrum`: W_O = U S V^T replaced by U V^T. `random_orthogonal`: by a random (semi-)orthogonal
       matrix. `gaussian`: by independent normal entries. `rotated_input`: by Q W_O, Q random orthogonal,
       which keeps W_O's spectrum and breaks its fit to z.
@@ -118,19 +118,22 @@ def counterfactual_ranks(
 
 @dataclass(frozen=True)
 class HeadOverlap:
-    """Overlap of the heads' output subspaces, one number per pair of heads.
+    """Overlap of the heads' output subspaces, one number per pair of heads, all `[n_heads n_heads]`.
 
-    `mean_cosine`, `largest_cosine` `[n_heads n_heads]`: mean and largest cosine of the principal angles
-    between the row spaces of W_O[a] and W_O[b] (0 orthogonal, 1 the same). `covariance_cosine`
-    `[n_heads n_heads]`: the cosine between the covariances of the heads' outputs, tr(A_a A_b) /
-    (|A_a| |A_b|), which weighs directions by use. `random_mean_cosine`: the average mean cosine of two
-    random subspaces of the same size.
+    `mean_cosine`, `largest_cosine`: mean and largest cosine of the principal angles between the row spaces of
+    W_O[a] and W_O[b] (0 orthogonal, 1 the same). A head of rank r has a row space of r dimensions, and a pair
+    as many angles as the smaller rank. `covariance_cosine`: the cosine between the covariances of the heads'
+    outputs, tr(A_a A_b) / (|A_a| |A_b|), which weighs directions by use. `random_mean_cosine`: the average
+    mean cosine of two random subspaces of the same sizes.
+
+    A head that writes nothing (W_O[a] = 0, as of an ablated head) has no subspace: its pairs are NaN. A head
+    whose output never varies has no direction to weigh: the `covariance_cosine` of its pairs is NaN.
     """
 
     mean_cosine: Float[Tensor, "n_heads n_heads"]
     largest_cosine: Float[Tensor, "n_heads n_heads"]
     covariance_cosine: Float[Tensor, "n_heads n_heads"]
-    random_mean_cosine: float
+    random_mean_cosine: Float[Tensor, "n_heads n_heads"]
 
 
 @checked
@@ -144,16 +147,30 @@ def head_overlap(
     heads = W_O.double()
     d_model = heads.shape[2]
     with few_threads(d_model):
-        bases = torch.linalg.svd(heads, full_matrices=False).Vh  # [n_heads min(d_head, d_model) d_model]
+        _, S, Vh = torch.linalg.svd(heads, full_matrices=False)
+        # Directions that a head does not write are no part of its subspace: as zeros, they have no angles.
+        rounding = S[:, :1] * max(heads.shape[1:]) * torch.finfo(torch.float64).eps
+        written = rounding < S
+        bases = Vh * written[..., None]  # [n_heads min(d_head, d_model) d_model]
         cosines = torch.linalg.svdvals(bases[:, None] @ bases[None].mT).clamp(0.0, 1.0)
+        ranks = written.sum(1)
+        angles = torch.minimum(ranks[:, None], ranks)
         blocks = _blocks(z_covariance.to(heads), heads)
         covariances = torch.stack([w.T @ C_h @ w for C_h, w in blocks])
-        written = rearrange(covariances, "head row column -> head (row column)")
-        written = written / written.norm(dim=1, keepdim=True)
+        used = rearrange(covariances, "head row column -> head (row column)")
+        used = used / used.norm(dim=1, keepdim=True)
         generator = torch.Generator(device="cpu").manual_seed(seed)
         a, b = (_random_orthogonal(d_model, bases.shape[1], generator) for _ in range(2))
-        random = torch.linalg.svdvals(a.T @ b).mean().item()
-    return HeadOverlap(cosines.mean(-1), cosines[..., 0], written @ written.T, random)
+        # The mean of no angle is NaN.
+        sizes = {tuple(sorted(pair)) for pair in itertools.product(ranks.tolist(), repeat=2)}
+        chance = {(p, q): torch.linalg.svdvals(a[:, :p].T @ b[:, :q]).mean().item() for p, q in sizes}
+        random = [[chance[min(p, q), max(p, q)] for q in ranks.tolist()] for p in ranks.tolist()]
+    return HeadOverlap(
+        cosines.sum(-1) / angles,
+        cosines[..., 0].where(angles > 0, torch.nan),
+        used @ used.T,
+        torch.tensor(random, dtype=cosines.dtype, device=cosines.device),
+    )
 
 
 def counterfactual_records(
@@ -203,7 +220,8 @@ def overlap_records(
 ) -> list[dict[str, object]]:
     """Return `head_overlap` of every layer whose `z` is in `spectra`: the rows of `03_head_overlap.csv`.
 
-    `site` "cross_z" is for a decoder's cross-attention.
+    `site` "cross_z" is for a decoder's cross-attention. Pairs of a head that writes nothing, or whose output
+    never varies, are left out.
     """
     records: list[dict[str, object]] = []
     for name, layer in spectra:
@@ -212,6 +230,8 @@ def overlap_records(
         z = spectra[site, layer]
         overlap = head_overlap(models.output_projection(model, layer, site), z.covariance, seed=seed)
         for a, b in itertools.combinations(range(overlap.mean_cosine.shape[0]), 2):
+            if overlap.covariance_cosine[a, b].isnan():
+                continue
             records.append(
                 {
                     "model": spectra.model.name,
@@ -223,7 +243,7 @@ def overlap_records(
                     "mean_cosine": overlap.mean_cosine[a, b].item(),
                     "largest_cosine": overlap.largest_cosine[a, b].item(),
                     "covariance_cosine": overlap.covariance_cosine[a, b].item(),
-                    "random_mean_cosine": overlap.random_mean_cosine,
+                    "random_mean_cosine": overlap.random_mean_cosine[a, b].item(),
                 }
             )
     return records
@@ -234,10 +254,14 @@ def _rank(covariance: Float[Tensor, "d d"]) -> float:
 
 
 def _rank_between(C_h: Float[Tensor, "d_head d_head"], gram: Float[Tensor, "d_head d_head"]) -> float:
-    """Effective rank of w^T C_h w, given gram = w w^T, computed in the d_head dimensions of the head."""
+    """Effective rank of w^T C_h w, given gram = w w^T, computed in the d_head dimensions of the head.
+
+    0 for a product of zeros, which has no direction.
+    """
     values, vectors = torch.linalg.eigh(C_h)
     root = vectors * values.clamp_min(0.0).sqrt()
-    return _rank(root.T @ gram @ root)
+    product = root.T @ gram @ root
+    return _rank(product) if product.any() else 0.0
 
 
 def _blocks(

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import pytest
 import torch
 
 from asi_lens.activations.spectrum import Spectrum
 from asi_lens.base.errors import OptionError, UnknownNameError
-from asi_lens.collapse.output_projection import CLOSED_FORMS, RANDOM_FORMS, counterfactual_ranks, head_overlap
+from asi_lens.collapse.output_projection import (
+    CLOSED_FORMS,
+    RANDOM_FORMS,
+    counterfactual_ranks,
+    head_overlap,
+    overlap_records,
+)
+from asi_lens.collapse.spectra import collect_spectra
+from asi_lens.collapse.subspaces import principal_cosines
+from asi_lens.inputs import models
+from asi_lens.inputs.corpora import Tokens
+from asi_lens.inputs.models import output_projection
+from asi_lens.results.rows import HeadOverlapRow
 
 HEADS, D_HEAD, D_MODEL = 3, 4, 12
 
@@ -81,7 +96,7 @@ def test_overlap_of_known_angles() -> None:
     assert overlap.largest_cosine[0, 2] == pytest.approx(0.0, abs=1e-12)
     torch.testing.assert_close(overlap.mean_cosine.diagonal(), torch.ones(3, dtype=torch.float64))
     torch.testing.assert_close(overlap.mean_cosine, overlap.mean_cosine.T)
-    assert 0 < overlap.random_mean_cosine < 1
+    assert ((overlap.random_mean_cosine > 0) & (overlap.random_mean_cosine < 1)).all()
 
 
 def test_overlap_does_not_depend_on_the_basis_inside_a_head() -> None:
@@ -89,6 +104,59 @@ def test_overlap_does_not_depend_on_the_basis_inside_a_head() -> None:
     mixed = draw(HEADS, D_HEAD, D_HEAD, seed=5) @ W_O
     C = torch.eye(12, dtype=torch.float64)
     torch.testing.assert_close(head_overlap(W_O, C).mean_cosine, head_overlap(mixed, C).mean_cosine)
+
+
+def test_a_head_that_writes_nothing_has_rank_0_and_no_angles() -> None:
+    W_O, C = draw(HEADS, D_HEAD, D_MODEL, seed=2), Spectrum.of(z_rows()).covariance
+    W_O[1] = 0
+    kept = [0, 1, 2, 3, 8, 9, 10, 11]
+    rest, C_rest = W_O[[0, 2]], C[kept][:, kept]
+    got, without = counterfactual_ranks(W_O, C), counterfactual_ranks(rest, C_rest)
+    for variant in ("attn_out", "isotropic_z", "sum_of_heads", "orthogonal_heads"):
+        assert got[variant] == pytest.approx(without[variant], rel=1e-9)
+    overlap, alone = head_overlap(W_O, C), head_overlap(rest, C_rest)
+    for name in ("mean_cosine", "largest_cosine", "covariance_cosine", "random_mean_cosine"):
+        pairs = getattr(overlap, name)
+        assert pairs[1].isnan().all()
+        assert pairs[:, 1].isnan().all()
+        torch.testing.assert_close(pairs[[0, 2]][:, [0, 2]], getattr(alone, name))
+
+
+def test_directions_that_a_head_does_not_write_have_no_angles() -> None:
+    # Heads of rank 2 (in 4 dimensions), 4 and 1: as if each had only its own directions.
+    W_O = draw(HEADS, D_HEAD, D_MODEL, seed=2)
+    W_O[0] = draw(D_HEAD, 2, seed=6) @ W_O[0, :2]
+    W_O[2] = draw(D_HEAD, 1, seed=7) @ W_O[2, :1]
+    got = head_overlap(W_O, torch.eye(12, dtype=torch.float64))
+    spans = [torch.linalg.qr(w[:rank].T).Q for w, rank in zip(W_O, (2, 4, 1), strict=True)]
+    for a, b in itertools.product(range(HEADS), repeat=2):
+        cosines = principal_cosines(spans[a], spans[b])
+        assert got.mean_cosine[a, b].item() == pytest.approx(cosines.mean().item())
+        assert got.largest_cosine[a, b].item() == pytest.approx(cosines.max().item())
+    # Of all lines, the mean of cos^2 with a plane is 2 / 12, so small subspaces have smaller cosines.
+    draws = [head_overlap(W_O, torch.eye(12), seed=seed).random_mean_cosine for seed in range(100)]
+    assert torch.stack(draws)[:, 0, 2].square().mean().item() == pytest.approx(2 / 12, rel=0.2)
+    assert torch.equal(draws[0], draws[0].T)
+    assert draws[0][0, 0].item() != draws[0][0, 0].float().item(), "rounded to float32"
+
+
+@pytest.mark.model_facing
+@pytest.mark.filterwarnings("ignore::asi_lens.activations.spectrum.FewTokensWarning")
+def test_pairs_of_an_ablated_head_are_left_out_of_the_table(
+    tiny_llama: Any, tiny_tokens: Tokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spectra = collect_spectra(tiny_llama, tiny_tokens, ["z"], [0, 1], progress=False)
+
+    def ablated(model: Any, layer: int, site: str) -> torch.Tensor:
+        W_O = output_projection(model, layer, site).clone()
+        W_O[3] *= layer == 0
+        return W_O
+
+    monkeypatch.setattr(models, "output_projection", ablated)
+    found = [(row["layer"], row["head_a"], row["head_b"]) for row in overlap_records(tiny_llama, spectra)]
+    pairs = list(itertools.combinations(range(4), 2))
+    assert found == [(0, *pair) for pair in pairs] + [(1, *pair) for pair in pairs if 3 not in pair]
+    assert all(HeadOverlapRow(**row) for row in overlap_records(tiny_llama, spectra))
 
 
 def test_more_head_dimensions_than_the_model_has() -> None:
