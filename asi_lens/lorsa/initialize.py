@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from asi_lens.activations.moments import Moments
 from asi_lens.activations.precision import exact_products, few_threads
 from asi_lens.base.doors import checked
-from asi_lens.base.errors import OptionError, require
+from asi_lens.base.errors import DataError, OptionError, require
 from asi_lens.kernels.draws import draw_gaussian, unit_rows_
 from asi_lens.lorsa.attention import AttentionLayer, origin, read_attention
 from asi_lens.lorsa.data import SequencePairs
@@ -90,8 +90,8 @@ def initialize_lorsa(
     In the report, a leak is the share of a w_v (w_o) outside the image of its head's active subspace in the
     stream.
 
-    Raises OptionError, UnknownNameError, DataError for a sample that is not finite or never varies, and the
-    errors of `read_attention`.
+    Raises OptionError, UnknownNameError, DataError for a sample that is not finite or never varies and for a
+    head that reads or writes nothing, and the errors of `read_attention`.
     """
     start = find_start(method, LORSA_METHODS)
     config = lorsa.config
@@ -113,7 +113,7 @@ def initialize_lorsa(
     lorsa.b_V.zero_()
     lorsa.b_O.zero_()
     active = None if d_init is None else active_values(source, sample.input_moments.covariance, d_init)
-    _draw_units(lorsa, source, active, seed)
+    _draw_units(lorsa, layer, source, active, seed)
     # The biases are zero, so scaling all w_v by s scales the first reconstruction by s.
     lorsa.W_V.mul_(best_scale(*fit_sums((target, found) for target, found, _ in lorsa.scan(sample))))
     lorsa.initialization = {"method": method, "d_init": d_init, "seed": seed}
@@ -165,8 +165,11 @@ def _set_normalization(lorsa: Lorsa, sample: SequencePairs) -> None:
         getattr(lorsa, f"{side}_scale").fill_(math.sqrt(lorsa.d_in / size))
 
 
-def _draw_units(lorsa: Lorsa, source: AttentionLayer, active: Tensor | None, seed: int) -> None:
-    """Fill w_v and w_o with rows of unit norm, a group of rows for each query-key head, on their device."""
+def _draw_units(lorsa: Lorsa, layer: int, source: AttentionLayer, active: Tensor | None, seed: int) -> None:
+    """Fill w_v and w_o with rows of unit norm, a group of rows for each query-key head, on their device.
+
+    Raises DataError for rows of zeros.
+    """
     width, device = lorsa.d_in if active is None else active.shape[2], lorsa.W_V.device
     drawn = torch.empty(lorsa.n_ov, width, dtype=torch.float64, device=device)
     draw_gaussian(drawn, seed)
@@ -178,6 +181,11 @@ def _draw_units(lorsa: Lorsa, source: AttentionLayer, active: Tensor | None, see
         else:
             w_v = drawn[rows]
             w_o = w_v @ W_V @ W_O
+        if not (w_v.any(1) & w_o.any(1)).all():
+            raise DataError(
+                f"head {head} of layer {layer} reads or writes nothing (its W_V or W_O is zero, as of an "
+                "ablated head), so no unit can start in it; from_attention copies such a layer"
+            )
         lorsa.W_V[rows] = unit_rows_(w_v.clone()).to(lorsa.W_V)
         lorsa.W_O[rows] = unit_rows_(w_o.clone()).to(lorsa.W_O)
 

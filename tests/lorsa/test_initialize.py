@@ -10,6 +10,7 @@ from small_lorsas import CONTEXT, LAYER, N_OV, config
 
 from asi_lens.base.errors import DataError, OptionError, UnknownNameError
 from asi_lens.inputs.corpora import Tokens
+from asi_lens.lorsa import initialize
 from asi_lens.lorsa.attention import read_attention
 from asi_lens.lorsa.data import SequencePairs, harvest_pairs
 from asi_lens.lorsa.initialize import LORSA_METHODS, active_values, initialize_lorsa, squared_error
@@ -126,6 +127,18 @@ def test_a_start_comes_from_its_seed(tiny_llama: Any, pairs: SequencePairs, meth
     assert torch.equal(one.W_V, again.W_V)
     assert not torch.allclose(one.W_V, other.W_V)
     assert one.initialization["method"] == method
+
+
+@pytest.mark.parametrize("method", LORSA_METHODS)
+@pytest.mark.parametrize("name", ["W_V", "W_O"])
+def test_no_unit_starts_in_an_ablated_head(
+    tiny_llama: Any, pairs: SequencePairs, method: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = read_attention(tiny_llama, LAYER, CONTEXT)
+    getattr(source, name)[3] = 0
+    monkeypatch.setattr(initialize, "read_attention", lambda *given: source)
+    with pytest.raises(DataError, match="head 3 of layer 1 reads or writes nothing"):
+        initialize_lorsa(Lorsa(config(tiny_llama)), tiny_llama, LAYER, pairs, method, d_init(method))
 
 
 def test_bad_input(tiny_llama: Any, pairs: SequencePairs) -> None:
