@@ -72,7 +72,6 @@ TESTED_ELSEWHERE = {
     "inputs.plain_loading": "inputs/test_plain.py",
     "inputs.twin": "inputs/test_hooks.py",
     "kernels.draws": "sae/test_dictionary.py",
-    "lorsa.attention": "lorsa/test_lorsa.py",
     "lorsa.contexts": "experiments/test_lorsa_runs.py",
     "lorsa.data": "lorsa/test_train.py",
     "lorsa.heads": "lorsa/test_lorsa.py",

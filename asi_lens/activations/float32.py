@@ -94,7 +94,7 @@ def _require_room(halves: list[Tensor]) -> None:
         free = free_bytes(device)
         if free is not None and size > free:
             raise UnsupportedModelError(
-                "losses of the language model are computed in float32, and its weights need another "
-                f"{size / _GIB:.2f} GiB of {device}; {free / _GIB:.2f} are free. Move the model to the CPU, "
-                "or evaluate without losses"
+                "losses of the language model and copies of its attention are computed in float32, and its "
+                f"weights need another {size / _GIB:.2f} GiB of {device}; {free / _GIB:.2f} are free. Move "
+                "the model to the CPU, or evaluate without losses"
             )

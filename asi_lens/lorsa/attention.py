@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from asi_lens.activations.float32 import in_float32
 from asi_lens.base.errors import UnsupportedModelError, require
 from asi_lens.inputs import models, structure, twin
 from asi_lens.lorsa.heads import PatternConfig, QueryKeyHeads
@@ -17,8 +18,8 @@ from asi_lens.sae.splice import Place
 READ_SITE = "blocks.{}.attn.hook_in"
 """Hook of an attention layer's input: the residual stream, after the layer's input norm if it has one."""
 
-# Largest relative error of the copy's output that rounding explains, by the dtype of the model.
-_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
+# Largest relative error of the copy's output that rounding explains, by the dtype that the model computes in.
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
 
 
 @dataclass(frozen=True)
@@ -110,12 +111,13 @@ def origin(model: nn.Module, layer: int) -> dict[str, Any]:
 def read_attention(model: nn.Module, layer: int, context: int) -> AttentionLayer:
     """Read an attention layer of a TransformerBridge, for sequences up to `context`.
 
-    The model runs once, on `context` tokens up to that layer. The rotation by position is taken from that
-    run, and the output of the copy must equal the layer's own output up to rounding.
+    The model runs once, on `context` tokens up to that layer, in float32 if it is of half precision
+    (`in_float32`), whose rounding would hide rules that were not read. The rotation by position is taken from
+    that run, and the output of the copy must equal the layer's own output up to rounding.
 
     Raises UnsupportedModelError, naming the reason, for a layer that computes its patterns in another way
-    (without a causal mask, with ALiBi or other rotations ...). Raises OptionError for a layer or context out
-    of range.
+    (without a causal mask, with ALiBi or other rotations ...), and as `in_float32`. Raises OptionError for a
+    layer or context out of range.
     """
     info = models.model_info(model, fingerprint=False)
     if not info.causal:
@@ -130,44 +132,49 @@ def read_attention(model: nn.Module, layer: int, context: int) -> AttentionLayer
     if fast is None or read not in fast.places:
         raise _unsupported(model, layer, "only a TransformerBridge without weight processing is read")
     attention: Any = fast.places[read].module
-    x, y, rotation = _run(model, attention, layer, read, write, context)
-    bridge = both.own.blocks[layer]._modules["attn"]
-    n_heads, n_groups = info.n_heads, info.n_kv_heads
-    W_Q, b_Q = _projection(model, layer, bridge, "q", n_heads, n_heads)
-    W_K, b_K = _projection(model, layer, bridge, "k", n_groups, n_heads)
-    W_V, b_V = _projection(model, layer, bridge, "v", n_groups, n_heads)
-    W_O, b_O = models.output_projection(model, layer), models.output_bias(model, layer)
-    norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
-    scale = getattr(attention, "scaling", None)
-    if scale is None:
-        raise _unsupported(model, layer, f"{type(attention).__name__} has no `scaling`")
-    cos, sin = rotation or (torch.zeros(context, 0), torch.zeros(context, 0))
-    found = AttentionLayer(
-        W_Q=W_Q,
-        W_K=W_K,
-        W_V=W_V,
-        W_O=W_O.double().cpu(),
-        b_Q=b_Q,
-        b_K=b_K,
-        b_V=b_V,
-        b_O=torch.zeros(W_Q.shape[1], dtype=torch.float64, device="cpu")
-        if b_O is None
-        else b_O.double().cpu(),
-        cos=cos.double().cpu(),
-        sin=sin.double().cpu(),
-        q_gain=None if norms[0] is None else _gain(model, layer, norms[0], W_Q.shape[2]),
-        k_gain=None if norms[1] is None else _gain(model, layer, norms[1], W_Q.shape[2]),
-        pattern=PatternConfig(
-            context=context,
-            scale=float(scale),
-            softcap=getattr(attention, "attn_logit_softcapping", None),
-            window=getattr(attention, "sliding_window", None),
-            rotary_dim=cos.shape[-1],
-            norm_eps=None if norms[0] is None else _eps(norms[0]),
-        ),
-    )
+    with in_float32(model):
+        x, y, rotation = _run(model, attention, layer, read, write, context)
+        bridge = both.own.blocks[layer]._modules["attn"]
+        n_heads, n_groups = info.n_heads, info.n_kv_heads
+        W_Q, b_Q = _projection(model, layer, bridge, "q", n_heads, n_heads)
+        W_K, b_K = _projection(model, layer, bridge, "k", n_groups, n_heads)
+        W_V, b_V = _projection(model, layer, bridge, "v", n_groups, n_heads)
+        W_O, b_O = models.output_projection(model, layer), models.output_bias(model, layer)
+        norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+        scale = getattr(attention, "scaling", None)
+        if scale is None:
+            raise _unsupported(model, layer, f"{type(attention).__name__} has no `scaling`")
+        # Mistral's modules keep no window of their own.
+        holds_window = (
+            attention if hasattr(attention, "sliding_window") else getattr(attention, "config", None)
+        )
+        cos, sin = rotation or (torch.zeros(context, 0), torch.zeros(context, 0))
+        found = AttentionLayer(
+            W_Q=W_Q,
+            W_K=W_K,
+            W_V=W_V,
+            W_O=W_O.double().cpu(),
+            b_Q=b_Q,
+            b_K=b_K,
+            b_V=b_V,
+            b_O=torch.zeros(W_Q.shape[1], dtype=torch.float64, device="cpu")
+            if b_O is None
+            else b_O.double().cpu(),
+            cos=cos.double().cpu(),
+            sin=sin.double().cpu(),
+            q_gain=None if norms[0] is None else _gain(model, layer, norms[0], W_Q.shape[2]),
+            k_gain=None if norms[1] is None else _gain(model, layer, norms[1], W_Q.shape[2]),
+            pattern=PatternConfig(
+                context=context,
+                scale=float(scale),
+                softcap=getattr(attention, "attn_logit_softcapping", None),
+                window=getattr(holds_window, "sliding_window", None),
+                rotary_dim=cos.shape[-1],
+                norm_eps=None if norms[0] is None else _eps(norms[0]),
+            ),
+        )
+        allowed = _TOLERANCE[next(model.parameters()).dtype]
     error = float((found.output(x) - y).norm() / y.norm())
-    allowed = _TOLERANCE[next(model.parameters()).dtype]
     if not error <= allowed:
         raise _unsupported(
             model,
