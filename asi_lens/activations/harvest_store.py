@@ -186,6 +186,7 @@ def _harvest(
                     d=d,
                     dtype=dtype,
                     shard_rows=shard_rows(tokens, before[first : last + 1], per_batch, rows),
+                    first=before[first],
                 )
                 stack.callback(writers[where].close)
             if writers:

@@ -44,7 +44,8 @@ class ShardWriter:
     """Appends rows to the shards of one store, after any complete shards that are already in the folder.
 
     `n`: tokens seen so far (after a restart, those of complete shards): rows written, and tokens left out.
-    `n_total` and `shard_rows` count tokens, too; `shard_rows` may be a list, a number for each shard. Raises
+    `n_total` and `shard_rows` count tokens, too; `shard_rows` may be a list, a number for each shard. `first`
+    is the harvest's token that the store begins with, above 0 in a part of several processes. Raises
     OptionError if the folder holds the beginning of another store, CacheError if the files there are damaged.
     """
 
@@ -57,12 +58,13 @@ class ShardWriter:
         d: int,
         dtype: str,
         shard_rows: int | list[int],
+        first: int = 0,
     ):
         require(dtype in DTYPES, "dtype", dtype, " or ".join(map(repr, DTYPES)))
         least = min(shard_rows) if isinstance(shard_rows, list) else shard_rows
         require(least >= 1, "shard_rows", shard_rows, "at least 1")
         self.folder, self.origin, self.d, self.dtype = folder, dict(origin), d, dtype
-        self.n_total, self.shard_rows = n_total, shard_rows
+        self.n_total, self.shard_rows, self.first = n_total, shard_rows, first
         self.n = 0
         self.shards: list[Shard] = []
         self.moments = Moments.zeros(d)
@@ -174,6 +176,7 @@ class ShardWriter:
             "d": self.d,
             "dtype": self.dtype,
             "shard_rows": self.shard_rows,
+            "first": self.first,
             "origin": self.origin,
             "shards": [asdict(shard) for shard in self.shards],
         }
@@ -189,7 +192,11 @@ class ShardWriter:
                 f"{path} has format {state['format']!r}, this version reads {FORMAT}; delete {self.folder}"
             )
         shape = {"n_total": self.n_total, "d": self.d, "dtype": self.dtype, "shard_rows": self.shard_rows}
-        differ = differences({**state["origin"], **state}, {**self.origin, **shape})
+        # Without the first token, another number of processes could go on with a part of other rows. Files
+        # from before it was kept are taken for beginnings of the text.
+        differ = differences(
+            {"first": 0, **state["origin"], **state}, {**self.origin, **shape, "first": self.first}
+        )
         if differ:
             raise OptionError(
                 f"{self.folder} holds the beginning of another store ({differ}); finish that harvest, choose "

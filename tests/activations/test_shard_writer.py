@@ -19,6 +19,7 @@ from asi_lens.activations.harvest_store import harvest_store
 from asi_lens.activations.shard_writer import ShardWriter
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import DataError, OptionError
+from asi_lens.base.ranks import Ranks
 from asi_lens.inputs.corpora import Tokens
 
 # Tiny stores: too few tokens for a rank is what they always have.
@@ -95,6 +96,32 @@ def test_the_beginning_of_another_store_is_not_gone_on_with(
         harvest_store(
             tiny_llama, tiny_tokens, "attn_out", 0, folder=tmp_path / "s", dtype="float32", **OPTIONS
         )
+
+
+def test_a_part_is_not_gone_on_with_by_another_number_of_processes(
+    tiny_llama: Any, tiny_tokens: Tokens, tmp_path: Path
+) -> None:
+    class Part(Ranks):
+        """A rank whose peers did as it did."""
+
+        def __init__(self, rank: int, size: int):
+            self.rank, self.size = rank, size
+
+        def together(self, what: str, work: Any) -> Any:
+            return work()
+
+    def harvest(*part: int) -> ActivationStore:
+        options = {**OPTIONS, "folder": tmp_path / "s", "ranks": Part(*part)}
+        return harvest_store(tiny_llama, tiny_tokens, "attn_out", 1, **options)
+
+    # Of six batches rank 1 has the third and fourth of 3 processes, but the second and third of 4.
+    for rank in (1, 2):
+        with pytest.raises(DataError, match="is not finished"):  # its peers have not begun
+            harvest(rank, 3)
+    with pytest.raises(OptionError, match=r"beginning of another store \(first 124, not 62\)"):
+        harvest(1, 4)
+    whole = harvest_store(tiny_llama, tiny_tokens, "attn_out", 1, folder=tmp_path / "whole", **OPTIONS)
+    assert torch.equal(*(torch.cat(list(store.in_order(500))) for store in (harvest(0, 3), whole)))
 
 
 def test_a_full_disk_keeps_whole_shards(
