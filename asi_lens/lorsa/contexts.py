@@ -61,10 +61,11 @@ def top_contexts(
         before: tokens of text shown before the position.
         spaces: replacement for line breaks.
 
-    Columns: `unit`, `head`, `value` (normalized units), `reads_from` (the token that contributed most),
-    `share` (that token's part of the value before the choice of k; other parts may be negative, so the share
-    may exceed 1), `distance` (positions back to that token), `text` (up to the position, with that token in
-    «»). Raises OptionError for a unit that does not exist, or for text of another shape than `pairs`.
+    Columns: `unit`, `head`, `value` (its size, normalized units), `reads_from` (the token that contributed
+    most), `share` (that token's part of the value before the choice of k; other parts may be negative, so the
+    share may exceed 1), `distance` (positions back to that token), `text` (up to the position, with that
+    token in «»). Raises OptionError for a unit that does not exist, or for text of another shape than
+    `pairs`.
     """
     shape = (len(pairs), pairs.context)
     require(tuple(tokens.ids.shape) == shape, "tokens", tuple(tokens.ids.shape), f"of shape {shape}")
@@ -79,7 +80,8 @@ def top_contexts(
             if value <= 0:
                 continue
             _, parts = read_from(lorsa, pairs[sequence : sequence + 1].inputs, unit, position)
-            source = int(parts.argmax())
+            shares = parts / parts.sum()  # of a negative value, the most negative part is the largest
+            source = int(shares.argmax())
             ids = tokens.ids[sequence].tolist()
             start = max(0, min(position - before, source - 2))
             words = [decode([token]) for token in ids[start : position + 1]]
@@ -90,7 +92,7 @@ def top_contexts(
                     "head": lorsa.head_of_unit[unit],
                     "value": value,
                     "reads_from": decode([ids[source]]),
-                    "share": (parts[source] / parts.sum()).item(),
+                    "share": shares[source].item(),
                     "distance": position - source,
                     "text": spaces.join("".join(words).split()),
                 }

@@ -14,9 +14,10 @@ from asi_lens.base.errors import CacheError, OptionError, UnknownNameError
 from asi_lens.experiments import lorsa_runs, runs
 from asi_lens.experiments.lorsa_runs import LorsaRecipe, lorsa_budget, lorsa_rows, train_lorsas
 from asi_lens.inputs.corpora import Tokens
-from asi_lens.lorsa.contexts import top_contexts, unit_firings
+from asi_lens.lorsa.contexts import read_from, top_contexts, unit_firings
 from asi_lens.lorsa.data import SequencePairs, harvest_pairs, stored_pairs
 from asi_lens.lorsa.evaluate import evaluate_lorsa
+from asi_lens.lorsa.initialize import from_attention
 from asi_lens.lorsa.train import LorsaTrainer
 
 pytestmark = [
@@ -136,6 +137,24 @@ def test_contexts_are_where_a_unit_wrote_most(
     assert found.value[0] == pytest.approx(whole, rel=1e-4)
     source = position - found.distance[0]
     assert f"«{tiny_tokens.ids[sequence, source].item()} »" in found.text[0]
+
+
+def test_a_negative_value_was_read_where_it_is_most_negative(
+    tiny_llama: Any, tiny_tokens: Tokens, pairs: SequencePairs
+) -> None:
+    lorsa = from_attention(tiny_llama, LAYER, CONTEXT)
+    found = top_contexts(lorsa, pairs, tiny_tokens, range(lorsa.n_ov), lambda ids: f"{ids[0]} ", n=1)
+    with torch.no_grad():
+        z = lorsa.units(pairs.inputs)[:, 1:]
+    negative = 0
+    for row in found.itertuples():
+        sequence, position = divmod(int(z[:, :, row.unit].abs().argmax()), CONTEXT - 1)
+        _, parts = read_from(lorsa, pairs.inputs[sequence][None], row.unit, position + 1)
+        of_value = parts / z[sequence, position, row.unit]
+        assert row.share == pytest.approx(of_value.max().item(), rel=1e-4)
+        assert of_value[position + 1 - row.distance].item() == pytest.approx(row.share, rel=1e-4)
+        negative += int(z[sequence, position, row.unit] < 0)
+    assert negative > 3
 
 
 def test_a_unit_that_never_wrote_has_no_context(
