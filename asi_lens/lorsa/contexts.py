@@ -27,10 +27,9 @@ def unit_firings(lorsa: Lorsa, pairs: SequencePairs) -> pd.DataFrame:
     counts = torch.zeros(lorsa.n_ov, dtype=torch.float64, device="cpu")
     sums = torch.zeros(lorsa.n_ov, dtype=torch.float64, device="cpu")
     for block in pairs.blocks(_BLOCK):
-        code = lorsa.encode(block.x)
-        units, values = code.indices[:, 1:].flatten(), code.values[:, 1:].flatten().double()
+        units, values = (part[:, 1:].flatten().cpu() for part in lorsa.encode(block.x))
         counts.index_add_(0, units, (values != 0).double())
-        sums.index_add_(0, units, values)
+        sums.index_add_(0, units, values.double())
     return pd.DataFrame(
         {
             "unit": range(lorsa.n_ov),
@@ -103,12 +102,12 @@ def top_contexts(
 
 def _strongest(lorsa: Lorsa, pairs: SequencePairs, units: Sequence[int]) -> Tensor:
     """Return the size of each unit's value at every position, [unit sequence position]; 0 at position 0."""
-    wanted = torch.tensor(list(units))
+    wanted = torch.tensor(list(units), device="cpu")
     found = []
     for block in pairs.blocks(_BLOCK):
-        code = lorsa.encode(block.x)
-        hit = code.indices[None] == wanted[:, None, None, None]
-        found.append((hit * code.values.abs()[None]).sum(-1))
+        indices, values = (part.cpu() for part in lorsa.encode(block.x))
+        hit = indices[None] == wanted[:, None, None, None]
+        found.append((hit * values.abs()[None]).sum(-1))
     out = torch.cat(found, 1)
     out[:, :, 0] = 0
     return out

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from small_lorsas import CONTEXT, LAYER, N_OV, K, quick, started
@@ -14,10 +15,12 @@ from asi_lens.base.errors import CacheError, OptionError, UnknownNameError
 from asi_lens.experiments import lorsa_runs, runs
 from asi_lens.experiments.lorsa_runs import LorsaRecipe, lorsa_budget, lorsa_rows, train_lorsas
 from asi_lens.inputs.corpora import Tokens
+from asi_lens.kernels.codes import SparseCode
 from asi_lens.lorsa.contexts import read_from, top_contexts, unit_firings
 from asi_lens.lorsa.data import SequencePairs, harvest_pairs, stored_pairs
 from asi_lens.lorsa.evaluate import evaluate_lorsa
 from asi_lens.lorsa.initialize import from_attention
+from asi_lens.lorsa.lorsa import Lorsa
 from asi_lens.lorsa.train import LorsaTrainer
 
 pytestmark = [
@@ -155,6 +158,28 @@ def test_a_negative_value_was_read_where_it_is_most_negative(
         assert of_value[position + 1 - row.distance].item() == pytest.approx(row.share, rel=1e-4)
         negative += int(z[sequence, position, row.unit] < 0)
     assert negative > 3
+
+
+def test_firings_and_contexts_of_a_lorsa_on_another_device(
+    tiny_llama: Any, tiny_tokens: Tokens, pairs: SequencePairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Elsewhere(torch.Tensor):
+        """As a tensor on a GPU: it meets no tensor of the CPU until it is copied there."""
+
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            assert not any(type(one) is torch.Tensor and one.ndim for one in args), f"two devices in {func}"
+            out = super().__torch_function__(func, types, args, kwargs)
+            return out.as_subclass(torch.Tensor) if func is torch.Tensor.cpu else out
+
+    lorsa, encode = started(tiny_llama, pairs), Lorsa.encode
+    found = [unit_firings(lorsa, pairs), top_contexts(lorsa, pairs, tiny_tokens, [0, 7], str)]
+    monkeypatch.setattr(
+        Lorsa, "encode", lambda *given: SparseCode(*(one.as_subclass(Elsewhere) for one in encode(*given)))
+    )
+    there = [unit_firings(lorsa, pairs), top_contexts(lorsa, pairs, tiny_tokens, [0, 7], str)]
+    for ours, theirs in zip(there, found, strict=True):
+        pd.testing.assert_frame_equal(ours, theirs)
 
 
 def test_a_unit_that_never_wrote_has_no_context(
