@@ -81,8 +81,8 @@ def dead_at_start(
         raise DataError("no rows to fire on")
     generator = torch.Generator().manual_seed(seed)
     # A row's length does not change its own sign, but its rank among the others: rows are of unit length.
-    features = torch.nn.functional.normalize(torch.randn(n_features, rows.shape[1], generator=generator))
-    features = features.to(rows.device)
+    drawn = torch.randn(n_features, rows.shape[1], generator=generator, dtype=torch.float32, device="cpu")
+    features = torch.nn.functional.normalize(drawn).to(rows.device)
     fired = torch.zeros(n_features, dtype=torch.bool, device=rows.device)
     for block in rows.split(_ROWS):
         centered = block.float() if center is None else block.float() - center.to(block.device).float()

@@ -74,6 +74,16 @@ def test_the_geometric_median_in_closed_form() -> None:
     assert geometric_median(same).tolist() == [3, 3]
 
 
+def test_the_share_does_not_depend_on_the_default_dtype() -> None:
+    rows = shifted(1.0)[:256]
+    expected = dead_at_start(rows, K, 512)
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert dead_at_start(rows, K, 512) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_what_cannot_be_answered_is_refused() -> None:
     rows = torch.randn(30, 4)
     still = Spectrum.of(torch.ones(30, 4, dtype=torch.float64))
