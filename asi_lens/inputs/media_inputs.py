@@ -30,7 +30,10 @@ _TEXT_VOCABULARY = 256
 @checked
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """Inputs of a model and which of their positions are rows. `inputs[a:b]` are items a to b."""
+    """Inputs of a model and which of their positions are rows. `inputs[a:b]` are items a to b.
+
+    Raises OptionError for arrays of other numbers of items than `kept`, and for an item without a row.
+    """
 
     arrays: dict[str, Tensor]
     """Transformers' arguments by name, each [item ...], on the CPU."""
@@ -51,6 +54,8 @@ class Inputs:
             sizes,
             f"as many items in each as in kept ({len(self.kept)})",
         )
+        empty = (~self.kept.any(1)).nonzero().flatten().tolist()
+        require(not empty, "kept", f"no position of items {empty[:8]}", "a row or more of each item")
 
     @property
     def fingerprint(self) -> str:

@@ -77,6 +77,10 @@ def test_the_fingerprint_changes_with_every_part(plain: Any) -> None:
     assert inputs.fingerprint not in known
     with pytest.raises(OptionError, match="as many items"):
         al.Inputs(inputs.arrays, kept[:-1], "c", inputs.kind, "")
+    kept[1] = False
+    with pytest.raises(OptionError, match=r"kept='no position of items \[1\]' .* of each item"):
+        al.Inputs(inputs.arrays, kept, "c", inputs.kind, "")
+    assert len(inputs[2:2]) == 0
 
 
 def test_inputs_are_of_the_models_kind_and_processor(plain: Any, tiny_llama: Any) -> None:
