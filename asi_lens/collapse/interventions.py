@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -49,17 +49,18 @@ def project(mean: Float[Tensor, " d"], basis: Float[Tensor, "d r"]) -> Edit:
 
 def mean_ablate(mean: Float[Tensor, " d"]) -> Edit:
     """Return the edit x -> mean, for every edited position."""
-    return lambda x: mean.to(x).expand_as(x).clone()
+    return lambda x: mean.to(x).expand(*x.shape[:-1], -1).clone()
 
 
-def skip_outliers(edit: Edit) -> Edit:
-    """Return `edit` without position 0 and massive rows (`massive`), which stay as they are.
+def skip_outliers(edit: Edit, also: Bool[Tensor, "batch position"] | None = None) -> Edit:
+    """Return `edit` without position 0, massive rows (`massive`) and rows `also`, which stay as they are.
 
     The mean and the directions were measured without them.
     """
 
     def skipping(x: Tensor) -> Tensor:
         kept, _ = massive_rows(x)
+        kept = kept if also is None else kept | also
         edited = edit(x[:, 1:]).to(x)
         return torch.cat([x[:, :1], torch.where(kept[:, 1:, None], x[:, 1:], edited)], dim=1)
 

@@ -16,6 +16,8 @@ from asi_lens.results.rows import LOSSES
 from asi_lens.sae.evaluate import Evaluation
 
 _FORMAT = 2  # part of the keys: raise it when the code gives other bits, also by a product in other tiles
+TWO_SITES: Mapping[str, Any] = {"left_alone": "rows massive on either side"}
+"""Option of evaluations of coders that read one site and write another."""
 NO_LOSSES: Mapping[str, None] = dict.fromkeys(LOSSES)
 """Columns of the language-model losses, for rows without that measurement."""
 
@@ -37,6 +39,7 @@ def held_out_numbers(
     model: nn.Module | None,
     tokens: Tokens | None,
     evaluate: Callable[[list[AnyRun]], Sequence[Evaluation]],
+    **options: Any,
 ) -> list[dict[str, Any]]:
     """Return the evaluated fields of `held_out` rows, a mapping for each run, from the cache or `evaluate`.
 
@@ -44,9 +47,10 @@ def held_out_numbers(
         held_out: fingerprint of the evaluated data.
         model, tokens: used for the language-model losses; None to skip them.
         evaluate: evaluates, together, the runs that are not in the cache.
+        options: JSON values of the evaluation that belong to the keys too.
     """
     info = None if model is None else model_info(model)
-    judged = {"format": _FORMAT, "losses": list(LOSSES), "held_out": held_out}
+    judged = {"format": _FORMAT, "losses": list(LOSSES), "held_out": held_out, **options}
     if info is not None:
         text = None if tokens is None else tokens.fingerprint
         judged = number_key(info.fingerprint, loss_dtype(info.dtype), text, **judged)

@@ -15,7 +15,7 @@ from torch import nn
 
 from asi_lens.base.errors import require, unknown_name
 from asi_lens.base.files import cache_key
-from asi_lens.experiments.held_out import held_out_numbers
+from asi_lens.experiments.held_out import TWO_SITES, held_out_numbers
 from asi_lens.experiments.rows import table_rows
 from asi_lens.experiments.run_folders import run_folder
 from asi_lens.experiments.runs import train_missing, train_seeds
@@ -214,7 +214,7 @@ def _evaluations(
         lorsas = [run.lorsa().to(resolve_device("auto")) for run in missing]
         return evaluate_lorsas(lorsas, held_out, model=model, tokens=tokens, progress=progress)
 
-    return held_out_numbers(runs, held_out.fingerprint, model, tokens, evaluate)
+    return held_out_numbers(runs, held_out.fingerprint, model, tokens, evaluate, **TWO_SITES)
 
 
 def _about(run: LorsaRun, held_out: SequencePairs) -> dict[str, Any]:

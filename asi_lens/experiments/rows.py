@@ -15,7 +15,7 @@ from asi_lens.activations.pairs import PairedStores
 from asi_lens.activations.split import Split
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import require
-from asi_lens.experiments.held_out import NO_LOSSES, held_out_numbers
+from asi_lens.experiments.held_out import NO_LOSSES, TWO_SITES, held_out_numbers
 from asi_lens.experiments.runs import TrainedRun
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.inputs.models import model_info, resolve_device
@@ -175,7 +175,8 @@ def _evaluations(
             return evaluate_transcoders(transcoders, held_out, **options)
         return evaluate_together(saes, held_out, **options)
 
-    return held_out_numbers(runs, held_out.fingerprint, model, tokens, evaluate)
+    how = TWO_SITES if isinstance(held_out, PairedStores) else {}
+    return held_out_numbers(runs, held_out.fingerprint, model, tokens, evaluate, **how)
 
 
 def _about(run: TrainedRun, held_out: ActivationStore | PairedStores) -> dict[str, Any]:

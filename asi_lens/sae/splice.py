@@ -6,7 +6,7 @@ Sums over all predicted tokens run in float64. The clean and the ablated model r
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from asi_lens.activations.float32 import in_float32
 from asi_lens.activations.harvest import SiteLayer
+from asi_lens.activations.massive import massive_rows
 from asi_lens.base.doors import checked
 from asi_lens.base.errors import DataError, OptionError, UnsupportedModelError, require
 from asi_lens.collapse.interventions import loss_recovered, mean_ablate, skip_outliers
@@ -63,6 +64,24 @@ class Place:
             reads[1] <= layer, "reads", reads, f"of layer {layer} at most, the layer of the written {write}"
         )
         return cls(read, write, models.site_width(model, *reads), d_out, reads[1], site)
+
+    def put(self, output: Callable[[Tensor], Tensor]) -> Hooks:
+        """Return hooks that put `output` of what is read in the place of what is written.
+
+        Position 0 and rows that are massive on either side stay as they are: data leave both out.
+        """
+        if self.read == self.write:
+            return {self.write: skip_outliers(output)}
+        seen: list[Tensor] = []
+
+        def look(x: Tensor) -> None:
+            seen[:] = [x]
+
+        def write(y: Tensor) -> Tensor:
+            x = seen.pop()
+            return skip_outliers(lambda _: output(x)[:, 1:], massive_rows(x)[0])(y)
+
+        return {self.read: look, self.write: write}
 
 
 def site_layer(metadata: Mapping[str, Any]) -> SiteLayer | None:
@@ -111,8 +130,9 @@ class Spliced(nn.Module):
     def hooks(self, model: nn.Module, place: Place | None = None) -> Hooks:
         """Return hooks for `models.forward` that put the coder's output in the place of the activation.
 
-        Position 0 and massive rows (`massive`) stay unchanged. An autoencoder does not receive position 0;
-        coders with two sites do, because a Lorsa attends to it. `place` is that of the metadata by default.
+        Position 0 and rows that are massive in what is read or written (`massive`) stay unchanged. An
+        autoencoder does not receive position 0; coders with two sites do, because a Lorsa attends to it.
+        `place` is that of the metadata by default.
 
         Raises OptionError for a place of other widths, and as `place` does.
         """
@@ -120,17 +140,7 @@ class Spliced(nn.Module):
         for side, mine, theirs in (("in", self.d_in, place.d_in), ("out", self.d_out, place.d_out)):
             hook = place.read if side == "in" else place.write
             require(mine == theirs, f"d_{side}", mine, f"{theirs}, the width of {hook}")
-        if place.read == place.write:
-            return {place.write: skip_outliers(lambda x: self(x).to(x))}
-        seen: list[Tensor] = []
-
-        def look(x: Tensor) -> None:
-            seen[:] = [x]
-
-        def put(y: Tensor) -> Tensor:
-            return torch.cat([y[:, :1], self(seen.pop())[:, 1:].to(y)], dim=1)
-
-        return {place.read: look, place.write: put}
+        return place.put(self)
 
 
 @dataclass(frozen=True)
@@ -138,8 +148,8 @@ class SpliceLosses:
     """Losses of the language model with the reconstruction in place of the activation.
 
     Losses are means over all predicted tokens, in nats; the model computes in float32 (`in_float32`).
-    Position 0 of a sequence and massive rows are never edited, because the dictionary's data and the measured
-    mean exclude them.
+    Position 0 of a sequence and rows that are massive in what is read or written are never edited, here or
+    for the mean: data of dictionaries and transcoders exclude them (data of Lorsas only position 0).
     """
 
     cross_entropy: float
@@ -249,7 +259,7 @@ def hooked_losses(
     ablated losses. Raises DataError for a loss that is not finite, and as `sequence_losses`.
     """
     site, layer = place.site, place.layer
-    edits: list[Hooks] = [{place.write: skip_outliers(mean_ablate(mean))}, *spliced]
+    edits: list[Hooks] = [place.put(mean_ablate(mean)), *spliced]
     options: dict[str, Any] = {"batch_tokens": batch_tokens, "progress": progress}
     found = sequence_losses(model, tokens, edits, layer, without_kl=1, what=f"{site} {layer}", **options)
     n = len(tokens) * (tokens.context - 1)

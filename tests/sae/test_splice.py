@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from small_stores import sinking
 from torch import nn
 
+from asi_lens.activations.massive import massive_rows
 from asi_lens.base.errors import OptionError, UnknownNameError
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.evaluate import Coder
-from asi_lens.sae.splice import Place
+from asi_lens.sae.splice import Place, hooked_losses
 from asi_lens.sae.transcoder import Transcoder
 
 pytestmark = pytest.mark.model_facing
@@ -63,6 +65,42 @@ def test_a_transcoder_reads_one_site_and_replaces_another(tiny_llama: Any, tiny_
     assert hooks[read](x) is None
     with torch.no_grad():
         torch.testing.assert_close(hooks[write](y), torch.cat([y[:, :1], coder(x)[:, 1:]], 1))
+
+
+@pytest.mark.parametrize("write", ["resid_post", "mlp_out"])
+def test_massive_rows_of_either_side_stay(tiny_llama: Any, tiny_tokens: Tokens, write: str) -> None:
+    """In the residual stream both sides are massive; what the MLP writes is not, only what is read."""
+    coder = transcoder({"site": write, "layer": 1, "reads": {"site": "resid_post", "layer": 0}})
+    with sinking(tiny_llama, tiny_tokens) as (tokens, places):
+        (read, written), ids = coder.hooks(tiny_llama), tokens.ids
+        x, y = (seen(tiny_llama, ids, name, {}) for name in (read, written))
+        left = torch.zeros(12, 31, dtype=torch.bool).flatten().index_fill(0, places, True).view(12, 31)
+        assert torch.equal(massive_rows(x)[0][:, 1:], left)
+        assert torch.equal(massive_rows(y)[0][:, 1:], left if write == "resid_post" else left & False)
+        hooks = coder.hooks(tiny_llama)
+        hooks[read](x)
+        put = hooks[written](y)
+        assert put is not None
+        with torch.no_grad():
+            expected = torch.where(left[..., None], y[:, 1:], coder(x)[:, 1:])
+        torch.testing.assert_close(put, torch.cat([y[:, :1], expected], 1))
+        assert torch.equal(put[:, 1:][left], y[:, 1:][left])
+
+
+@pytest.mark.parametrize("write", ["resid_post", "mlp_out", "blocks.1.mlp.hook_post"])
+def test_the_mean_takes_the_place_of_the_same_rows(tiny_llama: Any, tiny_tokens: Tokens, write: str) -> None:
+    """A transcoder that writes the mean loses what the ablation loses, with massive rows on either side."""
+    place = Place.of(tiny_llama, (write, 1), ("resid_post", 0))
+    mean = torch.randn(place.d_out, generator=torch.Generator().manual_seed(0))
+    coder = Transcoder(SAEConfig(D, 48, 4, d_out=place.d_out))
+    coder.set_output_normalization(mean, 1.0)
+    with torch.no_grad():
+        coder.b_enc.fill_(-1e6)
+    with sinking(tiny_llama, tiny_tokens) as (tokens, _):
+        given = [coder.hooks(tiny_llama, place)]
+        (found,) = hooked_losses(tiny_llama, tokens, place, mean, given, progress=False)
+    assert found.cross_entropy == found.cross_entropy_mean_ablated != found.cross_entropy_clean
+    assert found.loss_recovered == 0
 
 
 def test_a_place_that_metadata_do_not_name_is_given(tiny_llama: Any) -> None:
