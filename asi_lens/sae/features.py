@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from asi_lens.activations.float32 import in_float32
 from asi_lens.activations.pairs import PairedStores
 from asi_lens.activations.spectrum import Spectrum
 from asi_lens.activations.store import ActivationStore
@@ -112,9 +113,12 @@ class Features:
         require(0 <= n_logits <= most, "n_logits", n_logits, f"from 0 to {most}")
         mean = self.firings.mean[feature].item()
         fires = int(self.firings.counts[feature]) > 0
-        raised, lowered, why = [], [], "the feature never fires here" if not fires else self._why_no_logits()
-        if not why:
-            effect = self.logit_effect(feature)
+        raised, lowered, why = [], [], "" if fires else "the feature never fires here"
+        try:
+            effect = self.logit_effect(feature) if fires else None
+        except UnsupportedModelError as error:
+            effect, why = None, str(error)
+        if effect is not None:
             raised, lowered = (
                 [(self.word(i), v) for v, i in zip(*map(Tensor.tolist, found), strict=True)]
                 for found in (effect.topk(n_logits), effect.topk(n_logits, largest=False))
@@ -183,23 +187,30 @@ class Features:
 
         The feature's raw contribution is added to the final residual stream of real text, which goes through
         the model's own final norm and unembedding; the changes are averaged over 4 x 64 positions. Effects
-        through later layers are not in it. Raises UnsupportedModelError for a site that does not add to the
-        residual stream, or a model without logits.
+        through later layers are not in it. The model computes in float32 (`in_float32`): half precision
+        rounds a small contribution away.
+
+        Raises UnsupportedModelError for a site that does not add to the residual stream, z of a layer whose
+        output is normed or scaled first, or a model without logits, and as `in_float32`.
         """
         self._require(feature)
         why = self._why_no_logits()
         if why:
             raise UnsupportedModelError(why)
         push = self.written(feature) * self.firings.mean[feature].to(self.directions)
-        if self.store.metadata.get("site") == "z":
-            W_O = models.output_projection(self.model, int(self.store.metadata["layer"]))
-            push = push.to(W_O) @ W_O.reshape(-1, W_O.shape[-1])
-        change = self._final_logits(push) - self._clean_logits
+        with in_float32(self.model):
+            if self.store.metadata.get("site") == "z":
+                W_O = models.output_projection(self.model, int(self.store.metadata["layer"]))
+                push = push.to(W_O) @ W_O.reshape(-1, W_O.shape[-1])
+            change = self._final_logits(push) - self._clean_logits
         return (change - change.mean()).float()
 
     @cached_property
     def _final(self) -> tuple[Tensor, str, models.ResumePoint]:
-        """Ids of some text, the hook of the final residual stream, and the pass of the model up to there."""
+        """Ids of some text, the hook of the final residual stream, and the pass of the model up to there.
+
+        It and `_clean_logits` are asked for inside `in_float32` alone.
+        """
         ids = self.tokens.ids[:_LOGIT_SEQUENCES, :_LOGIT_CONTEXT]
         layers = models.model_info(self.model, fingerprint=False).n_layers
         last = models.hook_name(self.model, "resid_post", layers - 1)

@@ -93,6 +93,36 @@ def test_logits_against_the_model_itself(
     assert card.lowered[0][1] == pytest.approx((change - change.mean()).min().item(), rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.model_facing
+@pytest.mark.parametrize("site", ["attn_out", "z"])
+def test_effects_on_the_logits_are_of_float32(
+    tiny_folder: Any, tiny_tokens: Tokens, tmp_path: Path, site: str
+) -> None:
+    """bfloat16 rounds a small push away. The copy in float32 has the same weights."""
+    half, exact = (models.load_model(tiny_folder("llama"), dtype="bfloat16", device="cpu") for _ in range(2))
+    exact.original_model.float()
+    store = harvested(half, tiny_tokens, tmp_path, site)
+    sae, found = dictionary(store), []
+    for model in (half, exact):
+        looked = Features(sae, store, tiny_tokens, model, progress=False)
+        looked.firings.sums.mul_(0.01)
+        found.append(looked.logit_effect(int(looked.firings.counts.argmax())))
+    assert half.original_model.lm_head.weight.dtype == torch.bfloat16
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-5 * found[1].abs().max().item())
+
+
+@pytest.mark.model_facing
+def test_a_model_that_float32_does_not_fit_shows_no_logits(
+    features: Features, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(model: Any) -> Any:
+        raise UnsupportedModelError("too little memory")
+
+    monkeypatch.setattr("asi_lens.sae.features.in_float32", refused)
+    card = features.card(int(features.firings.counts.argmax()))
+    assert (card.no_logits, card.raised, len(card.top)) == ("too little memory", [], 4)
+
+
 def test_cards(features: Features) -> None:
     rows = features.sae.W_dec.detach()
     card = features.card(3, n_similar=39)
