@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from asi_lens.activations.spectrum import Spectrum
 from asi_lens.base.doors import checked
 from asi_lens.base.errors import OptionError, require, require_whole
-from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.kernels.codes import SparseCode
 from asi_lens.lorsa.contexts import read_from
@@ -124,9 +123,7 @@ class UnitFeatures(Features):
         return torch.stack([rows // each, rows % each + 1], dim=-1)
 
     def _why_no_logits(self) -> str:
-        if models.attention_write_site(self.model) != "attn_out":
-            return "what the layer writes is normed or scaled before it is added to the residual stream"
-        return ""
+        return self._why_not_added()
 
     @torch.no_grad()
     def _codes(self) -> Iterator[tuple[int, SparseCode]]:

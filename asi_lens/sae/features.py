@@ -288,6 +288,12 @@ class Features:
             return f"{site} does not add to the residual stream, so it has no direct effect on the logits"
         if not models.model_info(self.model, fingerprint=False).causal:
             return "the model does not predict next tokens"
+        return self._why_not_added() if site == "z" else ""
+
+    def _why_not_added(self) -> str:
+        """Return why the stream does not get what attention writes, z W_O; empty if it does."""
+        if models.attention_write_site(self.model) != "attn_out":
+            return "what the layer writes is normed or scaled before it is added to the residual stream"
         return ""
 
     @torch.no_grad()

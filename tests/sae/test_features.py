@@ -182,6 +182,19 @@ def test_sites_outside_the_stream(tiny_llama: Any, tiny_tokens: Tokens, tmp_path
         looked.logit_effect(feature)
 
 
+@pytest.mark.model_facing
+def test_what_is_changed_before_it_is_added_hides_the_logits_of_z(
+    tiny_folder: Any, tiny_tokens: Tokens, tmp_path: Path
+) -> None:
+    model = models.load_model(tiny_folder("gemma2"), dtype="float32", device="cpu")
+    for site, told in (("z", "normed or scaled before it is added"), ("attn_out", "")):
+        store = harvested(model, tiny_tokens, tmp_path, site)
+        looked = Features(dictionary(store), store, tiny_tokens, model, progress=False)
+        card = looked.card(int(looked.firings.counts.argmax()))
+        assert told in card.no_logits
+        assert bool(card.raised) == (card.no_logits == "") == (site == "attn_out")
+
+
 def test_bad_input(features: Features, tiny_llama: Any, tiny_tokens: Tokens) -> None:
     sae, store = features.sae, features.store
     nameless = al.ActivationStore.from_tensor(torch.randn(300, store.d))
