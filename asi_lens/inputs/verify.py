@@ -34,7 +34,7 @@ from asi_lens.inputs.plain import PlainModel
 # Largest relative error of logits and residuals that rounding explains, by dtype.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
 _SEQUENCES, _POSITIONS = 2, 12
-FORMAT = 1
+FORMAT = 2
 """Version of the checks: a change of what they find or of how they are cached counts it up."""
 
 
@@ -143,7 +143,8 @@ def _known(model: nn.Module, both: twin.Runners | None = None) -> _Known:
     both = both or twin.runners(model)
     known = _KNOWN.get(model)
     if known is None or known.state is not both.state:
-        with structure.without_added_hooks(model):
+        # A caller may be in inference mode, whose tensors do not count their changes (`_record_all`).
+        with structure.without_added_hooks(model), torch.inference_mode(False):
             known = _KNOWN[model] = _Known(both.state, _cached(model, both))
     return known
 

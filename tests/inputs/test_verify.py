@@ -35,6 +35,18 @@ def load(folder: Path, dtype: str = "float32") -> Any:
     return models.load_model(folder, dtype=dtype, device="cpu")
 
 
+def test_a_model_first_used_in_inference_mode(
+    folder_of: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ASI_LENS_CACHE", str(tmp_path))
+    model = load(folder_of("llama"))
+    with torch.inference_mode():
+        inside = verify.verification(model)
+    monkeypatch.setenv("ASI_LENS_CACHE", str(tmp_path / "other"))
+    outside = verify.verification(load(folder_of("llama")))
+    assert (inside.failure, inside.causal, inside.sites) == ("", True, outside.sites)
+
+
 def values_at(model: Any, ids: torch.Tensor, names: list[str]) -> dict[str, torch.Tensor]:
     values: dict[str, torch.Tensor] = {}
     hooks = {name: (lambda x, name=name: values.__setitem__(name, x)) for name in names}
