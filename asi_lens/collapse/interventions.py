@@ -67,6 +67,16 @@ def skip_outliers(edit: Edit, also: Bool[Tensor, "batch position"] | None = None
     return skipping
 
 
+def require_next_tokens(model: nn.Module, tokens: Tokens) -> None:
+    """Raise UnsupportedModelError for a model without next-token losses, OptionError for others' tokens."""
+    info = models.model_info(model, fingerprint=False)
+    if not info.causal:
+        raise UnsupportedModelError(
+            f"{info.name} ({info.architecture}) does not predict next tokens: no loss"
+        )
+    require_own_tokens(model, tokens)
+
+
 def next_token_loss(
     logits: Float[Tensor, "batch position vocabulary"], ids: Int[Tensor, "batch position"]
 ) -> Float[Tensor, "batch position-1"]:
@@ -88,7 +98,7 @@ def cross_entropy(
     the loss is not finite, UnsupportedModelError for a model that does not predict next tokens, OptionError
     for tokens of another model's tokenizer, and the errors of `in_float32`.
     """
-    _require_next_tokens(model, tokens)
+    require_next_tokens(model, tokens)
     total = 0.0
     told = {"unit": "seq", "desc": "clean loss", "disable": not progress}
     with in_float32(model), tqdm(total=len(tokens), **told) as bar:
@@ -113,7 +123,7 @@ def edited_cross_entropy(
 
     Raises as `cross_entropy` and `models.hook_name` do.
     """
-    _require_next_tokens(model, tokens)
+    require_next_tokens(model, tokens)
     hook = models.hook_name(model, site, layer)
     totals = dict.fromkeys(edits, 0.0)
     told = {"unit": "seq", "desc": f"{site} {layer}", "disable": not progress, "leave": False}
@@ -155,7 +165,7 @@ def truncation_sweep(
     random_ranks = ranks if random_ranks is None else random_ranks
     _require_fractions(ranks=ranks, random_ranks=random_ranks)
     require(all(seed >= 0 for seed in random_seeds), "random_seeds", list(random_seeds), "of at least 0")
-    _require_next_tokens(model, tokens)
+    require_next_tokens(model, tokens)
     info = models.model_info(model)
     dtype = loss_dtype(info.dtype)
     base = number_key(info.fingerprint, dtype, tokens.fingerprint, format=_FORMAT, batch_tokens=batch_tokens)
@@ -204,15 +214,6 @@ def truncation_sweep(
                 }
             )
     return out
-
-
-def _require_next_tokens(model: nn.Module, tokens: Tokens) -> None:
-    info = models.model_info(model, fingerprint=False)
-    if not info.causal:
-        raise UnsupportedModelError(
-            f"{info.name} ({info.architecture}) does not predict next tokens: no loss"
-        )
-    require_own_tokens(model, tokens)
 
 
 def _require_fractions(**given: Sequence[float]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from asi_lens.activations.spectrum import Spectrum
 from asi_lens.base.doors import checked
-from asi_lens.base.errors import OptionError, require, require_whole
+from asi_lens.base.errors import require, require_whole
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.kernels.codes import SparseCode
 from asi_lens.lorsa.contexts import read_from
@@ -65,10 +65,7 @@ class UnitFeatures(Features):
         self.sae, self.store, self.tokens, self.model = lorsa, pairs, tokens, model
         require_whole("n_reads", n_reads, 0)
         self.n_reads = n_reads
-        theirs = pairs.metadata.get("tokens")
-        if theirs is None:
-            raise OptionError("these pairs were not harvested from tokens: their rows have no text")
-        require_text_of("the pairs", theirs, tokens)
+        require_text_of("the pairs", pairs.metadata.get("tokens"), tokens)
         require(pairs.d == lorsa.d_in, "pairs", f"of width {pairs.d}", f"of width d_in={lorsa.d_in}")
         codes = self._codes()
         self.firings: Firings = count_firings(codes, lorsa.n_ov, pairs.n, top, sampled, seed, progress)

@@ -73,9 +73,7 @@ class Features:
         self.sae, self.store, self.tokens, self.model = sae, store, tokens, model
         rows = store.inputs if isinstance(store, PairedStores) else store
         self._rows = rows
-        if "tokens_fingerprint" not in rows.metadata:
-            raise OptionError("the rows of this store have no text: they were not harvested from tokens")
-        require_text_of("the store", rows.metadata["tokens_fingerprint"], tokens)
+        require_text_of("the store", rows.metadata.get("tokens_fingerprint"), tokens)
         self.firings: Firings = find_firings(
             sae, store, top=top, sampled=sampled, seed=seed, progress=progress
         )
@@ -304,8 +302,10 @@ class Features:
         return (code.values * (code.indices == feature)).sum(-1).cpu()[which]
 
 
-def require_text_of(what: str, fingerprint: str, tokens: Tokens) -> None:
-    """Raise OptionError unless `tokens` are those that `what` was harvested from."""
+def require_text_of(what: str, fingerprint: str | None, tokens: Tokens) -> None:
+    """Raise OptionError unless `tokens` are those that `what` was harvested from; None says from none."""
+    if fingerprint is None:
+        raise OptionError(f"the rows of {what} have no text: they were not harvested from tokens")
     if fingerprint != tokens.fingerprint:
         raise OptionError(
             f"tokens={tokens.corpus!r}, fingerprint {tokens.fingerprint}, are not allowed; tokens must "

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from asi_lens.activations.float32 import in_float32
+from asi_lens.activations.massive import massive_rows
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import DataError, OptionError, require, require_whole
-from asi_lens.collapse.interventions import next_token_loss
+from asi_lens.collapse.interventions import next_token_loss, require_next_tokens
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.sae.dictionary import SparseAutoencoder
+from asi_lens.sae.features import require_text_of
 from asi_lens.sae.firings import codes_in_order
 from asi_lens.sae.splice import site_layer
 
@@ -37,11 +39,12 @@ def token_information(
     difference, 0 for a feature that fires at random). The plug-in estimate of an entropy from few tokens is
     too low, by the same amount on average for both.
 
-    Raises OptionError for a store without positions or an option out of range.
+    Raises OptionError for a store without positions, tokens that are not its own, or an option out of range.
     """
     require_whole("draws", draws, 1)
     require_whole("seed", seed, 0)
     places = store.positions(torch.arange(store.n))
+    require_text_of("the store", store.metadata.get("tokens_fingerprint"), tokens)
     ids = tokens.ids[places[:, 0], places[:, 1]]
     pairs, counts = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
     base = int(ids.max()) + 1
@@ -96,15 +99,15 @@ def ablation_effects(
     """Return what the language model loses when one feature's contribution is taken out of the activation.
 
     The feature's part of the reconstruction, value times decoder row in raw units, is subtracted from the
-    activation wherever it fires; everything else of the activation stays. Position 0 is never edited. The
-    model computes in float32 (`in_float32`).
+    activation wherever it fires; everything else of the activation stays. Position 0 and massive rows
+    (`massive`) are never edited. The model computes in float32 (`in_float32`).
 
     Columns: `feature`, `firings` (on the edited positions), `loss_increase` (nats of next-token loss, summed
     over the text, per firing; NaN for a feature that does not fire), `error` (its standard error over
     sequences, NaN for fewer than two sequences).
 
     Raises OptionError for a feature that does not exist or a dictionary that does not say its site, DataError
-    for a loss that is not finite, and the errors of `models.forward` and `in_float32`.
+    for a loss that is not finite, and the errors of `require_next_tokens`, `models.forward` and `in_float32`.
     """
     where = site_layer(sae.config.metadata)
     if where is None:
@@ -112,6 +115,7 @@ def ablation_effects(
     for feature in features:
         require_whole("features", feature, 0)
         require(feature < sae.d_sae, "features", feature, f"from 0 to {sae.d_sae - 1}")
+    require_next_tokens(model, tokens)
     hook = models.hook_name(model, *where)
     increases: dict[int, list[Tensor]] = {feature: [] for feature in features}
     firings = dict.fromkeys(features, 0)
@@ -123,9 +127,10 @@ def ablation_effects(
             seen: list[Tensor] = []
             clean = models.forward(model, ids, {hook: seen.append}, logits=True, start=start)
             before = _losses(clean, ids)
-            code = sae.encode(seen[0][:, 1:])
+            code, (massive, _) = sae.encode(seen[0][:, 1:]), massive_rows(seen[0])
+            values = code.values.masked_fill(massive[:, 1:, None].to(code.values.device), 0)
             for feature in features:
-                value = (code.values * (code.indices == feature)).sum(-1, keepdim=True)
+                value = (values * (code.indices == feature)).sum(-1, keepdim=True)
                 fired = int((value > 0).sum())
                 if not fired:
                     increases[feature].append(torch.zeros(len(ids), dtype=torch.float64))

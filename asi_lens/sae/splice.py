@@ -19,11 +19,15 @@ from asi_lens.activations.float32 import in_float32
 from asi_lens.activations.harvest import SiteLayer
 from asi_lens.activations.massive import massive_rows
 from asi_lens.base.doors import checked
-from asi_lens.base.errors import DataError, OptionError, UnsupportedModelError, require
-from asi_lens.collapse.interventions import loss_recovered, mean_ablate, skip_outliers
+from asi_lens.base.errors import DataError, OptionError, require
+from asi_lens.collapse.interventions import (
+    loss_recovered,
+    mean_ablate,
+    require_next_tokens,
+    skip_outliers,
+)
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
-from asi_lens.inputs.own_tokens import require_own_tokens
 
 Hooks = Mapping[str, models.Hook]
 """Hooks of a forward pass, by name."""
@@ -202,12 +206,7 @@ def sequence_losses(
     Raises UnsupportedModelError for a model that does not predict next tokens, OptionError if there is no
     token to predict, and the errors of `in_float32`.
     """
-    info = models.model_info(model, fingerprint=False)
-    if not info.causal:
-        raise UnsupportedModelError(
-            f"{info.name} ({info.architecture}) does not predict next tokens, so it has no loss"
-        )
-    require_own_tokens(model, tokens)
+    require_next_tokens(model, tokens)
     require(tokens.context >= 2, "context", tokens.context, "at least 2 (a first token predicts the next)")
     require(len(tokens) >= 1, "tokens", f"{len(tokens)} sequences", "at least one sequence")
     require(batch_tokens >= 1, "batch_tokens", batch_tokens, "at least 1")

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_stores import OPTIONS
+from small_stores import OPTIONS, sinking
 
 import asi_lens as al
-from asi_lens.base.errors import OptionError
+from asi_lens.base.errors import OptionError, UnsupportedModelError
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.sae import firings
@@ -109,6 +109,41 @@ def test_ablations_against_an_edit_of_the_model(
     assert found.error[often] == pytest.approx(spread, rel=1e-2, abs=1e-6)
 
 
+@pytest.mark.model_facing
+def test_massive_rows_are_not_edited(tiny_llama: Any, tiny_tokens: Tokens, tmp_path: Path) -> None:
+    """Firings are those on the store's rows, which leave massive rows out, and so is the edit."""
+    hook = models.hook_name(tiny_llama, "resid_post", 1)
+    with sinking(tiny_llama, tiny_tokens) as (tokens, places):
+        store = al.harvest_store(
+            tiny_llama, tokens, "resid_post", 1, folder=tmp_path / "sinks", dtype="float32", **OPTIONS
+        )
+        assert store.left_out.tolist() == places.tolist()
+        sae = al.SparseAutoencoder(al.SAEConfig(store.d, 40, 3, metadata=store.metadata))
+        al.initialize(sae, "random", store.spectrum, sample=store.sample(100))
+        left = torch.zeros(12 * 31, dtype=torch.bool).index_fill(0, places, True).view(12, 31, 1)
+        counts = firings.find_firings(sae, store, progress=False).counts
+        dense, losses, features = [], [], list(range(40))
+        models.forward(
+            tiny_llama, tokens.ids, {hook: lambda x: dense.append(sae.encode_dense(x[:, 1:]).detach())}
+        )
+        wrong = (dense[0] > 0).sum((0, 1)) - counts
+        feature = int((wrong * (counts > 0)).argmax())
+        assert wrong[feature] > 0, "it fires on massive rows too"
+        part = dense[0][..., feature, None] * ~left * sae.W_dec[feature].detach() / sae.input_scale
+
+        def edited(x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([x[:, :1], x[:, 1:] - part], 1)
+
+        for hooks in ({}, {hook: edited}):
+            logits = models.forward(tiny_llama, tokens.ids, hooks, logits=True)
+            assert logits is not None
+            losses.append(-logits[:, :-1].double().log_softmax(-1).gather(-1, tokens.ids[:, 1:, None]).sum())
+        found = ablation_effects(sae, tiny_llama, tokens, features, progress=False).set_index("feature")
+    assert found.firings.tolist() == counts.tolist()
+    expected = (losses[1] - losses[0]).item() / int(counts[feature])
+    assert found.loss_increase[feature] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
 def test_bad_input(
     sae: al.SparseAutoencoder, store: al.ActivationStore, tiny_llama: Any, tiny_tokens: Tokens
 ) -> None:
@@ -122,6 +157,25 @@ def test_bad_input(
     rows = al.ActivationStore.from_tensor(torch.randn(60, store.d))
     with pytest.raises(OptionError, match="not harvested from tokens"):
         token_information(sae, rows, tiny_tokens)
+    untold = al.ActivationStore.from_tensor(torch.randn(60, store.d), {"context": 31, "drop_first": 1})
+    with pytest.raises(OptionError, match="not harvested from tokens"):
+        token_information(sae, untold, tiny_tokens)
+    other = Tokens(tiny_tokens.ids.flip(0), "other", tiny_tokens.tokenizer, tiny_tokens.context)
+    for wrong in (other, tiny_tokens[:5]):
+        with pytest.raises(OptionError, match=f"must be those of the store, .*{tiny_tokens.fingerprint}"):
+            token_information(sae, store, wrong)
+
+
+@pytest.mark.model_facing
+def test_models_and_tokens_that_have_no_loss(
+    sae: al.SparseAutoencoder, tiny_llama: Any, tiny_folder: Any, tiny_tokens: Tokens
+) -> None:
+    bert = models.load_model(tiny_folder("bert"), dtype="float32", device="cpu")
+    with pytest.raises(UnsupportedModelError, match="does not predict next tokens"):
+        ablation_effects(sae, bert, tiny_tokens, [1], progress=False)
+    theirs = Tokens(tiny_tokens.ids, "random", "another:0123456789abcdef", tiny_tokens.context)
+    with pytest.raises(OptionError, match="made by another tokenizer"):
+        ablation_effects(sae, tiny_llama, theirs, [1], progress=False)
 
 
 def test_entropy_of_tokens() -> None:
