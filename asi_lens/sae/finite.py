@@ -1,4 +1,4 @@
-"""Checks that weights, rows and gradients are finite, and the sums that make them cheap."""
+"""Checks that weights can be trained and rows and gradients are finite, and the sums that make them cheap."""
 
 from __future__ import annotations
 
@@ -13,12 +13,25 @@ from asi_lens.base.errors import DataError
 from asi_lens.base.threads import one_thread
 from asi_lens.kernels.gradients import Gradients
 
+# Largest distance of a decoder row's norm from 1 that rounding explains.
+_NORM_ERROR = 1e-3
 
-def require_finite_weights(sae: nn.Module) -> None:
-    """Raise DataError for NaN or infinity in weights. One call suffices: steps keep finite weights finite."""
+
+def require_trainable(sae: nn.Module, decoder: Float[Tensor, "n d"]) -> None:
+    """Raise DataError for NaN or infinity in weights, or decoder rows without unit norm.
+
+    One call suffices: steps keep finite weights finite and decoder rows at norm 1.
+    """
     for name, weight in sae.named_parameters():
         if not bool(weight.sum().isfinite()):
             raise DataError(f"{name} holds NaN or infinity")
+    norms = torch.linalg.vector_norm(decoder, dim=1)
+    if not bool(((norms - 1).abs() <= _NORM_ERROR).all()):
+        raise DataError(
+            f"rows of W_dec have norms from {norms.min().item():.4g} to {norms.max().item():.4g}; training "
+            "keeps them at 1, so the first step would change what this dictionary computes. Only one whose "
+            "decoder rows have unit norm can be trained on"
+        )
 
 
 def require_finite_rows(rows: Float[Tensor, "n d"], name: str) -> None:

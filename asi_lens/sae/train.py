@@ -23,7 +23,7 @@ from asi_lens.kernels.gradients import Gradients, sum_gradients
 from asi_lens.kernels.topk import Workspace
 from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.drift import Drift
-from asi_lens.sae.finite import power, require_finite_rows, require_finite_weights, total_of
+from asi_lens.sae.finite import power, require_finite_rows, require_trainable, total_of
 from asi_lens.sae.kernel_step import KernelStep, choose_kernels
 from asi_lens.sae.kinds import kinds_with
 from asi_lens.sae.kinds.kind import Picked
@@ -125,15 +125,15 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
         """Update on raw activations [batch d_in], or for a transcoder on a `Pair` of inputs and outputs.
 
         Raises DataError for a batch of the wrong width, without rows, or with NaN or infinity, or for weights
-        with NaN or infinity before the first step. Raises DivergedError (naming the step) if the loss or a
-        gradient is not finite. A step that raises changes nothing.
+        with NaN or infinity, or decoder rows not of unit norm, before the first step. Raises DivergedError
+        (naming the step) if the loss or a gradient is not finite. A step that raises changes nothing.
 
         On a GPU the host of TopK waits for numbers two times (in `sum_gradients`, and for the checks before
         the update), with AuxK three times, with the kernels once, however large the dictionary is.
         """
         sae, mesh = self.sae, self.mesh
         if self.steps == 0:
-            require_finite_weights(sae)
+            require_trainable(sae, sae.W_dec.data)
         sae.check_batch(batch.rows if isinstance(batch, Part) else batch)
         n = len(batch)
         self._first_weights()

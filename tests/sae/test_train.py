@@ -12,9 +12,10 @@ from waits import Waits, accelerated
 from asi_lens.activations.pairs import Pair
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import DataError, OptionError, UnknownNameError
-from asi_lens.sae.dictionary import SparseAutoencoder
+from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.finite import power
 from asi_lens.sae.initialize import initialize
+from asi_lens.sae.subspace import expand
 from asi_lens.sae.train import TrainConfig, Trainer
 from asi_lens.training.config import OPTIMIZERS as KINDS
 
@@ -192,6 +193,28 @@ def test_batches_that_cannot_be_are_refused_and_change_nothing() -> None:
         with pytest.raises(DataError, match=message):
             trainer.step(batch)
     assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.state().items())
+
+
+def test_a_dictionary_without_unit_rows_is_refused() -> None:
+    """A step scales the rows to unit norm, and so would change the function of a loaded dictionary."""
+    x, basis = rows(64), torch.linspace(0.5, 2, D_IN).diag()
+    shaped = expand(make(), basis, torch.zeros(D_IN), basis.inverse())
+    before = shaped(x)
+    trainer = Trainer(shaped, TrainConfig(n_tokens=640, batch_size=64, lr=1e-9))
+    with pytest.raises(DataError, match=r"rows of W_dec have norms from 0\.\d+ to 1\.\d+; training"):
+        trainer.step(x)
+    assert torch.equal(shaped(x), before)
+    rounded = make()
+    rounded.W_dec.data.mul_(1 + 5e-4)
+    assert Trainer(rounded, TrainConfig(n_tokens=640, batch_size=64)).step(x).step == 1
+
+
+@pytest.mark.parametrize("activation", ["batchtopk", "gated", "jumprelu", "relu"])
+def test_a_target_of_all_features_is_refused(activation: str) -> None:
+    """A folder of SAELens says no target; read, it has every feature."""
+    sae = SparseAutoencoder(SAEConfig(D_IN, D_SAE, D_SAE, activation=activation))
+    with pytest.raises(OptionError, match=f"k={D_SAE} is not allowed; k must be below d_sae={D_SAE}: it is"):
+        Trainer(sae, TrainConfig(n_tokens=640, batch_size=64))
 
 
 @pytest.mark.parametrize("value", [float("nan"), -float("nan"), float("inf")])

@@ -109,6 +109,9 @@ class Training(Generic[K, P]):
     def __init__(self, sae: Weights, config: SparsityConfig, n_steps: int, mesh: Mesh | None = None):
         for size in config.prefixes:
             require(size < sae.d_sae, "prefixes", size, f"below d_sae={sae.d_sae}")
+        free = sae.activation.picks_k or sae.k < sae.d_sae
+        wanted = f"below d_sae={sae.d_sae}: it is the target for the features that fire on a token"
+        require(free, "k", sae.k, wanted)
         start = sae.k if config.initial_l0 is None else config.initial_l0
         allowed = f"from k={sae.k}, to which it is annealed, to d_sae={sae.d_sae}"
         require(sae.k <= start <= sae.d_sae, "initial_l0", start, allowed)
