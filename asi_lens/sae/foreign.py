@@ -273,7 +273,8 @@ def _directions(
         d_init = "auto"
     active = active_subspace_of(method, spectrum, d_init, spectrum.d)
     directions = torch.empty(found.decoder.shape, dtype=torch.float64)
-    start.fill(directions, Draw(seed, active, spectrum, sample))
+    # Rows that the CPU draws are the same for every device.
+    start.fill(directions, Draw(seed, None if active is None else active.cpu(), spectrum, sample))
     return active, directions
 
 

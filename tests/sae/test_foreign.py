@@ -10,10 +10,13 @@ import pytest
 import torch
 from some_dictionaries import D_SAE, D, K
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import asi_lens as al
 from asi_lens.base.errors import DataError, OptionError, UnknownNameError
 from asi_lens.sae import foreign
+from asi_lens.sae.starts import Draw
+from asi_lens.sae.starts.start import Start
 
 D_INIT = 4
 
@@ -233,3 +236,23 @@ def test_inference_dictionaries_are_refused(saes: ModuleType, sample: Tensor) ->
     sae = sae_lens.TopKSAE(sae_lens.TopKSAEConfig(d_in=D, d_sae=D_SAE, k=K))
     with pytest.raises(OptionError, match=r"coder=sae_lens.*TrainingSAE"):
         foreign.initialize(sae, al.Spectrum.of(sample))
+
+
+def test_directions_are_drawn_on_the_cpu(sample: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A subspace of another device, here one that is made up, is taken to the rows."""
+    seen: list[Tensor] = []
+    spectrum = al.Spectrum.of(sample)
+
+    def fill(rows: Tensor, draw: Draw) -> Tensor:
+        seen.extend([rows, draw.subspace])
+        return rows.norm(dim=1)
+
+    start, rows = Start("asi", fill, subspace=True), torch.empty(D_SAE, D)
+    coder = foreign._Coder("SAELens", rows, rows, [], rows[0], True, True, 1.0, None, torch.relu)
+    monkeypatch.setattr(foreign, "find_start", lambda method: start)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        active = torch.empty(D, 4, dtype=torch.float64, device="cuda")
+        monkeypatch.setattr(foreign, "active_subspace_of", lambda *options: active)
+        found, directions = foreign._directions(coder, "asi", spectrum, 4, None, 0)
+    assert found is active
+    assert [one.device.type for one in (*seen, directions)] == ["cpu"] * 3
