@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -24,4 +23,4 @@ def variance(rows: Float[Tensor, "n d"], draw: Draw) -> Float[Tensor, " n"]:
     V, deviations = spectrum.eigenvectors.cpu(), spectrum.eigenvalues.cpu().clamp_min(0).sqrt()
     root: Tensor = (V * deviations) @ V.T
     draw_gaussian(rows, draw.seed)
-    return to_unit_norm(rows, lambda drawn: drawn @ root.to(torch.float64))
+    return to_unit_norm(rows, lambda drawn: drawn @ root.to(drawn))
