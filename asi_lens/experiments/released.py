@@ -14,13 +14,12 @@ from typing import Any
 
 from torch import nn
 
-from asi_lens.activations.harvest import SiteLayer, places
+from asi_lens.activations.harvest import SiteLayer
 from asi_lens.activations.harvest_store import harvest_stores
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import AsiLensError, DataError, FetchError, OptionError, require
 from asi_lens.base.files import existing, plain_name
 from asi_lens.base.offline import no_hub, refused
-from asi_lens.base.sites import SITES
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.results.beyond_rows import Library, ReleasedRow
@@ -29,6 +28,7 @@ from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.evaluate import evaluate
 from asi_lens.sae.formats import CONFIG, OURS, library_of, load_folder
 from asi_lens.sae.kinds import KINDS
+from asi_lens.sae.read_site import site_read
 
 SAVE = "from sae_lens import SAE; SAE.from_pretrained('{}', '{}').save_model('{}')"
 """Program that fetches a released dictionary with SAELens and writes it as a folder."""
@@ -46,8 +46,6 @@ NEEDED = (
 )
 """What an empty list of dictionaries means, and what to do about it."""
 
-# sparsify names a folder after the module whose output it reads.
-_MODULE = re.compile(r"(?:.*\.)?(?:layers|h)\.(\d+)(?:\.(self_attn|attn|attention|mlp))?")
 _ON_HUB = re.compile(r"[\w.-]+/[\w.-]+/[\w./-]+")
 
 
@@ -191,7 +189,9 @@ def _opened(model: nn.Module, name: str, folder: Path, model_names: Sequence[str
             f"add {made_for!r} to model_names"
         )
     try:
-        where = _where(model, about)
+        where = site_read(model, about)
+        if where is None:
+            raise OptionError("it does not say which hook it reads")
         width = models.site_width(model, *where)
     except AsiLensError as error:
         raise OptionError(f"{folder}: {error}") from error
@@ -201,35 +201,6 @@ def _opened(model: nn.Module, name: str, folder: Path, model_names: Sequence[str
     library = library_of(folder)
     start = sae.initialization.get("method") if library == "asi_lens" else None
     return Released(name, folder, library, where, sae.config, start)
-
-
-def _where(model: nn.Module, about: Mapping[str, Any]) -> SiteLayer:
-    """Return (site, layer) of a dictionary's metadata. Raises OptionError, and as `places` does.
-
-    `hook_attn_out` and `hook_mlp_out` mean in TransformerLens what is added to the stream, after a norm that
-    follows; so do the short names.
-    """
-    if about.get("hook_head_index") is not None:
-        raise OptionError(f"it reads head {about['hook_head_index']} alone, and no site here is one head")
-    if about.get("site") is not None and about.get("layer") is not None:
-        return places(model, [str(about["site"])], [int(about["layer"])])[0]
-    if about.get("hook_name"):
-        hook = str(about["hook_name"])
-        found = re.match(r"blocks\.(\d+)\.", hook)
-        for short, site in SITES.items():
-            if found and hook == site.template.format(found[1]):
-                return places(model, [short], [int(found[1])])[0]
-        return places(model, [hook], [0])[0]
-    module = _MODULE.fullmatch(str(about.get("hf_hook_name", "")))
-    if module is None:
-        raise OptionError("it does not say which hook it reads")
-    layer, part = int(module[1]), module[2]
-    write = models.attention_write_site(model)
-    if part == "mlp" and write != "attn_out":
-        # Such models norm or scale the MLP's output, too: the module's output is not what is added.
-        raise OptionError(f"it reads {about['hf_hook_name']!r}, which is no site of this model")
-    site_name = {None: "resid_post", "mlp": "mlp_out"}.get(part, write)
-    return places(model, [site_name], [layer])[0]
 
 
 def _plain(name: object) -> str:

@@ -27,6 +27,7 @@ from asi_lens.inputs.models import load_model
 from asi_lens.sae.cards import Card
 from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.features import Features
+from asi_lens.sae.read_site import site_read
 
 _STATIC = (
     "This front end shows no widgets, so here is one feature as it is; al.browse(...).card(n) shows others."
@@ -127,12 +128,12 @@ def _harvested(sae: SparseAutoencoder, tokens: Tokens, model: nn.Module) -> Acti
     """Return the activations of `tokens` at the dictionary's site, from the cache where they are there."""
 
     def where(about: Mapping[str, Any]) -> SiteLayer:
-        site, layer = about.get("site") or about.get("hook_name"), about.get("layer")
-        if site is None or layer is None:
+        found = site_read(model, about)
+        if found is None:
             raise OptionError(
                 "this dictionary does not say its site and layer; give a store of its site, and the tokens"
             )
-        return site, int(layer)
+        return found
 
     about = sae.config.metadata
     if "reads" not in about:

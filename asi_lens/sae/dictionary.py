@@ -12,7 +12,6 @@ Decoder rows have unit norm. `folded` returns weights of the same function on ra
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -33,7 +32,8 @@ from asi_lens.kernels.gradients import decode_sum
 from asi_lens.sae.finite import require_finite_rows
 from asi_lens.sae.kinds import KINDS
 from asi_lens.sae.kinds.kind import Weights
-from asi_lens.sae.splice import Place, Spliced, site_layer
+from asi_lens.sae.read_site import site_read
+from asi_lens.sae.splice import Place, Spliced
 
 # Rows encoded at a time outside of training.
 _BLOCK = 4096
@@ -234,10 +234,8 @@ class SparseAutoencoder(Weights, Spliced):
             yield target, self.decode(code), code
 
     def place_in(self, model: nn.Module, metadata: Mapping[str, Any]) -> Place | None:
-        """See `Spliced.place_in`. Metadata name site and layer, or a hook inside a block (SAELens)."""
-        where = site_layer(metadata)
-        if where is None and (match := re.match(r"blocks\.(\d+)\.", str(metadata.get("hook_name")))):
-            where = str(metadata["hook_name"]), int(match[1])
+        """See `Spliced.place_in`. Metadata name site and layer, a hook (SAELens) or a module (sparsify)."""
+        where = site_read(model, metadata)
         return None if where is None else Place.of(model, where)
 
     @torch.no_grad()

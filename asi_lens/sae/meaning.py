@@ -25,7 +25,7 @@ from asi_lens.inputs.corpora import Tokens
 from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.features import require_text_of
 from asi_lens.sae.firings import codes_in_order
-from asi_lens.sae.splice import site_layer
+from asi_lens.sae.read_site import site_read
 
 
 @torch.no_grad()
@@ -106,10 +106,12 @@ def ablation_effects(
     over the text, per firing; NaN for a feature that does not fire), `error` (its standard error over
     sequences, NaN for fewer than two sequences).
 
-    Raises OptionError for a feature that does not exist or a dictionary that does not say its site, DataError
-    for a loss that is not finite, and the errors of `require_next_tokens`, `models.forward` and `in_float32`.
+    Raises OptionError for a feature that does not exist, a transcoder or a dictionary that does not say its
+    site, DataError for a loss that is not finite, and the errors of `site_read`, `require_next_tokens`,
+    `models.forward` and `in_float32`.
     """
-    where = site_layer(sae.config.metadata)
+    require(not sae.is_transcoder, "sae", "a transcoder", "an autoencoder, which edits what it reads")
+    where = site_read(model, sae.config.metadata)
     if where is None:
         raise OptionError("sae='without a site' is not allowed; sae must be trained on a site that it states")
     for feature in features:

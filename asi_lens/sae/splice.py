@@ -88,12 +88,6 @@ class Place:
         return {self.read: look, self.write: write}
 
 
-def site_layer(metadata: Mapping[str, Any]) -> SiteLayer | None:
-    """Return the (site, layer) that `metadata` name, None if they lack one of them."""
-    site, layer = metadata.get("site"), metadata.get("layer")
-    return None if site is None or layer is None else (str(site), int(layer))
-
-
 @checked
 class Spliced(nn.Module):
     """Base of coders: a module whose output can take the place of an activation of the language model."""

@@ -27,7 +27,8 @@ from asi_lens.base.errors import DataError, require
 from asi_lens.kernels.draws import draw_gaussian, other_stream, unit_rows_
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.finite import require_finite_rows
-from asi_lens.sae.splice import Place, site_layer
+from asi_lens.sae.read_site import site_read
+from asi_lens.sae.splice import Place
 
 
 @checked
@@ -122,7 +123,7 @@ class Transcoder(SparseAutoencoder):
 
     def place_in(self, model: nn.Module, metadata: Mapping[str, Any]) -> Place | None:
         """See `Spliced.place_in`. Metadata name both sites, as those of `PairedStores` do."""
-        writes, reads = site_layer(metadata), site_layer(metadata.get("reads") or {})
+        writes, reads = site_read(model, metadata), site_read(model, metadata.get("reads") or {})
         return None if writes is None or reads is None else Place.of(model, writes, reads)
 
     @torch.no_grad()

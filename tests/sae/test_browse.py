@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,37 @@ def test_browse_takes_text_or_a_store(
     nameless = al.SparseAutoencoder(al.SAEConfig(features.sae.d_in, 40, 3))
     with pytest.raises(OptionError, match="does not say its site"):
         al.browse(nameless, tiny_tokens, tiny_llama)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "theirs"),
+    [({"hook_name": "blocks.1.hook_attn_out"}, "sae_weights"), ({}, "sae")],
+    ids=["SAELens", "sparsify"],
+)
+def test_folders_of_other_libraries(
+    features: Features,
+    tiny_llama: Any,
+    tiny_tokens: Tokens,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    metadata: dict[str, Any],
+    theirs: str,
+) -> None:
+    """They name a hook without a layer, or a module by the folder's name."""
+    monkeypatch.setenv("ASI_LENS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "layers.1.self_attn"
+    sae = al.SparseAutoencoder(al.SAEConfig(features.sae.d_in, 40, 3, metadata=metadata))
+    sae.load_state_dict(features.sae.state_dict())
+    sae.save(folder)
+    if theirs == "sae":
+        about = {"activation": "topk", "num_latents": 40, "k": 3, "d_in": sae.d_in}
+        (folder / "cfg.json").write_text(json.dumps(about))
+    for file in folder.glob("*"):
+        if file.name not in ("cfg.json", f"{theirs}.safetensors"):
+            file.unlink()
+    found = al.browse(al.SparseAutoencoder.load(folder), tiny_tokens, tiny_llama, progress=False).features
+    assert found.site == features.site
+    assert torch.equal(found.firings.counts, features.firings.counts)
 
 
 def test_the_command_writes_a_page(

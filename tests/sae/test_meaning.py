@@ -149,6 +149,9 @@ def test_bad_input(
 ) -> None:
     with pytest.raises(OptionError, match="features=40"):
         ablation_effects(sae, tiny_llama, tiny_tokens, [40])
+    two = al.Transcoder(al.SAEConfig(store.d, 40, 3, d_out=store.d, metadata=store.metadata))
+    with pytest.raises(OptionError, match="sae='a transcoder' is not allowed; sae must be an autoencoder"):
+        ablation_effects(two, tiny_llama, tiny_tokens, [1])
     nameless = al.SparseAutoencoder(al.SAEConfig(store.d, 40, 3))
     with pytest.raises(OptionError, match="without a site"):
         ablation_effects(nameless, tiny_llama, tiny_tokens, [1])
