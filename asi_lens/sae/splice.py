@@ -249,7 +249,7 @@ def hooked_losses(
     """Return losses of the language model under each of `spliced`, compared with clean and ablated losses.
 
     All hooks of `spliced` belong to `place`. `mean` is put in the place of the written activation for the
-    ablated losses. Raises DataError for a loss that is not finite, and as `sequence_losses`.
+    ablated losses. Raises DataError for a loss or KL that is not finite, and as `sequence_losses`.
     """
     site, layer = place.site, place.layer
     edits: list[Hooks] = [place.put(mean_ablate(mean)), *spliced]
@@ -260,12 +260,13 @@ def hooked_losses(
     out = []
     for own, kl in zip(found.cross_entropy[1:], found.kl[1:], strict=True):
         loss = own.mean().item()
-        if not all(abs(x) < float("inf") for x in (loss, clean_loss, ablated_loss)):
-            raise DataError(f"the cross-entropy with {site} of layer {layer} edited is not finite")
+        divergence = kl.mean().item()
+        if not all(map(math.isfinite, (loss, clean_loss, ablated_loss, divergence))):
+            raise DataError(f"the cross-entropy or KL with {site} of layer {layer} edited is not finite")
         recovered = loss_recovered(loss, clean_loss, ablated_loss)
         many = len(own) > 1
         error = (own - found.clean).std().item() / math.sqrt(len(own)) if many else None
-        delta, divergence = loss - clean_loss, kl.mean().item()
+        delta = loss - clean_loss
         out.append(SpliceLosses(loss, clean_loss, ablated_loss, delta, error, recovered, divergence, n))
     return out
 
@@ -287,8 +288,12 @@ def _divergence(
     log_p: Float[Tensor, "batch predicted d"],
     log_q: Float[Tensor, "batch predicted d"],
 ) -> Float[Tensor, " batch"]:
-    """Return the sum of KL(p || q) of each sequence, one sequence at a time to save memory."""
-    parts = zip(p, log_p, log_q, strict=True)
-    return torch.stack(
-        [(one * (log_one - log_other)).sum(dtype=torch.float64) for one, log_one, log_other in parts]
-    )
+    """Return the sum of KL(p || q) of each sequence, one sequence at a time to save memory.
+
+    Tokens that p gives no chance (masked by -infinity, for example) add nothing.
+    """
+    sums = []
+    for one, log_one, log_other in zip(p, log_p, log_q, strict=True):
+        each = (one * (log_one - log_other)).where(one > 0, 0)
+        sums.append(each.sum(dtype=torch.float64))
+    return torch.stack(sums)

@@ -13,7 +13,7 @@ from small_stores import sinking
 from torch import nn
 
 from asi_lens.activations.massive import massive_rows
-from asi_lens.base.errors import OptionError, UnknownNameError
+from asi_lens.base.errors import DataError, OptionError, UnknownNameError
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
@@ -101,6 +101,28 @@ def test_the_mean_takes_the_place_of_the_same_rows(tiny_llama: Any, tiny_tokens:
         (found,) = hooked_losses(tiny_llama, tokens, place, mean, given, progress=False)
     assert found.cross_entropy == found.cross_entropy_mean_ablated != found.cross_entropy_clean
     assert found.loss_recovered == 0
+
+
+def test_tokens_without_a_chance_add_nothing_to_kl(
+    tiny_llama: Any, tiny_tokens: Tokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits of -infinity, as of a masked vocabulary, give the KL of the other tokens alone."""
+    place, sae = Place.of(tiny_llama, ("attn_out", 1)), autoencoder(SITE)
+    real, only = models.forward, [0.0]
+
+    def masked(*given: Any, **options: Any) -> Any:
+        logits = real(*given, **options)
+        if logits is not None and only[0]:
+            logits[..., 0] = only[0]
+        return logits
+
+    monkeypatch.setattr("asi_lens.sae.splice.models.forward", masked)
+    given: Any = (tiny_llama, tiny_tokens, place, torch.zeros(D), [sae.hooks(tiny_llama)])
+    (small,), (none,) = (hooked_losses(*given, progress=False) for only[0] in (-1e4, float("-inf")))
+    assert 0 < none.kl == pytest.approx(small.kl, rel=1e-6)
+    monkeypatch.setattr("asi_lens.sae.splice._divergence", lambda p, *_: torch.full((len(p),), float("nan")))
+    with pytest.raises(DataError, match="cross-entropy or KL with attn_out of layer 1 edited is not finite"):
+        hooked_losses(*given, progress=False)
 
 
 def test_a_place_that_metadata_do_not_name_is_given(tiny_llama: Any) -> None:
