@@ -167,6 +167,7 @@ def initialize(
     offset = (mean - sae.input_mean.double().cpu()) * sae.input_scale.double().cpu()
     sae.b_dec.copy_(offset if b_dec == "mean" else torch.zeros_like(offset))
     sae.b_enc.zero_()
+    sae.activation.reset()
     total = sae.d_sae * mesh.config.model
     active = None if active is None else active.to(sae.W_dec.device)
     draw = Draw(seed, active, spectrum, sample, mesh.features(total)[0], total)

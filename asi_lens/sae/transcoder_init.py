@@ -85,6 +85,7 @@ def initialize_transcoder(
     sae.set_normalization(store.inputs.mean, store.inputs.scale)
     sae.set_output_normalization(store.outputs.mean, store.outputs.scale)
     sae.b_enc.zero_()
+    sae.activation.reset()
     sae.b_dec.zero_()
     sample = store.sample(min(_SAMPLE, store.n))
     device = sae.W_dec.device

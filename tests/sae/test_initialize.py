@@ -10,7 +10,9 @@ from small_starts import D_IN, D_SAE, make, mse, rows
 
 from asi_lens.activations.spectrum import Spectrum
 from asi_lens.base.errors import DataError, OptionError, UnknownNameError
+from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.initialize import auto_d_init, initialize
+from asi_lens.sae.kinds import KINDS
 from asi_lens.sae.starts import STARTS
 
 
@@ -230,3 +232,17 @@ def test_a_gpu_starts_where_a_cpu_does(method: str, spectrum: Spectrum, sample: 
         torch.testing.assert_close(there.W_dec.cpu(), here.W_dec, rtol=1e-6, atol=1e-6)
         assert theirs.encoder_norm == pytest.approx(ours.encoder_norm, rel=1e-5)
         assert theirs.leak_decoder is None or theirs.leak_decoder < 1e-12
+
+
+@pytest.mark.parametrize("activation", list(KINDS))
+@pytest.mark.parametrize("norm_search", [True, False])
+def test_nothing_is_left_of_an_earlier_training(
+    activation: str, norm_search: bool, spectrum: Spectrum, sample: torch.Tensor
+) -> None:
+    new, used = (SparseAutoencoder(SAEConfig(D_IN, D_SAE, 4, activation)) for _ in range(2))
+    for tensor in used.state_dict().values():
+        tensor.fill_(0.7)
+    for sae in (new, used):
+        initialize(sae, "random", spectrum, sample=sample if norm_search else None, norm_search=norm_search)
+    for name, tensor in new.state_dict().items():
+        assert torch.equal(used.state_dict()[name], tensor), name

@@ -248,6 +248,11 @@ class Kind(nn.Module):
         """Let only features with a pre-activation above `threshold` fire. May change `b_enc` in place."""
         raise NotImplementedError
 
+    def reset(self) -> None:
+        """Set own parameters and thresholds to zero, as a new dictionary has them."""
+        for own in self.state_dict().values():
+            own.zero_()
+
     def rescale(self, factor: float) -> None:
         """Adapt own parameters after encoder rows and b_enc were multiplied by `factor`, so that values are
         multiplied by `factor` too.
