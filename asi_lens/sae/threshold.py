@@ -24,6 +24,8 @@ def set_threshold(sae: SparseAutoencoder, sample: Float[Tensor, "n d_in"], l0: f
     require(kind.has_threshold, "activation", sae.config.activation, allowed)
     require(0 < l0 <= sae.d_sae, "l0", l0, f"above 0 and at most d_sae={sae.d_sae}")
     rows = sae.centered(sample)
+    least_l0 = f"large enough for one firing in the sample's {len(rows)} rows"
+    require(round(l0 * len(rows)) >= 1, "l0", l0, least_l0)
     found, least = largest(rows, sae.encoder_rows, sae.b_enc.data, l0)
     below = found.values[found.values < least]
     # Halfway to the next value, so that rounding does not change which features fire.

@@ -26,3 +26,6 @@ def test_a_threshold_for_an_l0() -> None:
         set_threshold(make("topk", torch.float32), x, 3)
     with pytest.raises(OptionError, match="l0=0"):
         set_threshold(make("jumprelu", torch.float32), x, 0)
+    too_few = 0.4 / len(x)
+    with pytest.raises(OptionError, match=rf"l0={too_few} .* one firing in the sample's {len(x)} rows"):
+        set_threshold(make("jumprelu", torch.float32), x, too_few)
