@@ -124,7 +124,10 @@ class _Loader:
         self.done = False
 
     def from_pretrained(self, name: str, **options: Any) -> Any:
-        """Return transformers' model. Raises DataError for missing weights and weights of another shape."""
+        """Return transformers' model; weights of 8 bits with scales (FP8) are dequantised.
+
+        Raises as `require_whole` does.
+        """
         from transformer_lens.model_bridge.sources.transformers import (
             determine_architecture_from_hf_config,
             get_hf_model_class_for_architecture,
@@ -137,6 +140,9 @@ class _Loader:
             )
         except ValueError:  # TransformerLens took the text model's configuration out of a larger one
             auto = AutoModelForCausalLM
+        quantization = getattr(options["config"], "quantization_config", None)
+        if isinstance(quantization, dict) and quantization.get("quant_method") == "fp8":
+            quantization["dequantize"] = True  # by itself transformers does so only where no GPU takes FP8
         model, report = auto.from_pretrained(
             name, **options, output_loading_info=True, ignore_mismatched_sizes=True
         )
@@ -146,7 +152,11 @@ class _Loader:
 
 
 def require_whole(source: str, model: Any, report: dict[str, Any]) -> None:
-    """Raise DataError unless transformers' loading report says that every weight was in the files."""
+    """Raise DataError unless transformers' loading report says that every weight was in the files.
+
+    Raises UnsupportedModelError for floating weights of 8 bits, whose scales stand beside them:
+    TransformerLens casts them to another dtype, after which transformers leaves the scales out.
+    """
     if report["mismatched_keys"]:
         key, there, wanted = sorted(report["mismatched_keys"])[0]
         others = len(report["mismatched_keys"]) - 1
@@ -162,6 +172,12 @@ def require_whole(source: str, model: Any, report: dict[str, Any]) -> None:
             f"{source} lacks {len(missing)} weights of {type(model).__name__}, which would stay random: "
             f"{_some(missing)}{there}"
         )
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and weight.itemsize == 1:
+            raise UnsupportedModelError(
+                f"the weights of {source} are quantised with scales beside them ({name} is {weight.dtype}), "
+                "and a cast would lose the scales; allowed are a copy in bfloat16 and a dequantised load"
+            )
 
 
 def _some(names: list[str]) -> str:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from asi_lens.base.errors import AsiLensError, DataError, UnsupportedModelError
 from asi_lens.inputs import models
+from asi_lens.inputs.loading import require_whole
 
 pytestmark = pytest.mark.model_facing
 
@@ -106,6 +107,53 @@ def test_another_shape_is_named_with_both_shapes(folder: Path, changes: Any, mes
     edit_config(folder, **changes)
     with pytest.raises(DataError, match=message):
         load(folder)
+
+
+# ---------------------------------------------------------------------------- weights of 8 bits
+
+
+def in_fp8(folder: Path) -> Path:
+    """Write a folder's projections as FP8 with a scale each, as released checkpoints have them."""
+
+    def pack(old: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        new = {}
+        for name, value in old.items():
+            new[name] = value
+            if "proj" in name:
+                scale = value.abs().max() / 448
+                new[name] = (value / scale).to(torch.float8_e4m3fn)
+                new[name.replace(".weight", ".weight_scale_inv")] = scale.reshape(1, 1)
+        return new
+
+    edit_weights(folder, pack)
+    fp8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    edit_config(folder, quantization_config=fp8)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fp8_weights_keep_their_scales_on_a_gpu(
+    folder: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+
+    # as on a GPU of compute capability 8.9, which takes such weights as they are
+    monkeypatch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda *_, **__: None)
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
+    whole = models.forward(load(folder), ids, {}, logits=True)
+    model = models.load_model(in_fp8(folder), dtype=dtype, device="cpu")
+    found = models.forward(model, ids, {}, logits=True).float()
+    assert float((found - whole).norm() / whole.norm()) < 0.1  # 3 bits of mantissa; without scales 0.9
+
+
+def test_weights_whose_scales_would_be_lost_are_refused() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).to(torch.float8_e4m3fn))
+    report: dict[str, Any] = {"mismatched_keys": set(), "missing_keys": set(), "unexpected_keys": set()}
+    with pytest.raises(
+        UnsupportedModelError, match=r"of own .*\(1\.weight is torch\.float8_e4m3fn\).*bfloat16"
+    ):
+        require_whole("own", model, report)
+    require_whole("own", model.float(), report)
 
 
 # ---------------------------------------------------------------------------- whatever a library raises
