@@ -52,9 +52,11 @@ LATE = {("sae.dictionary", "sae.formats")}
 OPTIONAL = {"triton": PACKAGE / "kernels" / "triton" / "language.py"}  # comes with PyTorch for NVIDIA cards
 # Modules without a test of their name, and the file that tests them.
 TESTED_ELSEWHERE = {
+    "base.products": "activations/test_precision.py",
     "experiments.held_out": "experiments/test_runs.py",
     "experiments.rows": "experiments/test_runs.py",
     "experiments.run_folders": "experiments/test_runs.py",
+    "activations.float32": "inputs/test_float32.py",
     "activations.moments_consumer": "collapse/test_spectra.py",
     "results.beyond_rows": "results/test_beyond_verdicts.py",
     "results.stability_rows": "results/test_stability_verdicts.py",

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from asi_lens.base.errors import DataError
+from asi_lens.base.products import exact_products as exact_products  # rooms after this one import it here
 from asi_lens.base.threads import one_thread
 
 MOST_UNCERTAIN = 0.005
@@ -90,32 +89,3 @@ def signs(d: int, device: torch.device) -> Float[Tensor, " d"]:
     generator = torch.Generator().manual_seed(d)
     drawn = torch.randint(2, (d,), generator=generator, device="cpu", dtype=torch.int64)
     return (2 * drawn - 1).double().to(device)
-
-
-@contextmanager
-def exact_products() -> Iterator[None]:
-    """Context for statistics: float32 products run in float32, whatever the user has switched on.
-
-    TF32 and bfloat16 products (`torch.set_float32_matmul_precision`) and reductions of bfloat16 products in
-    bfloat16 are off inside, and as before afterwards.
-    """
-    matmul = torch.backends.cuda.matmul
-    reduced = matmul.allow_bf16_reduced_precision_reduction
-    # PyTorch before 2.9 has one switch for all backends.
-    mkldnn: Any = torch.backends.mkldnn
-    places: list[Any] = [matmul, mkldnn.matmul] if hasattr(matmul, "fp32_precision") else []
-    before = [place.fp32_precision for place in places]
-    legacy = None if places else torch.get_float32_matmul_precision()
-    try:
-        matmul.allow_bf16_reduced_precision_reduction = False
-        for place in places:
-            place.fp32_precision = "ieee"
-        if legacy is not None:
-            torch.set_float32_matmul_precision("highest")
-        yield
-    finally:
-        matmul.allow_bf16_reduced_precision_reduction = reduced
-        for place, value in zip(places, before, strict=True):
-            place.fp32_precision = value
-        if legacy is not None:
-            torch.set_float32_matmul_precision(legacy)

@@ -2,6 +2,7 @@
 
 - The plain twin with fused attention against transformers' step-by-step attention: logits, last residual.
 - The bridge's own computation against the plain twin (when a hook that only the bridge has is first used).
+  After half precision, whose rounding hides errors of some per cent, both are compared in float32 as well.
 - resid_pre + attn_out + mlp_out = resid_post at every layer, with the norms and multipliers that the
   architecture has: a site is the hook whose value is really added to the stream.
 - z W_O (+ b_O) = attention's output at every layer.
@@ -14,9 +15,8 @@ process, since the fingerprint is of the Hugging Face model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,14 +25,14 @@ from torch import Tensor, nn
 
 from asi_lens.base.doors import checked
 from asi_lens.base.errors import UnsupportedModelError
-from asi_lens.inputs import identities, structure, twin
+from asi_lens.inputs import agreement, identities, structure, twin
+from asi_lens.inputs.agreement import has_head, record, relative_error
 from asi_lens.inputs.fingerprint import cached_number, model_fingerprint, number_key
+from asi_lens.inputs.float32 import fits_float32
 from asi_lens.inputs.identities import Check, Found
 from asi_lens.inputs.passes import run
 from asi_lens.inputs.plain import PlainModel
 
-# Largest relative error of logits and residuals that rounding explains, by dtype.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
 _SEQUENCES, _POSITIONS = 2, 12
 FORMAT = 2
 """Version of the checks: a change of what they find or of how they are cached counts it up."""
@@ -107,8 +107,9 @@ _KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
 def verify(model: nn.Module) -> Verification:
     """Return the table of a model's checks, those of the bridge's own computation included.
 
-    The model runs four times on 24 tokens, once for every structure of the model: adding a hook, editing a
-    weight in place and loading the same model again change nothing in it or begin anew. Raises
+    The model runs a few times on 24 tokens, for every structure of the model: adding a hook, editing a weight
+    in place and loading the same model again change nothing in it or begin anew. A model of half precision
+    takes three times the memory of its weights meanwhile, if there is as much (see `in_float32`). Raises
     UnsupportedModelError for a model without layers.
     """
     found = verification(model)
@@ -153,7 +154,8 @@ def _cached(model: nn.Module, both: twin.Runners) -> Verification:
     """Return `_verified`, from the cache if the same model was verified before on this kind of device."""
     weight = next(model.parameters())
     dtype = str(weight.dtype).removeprefix("torch.")
-    key = number_key(model_fingerprint(model), dtype, format=FORMAT, device=weight.device.type)
+    options: dict[str, Any] = {"device": weight.device.type, "float32": fits_float32(model)}
+    key = number_key(model_fingerprint(model), dtype, format=FORMAT, **options)
     places = (both.plain or both.own).places
 
     def compute() -> dict[str, Any]:
@@ -184,10 +186,8 @@ def _verified(model: Any, both: twin.Runners) -> Verification:
         found.failure = f"it cannot be compared with the plain Hugging Face model: {both.why_not}"
     given = sample_inputs(model)
     try:
-        values, logits = _record_all(model, runner, given)
-        last, _ = _record(
-            model, runner, _other_last(given, model), {"last": twin.Place(runner.blocks[-1], "out")}
-        )
+        values = _record_all(model, runner, given)
+        last, _ = record(model, runner, _other_last(given, model), {"last": _last(runner)})
     except Exception as error:  # whatever an architecture raises where it is not one of such inputs
         takes = model.takes if isinstance(model, PlainModel) else "token ids"
         found.failure = f"it does not run on {takes} ({_first_line(error)})"
@@ -196,12 +196,16 @@ def _verified(model: Any, both: twin.Runners) -> Verification:
         return found
     final = values[f"{layers[-1]}.post"]
     # Rows are computed alike in both passes: a causal model gives the same numbers but for rounding.
-    change = _error(last["last"][:, :-1], final[:, :-1], dtype)
+    change = relative_error(last["last"][:, :-1], final[:, :-1], dtype)
     found.causal = change <= 8 * torch.finfo(dtype).eps
     for layer in layers:
         identities.check_layer(model, runner, layer, values, found)
-    _compare_attention(model, found, given, final, logits)
+    _compare_attention(model, runner, found, given)
     return found
+
+
+def _last(runner: twin.Runner) -> twin.Place:
+    return twin.Place(runner.blocks[-1], "out")
 
 
 def _first_line(error: Exception) -> str:
@@ -213,20 +217,15 @@ def _without_a_twin_on_purpose(both: twin.Runners) -> bool:
     return "processed" in both.why_not or "several devices" in both.why_not
 
 
-def _compare_attention(
-    model: nn.Module, found: Verification, given: twin.Given, final: Tensor, logits: Tensor | None
-) -> None:
+def _compare_attention(model: nn.Module, runner: twin.Runner, found: Verification, given: twin.Given) -> None:
     eager = twin.eager_runner(model)
     if eager is None:
         return
-    plain, plain_logits = _record(model, eager, given, {"last": twin.Place(eager.blocks[-1], "out")})
-    for what, ours, theirs in (("last residual", final, plain["last"]), ("logits", logits, plain_logits)):
-        if ours is not None and theirs is not None:
-            error = _error(ours, theirs, found.dtype)
-            check = Check(f"{what}, fused attention = step by step", None, error, _TOLERANCE[found.dtype])
-            found.checks.append(check)
-            if not check.holds and not found.failure:
-                found.failure = f"{check.text}: transformers' two ways to compute attention differ"
+    checks = agreement.compared(model, runner, eager, given, lambda one: {"last residual": _last(one)})
+    for check in (replace(one, what=f"{one.what}, fused attention = step by step") for one in checks):
+        found.checks.append(check)
+        if not check.holds and not found.failure:
+            found.failure = f"{check.text}: transformers' two ways to compute attention differ"
     if found.failure:
         places = [*found.sites, *found.refused]
         found.refused = dict.fromkeys(places, found.failure)
@@ -241,22 +240,14 @@ def _compare_own(model: nn.Module, found: Verification) -> str:
     names = [name for name in found.sites.values() if name in both.own.places]
     with structure.without_added_hooks(model):
         try:
-            own, own_logits = _record(model, both.own, ids, {name: both.own.places[name] for name in names})
+            checks = agreement.compared(
+                model, both.own, both.plain, ids, lambda one: {name: one.places[name] for name in names}
+            )
         except Exception as error:  # the bridge's code for an architecture, on a model that it does not fit
             return _own_message(found, f"it fails ({_first_line(error)})")
-        plain, logits = _record(model, both.plain, ids, {name: both.plain.places[name] for name in names})
-    pairs: list[tuple[str, Any, Any]] = [("logits", own_logits, logits)]
-    pairs += [(name, own.get(name), value) for name, value in plain.items()]
-    worst = Check("the bridge's own computation = the plain model", None, 0.0, _TOLERANCE[found.dtype])
-    where = ""
-    for name, ours, theirs in pairs:
-        if theirs is None:
-            continue
-        off = float("inf") if ours is None else _error(ours, theirs, found.dtype)
-        if not off <= worst.error:
-            worst, where = Check(worst.what, None, off, worst.allowed), name
-    found.checks.append(worst)
-    return "" if worst.holds else _own_message(found, f"{where} differs by {worst.error:.1%}")
+    worst = max(checks, key=lambda check: (not check.holds, check.error / check.allowed))
+    found.checks.append(replace(worst, what="the bridge's own computation = the plain model"))
+    return "" if worst.holds else _own_message(found, f"{worst.what} differs by {worst.error:.1%}")
 
 
 def _own_message(found: Verification, why: str) -> str:
@@ -289,26 +280,8 @@ def _other_last(given: Any, model: Any) -> twin.Given:
     return other
 
 
-def _record(
-    model: nn.Module, runner: twin.Runner, given: twin.Given, places: Mapping[str, twin.Place]
-) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Return the values at `places` that a pass reaches, and the logits, or None without a head."""
-    values: dict[str, Tensor] = {}
-    hooks = {name: partial(_keep, values, name) for name in places}
-    watched = twin.Runner(runner.blocks, dict(places), runner.root)
-    with torch.inference_mode():
-        logits = run(model, watched, given, hooks, logits=_has_head(model, runner), reach_all=False)
-    return values, logits
-
-
-def _keep(values: dict[str, Tensor], name: str, x: Tensor) -> None:
-    values[name] = x.detach().clone()
-
-
-def _record_all(
-    model: nn.Module, runner: twin.Runner, given: twin.Given
-) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Return `_record` of `identities.wanted`, and mark places whose tensors change after their hooks."""
+def _record_all(model: nn.Module, runner: twin.Runner, given: twin.Given) -> dict[str, Tensor]:
+    """Return the values at `identities.wanted`, and mark places whose tensors change after their hooks."""
     wanted = identities.wanted(runner)
     kept: dict[str, tuple[Tensor, int, Tensor | None]] = {}
 
@@ -320,27 +293,8 @@ def _record_all(
     watched = twin.Runner(runner.blocks, places, runner.root)
     with torch.no_grad():  # tensors of inference mode do not count their changes
         hooks = {name: keep(name) for name in places}
-        logits = run(model, watched, given, hooks, logits=_has_head(model, runner), reach_all=False)
+        run(model, watched, given, hooks, logits=has_head(model, runner), reach_all=False)
     for name, (x, version, _) in kept.items():
         if x._version != version and name in runner.places:
             runner.places[name] = runner.places[name]._replace(changes=True)
-    return {name: copy for name, (_, _, copy) in kept.items() if copy is not None}, logits
-
-
-def _has_head(model: nn.Module, runner: twin.Runner) -> bool:
-    if isinstance(model, PlainModel):
-        return False
-    return runner.root is None or runner.root.get_output_embeddings() is not None
-
-
-def _error(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> float:
-    """Return the relative error: of all positions together, or the median position's in half precision.
-
-    Rounding can send a token to another expert in half precision, where it is another number altogether.
-    """
-    ours, theirs = ours.double().flatten(0, -2), theirs.double().flatten(0, -2)
-    if ours.shape != theirs.shape:
-        return float("inf")
-    if dtype in (torch.float64, torch.float32):
-        return float((ours - theirs).norm() / theirs.norm())
-    return float(((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).median())
+    return {name: copy for name, (_, _, copy) in kept.items() if copy is not None}

@@ -10,12 +10,11 @@ import tiny_models
 import torch
 from tiny_models import TL4
 
-from asi_lens.activations import float32
-from asi_lens.activations.float32 import in_float32, loss_dtype
 from asi_lens.base.errors import UnsupportedModelError
 from asi_lens.collapse.interventions import cross_entropy, edited_cross_entropy
-from asi_lens.inputs import models
+from asi_lens.inputs import float32, models
 from asi_lens.inputs.corpora import Tokens
+from asi_lens.inputs.float32 import fits_float32, in_float32, loss_dtype
 from asi_lens.sae.splice import sequence_losses
 
 pytestmark = pytest.mark.model_facing
@@ -193,6 +192,15 @@ def test_too_little_memory_is_refused(tiny_folder: Any, monkeypatch: pytest.Monk
     monkeypatch.setattr(float32, "free_bytes", lambda device: 10**9)
     with in_float32(model):
         pass
+    monkeypatch.setattr(float32, "free_bytes", lambda device: None)
+    monkeypatch.setattr(float32, "host_bytes", lambda: 1000)
+    with pytest.raises(UnsupportedModelError, match=told), in_float32(model):
+        pass
+    assert not fits_float32(model)
+    monkeypatch.setattr(float32, "host_bytes", lambda: None)  # not known
+    with in_float32(model):
+        pass
+    assert fits_float32(model)
 
 
 def test_a_module_without_a_configuration() -> None:
