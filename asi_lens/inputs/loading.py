@@ -33,6 +33,8 @@ from asi_lens.inputs.sources import SOURCES
 
 ORIGINS: WeakKeyDictionary[nn.Module, tuple[str, str]] = WeakKeyDictionary()
 """Name, and origin of the weights' precision, of every model that was loaded here."""
+REVISIONS: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+"""The hub's revision of a TransformerBridge that was loaded from one that was named."""
 
 # Not the folder's fault: raised again as they are.
 _PASS = (AsiLensError, MemoryError, torch.OutOfMemoryError)
@@ -69,13 +71,27 @@ def boot_bridge(
             revision=revision,
             trust_remote_code=trust_remote_code,
             model_class=loader,
+            tokenizer=None if revision is None else _tokenizer(str(source), revision, trust_remote_code),
         )
+    if revision is not None:
+        REVISIONS[bridge] = revision
     quantization = getattr(bridge.original_model.config, "quantization_config", None)
     if weights is None and quantization:
         method = getattr(quantization, "quant_method", None) or dict(quantization).get("quant_method", "")
         weights = f"quantised ({getattr(method, 'value', method)})"
     ORIGINS[bridge] = (name, weights or "as released")
     return bridge
+
+
+def _tokenizer(source: str, revision: str, trust_remote_code: bool) -> Any:
+    """Return a revision's tokenizer as TransformerLens loads one, which takes that of `main` alone."""
+    from transformers import AutoTokenizer
+
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        return AutoTokenizer.from_pretrained(source, add_bos_token=True, **options)
+    except ValueError:  # it has no token to begin with
+        return AutoTokenizer.from_pretrained(source, **options)
 
 
 @contextmanager

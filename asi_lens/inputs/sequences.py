@@ -13,6 +13,7 @@ from torch import nn
 
 from asi_lens.base.errors import DataError, UnsupportedModelError
 from asi_lens.inputs import models
+from asi_lens.inputs.loading import REVISIONS
 from asi_lens.inputs.media_items import Made, label
 from asi_lens.inputs.plain import PlainModel
 
@@ -79,7 +80,7 @@ def made(model: nn.Module, items: Iterable[Any], offset: int = 0) -> Iterator[Ma
 
 
 def tokenizer_of(model: nn.Module) -> Any:
-    """Return the tokenizer as the model's folder has it, with its special tokens.
+    """Return the tokenizer as the model's folder or revision has it, with its special tokens.
 
     Raises UnsupportedModelError for a model without one.
     """
@@ -90,7 +91,7 @@ def tokenizer_of(model: nn.Module) -> Any:
 
         source: Any = getattr(model, "original_model", None)
         try:
-            _OWN[model] = AutoTokenizer.from_pretrained(source.name_or_path)
+            _OWN[model] = AutoTokenizer.from_pretrained(source.name_or_path, revision=REVISIONS.get(model))
         except (AttributeError, OSError, ValueError) as error:
             name = models.model_info(model, fingerprint=False).name
             raise UnsupportedModelError(f"the tokenizer of {name!r} cannot be read again: {error}") from error

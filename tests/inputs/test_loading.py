@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from asi_lens.base.errors import AsiLensError, DataError, UnsupportedModelError
 from asi_lens.inputs import models
 from asi_lens.inputs.loading import require_whole
+from asi_lens.inputs.sequences import tokenizer_of
+from asi_lens.inputs.tokenizing import fingerprint
 
 pytestmark = pytest.mark.model_facing
 
@@ -107,6 +109,33 @@ def test_another_shape_is_named_with_both_shapes(folder: Path, changes: Any, mes
     edit_config(folder, **changes)
     with pytest.raises(DataError, match=message):
         load(folder)
+
+
+# ---------------------------------------------------------------------------- a revision of the hub
+
+
+def test_a_revision_is_its_weights_and_its_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    repo = tmp_path / "models--owner--tiny"
+    (repo / "refs").mkdir(parents=True)
+    for seed, name in enumerate(("main", "v2")):
+        (repo / "refs" / name).write_text(f"{seed}" * 40)
+        tiny_models.build("llama", repo / "snapshots" / (f"{seed}" * 40), seed=seed)
+    second = repo / "snapshots" / ("1" * 40)
+    tokenizer = json.loads((second / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    (second / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+    model = models.load_model("owner/tiny", revision="v2", dtype="float32", device="cpu")
+    same, main = load(second), models.load_model("owner/tiny", dtype="float32", device="cpu")
+    assert models.model_info(model).fingerprint == models.model_info(same).fingerprint
+    encoded = [one.tokenizer("abb").input_ids for one in (model, same, main)]
+    assert encoded[0] == encoded[1] != encoded[2]
+    assert fingerprint(model.tokenizer) == fingerprint(same.tokenizer) != fingerprint(main.tokenizer)
+    with_special = [tokenizer_of(one)("abb").input_ids for one in (model, same, main)]
+    assert with_special[0] == with_special[1] != with_special[2]
 
 
 # ---------------------------------------------------------------------------- weights of 8 bits
