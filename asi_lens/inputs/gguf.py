@@ -20,11 +20,14 @@ from asi_lens.inputs.loading import require_whole
 
 _log = logging.getLogger(__name__)
 
-_FORMAT = 3
-_HEADER = ("general.architecture", "general.file_type", "tokenizer.ggml.pre")
+_FORMAT = 4
+_HEADER = ("general.architecture", "general.file_type", "tokenizer.ggml.model", "tokenizer.ggml.pre")
 
-# llama.cpp splits text at every digit before byte-level BPE for these families; transformers does not.
-_SPLIT_DIGITS = ("smollm", "starcoder", "refact", "command-r")
+# Rules by which llama.cpp (`llm_tokenizer_bpe`) splits text before byte-level BPE. transformers knows others,
+# and splits by GPT-2's rule what it does not know. "default" is none of them: llama.cpp's is not GPT-2's.
+_AS_GPT2 = ("gpt-2", "phi-2", "mpt", "olmo", "jais", "gigachat", "a.x-4.0", "mellum", "trillion", "exaone4")
+# GPT-2's rule, and at every digit.
+_SPLIT_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 
 
 def dequantized(path: Path) -> tuple[Path, str]:
@@ -33,8 +36,9 @@ def dequantized(path: Path) -> tuple[Path, str]:
 
     The first call writes the folder into the cache (`models`) under the file's hash, atomically and under a
     lock between processes; it takes about 30 s per 100 M parameters. Raises UnsupportedModelError naming an
-    architecture that transformers cannot read, DataError for a file that is not a GGUF or is truncated, and
-    CacheError for a cached folder that was changed.
+    architecture that transformers cannot read, and what it would read wrong (`gguf_rules`, the rule to split
+    text); DataError for a file that is not a GGUF, is truncated or does not fit its own sizes; and CacheError
+    for a cached folder that was changed.
     """
     path = path.absolute()  # transformers opens the file by this name
     about = {"format": _FORMAT, "gguf_sha256": sha256_of(path)}
@@ -60,6 +64,7 @@ class Header:
     bits: int | None
     """Nominal bits per weight; None for 16 and 32-bit floats."""
     pre_tokenizer: str | None
+    """Rule by which text is split before byte-level BPE, "" if not stated; None for other tokenizers."""
 
 
 def read_header(path: Path) -> Header:
@@ -75,8 +80,11 @@ def read_header(path: Path) -> Header:
         raise DataError(f"{path} is not a whole GGUF file ({reason})") from error
     names = {member.value: member.name for member in gguf.LlamaFileType}
     quantized = re.search(r"MOSTLY_T?I?Q(\d)", names.get(values.get("general.file_type", -1), ""))
+    by_bytes = values.get("tokenizer.ggml.model") == "gpt2"
     return Header(
-        architecture, int(quantized.group(1)) if quantized else None, values.get("tokenizer.ggml.pre") or None
+        architecture,
+        int(quantized.group(1)) if quantized else None,
+        str(values.get("tokenizer.ggml.pre", "")) if by_bytes else None,
     )
 
 
@@ -100,9 +108,15 @@ def _convert(path: Path, header: Header, folder: Path) -> None:
     require_whole(str(path), model, report)
     metadata, unused = _unread(path, model)
     carry_over(path.name, metadata, unused, model.config)
-    if header.pre_tokenizer in _SPLIT_DIGITS:
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    rule, gpt2 = header.pre_tokenizer, pre_tokenizers.ByteLevel(add_prefix_space=False)
+    split = tokenizer.backend_tokenizer.pre_tokenizer
+    if rule in _SPLIT_DIGITS:
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, gpt2])
+    elif rule is not None and rule not in _AS_GPT2 and str(split) == str(gpt2):
+        raise UnsupportedModelError(
+            f"{path.name} has the tokenizer.ggml.pre {rule!r}, a rule to split text that is not known here; "
+            "load the model from its Hugging Face folder"
         )
     # save_pretrained refuses a model with quantization settings
     model.hf_quantizer = None

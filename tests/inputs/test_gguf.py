@@ -41,6 +41,7 @@ def write(
     theta: float = 10_000.0,
     metadata: Mapping[str, Any] | None = None,
     tensors: Mapping[str, np.ndarray] | None = None,
+    pre: str = "smollm",
 ) -> dict[str, np.ndarray]:
     """A llama-like model of two layers in Q4_1, as llama.cpp writes it; returns the float weights.
 
@@ -62,7 +63,8 @@ def write(
     writer.add_rope_dimension_count(D_HEAD)
     writer.add_vocab_size(len(TOKENS))
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
+    if pre:
+        writer.add_tokenizer_pre(pre)
     writer.add_token_list(TOKENS)
     writer.add_token_types([3, 3, 3] + [1] * (len(TOKENS) - 3))
     writer.add_token_merges(["Ġ Ġ"])
@@ -135,6 +137,29 @@ def test_weights_and_tokenizer_come_through(tmp_path: Path) -> None:
     logits = models.forward(model, torch.tensor([[1, 5, 9]]), {}, logits=True)
     assert logits.shape == (1, 3, len(TOKENS))
     assert bool(logits.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("pre", "pieces"),
+    [
+        ("minerva-7b", ["a", "ĠĠ", "1", "2"]),  # digits by themselves
+        ("olmo", ["a", "Ġ", "Ġ", "1", "2"]),  # GPT-2's rule: one space goes with the number
+        ("llama-bpe", ["a", "Ġ", "Ġ", "1", "2"]),  # known to transformers
+    ],
+)
+def test_text_is_split_by_the_files_rule(tmp_path: Path, pre: str, pieces: list[str]) -> None:
+    write(tmp_path / "rule.gguf", pre=pre)
+    tokenizer = models.tokenizer_of(models.load_model(tmp_path / "rule.gguf", dtype="float32"))
+    assert tokenizer.convert_ids_to_tokens(tokenizer("a  12", add_special_tokens=False).input_ids) == pieces
+
+
+@pytest.mark.parametrize("pre", ["deepseek-coder", "stablelm2", "default", "", "new-rule"])
+def test_an_unknown_rule_to_split_text_is_refused(tmp_path: Path, pre: str) -> None:
+    write(tmp_path / "odd.gguf", pre=pre)
+    with pytest.raises(
+        UnsupportedModelError, match=rf"odd\.gguf has the tokenizer\.ggml\.pre '{pre}', a rule"
+    ):
+        models.load_model(tmp_path / "odd.gguf")
 
 
 def test_the_second_time_nothing_is_converted(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
