@@ -63,6 +63,12 @@ def carry_over(path: str, metadata: Mapping[str, Any], tensors: Mapping[str, Any
     for key, value in metadata.items():
         if key not in scaling and key not in _NO_EFFECT and not _agrees(key, value, config):
             raise _unsupported(path, f"{key} = {_short(value)}", _held_against(key, config))
+    scalar = getattr(config, "query_pre_attn_scalar", None)
+    if scalar is not None and "attention.scale" not in metadata and scalar != _head_dim(config):
+        # Gemma 2 and 3 of 27B: transformers' default is not theirs.
+        raise _unsupported(
+            path, "no attention.scale", f"read as {scalar}^-0.5, heads are {_head_dim(config)} wide"
+        )
     left = dict(tensors)
     factors = left.pop("rope_freqs.weight", None)
     if left:

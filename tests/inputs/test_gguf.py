@@ -15,6 +15,7 @@ import torch
 from asi_lens.base.cache import MANIFEST
 from asi_lens.base.errors import CacheError, DataError, UnsupportedModelError
 from asi_lens.inputs import gguf, models, twin
+from asi_lens.inputs.gguf_rules import carry_over
 
 pytestmark = pytest.mark.model_facing
 
@@ -369,6 +370,22 @@ def test_what_is_not_carried_over_is_named(tmp_path: Path, metadata: dict[str, A
     write(tmp_path / "odd.gguf", metadata=metadata)
     with pytest.raises(UnsupportedModelError, match=rf"odd\.gguf has {named}"):
         models.load_model(tmp_path / "odd.gguf")
+
+
+@pytest.mark.parametrize(("kind", "heads", "width"), [("Gemma2", 32, 4608), ("Gemma3Text", 32, 5376)])
+def test_a_scale_of_attention_that_no_file_states(kind: str, heads: int, width: int) -> None:
+    """Gemma of 27B divides its scores by sqrt(width / heads), Gemma of other sizes by sqrt(head_dim)."""
+    import transformers
+
+    sizes = {"hidden_size": width, "num_attention_heads": heads, "num_hidden_layers": 2}
+    stated = {"embedding_length": width, "attention.head_count": heads, "attention.key_length": 128}
+    config = getattr(transformers, f"{kind}Config")(**sizes, head_dim=128)
+    with pytest.raises(UnsupportedModelError, match=r"27b has no attention\.scale.*256\^-0\.5.*128 wide"):
+        carry_over("27b", stated, {}, config)
+    config.query_pre_attn_scalar = width // heads  # as it would be read from a file that states it
+    carry_over("27b", {**stated, "attention.scale": (width // heads) ** -0.5}, {}, config)
+    small = getattr(transformers, f"{kind}Config")(**sizes, head_dim=256)
+    carry_over("small", {**stated, "attention.key_length": 256}, {}, small)
 
 
 @pytest.mark.parametrize("name", ["blk.0.attn_q.bias", "blk.0.ffn_gate_inp.weight", "blk.7.attn_norm.weight"])
