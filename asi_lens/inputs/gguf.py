@@ -97,7 +97,7 @@ def _convert(path: Path, header: Header, folder: Path) -> None:
     where: dict[str, Any] = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            **where, dtype=torch.float32, output_loading_info=True
+            **where, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
         tokenizer = AutoTokenizer.from_pretrained(**where)
     except (ValueError, KeyError, NotImplementedError) as error:

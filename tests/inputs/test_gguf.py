@@ -20,6 +20,7 @@ from asi_lens.inputs.gguf_rules import carry_over
 pytestmark = pytest.mark.model_facing
 
 D_MODEL, D_MLP, N_HEADS, N_KV_HEADS, D_HEAD = 64, 96, 4, 2, 16
+MLP = "llama.feed_forward_length"
 TOKENS = ["<unk>", "<s>", "</s>", *(chr(c) for c in range(33, 127)), "Ġ", "Ċ", "ĠĠ"]
 
 
@@ -236,6 +237,17 @@ def test_missing_weights_are_not_made_up(tmp_path: Path, own_cache: Path) -> Non
     with pytest.raises(DataError, match=r"lacks 1 weights .*model\.layers\.1\.mlp\.down_proj\.weight"):
         models.load_model(tmp_path / "part.gguf")
     assert not list((own_cache / "models").glob("part-*/"))
+
+
+def test_a_tensor_of_another_size_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "gguf.GGUFWriter.add_feed_forward_length", lambda self, n: self.add_uint32(MLP, n + 32)
+    )
+    write(tmp_path / "odd.gguf")
+    with pytest.raises(
+        DataError, match=r"odd\.gguf do not fit .*mlp\.\w+_proj\.weight is \(.*96.* for \(.*128"
+    ):
+        models.load_model(tmp_path / "odd.gguf")
 
 
 @pytest.mark.parametrize("kept", [0, 3, 200, 2_000, 20_000, -1])
