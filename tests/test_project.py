@@ -80,7 +80,6 @@ TESTED_ELSEWHERE = {
     "results.numbers": "results/test_judging.py",
     "results.trained_rank_rows": "results/test_trained_rank_verdicts.py",
     "reproduce.kernel": "reproduce/test_execute.py",
-    "reproduce.staleness": "reproduce/test_main.py",
     "sae.cards": "sae/test_features.py",
     "sae.finite": "sae/test_train.py",
     "sae.passes": "sae/test_train.py",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from asi_lens.base.errors import CacheError
-from asi_lens.base.files import cache_key, locked, sha256_of, write_text
+from asi_lens.base.files import cache_key, existing, locked, sha256_of, write_text
 from asi_lens.results import provenance
 from asi_lens.results.parameters_cell import notebook_path
 from asi_lens.results.sidecar import files_of, read_sidecar, sidecar_path
@@ -28,12 +28,28 @@ def key_of(name: str, parameters: Mapping[str, Any]) -> dict[str, str]:
         if path.suffix in (".py", ".html", ".j2") and room not in path.parents
     }
     told = {key: value for key, value in parameters.items() if key != "output_folder"}
+    inputs = dict(_stated(told))
     return {
         "the notebook": cache_key(code=_code(notebook_path(name))),
         "its parameters": cache_key(**told),
         "the package": cache_key(**sources),
         "installed versions": cache_key(**provenance.versions()),
+        **({"its inputs": cache_key(**inputs)} if inputs else {}),
     }
+
+
+def _stated(value: Any) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Yield the path, and size and time, of every file that a parameter names by its path or its folder's.
+
+    Notebooks run in a folder of their own, so only a whole path is one; any other text is a name.
+    """
+    if isinstance(value, Mapping | list | tuple):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from _stated(one)
+    elif isinstance(value, str) and (path := existing(value)) and path.is_absolute():
+        for file in [path, *path.rglob("*")]:
+            if file.is_file():
+                yield str(file), (file.stat().st_size, file.stat().st_mtime_ns)
 
 
 def out_of_date(folder: Path, name: str, key: Mapping[str, str]) -> str:
