@@ -60,8 +60,8 @@ def open_picture(item: Any, name: str) -> Image:
 def made(model: PlainModel, items: Iterable[Any], offset: int = 0) -> Iterator[Made]:
     """Yield each picture's pixels [channel height width], and which positions are patches.
 
-    One crop of each picture, as the processor cuts it. Positions before the patches (CLS, registers) are not
-    rows.
+    One crop of each picture, as the processor cuts it. Positions before and after the patches (CLS, registers
+    and detection tokens) are not rows.
     """
     if model.processor is None:
         raise UnsupportedModelError(
@@ -88,21 +88,24 @@ def made(model: PlainModel, items: Iterable[Any], offset: int = 0) -> Iterator[M
 
 
 def _patches(model: PlainModel, pixels: Tensor, name: str) -> Tensor:
-    """Return which of the model's positions are patches: all but those before them."""
+    """Return which positions of a model are patches: those that change with the picture before layer 0."""
     (height, width), (down, across) = pixels.shape[1:], model.patch_size
     n = (height // down) * (width // across)
-    seen: list[int] = []
+    noise = torch.rand(pixels.shape, generator=torch.Generator().manual_seed(0))
+    seen: list[Tensor] = []
     try:
         hooks.forward(
             model,
-            {"pixel_values": pixels[None]},
-            {"blocks.0.hook_resid_pre": lambda x: seen.append(x.shape[1])},
+            {"pixel_values": torch.stack([pixels, pixels + noise])},
+            {"blocks.0.hook_resid_pre": lambda x: seen.append((x[0] != x[1]).any(-1).cpu())},
             stop_after_layer=0,
         )
     except (ValueError, RuntimeError) as error:
         raise DataError(f"{name}, {height} x {width} pixels, does not fit the model: {error}") from error
-    if seen[0] < n:
+    at = seen[0].nonzero().flatten().tolist()
+    if seen[0].ndim != 1 or len(at) != n or at[-1] - at[0] != n - 1:
         raise UnsupportedModelError(
-            f"{model.cfg.model_name} has {seen[0]} positions for {n} patches; which are patches is not known"
+            f"{model.cfg.model_name}: {seen[0].numel()} positions, of which {len(at)} depend on the picture, "
+            f"for {n} patches; which are patches is not known"
         )
-    return torch.arange(seen[0]) >= seen[0] - n
+    return seen[0]

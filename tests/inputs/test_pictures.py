@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import asi_lens as al
-from asi_lens.base.errors import DataError
+from asi_lens.base.errors import DataError, UnsupportedModelError
 from asi_lens.inputs import models, pictures
 
 pytestmark = pytest.mark.model_facing
@@ -27,6 +27,29 @@ def test_patches_are_rows_and_tokens_before_them_are_not(kind: str, plain: Any) 
     side = 2 if "dinov2" in kind else 4
     assert inputs.context == BEFORE[kind] + side**2
     assert inputs.kept[0].tolist() == [False] * BEFORE[kind] + [True] * side**2
+
+
+def test_tokens_after_the_patches_are_not_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {**small_plain._WIDE, "image_size": [32, 32], "patch_size": 8, "num_detection_tokens": 6}
+    monkeypatch.setitem(small_plain.KINDS, "yolos", ("YolosModel", "YolosConfig", sizes))
+    model = al.load_model(small_plain.build("yolos", tmp_path / "yolos"), dtype="float32", device="cpu")
+    inputs = al.load_inputs(small_plain.pictures(8), model)
+    assert inputs.kept[0].tolist() == [False] + [True] * 16 + [False] * 6
+
+
+@pytest.mark.parametrize("changed", [range(17), range(1, 16), [*range(1, 9), *range(10, 18)]])
+def test_positions_that_are_not_known_to_be_patches(
+    changed: list[int], plain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(model: Any, given: Any, found: dict[str, Any], **options: Any) -> None:
+        x = torch.zeros(2, 20, 3)
+        x[1, list(changed), 1] = 1.0
+        found["blocks.0.hook_resid_pre"](x)
+
+    monkeypatch.setattr(pictures.hooks, "forward", forward)
+    told = f"20 positions, of which {len(changed)} depend on the picture, for 16 patches"
+    with pytest.raises(UnsupportedModelError, match=told):
+        al.load_inputs(small_plain.pictures(3), plain("vit"))
 
 
 def test_each_row_is_its_own_patch(plain: Any) -> None:
