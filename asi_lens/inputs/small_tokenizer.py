@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from asi_lens.base.cache import cached_folder
@@ -27,18 +28,27 @@ def small_tokenizer(source: Any, vocab: int) -> PreTrainedTokenizerFast:
     """Return a byte-level byte-pair tokenizer of `vocab` tokens for `load_tokens`.
 
     Its merges are learned from the first million characters of `source` (as `load_tokens` takes it). The 256
-    bytes are tokens, so any text can be written. The tokenizer is cached.
+    bytes are tokens, so any text can be written. The tokenizer is cached, unless the text is a stream, whose
+    content is not known before it is read.
 
     Raises OptionError for fewer than 257 tokens, DataError for a text that is too short for as many merges,
     and the errors of `open_corpus`.
     """
-    from transformers import PreTrainedTokenizerFast
-
     require_whole("vocab", vocab, 257)
     corpus = open_corpus(source)
+    if corpus.fingerprint is None:
+        with TemporaryDirectory() as once:
+            _fill(Path(once), corpus, vocab)
+            return _read(Path(once))
     about = {"format": _FORMAT, "corpus": corpus.fingerprint, "vocab": vocab, "characters": _CHARACTERS}
     folder = cached("tokenizers", file_name(corpus.name[:60], vocab, key=cache_key(**about)))
     cached_folder(folder, about, lambda path: _fill(path, corpus, vocab), f"Delete {folder} and run again.")
+    return _read(folder)
+
+
+def _read(folder: Path) -> PreTrainedTokenizerFast:
+    from transformers import PreTrainedTokenizerFast
+
     return PreTrainedTokenizerFast(tokenizer_file=str(folder / _FILE), eos_token=_END)
 
 

@@ -49,6 +49,18 @@ def test_it_is_learned_once_from_the_beginning_of_the_text(
     assert small_tokenizer(TEXTS, 300).get_vocab() == vocab, "from the cache"
 
 
+def test_streams_do_not_share_a_tokenizer() -> None:
+    from datasets import IterableDataset
+
+    texts = [TEXTS, [text.replace("cat", "unicorn").replace("mat", "cloud") for text in TEXTS]]
+    streams = [
+        IterableDataset.from_generator(lambda one=one: ({"text": text} for text in one)) for one in texts
+    ]
+    first, second = (small_tokenizer(stream, 300).get_vocab() for stream in streams)
+    assert first != second
+    assert [first, second] == [small_tokenizer(one, 300).get_vocab() for one in texts]
+
+
 def test_bad_options_and_short_texts() -> None:
     with pytest.raises(OptionError, match=r"vocab=256 .* at least 257"):
         small_tokenizer(TEXTS, 256)
