@@ -77,7 +77,7 @@ def special_id(tokenizer: PreTrainedTokenizerBase, name: str) -> int | None:
     """Return the id of the special token `name` ("bos", "eos", "sep", "cls"), or None.
 
     None also stands for a token that is not in the vocabulary (its id would be the unknown token's), and for
-    the token that TransformerLens invents where the tokenizer was released without one.
+    the token that TransformerLens adds to a vocabulary where the tokenizer was released without one.
     """
     token = getattr(tokenizer, f"{name}_token", None)
     number = getattr(tokenizer, f"{name}_token_id", None)
@@ -87,7 +87,10 @@ def special_id(tokenizer: PreTrainedTokenizerBase, name: str) -> int | None:
         return None
     options = getattr(tokenizer, "init_kwargs", {})
     released = {str(value) for key, value in options.items() if key.endswith("_token")}
-    return None if str(token) == _INVENTED and _INVENTED not in released else number
+    # It sets the others, too: where they are not set, the user has named this one.
+    all_set = tokenizer.bos_token is not None and tokenizer.pad_token is not None
+    new = all_set and number >= tokenizer.vocab_size
+    return None if str(token) == _INVENTED and _INVENTED not in released and new else number
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

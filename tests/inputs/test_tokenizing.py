@@ -81,6 +81,28 @@ def test_without_a_token_to_begin_or_separate_it_is_an_error(tmp_path: Path, nam
     assert load_tokens(["a b", "c"], model, n_tokens=4, context=4).ids[0].tolist()[::3] == [1, 1]
 
 
+@pytest.mark.parametrize("others", [{}, {"bos_token": "a", "pad_token": "b"}])
+@pytest.mark.parametrize("added", [False, True])
+def test_an_end_that_the_user_has_named_is_used(others: dict[str, str], added: bool) -> None:
+    end = "<|endoftext|>"
+    tokenizer = words_tokenizer("u", *([] if added else [end]), unk_token="u", **others)
+    if added:
+        tokenizer.add_special_tokens({"eos_token": end})
+    tokenizer.eos_token = end
+    if added and others:  # as TransformerLens leaves it
+        assert special_id(tokenizer, "eos") is None
+        return
+    found = load_tokens(["a b", "c"], tokenizer, n_tokens=5, context=5).ids[0]
+    assert found[3] == tokenizer.eos_token_id == tokenizer.get_vocab()[end]
+    assert found[0] == (tokenizer.bos_token_id if others else tokenizer.eos_token_id)
+
+
+@pytest.mark.model_facing
+def test_a_librarys_end_is_used_if_it_is_of_the_vocabulary(tmp_path: Path) -> None:
+    model = model_with(words_tokenizer("u", "<|endoftext|>", unk_token="u"), tmp_path / "model")
+    assert load_tokens(["a b", "c"], model, n_tokens=4, context=4).ids[0].tolist()[::3] == [1, 1]
+
+
 def test_a_row_needs_a_first_token() -> None:
     tokenizer = words_tokenizer("u", "S", unk_token="u", sep_token="S")
     with pytest.raises(DataError, match="no token to begin a sequence with"):
