@@ -56,7 +56,6 @@ TESTED_ELSEWHERE = {
     "experiments.held_out": "experiments/test_runs.py",
     "experiments.rows": "experiments/test_runs.py",
     "experiments.run_folders": "experiments/test_runs.py",
-    "activations.float32": "inputs/test_float32.py",
     "activations.moments_consumer": "collapse/test_spectra.py",
     "results.beyond_rows": "results/test_beyond_verdicts.py",
     "results.stability_rows": "results/test_stability_verdicts.py",

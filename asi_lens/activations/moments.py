@@ -17,9 +17,10 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from asi_lens.activations.precision import covariance_eigenvalues, exact_products, signs, tolerance
+from asi_lens.activations.precision import covariance_eigenvalues, signs, tolerance
 from asi_lens.base.doors import checked
 from asi_lens.base.errors import DataError, OptionError, require
+from asi_lens.base.products import exact_products
 
 # Columns of a block of the product. Only blocks on and above the diagonal are computed, which saves 3/8 of
 # the work at 4 blocks, and every block is still large enough for an efficient product.

@@ -16,7 +16,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from asi_lens.base.errors import DataError
-from asi_lens.base.products import exact_products as exact_products  # rooms after this one import it here
 from asi_lens.base.threads import one_thread
 
 MOST_UNCERTAIN = 0.005

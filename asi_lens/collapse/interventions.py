@@ -17,7 +17,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from asi_lens.activations.float32 import in_float32, loss_dtype
 from asi_lens.activations.massive import massive_rows
 from asi_lens.activations.spectrum import Spectrum
 from asi_lens.base.doors import checked
@@ -25,6 +24,7 @@ from asi_lens.base.errors import DataError, UnsupportedModelError, require
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.inputs.fingerprint import cached_number, number_key
+from asi_lens.inputs.float32 import in_float32, loss_dtype
 from asi_lens.inputs.own_tokens import require_own_tokens
 
 # Takes an activation [batch position d] and returns the activation that replaces it.

@@ -8,9 +8,9 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import nn
 
-from asi_lens.activations.float32 import loss_dtype
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.inputs.fingerprint import cached_numbers, number_key
+from asi_lens.inputs.float32 import loss_dtype
 from asi_lens.inputs.models import model_info
 from asi_lens.results.rows import LOSSES
 from asi_lens.sae.evaluate import Evaluation

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from asi_lens.activations.float32 import loss_dtype
 from asi_lens.base.errors import DataError, require
 from asi_lens.experiments.runs import TrainedRun
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.inputs.fingerprint import cached_numbers, number_key
+from asi_lens.inputs.float32 import loss_dtype
 from asi_lens.inputs.models import model_info, resolve_device
 from asi_lens.results.rows import PairedLossRow
 from asi_lens.sae.splice import sequence_losses

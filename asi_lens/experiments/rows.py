@@ -10,7 +10,6 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
-from asi_lens.activations.float32 import loss_dtype
 from asi_lens.activations.pairs import PairedStores
 from asi_lens.activations.split import Split
 from asi_lens.activations.store import ActivationStore
@@ -18,6 +17,7 @@ from asi_lens.base.errors import require
 from asi_lens.experiments.held_out import NO_LOSSES, TWO_SITES, held_out_numbers
 from asi_lens.experiments.runs import TrainedRun
 from asi_lens.inputs.corpora import Tokens
+from asi_lens.inputs.float32 import loss_dtype
 from asi_lens.inputs.models import model_info, resolve_device
 from asi_lens.results.rows import DeadFeatureRow, DriftRow
 from asi_lens.sae.drift import COLUMNS

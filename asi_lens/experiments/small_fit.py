@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 
 from asi_lens.activations.massive import massive_rows
 from asi_lens.activations.moments import Moments
-from asi_lens.activations.precision import exact_products
 from asi_lens.activations.spectrum import Spectrum
+from asi_lens.base.products import exact_products
 from asi_lens.base.threads import short_steps
 from asi_lens.collapse.output_projection import head_overlap
 from asi_lens.experiments.small_training import Training, next_token_loss

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from asi_lens.activations.float32 import in_float32
 from asi_lens.base.errors import UnsupportedModelError, require
 from asi_lens.inputs import models, structure, twin
+from asi_lens.inputs.float32 import in_float32
 from asi_lens.lorsa.heads import PatternConfig, QueryKeyHeads
 from asi_lens.sae.splice import Place
 

@@ -19,9 +19,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from asi_lens.activations.moments import Moments
-from asi_lens.activations.precision import exact_products, few_threads
+from asi_lens.activations.precision import few_threads
 from asi_lens.base.doors import checked
 from asi_lens.base.errors import DataError, OptionError, require
+from asi_lens.base.products import exact_products
 from asi_lens.kernels.draws import draw_gaussian, unit_rows_
 from asi_lens.lorsa.attention import AttentionLayer, origin, read_attention
 from asi_lens.lorsa.data import SequencePairs

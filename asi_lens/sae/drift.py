@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from asi_lens.activations.precision import exact_products
 from asi_lens.activations.spectrum import Spectrum
+from asi_lens.base.products import exact_products
 from asi_lens.sae.dictionary import SparseAutoencoder
 
 _ROWS = 4096

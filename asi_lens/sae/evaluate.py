@@ -18,10 +18,10 @@ from asi_lens.activations.harvest import SiteLayer
 from asi_lens.activations.harvest_store import ActivationStore
 from asi_lens.activations.moments import Moments
 from asi_lens.activations.pairs import PairedStores
-from asi_lens.activations.precision import exact_products
 from asi_lens.base.doors import checked
 from asi_lens.base.errors import DataError, OptionError, require, require_both
 from asi_lens.base.facts import facts_html
+from asi_lens.base.products import exact_products
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.kernels.codes import SparseCode
 from asi_lens.sae.dictionary import SparseAutoencoder

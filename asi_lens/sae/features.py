@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from asi_lens.activations.float32 import in_float32
 from asi_lens.activations.pairs import PairedStores
 from asi_lens.activations.spectrum import Spectrum
 from asi_lens.activations.store import ActivationStore
@@ -22,6 +21,7 @@ from asi_lens.base.errors import OptionError, UnsupportedModelError, require, re
 from asi_lens.base.sites import SITES
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
+from asi_lens.inputs.float32 import in_float32
 from asi_lens.sae.cards import Card, Context
 from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.drift import subspace_share

@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from asi_lens.activations.precision import exact_products
 from asi_lens.activations.spectrum import Spectrum
 from asi_lens.base.errors import DataError, OptionError, require, require_whole
+from asi_lens.base.products import exact_products
 from asi_lens.sae.initialize import active_subspace_of, largest_leak
 from asi_lens.sae.scale import best_scale, fit_sums
 from asi_lens.sae.starts import Draw, find_start

@@ -18,10 +18,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from asi_lens.activations.precision import exact_products
 from asi_lens.activations.spectrum import Spectrum
 from asi_lens.base.doors import checked
 from asi_lens.base.errors import OptionError, require
+from asi_lens.base.products import exact_products
 from asi_lens.kernels.draws import DRAW_ROWS, other_stream
 from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.scale import first_fit, fit_scale

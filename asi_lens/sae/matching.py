@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from asi_lens.activations.precision import exact_products
 from asi_lens.base.errors import DataError, OptionError, require
+from asi_lens.base.products import exact_products
 
 # Smallest allowed tolerance: float32 prices of a few units still change by it.
 _LEAST = 1e-5

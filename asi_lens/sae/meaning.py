@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from asi_lens.activations.float32 import in_float32
 from asi_lens.activations.massive import massive_rows
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import DataError, OptionError, require, require_whole
 from asi_lens.collapse.interventions import next_token_loss, require_next_tokens
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
+from asi_lens.inputs.float32 import in_float32
 from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.features import require_text_of
 from asi_lens.sae.firings import codes_in_order

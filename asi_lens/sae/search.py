@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from asi_lens.activations.precision import exact_products
+from asi_lens.base.products import exact_products
 from asi_lens.kernels import devices
 from asi_lens.kernels.codes import SparseCode
 from asi_lens.kernels.gradients import picked_dots

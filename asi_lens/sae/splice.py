@@ -15,7 +15,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from asi_lens.activations.float32 import in_float32
 from asi_lens.activations.harvest import SiteLayer
 from asi_lens.activations.massive import massive_rows
 from asi_lens.base.doors import checked
@@ -28,6 +27,7 @@ from asi_lens.collapse.interventions import (
 )
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
+from asi_lens.inputs.float32 import in_float32
 
 Hooks = Mapping[str, models.Hook]
 """Hooks of a forward pass, by name."""

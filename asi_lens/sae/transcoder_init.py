@@ -19,9 +19,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from asi_lens.activations.pairs import PairedStores
-from asi_lens.activations.precision import exact_products
 from asi_lens.base.doors import checked
 from asi_lens.base.errors import require, unknown_name
+from asi_lens.base.products import exact_products
 from asi_lens.kernels.draws import other_stream, unit_rows_
 from asi_lens.sae.initialize import InitReport, active_subspace_of, auto_d_init, largest_leak
 from asi_lens.sae.scale import first_fit, fit_scale

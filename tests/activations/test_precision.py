@@ -16,13 +16,13 @@ from asi_lens.activations.precision import (
     MOST_UNCERTAIN,
     covariance_eigenvalues,
     entropy_rank,
-    exact_products,
     signs,
     tolerance,
     uncertainty,
 )
 from asi_lens.activations.spectrum import Spectrum
 from asi_lens.base.errors import DataError
+from asi_lens.base.products import exact_products
 
 WIDTH = 96
 
