@@ -69,12 +69,8 @@ def initialize_transcoder(
     if reader not in READERS:
         raise unknown_name("reader", reader, READERS)
     require(store.d == sae.d_in, "store", f"with inputs {store.d} wide", f"with inputs {sae.d_in} wide")
-    require(
-        store.d_out == sae.d_out,
-        "store",
-        f"with outputs {store.d_out} wide",
-        f"with outputs {sae.d_out} wide",
-    )
+    wide = "with outputs {} wide".format
+    require(store.d_out == sae.d_out, "store", wide(store.d_out), wide(sae.d_out))
     if not sae.activation.has_threshold:
         require(initial_l0 is None, "initial_l0", initial_l0, "left out for an activation without thresholds")
     written = store.outputs.spectrum if start.subspace else None
