@@ -8,6 +8,7 @@ from typing import Any
 import architectures
 import pytest
 import torch
+from tiny_models import TL4
 
 from asi_lens.base.errors import UnsupportedModelError
 from asi_lens.inputs import agreement, float32, models, verify
@@ -47,6 +48,7 @@ def test_attention_that_is_wrong_by_a_few_per_cent_is_refused(
         models.hook_name(model, "resid_post", 0)
 
 
+@pytest.mark.skipif(TL4, reason="TransformerLens 4 computes HunYuan right")
 @HALVES
 @pytest.mark.parametrize("float32", [True, False])
 def test_an_own_computation_that_is_wrong_by_a_few_per_cent_is_refused(
@@ -82,6 +84,7 @@ def test_right_models_hold_without_float32(dtype: str, allowed: float, name: str
     assert {check.allowed for check in attention_checks(found)} == {allowed}
 
 
+@pytest.mark.skipif(TL4, reason="TransformerLens 4 computes OLMo 2 in half precision, too")
 def test_what_only_half_precision_cannot_compute_is_refused(folder_of: Any) -> None:
     """TransformerLens mixes two dtypes in OLMo 2, which float32 hides and bfloat16 does not."""
     assert verify.own_error(load(folder_of("olmo2"), "float32")) == ""
