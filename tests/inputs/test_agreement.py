@@ -44,7 +44,7 @@ def test_attention_that_is_wrong_by_a_few_per_cent_is_refused(
     if not float32:
         request.getfixturevalue("no_float32")
     model = load(folder_of("falcon-alibi"), dtype)
-    with pytest.raises(UnsupportedModelError, match="two ways to compute attention differ"):
+    with pytest.raises(UnsupportedModelError, match=r"misses by 0\.0\d+ .*two ways to compute attention"):
         models.hook_name(model, "resid_post", 0)
 
 
@@ -59,7 +59,7 @@ def test_an_own_computation_that_is_wrong_by_a_few_per_cent_is_refused(
     model = load(folder_of("hunyuan"), dtype)
     assert attention_checks(verify.verification(model))
     assert verify.verification(model).holds
-    with pytest.raises(UnsupportedModelError, match=r"own computation of HunYuan.*differs by [2-9]\.\d%"):
+    with pytest.raises(UnsupportedModelError, match=r"own computation of HunYuan.*differs by [1-9]\.\d%"):
         models.forward(model, torch.arange(5, 25)[None], {"blocks.1.attn.hook_pattern": lambda x: None})
 
 
@@ -77,11 +77,16 @@ def test_right_models_hold_by_float32s_measure(dtype: str, folder_of: Any) -> No
 
 @pytest.mark.usefixtures("no_float32")
 @pytest.mark.parametrize("name", ["llama", "deepseek-v2"])
-@pytest.mark.parametrize(("dtype", "allowed"), [("bfloat16", 0.03), ("float16", 0.01), ("float32", 2e-4)])
-def test_right_models_hold_without_float32(dtype: str, allowed: float, name: str, folder_of: Any) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "allowed"),
+    [("bfloat16", [0.015, 0.1, 0.1]), ("float16", [0.005, 0.02, 0.02]), ("float32", [2e-4, 2e-4])],
+)
+def test_right_models_hold_without_float32(
+    dtype: str, allowed: list[float], name: str, folder_of: Any
+) -> None:
     found = verify.verify(load(folder_of(name), dtype))
     assert found.holds
-    assert {check.allowed for check in attention_checks(found)} == {allowed}
+    assert [check.allowed for check in attention_checks(found)] == allowed
 
 
 @pytest.mark.skipif(TL4, reason="TransformerLens 4 computes OLMo 2 in half precision, too")
