@@ -12,6 +12,7 @@ import atexit
 import json
 import os
 from collections.abc import Mapping
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ LATER = "ASI_LENS_DRAW_LATER"
 WAITING = "not drawn yet"
 SCALE = 2
 """Pixels of the PNG for each pixel of the layout."""
+START_SECONDS = 90.0
+"""Longest start of a browser. Kaleido limits the drawing of a figure, but waits for a browser that hangs."""
 _FOLDER = ".drawings"
 _serving = False
 
@@ -73,7 +76,9 @@ async def _draw_all(figures: Mapping[Path, Mapping[str, Any]], chrome: str) -> d
 
     reasons = {}
     try:
-        async with kaleido.Kaleido(**kaleido_options(chrome)) as browser:
+        async with AsyncExitStack() as opened:
+            async with asyncio.timeout(START_SECONDS):
+                browser = await opened.enter_async_context(kaleido.Kaleido(**kaleido_options(chrome)))
             for png, figure in figures.items():
                 try:
                     reasons[png] = _write(png, await browser.calc_fig(figure, opts=_options(figure)))

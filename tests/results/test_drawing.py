@@ -25,6 +25,7 @@ class Browser:
     opened = 0
     fails: tuple[int, ...] = ()
     begins = True
+    hangs = False
 
     def __init__(self, **options: Any) -> None:
         assert options["path"] == "/usr/bin/chrome"
@@ -32,6 +33,8 @@ class Browser:
     async def __aenter__(self) -> Browser:
         if not Browser.begins:
             raise RuntimeError("no display")
+        if Browser.hangs:
+            await asyncio.sleep(600)
         Browser.opened += 1
         return self
 
@@ -51,6 +54,7 @@ def browser(monkeypatch: pytest.MonkeyPatch) -> type[Browser]:
     monkeypatch.setattr(Browser, "opened", 0)
     monkeypatch.setattr(Browser, "fails", ())
     monkeypatch.setattr(Browser, "begins", True)
+    monkeypatch.setattr(Browser, "hangs", False)
     return Browser
 
 
@@ -107,6 +111,18 @@ def test_without_a_browser_they_go_on_waiting(
     monkeypatch.setattr(drawing, "chrome_or_reason", lambda: ("/usr/bin/chrome", ""))
     browser.begins = True
     assert draw_later([png]) == {png: ""}
+
+
+def test_a_browser_that_hangs_is_not_waited_for(
+    later: None, browser: type[Browser], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    png = tmp_path / "01_a.png"
+    draw(FIGURE, png)
+    monkeypatch.setattr(drawing, "START_SECONDS", 0.01)
+    browser.hangs = True
+    assert draw_later([png]) == {png: "chrome could not draw the figure: TimeoutError: "}
+    browser.hangs = False
+    assert draw_later([png]) == {png: ""}, "it goes on waiting"
 
 
 def test_a_waiting_figure_that_is_damaged_is_named(
