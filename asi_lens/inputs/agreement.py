@@ -17,8 +17,8 @@ from asi_lens.inputs.plain import PlainModel
 # Largest relative error of logits and residuals that rounding explains, by dtype.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
 # The same for the first layer's residual, on which less rounding has piled up. It stands for float32 where a
-# model cannot compute in it. Of tests/architectures.py and the packaged models right ones miss by up to 0.0095
-# in bfloat16 and 0.0014 in float16, wrong ones by 0.019 and 0.016 or more.
+# model cannot compute in it. Of the models of the tests and the packaged ones, those that are read right miss
+# by up to 0.0095 in bfloat16 and 0.0014 in float16, others by 0.019 and 0.016 or more.
 _FIRST = {torch.float16: 0.005, torch.bfloat16: 0.015}
 
 

@@ -75,6 +75,7 @@ def boot_bridge(
         )
     if revision is not None:
         REVISIONS[bridge] = revision
+    weights = weights or loader.weights
     quantization = getattr(bridge.original_model.config, "quantization_config", None)
     if weights is None and quantization:
         method = getattr(quantization, "quant_method", None) or dict(quantization).get("quant_method", "")
@@ -138,6 +139,8 @@ class _Loader:
     def __init__(self, source: str):
         self.source = source
         self.done = False
+        self.weights: str | None = None
+        """What was done to the weights, if anything was."""
 
     def from_pretrained(self, name: str, **options: Any) -> Any:
         """Return transformers' model; weights of 8 bits with scales (FP8) are dequantised.
@@ -159,6 +162,7 @@ class _Loader:
         quantization = getattr(options["config"], "quantization_config", None)
         if isinstance(quantization, dict) and quantization.get("quant_method") == "fp8":
             quantization["dequantize"] = True  # by itself transformers does so only where no GPU takes FP8
+            self.weights = "8-bit weights, dequantised"
         model, report = auto.from_pretrained(
             name, **options, output_loading_info=True, ignore_mismatched_sizes=True
         )

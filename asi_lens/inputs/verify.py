@@ -188,6 +188,8 @@ def _verified(model: Any, both: twin.Runners) -> Verification:
     try:
         values = _record_all(model, runner, given)
         last, _ = record(model, runner, _other_last(given, model), {"last": _last(runner)})
+    except (MemoryError, torch.OutOfMemoryError):
+        raise  # what else is on the device now says nothing of the model, and would be kept in the cache
     except Exception as error:  # whatever an architecture raises where it is not one of such inputs
         takes = model.takes if isinstance(model, PlainModel) else "token ids"
         found.failure = f"it does not run on {takes} ({_first_line(error)})"
@@ -243,6 +245,8 @@ def _compare_own(model: nn.Module, found: Verification) -> str:
             checks = agreement.compared(
                 model, both.own, both.plain, ids, lambda one: {name: one.places[name] for name in names}
             )
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as error:  # the bridge's code for an architecture, on a model that it does not fit
             return _own_message(found, f"it fails ({_first_line(error)})")
     worst = max(checks, key=lambda check: (not check.holds, check.error / check.allowed))

@@ -171,6 +171,7 @@ def test_fp8_weights_keep_their_scales_on_a_gpu(
     ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
     whole = models.forward(load(folder), ids, {}, logits=True)
     model = models.load_model(in_fp8(folder), dtype=dtype, device="cpu")
+    assert models.model_info(model).weights == "8-bit weights, dequantised"
     found = models.forward(model, ids, {}, logits=True).float()
     assert float((found - whole).norm() / whole.norm()) < 0.1  # 3 bits of mantissa; without scales 0.9
 

@@ -252,6 +252,28 @@ def test_a_second_load_reads_what_the_first_has_found(
         verify.verification(second)
 
 
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_too_little_memory_is_no_property_of_a_model(
+    error: type[Exception], folder_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ASI_LENS_CACHE", str(tmp_path))
+    model = load(folder_of("llama"))
+
+    def full(*_: Any) -> Any:
+        raise error
+
+    with monkeypatch.context() as busy:
+        busy.setattr(verify, "record", full)
+        with pytest.raises(error):
+            verify.verification(model)
+    assert verify.verification(model).failure == ""
+    with monkeypatch.context() as busy:
+        busy.setattr(verify.agreement, "compared", full)
+        with pytest.raises(error):
+            verify.own_error(model)
+    assert verify.own_error(model) == ""
+
+
 def test_a_cache_that_cannot_be_written_costs_nothing_but_time(
     folder_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
