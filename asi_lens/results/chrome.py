@@ -55,7 +55,7 @@ def chrome_or_reason() -> tuple[str | None, str]:
 
 
 def kaleido_options(chrome: str) -> dict[str, Any]:
-    """Return the options of `kaleido.Kaleido(...)`, `start_sync_server(...)` and `kopts=` for `chrome`.
+    """Return the options of `kaleido.Kaleido(...)` and `kopts=` for `chrome`.
 
     The sandbox is off, since Chrome as root (containers, CI) does not start with a sandbox, and Chrome opens
     only our own page. MathJax is off, since kaleido would load MathJax from a server.

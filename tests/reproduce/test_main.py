@@ -297,11 +297,8 @@ def test_missing_images_are_told_loudly_and_drawn_once_there_is_a_chrome(
     assert runner() == []
     assert "MISSING" in capsys.readouterr().err
 
-    async def fake(figures: Mapping[Path, Any], chrome: str) -> dict[Path, str]:
-        return {png: drawing._write(png, b"png") for png in figures}
-
     monkeypatch.setattr(drawing, "chrome_or_reason", lambda: ("/usr/bin/chrome", ""))
-    monkeypatch.setattr(drawing, "_draw_all", fake)
+    monkeypatch.setattr(drawing, "_image", lambda figure, chrome: b"png")
     assert reproduce.main(["--model", "tiny", "--draw"]) == 0
     assert "MISSING" not in capsys.readouterr().err
     assert (runner.folder / "01_alpha.png").read_bytes() == b"png"

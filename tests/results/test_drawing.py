@@ -23,9 +23,10 @@ class Browser:
     """Stands for kaleido's: what it was asked for, and what it fails at."""
 
     opened = 0
+    closed = 0
     fails: tuple[int, ...] = ()
     begins = True
-    hangs = False
+    hangs = 0  # first starts that never end
 
     def __init__(self, **options: Any) -> None:
         assert options["path"] == "/usr/bin/chrome"
@@ -33,13 +34,13 @@ class Browser:
     async def __aenter__(self) -> Browser:
         if not Browser.begins:
             raise RuntimeError("no display")
-        if Browser.hangs:
-            await asyncio.sleep(600)
         Browser.opened += 1
+        if Browser.opened <= Browser.hangs:
+            await asyncio.sleep(600)
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        await asyncio.sleep(0)
+        Browser.closed += 1
 
     async def calc_fig(self, figure: Any, opts: Any) -> bytes:
         if figure["layout"]["width"] in Browser.fails:
@@ -51,10 +52,9 @@ class Browser:
 def browser(monkeypatch: pytest.MonkeyPatch) -> type[Browser]:
     monkeypatch.setattr(drawing, "chrome_or_reason", lambda: ("/usr/bin/chrome", ""))
     monkeypatch.setattr(kaleido, "Kaleido", Browser)
-    monkeypatch.setattr(Browser, "opened", 0)
-    monkeypatch.setattr(Browser, "fails", ())
-    monkeypatch.setattr(Browser, "begins", True)
-    monkeypatch.setattr(Browser, "hangs", False)
+    monkeypatch.setattr(drawing, "_browser", None)
+    for name, value in (("opened", 0), ("closed", 0), ("fails", ()), ("begins", True), ("hangs", 0)):
+        monkeypatch.setattr(Browser, name, value)
     return Browser
 
 
@@ -118,11 +118,14 @@ def test_a_browser_that_hangs_is_not_waited_for(
 ) -> None:
     png = tmp_path / "01_a.png"
     draw(FIGURE, png)
-    monkeypatch.setattr(drawing, "START_SECONDS", 0.01)
-    browser.hangs = True
-    assert draw_later([png]) == {png: "chrome could not draw the figure: TimeoutError: "}
-    browser.hangs = False
-    assert draw_later([png]) == {png: ""}, "it goes on waiting"
+    monkeypatch.setattr(drawing, "MOST_SECONDS", 0.05)
+    browser.hangs = 2
+    told = "chrome could not draw the figure: TimeoutError: no answer in 0.05 s"
+    assert draw_later([png]) == {png: told}
+    assert (browser.opened, browser.closed) == (2, 2), "once is chance"
+    browser.hangs = 3
+    assert draw_later([png]) == {png: ""}, "it went on waiting, and the second browser answers"
+    assert (browser.opened, browser.closed) == (4, 3)
 
 
 def test_a_waiting_figure_that_is_damaged_is_named(
@@ -138,15 +141,14 @@ def test_a_waiting_figure_that_is_damaged_is_named(
 def test_alone_a_failure_is_told_and_an_older_image_goes(
     browser: type[Browser], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*arguments: Any, **options: Any) -> bytes:
-        raise RuntimeError("crashed")
-
-    monkeypatch.setattr(drawing, "_serve", lambda chrome: None)
-    monkeypatch.setattr(kaleido, "calc_fig_sync", fail)
     png = tmp_path / "01_a.png"
     png.write_bytes(b"an image of other numbers")
-    assert draw(FIGURE, png) == "chrome could not draw the figure: RuntimeError: crashed"
+    browser.fails = (300,)
+    assert draw(FIGURE, png) == "chrome could not draw the figure: ValueError: too wide"
     assert not png.exists()
+    browser.fails = ()
+    assert draw(FIGURE, png) == draw(FIGURE, png) == ""
+    assert (browser.opened, browser.closed) == (2, 1), "another browser after the failure, kept from then on"
     monkeypatch.setattr(drawing, "chrome_or_reason", lambda: (None, "no Chrome"))
     assert draw(FIGURE, png) == "no Chrome"
 
@@ -159,13 +161,11 @@ def test_a_real_browser_draws_now_and_later(tmp_path: Path, monkeypatch: pytest.
         pytest.skip(reason)
     figure = json.loads(go.Figure(go.Scatter(y=[1, 2]), layout={"width": 300, "height": 200}).to_json())
     now, later = tmp_path / "01_now.png", tmp_path / "01_later.png"
-    try:
-        assert draw(figure, now) == ""
-        assert draw(figure, now) == ""
-    finally:
-        kaleido.stop_sync_server(silence_warnings=True)
-        monkeypatch.setattr(drawing, "_serving", False)
+    drawing.close()
+    assert draw(figure, now) == ""
+    assert draw(figure, now) == ""
     monkeypatch.setenv(LATER, "1")
     draw(figure, later)
     assert draw_later([later]) == {later: ""}
+    drawing.close()
     assert now.read_bytes()[:8] == later.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
