@@ -40,7 +40,7 @@ def host_bytes() -> int | None:
         top = _ROOT / "sys/fs/cgroup" / kind
         own = top / path.lstrip("/")
         for folder in [own, *(one for one in own.parents if top in (one, *one.parents))]:
-            with suppress(OSError, ValueError):  # no limit, or out of a container.s sight
+            with suppress(OSError, ValueError):  # no limit, or out of a container's sight
                 files = re.findall(r"inactive_file (\d+)", (folder / "memory.stat").read_text())
                 most = int((folder / f"memory.{limit}").read_text())
                 taken = int((folder / f"memory.{used}").read_text())

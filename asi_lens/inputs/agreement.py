@@ -60,8 +60,8 @@ def compared(
         except Exception:  # quantised weights, too little memory, code of a model that names a dtype
             more = [Check(first, None, found[first], _FIRST[dtype])]
         else:
-            for name in (name for name, check in checks.items() if check.holds):
-                checks[name] = Check(name, None, exact[name], _TOLERANCE[torch.float32])
+            allowed = _TOLERANCE[torch.float32]
+            checks |= {x: Check(x, None, exact[x], allowed) for x, check in checks.items() if check.holds}
     return [*more, *checks.values()]
 
 

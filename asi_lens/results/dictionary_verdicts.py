@@ -123,8 +123,8 @@ def c7(table: pd.DataFrame, dead_window: int, paired: pd.DataFrame | None = None
     features than the random start, in training and on held-out text, a lower FVU, a lower KL, and a loss
     that is not higher (by two standard errors); partly, if only the dead features are fewer in every seed.
     Does not hold if a condition on dead features fails in every seed. Cannot be judged where nothing is dead
-    from either start. With `paired`, KL is lower and the loss
-    is higher if the paired difference on the same text is, by two of its standard errors.
+    from either start. With `paired`, KL is lower and the loss is higher if the paired difference on the same
+    text is, by two of its standard errors.
     """
     random, asi = measured = [end.drop(columns="l0") for end in ends(table, dead_window, ["random", "ASI"])]
     numbers = _silent_and_fvu(random, asi)
@@ -251,8 +251,9 @@ def c9(table: pd.DataFrame, dead_window: int) -> Found:
         f"{name}, silent held out": end.silent_held_out for name, end in zip(methods, found, strict=True)
     }
     shown["random + AuxK minus ASI, dead in training"] = aux.dead_in_training - asi.dead_in_training
-    holds: Holds = "partly" if True in order else (False if False in order else None)
-    return by_seed(spreads(shown, percent=True), all(order) or holds, *found)
+    # None counts as neither: a part that one seed refutes and another does not, or that nothing can show.
+    holds: Holds = all(order) or ("partly" if True in order else False if False in order else None)
+    return by_seed(spreads(shown, percent=True), holds, *found)
 
 
 @claim("C10", "ASI carries over to Lorsa: hardly any dead units", "dead units 52 % to 3 %")
@@ -266,9 +267,8 @@ def c10(table: pd.DataFrame, dead_window: int) -> Found:
     """
     random, asi = (end[[*DEAD, "fvu"]] for end in ends(table, dead_window, ["random", "ASI"]))
     better = asi.lt(random).assign(fvu=asi.fvu <= random.fvu)
-    holds = graded(better, asi[DEAD] <= random[DEAD] / 2)
-    if tied_at_zero(random[DEAD], asi[DEAD]):
-        holds = None
+    halved = asi[DEAD] <= random[DEAD] / 2
+    holds = None if tied_at_zero(random[DEAD], asi[DEAD]) else graded(better, halved)
     return by_seed(_silent_and_fvu(random, asi), holds, random, asi)
 
 

@@ -1,8 +1,8 @@
 """Still images of figures, drawn by a Chrome through kaleido.
 
 Starting Chrome and loading plotly.js takes seconds; drawing one figure takes tenths of a second. A process
-keeps one browser for all its images. A run of many notebooks sets `LATER`: figures are then saved as
-JSON, and `draw_later` draws all figures of a folder together after the run, or on another machine.
+keeps one browser for all its images. A run of many notebooks sets `LATER`: figures are then saved as JSON,
+and `draw_later` draws all figures of a folder together after the run, or on another machine.
 """
 
 from __future__ import annotations
