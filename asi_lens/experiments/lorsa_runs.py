@@ -32,7 +32,7 @@ from asi_lens.training.config import TrainConfig
 from asi_lens.training.metrics import METRICS_FILE, Metrics, read_metrics
 
 # Raise it when a change to training, initialization or evaluation changes the results of the same options.
-FORMAT = 2
+FORMAT = 3
 _WEIGHTS = "lorsa.safetensors"
 # Sequences for the subspaces and the norm search.
 _SAMPLE = 32

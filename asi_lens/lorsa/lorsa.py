@@ -9,8 +9,8 @@ w_v at the positions its head attends to, and writes one direction w_o:
     y    = (sum_i z_i w_o_i + b_o) / output_scale + output_mean
 
 x is the attention layer's input (after its input norm), y its output (before any norm that follows). Rows w_o
-have unit norm. Normalized inputs and outputs have mean square norm d_in. z~ is held as a dense array [batch
-position n_ov], so this module suits thousands of units, not a million.
+have unit norm. Normalized inputs and outputs have mean square norm d_in. What units read, x_n . w_v + b_v, is
+held as an array [batch n_ov position], so this module suits thousands of units, not a million.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from asi_lens.base.safetensors_io import opened, save_tensors
 from asi_lens.kernels.codes import SparseCode
 from asi_lens.kernels.draws import draw_gaussian, other_stream, unit_rows_
 from asi_lens.kernels.gradients import decode_sum
-from asi_lens.kernels.topk import topk_exact
 from asi_lens.lorsa.attention import AttentionLayer, layer_place, origin, read_attention
 from asi_lens.lorsa.data import SequencePairs
 from asi_lens.lorsa.heads import PatternConfig, QueryKeyHeads
+from asi_lens.lorsa.unit_values import largest_values
 from asi_lens.sae.splice import Place, Spliced
 
 FORMAT, _HEADER = 1, "asi_lens_lorsa"
-# Elements of z~ [batch position n_ov] computed at a time outside of training.
+# Elements of what units read [batch n_ov position], at a time outside of training.
 _BLOCK = 2**25
 Sequences = Num[Tensor, "batch position d_in"]
 
@@ -239,11 +239,8 @@ class Lorsa(Spliced):
 
         The order of units is unspecified. Raises DataError as `normalize` does.
         """
-        z = self.units(x, checked)
-        score = z.detach() if self.config.rectify else z.detach().abs()
-        indices = topk_exact(score.flatten(0, 1), self.k).indices.view(*z.shape[:2], self.k)
-        values = z.gather(-1, indices)
-        return SparseCode(indices, values.relu() if self.config.rectify else values)
+        x_n = self.normalize(x, checked)
+        return largest_values(x_n, self.heads(x_n), self.W_V, self.b_V, self.k, self.config.rectify)
 
     def decode_normalized(self, code: SparseCode) -> Float[Tensor, "batch position d_in"]:
         """Return sum_i z_i w_o_i + b_o, the output in normalized units, from a code [batch position k]."""
@@ -264,8 +261,8 @@ class Lorsa(Spliced):
     ) -> Iterator[tuple[Float[Tensor, "n position d_in"], Float[Tensor, "n position d_in"], SparseCode]]:
         """Yield normalized targets, reconstructions and codes at the positions that count, in order.
 
-        A code is [positions k], and its values are absolute values. Each block is a few sequences, because z~
-        is dense and memory bounds it.
+        A code is [positions k], and its values are absolute values. Each block is a few sequences, because
+        memory bounds it.
         """
         at_once = max(1, _BLOCK // (data.context * self.n_ov))
         for block in data.blocks(at_once):

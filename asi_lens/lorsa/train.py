@@ -143,7 +143,7 @@ class LorsaTrainer(Fits[SequencePairs, PairBatch]):
         norm of all gradients."""
         W_O, grad = self.lorsa.W_O, self.lorsa.W_O.grad
         assert grad is not None  # every parameter is in the loss
-        grad.sub_((grad * W_O).sum(1, keepdim=True) * W_O)
+        grad.addcmul_(torch.linalg.vecdot(grad, W_O)[:, None], W_O, value=-1)
         return get_total_norm([p.grad for p in self.lorsa.parameters() if p.grad is not None])
 
     def _numbers(

@@ -14,11 +14,11 @@ from asi_lens.collapse import interventions
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.inputs.models import load_model
+from asi_lens.lorsa import lorsa as lorsa_module
 from asi_lens.lorsa.attention import layer_place
 from asi_lens.lorsa.data import SequencePairs, harvest_pairs
 from asi_lens.lorsa.evaluate import evaluate_lorsa
 from asi_lens.lorsa.initialize import from_attention
-from asi_lens.lorsa.lorsa import Lorsa
 from asi_lens.sae.evaluate import Coder
 
 pytestmark = pytest.mark.model_facing
@@ -45,9 +45,11 @@ def test_starts_and_numbers_are_of_exact_products(
     tiny_llama: Any, pairs: SequencePairs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lorsa = started(tiny_llama, pairs)
-    assert inside(monkeypatch, Lorsa, "units", lambda: started(tiny_llama, pairs)) == {"ieee"}
-    assert inside(monkeypatch, Lorsa, "units", lambda: evaluate_lorsa(lorsa, pairs)) == {"ieee"}
-    assert inside(monkeypatch, Lorsa, "units", lambda: lorsa.encode(pairs.inputs)) == {"tf32"}
+    assert inside(monkeypatch, lorsa_module, "largest_values", lambda: started(tiny_llama, pairs)) == {"ieee"}
+    assert inside(monkeypatch, lorsa_module, "largest_values", lambda: evaluate_lorsa(lorsa, pairs)) == {
+        "ieee"
+    }
+    assert inside(monkeypatch, lorsa_module, "largest_values", lambda: lorsa.encode(pairs.inputs)) == {"tf32"}
 
 
 def test_numbers_are_their_definitions(tiny_llama: Any, tiny_tokens: Tokens, pairs: SequencePairs) -> None:
