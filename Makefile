@@ -72,7 +72,7 @@ test-tl4: $(SETUP_TL4) ## run the model-facing tests in a second environment wit
 	$(VENV_TL4)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m model_facing $(ARGS)
 
 test-peers: $(SETUP_PEERS) ## check dictionaries and converted models against other libraries, in a third environment
-	$(VENV_PEERS)/bin/python -m pytest tests/sae/test_peers.py tests/sae/test_foreign.py \
+	$(VENV_PEERS)/bin/python -m pytest tests/sae/test_peers.py tests/sae/test_foreign.py tests/lorsa/test_peers.py \
 	    tests/experiments/test_released.py tests/inputs/test_conversions.py \
 	    "tests/test_docs.py::test_the_code_of_a_page_runs[docs/your_trainer.md]" $(ARGS)
 

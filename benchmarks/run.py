@@ -25,6 +25,7 @@ RESULTS, README = HERE / "results.json", HERE / "README.md"
 
 COMMANDS: dict[str, list[str]] = {
     "train_step": ["train_step.py"],
+    "lorsa_step": ["lorsa_step.py"],
     "search_quality": ["search_quality.py"],
     "dictionaries": ["dictionaries.py"],
     "growth": ["growth.py", "--plot", str(HERE.parent / "docs" / "growth.png")],
@@ -65,6 +66,11 @@ def _train_step(results: list[Any]) -> str:
     head = ["", "tokens/s", "steps", "of the product", "times sparsify", "peak MiB", "FVU"]
     keys = ("tokens_per_s", "steps", "of_the_product", "times_sparsify", "peak_mib", "fvu")
     return table(head, [[name, *(one.get(key) for key in keys)] for name, one in results[0]["ways"].items()])
+
+
+def _lorsa_step(results: list[Any]) -> str:
+    head = ["", "positions/s", "times plain PyTorch", "FVU"]
+    return table(head, [[name, *one.values()] for name, one in results[0]["ways"].items()])
 
 
 def _search_quality(results: list[Any]) -> str:
@@ -166,6 +172,7 @@ def _newcomer(results: list[Any]) -> str:
 
 TABLES: dict[str, Callable[[list[Any]], str]] = {
     "train_step": _train_step,
+    "lorsa_step": _lorsa_step,
     "search_quality": _search_quality,
     "dictionaries": _dictionaries,
     "growth": _growth,
@@ -223,6 +230,8 @@ def main() -> None:
                 activations = str(Path(folder, "rows.npy"))
                 subprocess.run([*command, "--harvest", activations], check=True)
                 command = [args.peers_python, *command[1:], "--rows", activations]
+            if name == "lorsa_step":
+                command[0] = args.peers_python
             done = subprocess.run([*command, *arguments], stdout=subprocess.PIPE, text=True, check=True)
         record(name, objects(done.stdout))
 
