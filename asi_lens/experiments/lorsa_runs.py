@@ -50,6 +50,8 @@ class LorsaRecipe:
     """Method of `initialize_lorsa`."""
     d_init_fraction: float | int | None = None
     """Dimensions of each head's active subspace, as a fraction of the width of a head. For "asi" only."""
+    norm_search: bool = False
+    """As in `initialize_lorsa`."""
 
     def __post_init__(self) -> None:
         if self.init not in LORSA_METHODS:
@@ -117,7 +119,9 @@ def train_lorsas(
     def start(run: LorsaRun) -> tuple[LorsaTrainer, dict[str, Any]]:
         lorsa = Lorsa(run.config).to(target)
         sample = pairs[: min(_SAMPLE, len(pairs))]
-        initialize_lorsa(lorsa, model, layer, sample, run.recipe.init, run.d_init)
+        initialize_lorsa(
+            lorsa, model, layer, sample, run.recipe.init, run.d_init, norm_search=run.recipe.norm_search
+        )
         about = {"format": FORMAT, "recipe": asdict(run.recipe), "initialization": lorsa.initialization}
         return LorsaTrainer(lorsa, run.train), about
 
@@ -192,6 +196,7 @@ def _run(
         config=asdict(config),
         init=recipe.init,
         d_init=d_init,
+        norm_search=recipe.norm_search,
         train=train.as_dict(),
         sample=_SAMPLE,
         log_every=log_every,

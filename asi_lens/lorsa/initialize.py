@@ -3,10 +3,14 @@
 Queries and keys always come from the layer. ASI (arXiv 2508.16929, claim C10) computes, for each head of the
 layer, the top `d_init` principal directions U [d_head d_init] of the head's centered values v = x W_V. Each
 unit of that head draws a direction u = U c with isotropic c. The unit reads u (w_v = W_V u) and writes the
-layer's output for u (w_o = u W_O). Rows w_v and w_o get unit norm. Then one factor on all w_v gives the first
-reconstruction its smallest error.
+layer's output for u (w_o = u W_O). Rows w_v and w_o get unit norm.
 Subspaces and projections are computed in float64. (The authors take the principal directions in the residual
 stream, of x W_V W_V^T, with d_init = d_head, and write w_v W_V W_O.)
+
+Unlike an autoencoder's, rows w_v keep their unit norm by default, as the authors'. The factor that gives the first
+reconstruction its smallest error (`norm_search`) is tiny for random directions, and a row that small is turned away
+by the first steps: nearly all units of such a start die, those of the same directions at unit norm do not
+(`09_lorsa`).
 """
 
 from __future__ import annotations
@@ -73,12 +77,12 @@ def initialize_lorsa(
     d_init: int | None = None,
     *,
     seed: int | None = None,
+    norm_search: bool = False,
 ) -> InitReport:
     """Set every weight of `lorsa` and its normalization of inputs and outputs, in place. Returns a report.
 
     The means of inputs and outputs are subtracted (buffers). A unit writes the direction that it reads,
-    mapped by its head's W_O: u W_O for ASI, (w_v W_V) W_O for `random`. One factor on all w_v gives the first
-    reconstruction of `sample` its smallest mean squared error, in closed form.
+    mapped by its head's W_O: u W_O for ASI, (w_v W_V) W_O for `random`.
 
     Args:
         model: the model of the attention layer.
@@ -87,6 +91,8 @@ def initialize_lorsa(
         method: one of `LORSA_METHODS`. `random` draws w_v isotropically in the stream.
         d_init: dimensions of the active subspace of a head, 1 to d_qk. ASI only.
         seed: seed of the units; by default the configuration's seed.
+        norm_search: scale all w_v by the one factor that gives the first reconstruction of `sample` its
+            smallest mean squared error, in closed form.
 
     In the report, a leak is the share of a w_v (w_o) outside the image of its head's active subspace in the
     stream.
@@ -115,9 +121,11 @@ def initialize_lorsa(
     lorsa.b_O.zero_()
     active = None if d_init is None else active_values(source, sample.input_moments.covariance, d_init)
     _draw_units(lorsa, layer, source, active, seed)
-    # The biases are zero, so scaling all w_v by s scales the first reconstruction by s.
-    lorsa.W_V.mul_(best_scale(*fit_sums((target, found) for target, found, _ in lorsa.scan(sample))))
-    lorsa.initialization = {"method": method, "d_init": d_init, "seed": seed}
+    if norm_search:
+        # The biases are zero, so scaling all w_v by s scales the first reconstruction by s.
+        lorsa.W_V.mul_(best_scale(*fit_sums((target, found) for target, found, _ in lorsa.scan(sample))))
+    options = {"d_init": d_init, "seed": seed, "norm_search": norm_search}
+    lorsa.initialization = {"method": method, **options}
     reads, writes = (None, None) if active is None else _leaks(lorsa, source, active)
     return InitReport(
         dict(lorsa.initialization),

@@ -71,8 +71,9 @@ def test_the_subspace_is_that_of_the_values(tiny_llama: Any, pairs: SequencePair
 @pytest.mark.parametrize("method", LORSA_METHODS)
 def test_no_other_norm_is_better(tiny_llama: Any, pairs: SequencePairs, method: str) -> None:
     lorsa = Lorsa(config(tiny_llama), dtype=torch.float64)
-    report = initialize_lorsa(lorsa, tiny_llama, LAYER, pairs, method, d_init(method))
-    assert report.options == lorsa.initialization == {"method": method, "d_init": d_init(method), "seed": 0}
+    report = initialize_lorsa(lorsa, tiny_llama, LAYER, pairs, method, d_init(method), norm_search=True)
+    about = {"method": method, "d_init": d_init(method), "seed": 0, "norm_search": True}
+    assert report.options == lorsa.initialization == about
     norms = lorsa.W_V.norm(dim=1)
     torch.testing.assert_close(norms, torch.full_like(norms, report.encoder_norm))
     torch.testing.assert_close(lorsa.W_O.norm(dim=1), torch.ones_like(norms))
@@ -86,11 +87,25 @@ def test_no_other_norm_is_better(tiny_llama: Any, pairs: SequencePairs, method: 
         lorsa.W_V.data.div_(factor)
 
 
+@pytest.mark.parametrize("method", LORSA_METHODS)
+def test_rows_have_unit_norm_unless_it_is_searched(
+    tiny_llama: Any, pairs: SequencePairs, method: str
+) -> None:
+    unit, searched = (Lorsa(config(tiny_llama), dtype=torch.float64) for _ in range(2))
+    report = initialize_lorsa(unit, tiny_llama, LAYER, pairs, method, d_init(method))
+    assert report.encoder_norm == pytest.approx(1)
+    torch.testing.assert_close(unit.W_V.norm(dim=1), torch.ones(N_OV).double())
+    other = initialize_lorsa(searched, tiny_llama, LAYER, pairs, method, d_init(method), norm_search=True)
+    torch.testing.assert_close(searched.W_V, unit.W_V * other.encoder_norm)
+    assert torch.equal(searched.W_O, unit.W_O)
+    assert other.fvu < report.fvu
+
+
 def test_active_directions_explain_more_from_the_start(tiny_llama: Any, pairs: SequencePairs) -> None:
     fvu = {}
     for method in LORSA_METHODS:
-        report = initialize_lorsa(Lorsa(config(tiny_llama)), tiny_llama, LAYER, pairs, method, d_init(method))
-        fvu[method] = report.fvu
+        given = (tiny_llama, LAYER, pairs, method, d_init(method))
+        fvu[method] = initialize_lorsa(Lorsa(config(tiny_llama)), *given, norm_search=True).fvu
     assert fvu["asi"] < fvu["random"] < 1
 
 
