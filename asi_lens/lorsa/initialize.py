@@ -7,9 +7,10 @@ layer's output for u (w_o = u W_O). Rows w_v and w_o get unit norm.
 Subspaces and projections are computed in float64. (The authors take the principal directions in the residual
 stream, of x W_V W_V^T, with d_init = d_head, and write w_v W_V W_O.)
 
-Unlike an autoencoder's, rows w_v keep their unit norm by default, as the authors'. The factor that gives the first
-reconstruction its smallest error (`norm_search`) is tiny for random directions, and a row that small is turned away
-by the first steps: nearly all units of such a start die, those of the same directions at unit norm do not
+Unlike an autoencoder's, rows w_v keep their unit norm by default, as the authors' do under ASI (their
+random start has rows w_v of norm sqrt(d_in / n_ov), llamascopium 2.0.0b34). `norm_search` scales them by
+the factor that gives the first reconstruction its smallest error. For random directions that is a
+twentieth, and nearly all units of such a start die, where those of the same directions at norm 1 do not
 (`09_lorsa`).
 """
 
