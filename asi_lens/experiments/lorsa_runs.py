@@ -23,7 +23,7 @@ from asi_lens.inputs.corpora import Tokens
 from asi_lens.inputs.models import model_info, resolve_device
 from asi_lens.lorsa.data import SequencePairs
 from asi_lens.lorsa.evaluate import evaluate_lorsas
-from asi_lens.lorsa.initialize import LORSA_METHODS, initialize_lorsa
+from asi_lens.lorsa.initialize import LORSA_METHODS, initialize_lorsa, require_norm
 from asi_lens.lorsa.lorsa import Lorsa, LorsaConfig
 from asi_lens.lorsa.train import LorsaTrainer
 from asi_lens.results.rows import DeadFeatureRow
@@ -42,7 +42,8 @@ _SAMPLE = 32
 class LorsaRecipe:
     """A way to initialize a Lorsa, named as in the figures' legends.
 
-    Raises UnknownNameError for an unknown method, OptionError for a fraction that does not fit the method.
+    Raises UnknownNameError for an unknown method, OptionError for a fraction that does not fit the
+    method and for a norm that `initialize_lorsa` does not take.
     """
 
     name: str
@@ -50,13 +51,14 @@ class LorsaRecipe:
     """Method of `initialize_lorsa`."""
     d_init_fraction: float | int | None = None
     """Dimensions of each head's active subspace, as a fraction of the width of a head. For "asi" only."""
-    norm_search: bool = False
+    norm: float | int | str = 1.0
     """As in `initialize_lorsa`."""
 
     def __post_init__(self) -> None:
         if self.init not in LORSA_METHODS:
             raise unknown_name("initialization method", self.init, LORSA_METHODS)
         fraction = self.d_init_fraction
+        require_norm(self.norm)
         fits = (fraction is None) == (self.init == "random") and (fraction is None or 0 < fraction <= 1)
         require(fits, "d_init_fraction", fraction, "above 0 to 1 for 'asi', left out for 'random'")
 
@@ -119,9 +121,7 @@ def train_lorsas(
     def start(run: LorsaRun) -> tuple[LorsaTrainer, dict[str, Any]]:
         lorsa = Lorsa(run.config).to(target)
         sample = pairs[: min(_SAMPLE, len(pairs))]
-        initialize_lorsa(
-            lorsa, model, layer, sample, run.recipe.init, run.d_init, norm_search=run.recipe.norm_search
-        )
+        initialize_lorsa(lorsa, model, layer, sample, run.recipe.init, run.d_init, norm=run.recipe.norm)
         about = {"format": FORMAT, "recipe": asdict(run.recipe), "initialization": lorsa.initialization}
         return LorsaTrainer(lorsa, run.train), about
 
@@ -196,7 +196,7 @@ def _run(
         config=asdict(config),
         init=recipe.init,
         d_init=d_init,
-        norm_search=recipe.norm_search,
+        norm=recipe.norm,
         train=train.as_dict(),
         sample=_SAMPLE,
         log_every=log_every,

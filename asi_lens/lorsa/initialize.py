@@ -7,10 +7,9 @@ layer's output for u (w_o = u W_O). Rows w_v and w_o get unit norm.
 Subspaces and projections are computed in float64. (The authors take the principal directions in the residual
 stream, of x W_V W_V^T, with d_init = d_head, and write w_v W_V W_O.)
 
-Unlike an autoencoder's, rows w_v keep their unit norm by default, as the authors' do under ASI (their
-random start has rows w_v of norm sqrt(d_in / n_ov), llamascopium 2.0.0b34). `norm_search` scales them by
-the factor that gives the first reconstruction its smallest error. For random directions that is a
-twentieth, and nearly all units of such a start die, where those of the same directions at norm 1 do not
+Unlike an autoencoder's, rows w_v have norm 1 by default, as the authors' have under ASI. (Their random start
+has norm sqrt(d_in / n_ov), llamascopium 2.0.0b34.) The norm decides how many units live, more than the
+subspace does: at the one with the smallest first error, 0.04 for random directions, nearly all die
 (`09_lorsa`).
 """
 
@@ -78,7 +77,7 @@ def initialize_lorsa(
     d_init: int | None = None,
     *,
     seed: int | None = None,
-    norm_search: bool = False,
+    norm: float | int | str = 1.0,
 ) -> InitReport:
     """Set every weight of `lorsa` and its normalization of inputs and outputs, in place. Returns a report.
 
@@ -92,8 +91,8 @@ def initialize_lorsa(
         method: one of `LORSA_METHODS`. `random` draws w_v isotropically in the stream.
         d_init: dimensions of the active subspace of a head, 1 to d_qk. ASI only.
         seed: seed of the units; by default the configuration's seed.
-        norm_search: scale all w_v by the one factor that gives the first reconstruction of `sample` its
-            smallest mean squared error, in closed form.
+        norm: of the rows w_v. "search": the one that gives the first reconstruction of `sample` its smallest
+            mean squared error, in closed form.
 
     In the report, a leak is the share of a w_v (w_o) outside the image of its head's active subspace in the
     stream.
@@ -115,6 +114,7 @@ def initialize_lorsa(
     _check_d_init(start, d_init, source.d_head)
     seed = config.seed if seed is None else seed
     require(seed >= 0, "seed", seed, "at least 0")
+    require_norm(norm)
 
     _set_normalization(lorsa, sample)
     source.fill(lorsa.heads, lorsa.input_mean, lorsa.input_scale.item())
@@ -122,11 +122,10 @@ def initialize_lorsa(
     lorsa.b_O.zero_()
     active = None if d_init is None else active_values(source, sample.input_moments.covariance, d_init)
     _draw_units(lorsa, layer, source, active, seed)
-    if norm_search:
-        # The biases are zero, so scaling all w_v by s scales the first reconstruction by s.
-        lorsa.W_V.mul_(best_scale(*fit_sums((target, found) for target, found, _ in lorsa.scan(sample))))
-    options = {"d_init": d_init, "seed": seed, "norm_search": norm_search}
-    lorsa.initialization = {"method": method, **options}
+    # The biases are zero, so scaling all w_v by s scales the first reconstruction by s.
+    scans = ((target, found) for target, found, _ in lorsa.scan(sample))
+    lorsa.W_V.mul_(best_scale(*fit_sums(scans)) if isinstance(norm, str) else norm)
+    lorsa.initialization = {"method": method, "d_init": d_init, "seed": seed, "norm": norm}
     reads, writes = (None, None) if active is None else _leaks(lorsa, source, active)
     return InitReport(
         dict(lorsa.initialization),
@@ -154,6 +153,12 @@ def squared_error(lorsa: Lorsa, pairs: SequencePairs) -> float:
     for target, reconstruction, _ in lorsa.scan(pairs):
         total += (target.double() - reconstruction.double()).square().sum()
     return total.item() / lorsa.output_scale.item() ** 2
+
+
+def require_norm(norm: float | int | str) -> None:
+    """Raise OptionError for a norm that `initialize_lorsa` does not take."""
+    given = norm == "search" if isinstance(norm, str) else not isinstance(norm, bool) and 0 < norm < math.inf
+    require(given, "norm", norm, "finite and above 0, or 'search'")
 
 
 def _check_d_init(start: Start, d_init: int | None, d_head: int) -> None:

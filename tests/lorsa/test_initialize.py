@@ -71,8 +71,8 @@ def test_the_subspace_is_that_of_the_values(tiny_llama: Any, pairs: SequencePair
 @pytest.mark.parametrize("method", LORSA_METHODS)
 def test_no_other_norm_is_better(tiny_llama: Any, pairs: SequencePairs, method: str) -> None:
     lorsa = Lorsa(config(tiny_llama), dtype=torch.float64)
-    report = initialize_lorsa(lorsa, tiny_llama, LAYER, pairs, method, d_init(method), norm_search=True)
-    about = {"method": method, "d_init": d_init(method), "seed": 0, "norm_search": True}
+    report = initialize_lorsa(lorsa, tiny_llama, LAYER, pairs, method, d_init(method), norm="search")
+    about = {"method": method, "d_init": d_init(method), "seed": 0, "norm": "search"}
     assert report.options == lorsa.initialization == about
     norms = lorsa.W_V.norm(dim=1)
     torch.testing.assert_close(norms, torch.full_like(norms, report.encoder_norm))
@@ -94,8 +94,11 @@ def test_rows_have_unit_norm_unless_it_is_searched(
     unit, searched = (Lorsa(config(tiny_llama), dtype=torch.float64) for _ in range(2))
     report = initialize_lorsa(unit, tiny_llama, LAYER, pairs, method, d_init(method))
     assert report.encoder_norm == pytest.approx(1)
+    half = Lorsa(config(tiny_llama), dtype=torch.float64)
+    initialize_lorsa(half, tiny_llama, LAYER, pairs, method, d_init(method), norm=0.5)
+    torch.testing.assert_close(half.W_V, unit.W_V * 0.5)
     torch.testing.assert_close(unit.W_V.norm(dim=1), torch.ones(N_OV).double())
-    other = initialize_lorsa(searched, tiny_llama, LAYER, pairs, method, d_init(method), norm_search=True)
+    other = initialize_lorsa(searched, tiny_llama, LAYER, pairs, method, d_init(method), norm="search")
     torch.testing.assert_close(searched.W_V, unit.W_V * other.encoder_norm)
     assert torch.equal(searched.W_O, unit.W_O)
     assert other.fvu < report.fvu
@@ -105,7 +108,7 @@ def test_active_directions_explain_more_from_the_start(tiny_llama: Any, pairs: S
     fvu = {}
     for method in LORSA_METHODS:
         given = (tiny_llama, LAYER, pairs, method, d_init(method))
-        fvu[method] = initialize_lorsa(Lorsa(config(tiny_llama)), *given, norm_search=True).fvu
+        fvu[method] = initialize_lorsa(Lorsa(config(tiny_llama)), *given, norm="search").fvu
     assert fvu["asi"] < fvu["random"] < 1
 
 
@@ -172,6 +175,9 @@ def test_bad_input(tiny_llama: Any, pairs: SequencePairs) -> None:
         start("random")
     with pytest.raises(OptionError, match="seed=-1"):
         start(seed=-1)
+    for norm in (0, -1.0, float("inf"), float("nan"), True, "searched"):
+        with pytest.raises((OptionError, TypeError), match="norm="):
+            start(norm=norm)
     small = Lorsa(LorsaConfig(24, 6, 2, 8, 2, lorsa.config.pattern))
     with pytest.raises(OptionError, match=r"this Lorsa was made for another .* n_qk_heads=2"):
         start(lorsa=small)
