@@ -47,11 +47,11 @@ def plain(lorsa: al.Lorsa, batches: list[PairBatch]) -> Callable[[int], float]:
     optimizer = torch.optim.Adam(lorsa.parameters(), lr=LR)
 
     def step(i: int) -> float:
-        x, y = (batches[i % len(batches)].x, batches[i % len(batches)].y)
-        z = lorsa.units(x).relu()
+        batch = batches[i % len(batches)]
+        z = lorsa.units(batch.x).relu()
         best = z.topk(lorsa.k, sorted=False)
         sparse = torch.zeros_like(z).scatter(-1, best.indices, best.values)
-        target = lorsa.normalize_output(y)[:, 1:]
+        target = lorsa.normalize_output(batch.y)[:, 1:]
         missed = (sparse @ lorsa.W_O + lorsa.b_O)[:, 1:] - target
         loss = missed.square().sum(-1).mean()
         loss.backward()
@@ -70,8 +70,8 @@ def llamascopium(lorsa: al.Lorsa, batches: list[PairBatch], dtype: torch.dtype) 
     optimizer = torch.optim.Adam(theirs.parameters(), lr=LR, foreach=True)
 
     def step(i: int) -> float:
-        x, y = (batches[i % len(batches)].x, batches[i % len(batches)].y)
-        x, y = lorsa.normalize(x), lorsa.normalize_output(y)
+        batch = batches[i % len(batches)]
+        x, y = lorsa.normalize(batch.x), lorsa.normalize_output(batch.y)
         mask = torch.ones(x.shape[:2])
         mask[:, 0] = 0
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):

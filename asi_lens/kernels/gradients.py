@@ -159,19 +159,22 @@ class Gradients:
         return self._by_features.get(first), self._by_features.get(last)
 
     def _encoder(self, bounds: Tensor, first: int | None, last: int | None) -> Tensor:
-        return _sum_bags(self.encoder_table, self.encoder_rows, self.encoder_weights, bounds, first, last)
+        return sum_bags(self.encoder_table, self.encoder_rows, self.encoder_weights, bounds, first, last)
 
     def _decoder(self, bounds: Tensor, first: int | None, last: int | None) -> Tensor:
-        return _sum_bags(self.decoder_table, self.decoder_rows, self.decoder_weights, bounds, first, last)
+        return sum_bags(self.decoder_table, self.decoder_rows, self.decoder_weights, bounds, first, last)
 
     def __len__(self) -> int:
         return self.b_enc.shape[0]
 
 
-def _sum_bags(
+def sum_bags(
     table: Tensor, rows: Tensor, weights: Tensor, bounds: Tensor, first: int | None, last: int | None
 ) -> Tensor:
-    """Return a sum of weighted rows for each bag. `first` and `last` are the outer bounds, where known."""
+    """Return the sum of weight times row of the table for each bag, the picks between two bounds.
+
+    `first` and `last` are the outer bounds, where known.
+    """
     if first is None or last is None:
         first, last = (int(bound) for bound in devices.read(torch.stack([bounds[0], bounds[-1]])))
     return embedding_bag(

@@ -6,17 +6,17 @@ a few in a thousand: it is summed over picks, where autograd would multiply arra
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import embedding_bag
+from torch.nn.functional import pad
 
 from asi_lens.kernels import devices
 from asi_lens.kernels.codes import SparseCode
+from asi_lens.kernels.gradients import sum_bags
 from asi_lens.kernels.topk import topk_exact
 
 
@@ -72,20 +72,21 @@ class _Largest(torch.autograd.Function):
         looks = (sequence * heads + unit // (n_ov // heads)) * positions
         looks = (looks + torch.arange(positions, device=x.device)[:, None]).flatten()
         reads = (sequence * n_ov + unit).flatten()
+        starts, every = torch.arange(1, batch, device="cpu") * n_ov, None
         if devices.is_host(x.device):
             there = weight.nonzero().flatten()
             weight, looks, reads = weight[there], looks[there], reads[there]
-            rows, place = reads.unique(return_inverse=True)
-            ends = torch.searchsorted(rows, torch.arange(batch + 1) * n_ov).tolist()
         else:  # The host would wait for the number of rows with a pick.
-            rows, place = torch.arange(batch * n_ov, device=x.device), reads
-            ends = list(range(0, batch * n_ov + 1, n_ov))
-        d_patterns = _sum_bags(looks, patterns[..., 0].numel(), read.flatten(0, 1), reads, weight)
-        d_read = _sum_bags(place, len(rows), patterns.flatten(0, 2), looks, weight)
+            every = torch.arange(batch * n_ov, device=x.device)
+        all_looks = torch.arange(patterns[..., 0].numel(), device=x.device)
+        d_patterns = _sums(looks, all_looks, read.flatten(0, 1), reads, weight)[1]
+        rows, d_read = _sums(reads, every, patterns.flatten(0, 2), looks, weight)
+        bounds = torch.searchsorted(rows, starts) if every is None else starts
         d_x = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
         d_W, d_b = torch.zeros_like(W_V), W_V.new_zeros(n_ov)
-        for of, (start, stop) in enumerate(pairwise(ends)):
-            units, slopes = rows[start:stop] - of * n_ov, d_read[start:stop]
+        of_sequences = zip(rows.tensor_split(bounds), d_read.tensor_split(bounds), strict=True)
+        for of, (units, slopes) in enumerate(of_sequences):
+            units = units - of * n_ov
             d_W.index_add_(0, units, slopes @ x[of])
             d_b.index_add_(0, units, slopes.sum(1))
             if d_x is not None:
@@ -93,16 +94,18 @@ class _Largest(torch.autograd.Function):
         return d_x, d_patterns.view_as(patterns), d_W, d_b, None, None
 
 
-def _sum_bags(
+def _sums(
     bag: Int[Tensor, " picks"],
-    n_bags: int,
+    bags: Int[Tensor, " bags"] | None,
     table: Float[Tensor, "rows width"],
     row: Int[Tensor, " picks"],
     weight: Float[Tensor, " picks"],
-) -> Float[Tensor, "bags width"]:
-    """Return the sum of weight times the row of the table over the picks of each bag."""
+) -> tuple[Int[Tensor, " bags"], Float[Tensor, "bags width"]]:
+    """Return the bags, and the sum of weight times the row of the table over the picks of each.
+
+    `bags` are ascending and hold every pick's; None: those that have a pick.
+    """
     bag, order = bag.sort(stable=True)
-    bounds = torch.searchsorted(bag, torch.arange(n_bags + 1, device=bag.device))
-    return embedding_bag(
-        row[order], table, bounds, mode="sum", per_sample_weights=weight[order], include_last_offset=True
-    )
+    bags = bag.unique_consecutive() if bags is None else bags
+    bounds = pad(torch.searchsorted(bag, bags), (0, 1), value=len(bag))
+    return bags, sum_bags(table, row[order], weight[order], bounds, 0, len(bag))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -45,11 +46,10 @@ def test_starts_and_numbers_are_of_exact_products(
     tiny_llama: Any, pairs: SequencePairs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lorsa = started(tiny_llama, pairs)
-    assert inside(monkeypatch, lorsa_module, "largest_values", lambda: started(tiny_llama, pairs)) == {"ieee"}
-    assert inside(monkeypatch, lorsa_module, "largest_values", lambda: evaluate_lorsa(lorsa, pairs)) == {
-        "ieee"
-    }
-    assert inside(monkeypatch, lorsa_module, "largest_values", lambda: lorsa.encode(pairs.inputs)) == {"tf32"}
+    products = partial(inside, monkeypatch, lorsa_module, "largest_values")
+    assert products(lambda: started(tiny_llama, pairs)) == {"ieee"}
+    assert products(lambda: evaluate_lorsa(lorsa, pairs)) == {"ieee"}
+    assert products(lambda: lorsa.encode(pairs.inputs)) == {"tf32"}
 
 
 def test_numbers_are_their_definitions(tiny_llama: Any, tiny_tokens: Tokens, pairs: SequencePairs) -> None:
