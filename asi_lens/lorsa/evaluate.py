@@ -53,9 +53,9 @@ def evaluate_lorsas(
         layer: layer of the Lorsas; by default the layer in the metadata of Lorsas and pairs.
         batch_tokens: tokens of a forward pass; the logits of all of them are held in memory.
 
-    Raises OptionError for options that do not go together, or for pairs of another width or layer. Raises
-    DataError for outputs that never vary, for values or losses that are not finite, and for sequences longer
-    than the context. Raises UnsupportedModelError for a model that does not predict next tokens.
+    Raises OptionError for options that do not go together, or for pairs of another width, layer or model.
+    Raises DataError for outputs that never vary, for values or losses that are not finite, and for sequences
+    longer than the context. Raises UnsupportedModelError for a model that does not predict next tokens.
     """
     require(len(lorsas) > 0, "lorsas", [], "one or more")
     for lorsa in lorsas:

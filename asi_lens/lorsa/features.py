@@ -16,12 +16,13 @@ from asi_lens.activations.spectrum import Spectrum
 from asi_lens.base.doors import checked
 from asi_lens.base.errors import require, require_whole
 from asi_lens.inputs.corpora import Tokens
+from asi_lens.inputs.same_origin import require_model_of, require_text_of
 from asi_lens.kernels.codes import SparseCode
 from asi_lens.lorsa.contexts import read_from
 from asi_lens.lorsa.data import SequencePairs
 from asi_lens.lorsa.lorsa import Lorsa
 from asi_lens.sae.cards import Card, Context, Reading
-from asi_lens.sae.features import Features, require_text_of
+from asi_lens.sae.features import Features
 from asi_lens.sae.firings import Firings, count_firings
 
 # Values z~ [sequence position unit] held at a time.
@@ -60,12 +61,14 @@ class UnitFeatures(Features):
             top, sampled, seed: as in `Features`.
             n_reads: positions shown that a unit read from, at each of its largest values.
 
-        Raises OptionError for pairs without tokens, other tokens than theirs, or a Lorsa of another width.
+        Raises OptionError for pairs without tokens, other tokens or another model than theirs, or a Lorsa of
+        another width.
         """
         self.sae, self.store, self.tokens, self.model = lorsa, pairs, tokens, model
         require_whole("n_reads", n_reads, 0)
         self.n_reads = n_reads
         require_text_of("the pairs", pairs.metadata.get("tokens"), tokens)
+        require_model_of("the pairs", pairs.metadata, model)
         require(pairs.d == lorsa.d_in, "pairs", f"of width {pairs.d}", f"of width d_in={lorsa.d_in}")
         codes = self._codes()
         self.firings: Firings = count_firings(codes, lorsa.n_ov, pairs.n, top, sampled, seed, progress)

@@ -23,6 +23,7 @@ from asi_lens.base.errors import DataError, OptionError, require, require_both
 from asi_lens.base.facts import facts_html
 from asi_lens.base.products import exact_products
 from asi_lens.inputs.corpora import Tokens
+from asi_lens.inputs.same_origin import require_model_of
 from asi_lens.kernels.codes import SparseCode
 from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.splice import Hooks, Place, SpliceLosses, hooked_losses
@@ -156,9 +157,10 @@ def evaluate_together(
         where: (site, layer) of the dictionaries; by default that of their or the store's metadata.
         batch_tokens: tokens of a forward pass; the logits of all of them are held in memory.
 
-    Raises OptionError for options that do not go together, a store of another site than the dictionary's, or
-    a width that differs. Raises DataError for rows that never vary or are not finite, or a loss that is not
-    finite. Raises UnsupportedModelError for a model that does not predict next tokens.
+    Raises OptionError for options that do not go together, a width that differs, a store of another site than
+    the dictionary's, or losses of another model than the store's. Raises DataError for rows that never vary
+    or are not finite, or a loss that is not finite. Raises UnsupportedModelError for a model that does not
+    predict next tokens.
     """
     require(len(saes) > 0, "saes", [], "one or more")
     d_in = rows.d if isinstance(rows, ActivationStore) else rows.shape[1]
@@ -208,9 +210,9 @@ def evaluate_transcoders(
         tokens: see `model`.
 
     Raises OptionError for options that do not go together, widths that differ, losses on stores whose hooks
-    are not known, or inputs of a later layer than the outputs. Raises DataError for outputs that never vary,
-    and for values or losses that are not finite. Raises UnsupportedModelError for a model that does not
-    predict next tokens.
+    are not known or of another model than theirs, or inputs of a later layer than the outputs. Raises
+    DataError for outputs that never vary, and for values or losses that are not finite. Raises
+    UnsupportedModelError for a model that does not predict next tokens.
     """
     require(len(saes) > 0, "saes", [], "one or more")
     widths = (store.d, store.d_out)
@@ -246,7 +248,9 @@ def evaluate_at(
     require(n >= 1, "rows", f"{n} rows", "at least one row")
     spliced: list[Hooks] = []
     if model is not None:
-        about = [coder.config.metadata for coder in coders[1:]] + [getattr(data, "metadata", {})]
+        of_data = getattr(data, "metadata", {})
+        require_model_of("the data", of_data, model)
+        about = [*(coder.config.metadata for coder in coders[1:]), of_data]
         place = coders[0].place(model, *about) if place is None else place
         spliced = [coder.hooks(model, place) for coder in coders]
     found = [_Tally(coder) for coder in coders]

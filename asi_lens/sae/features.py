@@ -17,11 +17,12 @@ from asi_lens.activations.pairs import PairedStores
 from asi_lens.activations.spectrum import Spectrum
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base.doors import checked
-from asi_lens.base.errors import OptionError, UnsupportedModelError, require, require_whole
+from asi_lens.base.errors import UnsupportedModelError, require, require_whole
 from asi_lens.base.sites import SITES
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.inputs.float32 import in_float32
+from asi_lens.inputs.same_origin import require_model_of, require_text_of
 from asi_lens.sae.cards import Card, Context
 from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.drift import subspace_share
@@ -67,13 +68,14 @@ class Features:
             d_init: dimensions of the active subspace; by default those that the dictionary started with, or
                 "auto" of the store's spectrum.
 
-        Raises OptionError for a store without tokens, for other tokens than the store's, or for a dictionary
-        of another width than the store.
+        Raises OptionError for a store without tokens, for other tokens or another model than the store's, or
+        for a dictionary of another width than the store.
         """
         self.sae, self.store, self.tokens, self.model = sae, store, tokens, model
         rows = store.inputs if isinstance(store, PairedStores) else store
         self._rows = rows
         require_text_of("the store", rows.metadata.get("tokens_fingerprint"), tokens)
+        require_model_of("the store", rows.metadata, model)
         self.firings: Firings = find_firings(
             sae, store, top=top, sampled=sampled, seed=seed, progress=progress
         )
@@ -300,14 +302,3 @@ class Features:
         rows, which = index.unique(return_inverse=True)
         code = self.sae.encode(self._rows.rows(rows))
         return (code.values * (code.indices == feature)).sum(-1).cpu()[which]
-
-
-def require_text_of(what: str, fingerprint: str | None, tokens: Tokens) -> None:
-    """Raise OptionError unless `tokens` are those that `what` was harvested from; None says from none."""
-    if fingerprint is None:
-        raise OptionError(f"the rows of {what} have no text: they were not harvested from tokens")
-    if fingerprint != tokens.fingerprint:
-        raise OptionError(
-            f"tokens={tokens.corpus!r}, fingerprint {tokens.fingerprint}, are not allowed; tokens must "
-            f"be those of {what}, with fingerprint {fingerprint}"
-        )

@@ -22,8 +22,8 @@ from asi_lens.collapse.interventions import next_token_loss, require_next_tokens
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.inputs.float32 import in_float32
+from asi_lens.inputs.same_origin import require_text_of
 from asi_lens.sae.dictionary import SparseAutoencoder
-from asi_lens.sae.features import require_text_of
 from asi_lens.sae.firings import codes_in_order
 from asi_lens.sae.read_site import site_read
 

@@ -333,8 +333,9 @@ def test_models_and_widths_that_do_not_fit(
     store: ActivationStore, tiny_llama: Any, tiny_folder: Any, tiny_tokens: Tokens
 ) -> None:
     bert = models.load_model(tiny_folder("bert"), dtype="float32", device="cpu")
+    rows = torch.cat(list(store.in_order(64)))  # without the name of the model that wrote them
     with pytest.raises(UnsupportedModelError, match="does not predict next tokens"):
-        evaluate(small_sae(store), store, model=bert, tokens=tiny_tokens, progress=False)
+        evaluate(small_sae(store), rows, model=bert, tokens=tiny_tokens, progress=False)
     options: dict[str, Any] = {"model": tiny_llama, "progress": False}
     with pytest.raises(OptionError, match=r"d_in=5 .* 24, the width of blocks.1.hook_attn_out"):
         evaluate(perfect(5), torch.rand(9, 5), tokens=tiny_tokens, where=("attn_out", 1), **options)
