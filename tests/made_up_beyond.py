@@ -10,6 +10,7 @@ from made_up_tables import row
 
 from asi_lens.results.beyond_rows import (
     DoseRow,
+    FirstNormRow,
     InputRow,
     KnownFeatureRow,
     LastStepRow,
@@ -169,6 +170,26 @@ def tried(ends: dict[str, tuple[float, float, float]], seeds: int = 2, moved: fl
                 "kl": None,
             }
             rows.append(row(method, TriedStartRow, split="train", **wrong))
+    return frame(rows)
+
+
+def first_norms(
+    ends: Callable[[str, float, float], tuple[float, float]],
+    overshoots: tuple[float, ...] = (0.5, 1.0, 2.0),
+    seeds: int = 2,
+) -> pd.DataFrame:
+    """`ends` (silent share, FVU) by method, rate and overshoot, at two rates."""
+    rows = []
+    for seed in range(seeds):
+        for method in ("random", "ASI"):
+            for lr in (1e-3, 2e-3):
+                for overshoot in overshoots:
+                    silent, fvu = ends(method, lr, overshoot)
+                    about: dict[str, Any] = {"lr": lr, "overshoot": overshoot, "encoder_norm": overshoot / 2}
+                    about |= {"seed": seed, "fvu": fvu, "dead_fraction": silent + 0.001 * seed}
+                    rows.append(row(method, FirstNormRow, **about))
+                    wrong = {**about, "dead_fraction": 1 - silent, "fvu": 9.0}
+                    rows.append(row(method, FirstNormRow, split="train", **wrong))
     return frame(rows)
 
 

@@ -260,7 +260,7 @@ DOORS: dict[str, Callable[[World], Made]] = {
     ),
     "initialize": _al(
         "initialize", sae=_at("sae"), method=_is("asi"), spectrum=_at("spectrum"), d_init=_is(4), sample=ROWS,
-        tied=_is(True), norm_search=_is(True), b_dec=_is("mean"), center=_is(True), center_encoder_bias=NO,
+        tied=_is(True), norm_search=_is(True), overshoot=_is(1.0), b_dec=_is("mean"), center=_is(True), center_encoder_bias=NO,
         initial_l0=_is(None), seed=_is(0), mesh=_is(None),
     ),
     "SparsityConfig": _al("SparsityConfig", **{

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from asi_lens.base.errors import require, require_known, unknown_name
 from asi_lens.sae.kinds import KINDS, kinds_with
+from asi_lens.sae.scale import require_overshoot
 from asi_lens.sae.search import SEARCHES
 from asi_lens.sae.sparsity import SparsityConfig
 from asi_lens.sae.starts import find_start
@@ -50,6 +51,8 @@ class Recipe:
     aligned: str | None = None
     """One of `ALIGNED`: w_enc . w_dec = 1 for every feature, at the "start" (no search for the norm), or all
     through "training" (`sae.aligned`). None is off."""
+    overshoot: float | int = 1.0
+    """As in `sae.initialize`."""
     search: str = "exact"
     """Search for the top k, one of `search.SEARCHES`; "subspace" is for TopK autoencoders at full width."""
 
@@ -75,9 +78,11 @@ class Recipe:
             require_known([self.aligned], ALIGNED, "aligned")
             fits = KINDS[self.activation].picks_k and start.norm is None and self.reader is None
             allowed = (
-                f"None, except for {kinds_with('picks_k')} autoencoders whose start has no norm of its own"
+                f"None, except for {kinds_with('picks_k')} autoencoders whose start has no norm of its own, "
+                "with overshoot=1"
             )
-            require(fits, "aligned", self.aligned, allowed)
+            require(fits and self.overshoot == 1, "aligned", self.aligned, allowed)
+        require_overshoot(self.overshoot)
         require_known([self.search], SEARCHES, "search")
         plain = KINDS[self.activation].picks_k and not self.inside and self.reader is None
         plain = plain and self.aligned != "training"

@@ -76,6 +76,11 @@ class TrainedRun:
         """Dimensions of the subspace that the run was trained in; None for training at full width."""
         return self.d_init if self.recipe.inside else None
 
+    @property
+    def encoder_norm(self) -> float:
+        """Mean norm of the encoder rows that training began with, to four decimals."""
+        return round(float(about_run(self.folder)["initialization"]["encoder_norm"]), 4)
+
     def history(self) -> list[Metrics]:
         """Return logged metrics, as `Trainer.fit` returned them. The FVU is that of whole activations in raw
         units; None for whitened inputs, where that is measured on held-out rows only."""
@@ -219,8 +224,8 @@ def _run(
     if not KINDS[recipe.activation].threshold_learns:
         del options["sparsity"]["threshold_lr"]
     # Options at their defaults are left out: keeps the keys of runs from before these options existed.
-    for name, default in (("search", "exact"), ("whiten", None), ("subspace_of", None), ("aligned", None)):
-        if options[name] == default:
+    for name in ("search", "whiten", "subspace_of", "aligned", "overshoot"):
+        if options[name] == Recipe.__dataclass_fields__[name].default:
             del options[name]
     elsewhere = None
     if recipe.subspace_of is not None:
@@ -273,17 +278,18 @@ def started(
     """Return a run's trainer before its first step, and facts for the run's description."""
     recipe, sae = run.recipe, _untrained(run, rows)
     l0 = recipe.sparsity.initial_l0 if sae.activation.has_threshold else None
+    how: dict[str, Any] = {"overshoot": recipe.overshoot, "initial_l0": l0}
     drift, search = None, "exact"
     if isinstance(rows, PairedStores):
         assert isinstance(sae, Transcoder)
         assert recipe.reader is not None  # checked by `_run`
-        report = initialize_transcoder(sae, rows, recipe.init, recipe.reader, run.d_init, initial_l0=l0)
+        report = initialize_transcoder(sae, rows, recipe.init, recipe.reader, run.d_init, **how)
     else:
         # Inside the subspace every direction is in ASI's active subspace, so "random" draws ASI's directions.
         method, d_init = (recipe.init, run.d_init) if run.subspace is None else ("random", None)
         sample = rows.sample(min(_SAMPLE, rows.n))
-        how: dict[str, Any] = {"center": recipe.center, "b_dec": "mean" if recipe.center else "zeros"}
-        how |= {"initial_l0": l0, "norm_search": recipe.aligned is None}
+        how |= {"center": recipe.center, "b_dec": "mean" if recipe.center else "zeros"}
+        how["norm_search"] = recipe.aligned is None
         if run.elsewhere is not None:
             how["subspace_of"] = run.elsewhere.spectrum
         report = initialize(sae.to(device), method, rows.spectrum, d_init, sample, **how)

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import Any
 
 from asi_lens.experiments.recipes import Recipe
-from asi_lens.experiments.run_folders import about_run
 from asi_lens.experiments.runs import TrainedRun
 from asi_lens.results.beyond_rows import TriedStartRow
 from asi_lens.results.rows import DeadFeatureRow
@@ -59,5 +58,4 @@ def _course(run: TrainedRun) -> dict[str, Any]:
         for side in _SIDES
         for when, row in (("start", first), ("end", last))
     }
-    norm = about_run(run.folder)["initialization"]["encoder_norm"]
-    return {"encoder_norm": round(norm, 4), **shares, "train_seconds": round(seconds, 2)}
+    return {"encoder_norm": run.encoder_norm, **shares, "train_seconds": round(seconds, 2)}

@@ -177,6 +177,16 @@ class TriedStartRow(DeadFeatureRow):
 
 
 @dataclass(frozen=True)
+class FirstNormRow(DeadFeatureRow):
+    """A `DeadFeatureRow` of one norm of the first encoder rows (`23_first_norm.csv`)."""
+
+    overshoot: float
+    """Factor on the norm with the smallest first error."""
+    encoder_norm: float
+    """Mean norm of the encoder rows that training begins with (decoder rows have norm 1)."""
+
+
+@dataclass(frozen=True)
 class LastStepRow(Row):
     """Encoder rows around the last firing of features that die (`16_last_steps.csv`).
 

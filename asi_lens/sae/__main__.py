@@ -45,8 +45,8 @@ FINISHED = "sae"
 SAMPLE_ROWS = 8192
 """Default number of rows for the norm search."""
 _INITIALIZE = (
-    *("method", "d_init", "sample", "tied", "norm_search", "b_dec", "center", "center_encoder_bias"),
-    *("initial_l0", "seed"),
+    *("method", "d_init", "sample", "tied", "norm_search", "overshoot", "b_dec", "center"),
+    *("center_encoder_bias", "initial_l0", "seed"),
 )
 _FIT = ("checkpoint_every", "log_every", "windows", "loggers")
 

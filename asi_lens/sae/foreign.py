@@ -20,7 +20,7 @@ from asi_lens.activations.spectrum import Spectrum
 from asi_lens.base.errors import DataError, OptionError, require, require_whole
 from asi_lens.base.products import exact_products
 from asi_lens.sae.initialize import active_subspace_of, largest_leak
-from asi_lens.sae.scale import best_scale, fit_sums
+from asi_lens.sae.scale import best_scale, fit_sums, require_overshoot
 from asi_lens.sae.starts import Draw, find_start
 
 # Rows of a sample that one forward pass of the other library sees; it may hold a dense code.
@@ -89,6 +89,7 @@ def initialize(
     *,
     method: str = "asi",
     norm_search: bool = True,
+    overshoot: float | int = 1.0,
     center: bool = True,
     seed: int = 0,
 ) -> ForeignReport:
@@ -110,6 +111,7 @@ def initialize(
         method: a start in `sae.starts.STARTS` without a norm search of its own.
         norm_search: give the encoder the scale at which the first reconstruction of `sample` has the smallest
             squared error. Not for jumprelu, whose thresholds do not grow with the encoder.
+        overshoot: factor on that scale, as in `asi_lens.initialize`; 1 without a sample, and for jumprelu.
         center: b_dec becomes the mean of what the encoder reads. False: b_dec is zero. (sparsify's trainer
             sets b_dec to the mean of its first batch in either case.)
         seed: seed of the directions.
@@ -121,6 +123,9 @@ def initialize(
     require_whole("seed", seed, 0)
     allowed = norm_search is False or sample is None or found.homogeneous
     require(allowed, "norm_search", norm_search, "False for jumprelu: its thresholds keep their scale")
+    require_overshoot(overshoot)
+    scales = sample is not None and found.homogeneous
+    require(scales or overshoot == 1, "overshoot", overshoot, "1 without a sample, and for jumprelu")
     spectrum = _spectrum_read(found, spectrum, sample)
     active, directions = _directions(found, method, spectrum, d_init, sample, seed)
     directions = directions.to(found.decoder.device)
@@ -131,7 +136,7 @@ def initialize(
     found.b_dec.copy_(mean)
     for bias in found.biases:
         bias.copy_(torch.zeros_like(bias) if found.centers else -(found.encoder.double() @ mean))
-    scale, fvu = (1.0, None) if sample is None else _scale(found, sample, norm_search)
+    scale, fvu = (1.0, None) if sample is None else _scale(found, sample, norm_search, overshoot)
     decoder, encoder = (
         None if active is None else largest_leak(rows, active) for rows in (found.decoder, found.encoder)
     )
@@ -282,7 +287,7 @@ def _norms(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n 1"]:
     return torch.linalg.vector_norm(rows.double(), dim=1, keepdim=True)
 
 
-def _scale(found: _Coder, sample: Tensor, search: bool) -> tuple[float, float]:
+def _scale(found: _Coder, sample: Tensor, search: bool, overshoot: float) -> tuple[float, float]:
     """Scale the encoder as `initialize` says. Returns the factor, and the FVU of `sample` after it."""
     blocks = [found.factor * block.to(found.b_dec) for block in sample.split(_BLOCK)]
     weights = [found.encoder, *found.biases]
@@ -295,7 +300,7 @@ def _scale(found: _Coder, sample: Tensor, search: bool) -> tuple[float, float]:
         weight.copy_(value)
     sides = ((x - base, found.forward(x).double() - base) for x, base in zip(blocks, offsets, strict=True))
     total, cross, power = fit_sums(sides)
-    scale = best_scale(total, cross, power) if search else 1.0
+    scale = overshoot * (best_scale(total, cross, power) if search else 1.0)
     for weight in weights:
         weight.mul_(scale)
     rows = torch.cat(blocks).double()

@@ -24,7 +24,7 @@ from asi_lens.base.errors import OptionError, require
 from asi_lens.base.products import exact_products
 from asi_lens.kernels.draws import DRAW_ROWS, other_stream
 from asi_lens.sae.dictionary import SparseAutoencoder
-from asi_lens.sae.scale import first_fit, fit_scale
+from asi_lens.sae.scale import first_fit, fit_scale, require_overshoot
 from asi_lens.sae.starts import STARTS, Draw, Start, find_start
 from asi_lens.sae.starts.start import starts_with
 from asi_lens.training.mesh import Mesh
@@ -42,6 +42,7 @@ class InitOptions:
     seed: int
     tied: bool
     norm_search: bool
+    overshoot: float
     b_dec: str
     center: bool
     center_encoder_bias: bool
@@ -115,6 +116,7 @@ def initialize(
     *,
     tied: bool = True,
     norm_search: bool = True,
+    overshoot: float | int = 1.0,
     b_dec: str = "mean",
     center: bool = True,
     center_encoder_bias: bool = False,
@@ -138,7 +140,9 @@ def initialize(
         norm_search: scale the encoder so that the first reconstruction of `sample` has the smallest mean
             squared error. The first reconstruction is proportional to the scale, so the best scale has a
             closed form, the limit of a finer and finer grid over the norm (`asi_authors` uses the authors'
-            grid). Without the search the scale is 1, and more features stay alive (`18_starts`).
+            grid). Without the search the scale is 1.
+        overshoot: factor on that scale. Above 1 the first reconstruction is too large: its error pushes the
+            features that fire back, others get their turn, and more stay alive (`23_first_norm`).
         b_dec: "mean", the mean of the normalized input (zero if `center` subtracted it), or "zeros".
         center: subtract the mean from the input (`input_mean`). False: `input_mean` is zero.
         center_encoder_bias: b_enc = - mean pre-activation on `sample`, so that every feature starts with
@@ -155,7 +159,9 @@ def initialize(
     """
     mesh = mesh or Mesh()
     seed = sae.config.seed if seed is None else seed
-    options = InitOptions(method, None, seed, tied, norm_search, b_dec, center, center_encoder_bias)
+    options = InitOptions(
+        method, None, seed, tied, norm_search, float(overshoot), b_dec, center, center_encoder_bias
+    )
     _check(sae, options, spectrum, sample, initial_l0, mesh)
     if subspace_of is not None:
         fits = find_start(method).subspace and subspace_of.d == sae.d_in
@@ -189,6 +195,7 @@ def _check(
     """Raise OptionError (UnknownNameError) for options that do not fit each other or this dictionary."""
     method, start, kind = options.method, find_start(options.method), sae.activation
     require(options.b_dec in ("mean", "zeros"), "b_dec", options.b_dec, "'mean' or 'zeros'")
+    require_overshoot(options.overshoot)
     needy = [name for name in ("norm_search", "center_encoder_bias") if getattr(options, name)]
     require(sample is not None or not needy, "sample", sample, f"given for {' and '.join(needy)}=True")
     if spectrum is not None:
@@ -231,12 +238,15 @@ def _scale(
         scale: Tensor | float = norms.to(sae.W_dec).unsqueeze(1)
         if search and sample is not None:
             scale = own(*first_fit(sae, sample, mesh))
-        sae.encoder_rows.mul_(scale)
+        sae.encoder_rows.mul_(scale * options.overshoot)
     if options.center_encoder_bias and sample is not None:
         sae.b_enc.copy_(-_mean_pre(sae, sample))
-    if own is not None or sample is None:
+    if own is not None:
         return
-    fit_scale(sae, sample, l0, mesh, search=search)
+    if sample is None:
+        sae.encoder_rows.mul_(options.overshoot)
+        return
+    fit_scale(sae, sample, l0, mesh, search=search, overshoot=options.overshoot)
 
 
 def _report(sae: SparseAutoencoder, active: Tensor | None, sample: Tensor | None, mesh: Mesh) -> InitReport:

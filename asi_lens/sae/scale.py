@@ -6,6 +6,7 @@ smallest squared error follows from three sums over a sample.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -13,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from asi_lens.activations.pairs import Pair
+from asi_lens.base.errors import require
 from asi_lens.kernels import devices
 from asi_lens.kernels.gradients import decode_sum
 from asi_lens.sae.dictionary import SparseAutoencoder
@@ -51,6 +53,11 @@ def first_fit(
     return fit_sums((sae.sides(block)[1], _written(sae, block, mesh)) for block in sample.split(2048))
 
 
+def require_overshoot(overshoot: float | int) -> None:
+    """Raise OptionError for an `overshoot` that no scale is multiplied by."""
+    require(0 < overshoot < math.inf, "overshoot", overshoot, "finite and above 0")
+
+
 @torch.no_grad()
 def fit_scale(
     sae: SparseAutoencoder,
@@ -59,18 +66,19 @@ def fit_scale(
     mesh: Mesh | None = None,
     *,
     search: bool = True,
+    overshoot: float = 1.0,
 ) -> None:
     """Set thresholds for `l0` (the dictionary's k by default), if the kind has any, and the encoder's scale.
 
-    The scale minimizes the squared error of the first reconstruction. `search=False` keeps the scale.
+    The scale minimizes the squared error of the first reconstruction; `search=False` keeps the scale. It is
+    multiplied by `overshoot`.
     """
     if sae.activation.has_threshold:
         set_threshold(sae, sample.x if isinstance(sample, Pair) else sample, sae.k if l0 is None else l0)
-    if search:
-        scale = best_scale(*first_fit(sae, sample, mesh))
-        sae.encoder_rows.mul_(scale)
-        sae.b_enc.mul_(scale)
-        sae.activation.rescale(scale)
+    scale = overshoot * (best_scale(*first_fit(sae, sample, mesh)) if search else 1.0)
+    sae.encoder_rows.mul_(scale)
+    sae.b_enc.mul_(scale)
+    sae.activation.rescale(scale)
 
 
 def _written(sae: SparseAutoencoder, block: Tensor | Pair, mesh: Mesh) -> Float[Tensor, "n d_out"]:

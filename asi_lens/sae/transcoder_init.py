@@ -24,7 +24,7 @@ from asi_lens.base.errors import require, unknown_name
 from asi_lens.base.products import exact_products
 from asi_lens.kernels.draws import other_stream, unit_rows_
 from asi_lens.sae.initialize import InitReport, active_subspace_of, auto_d_init, largest_leak
-from asi_lens.sae.scale import first_fit, fit_scale
+from asi_lens.sae.scale import first_fit, fit_scale, require_overshoot
 from asi_lens.sae.starts import STARTS, Draw, find_start
 from asi_lens.sae.transcoder import Transcoder
 
@@ -48,6 +48,7 @@ def initialize_transcoder(
     reader: str = "regression",
     d_init: int | str | None = None,
     *,
+    overshoot: float | int = 1.0,
     initial_l0: float | int | None = None,
     seed: int | None = None,
 ) -> InitReport:
@@ -60,7 +61,7 @@ def initialize_transcoder(
         store: the training data, for means, scales, subspaces, the regression and the norm.
         method: one of `TRANSCODER_METHODS`. reader: one of `READERS`.
         d_init: dimensions of the outputs' active subspace, 1 to d_out, or "auto" (`auto_d_init`). ASI only.
-        initial_l0: as in `initialize`.
+        overshoot, initial_l0: as in `initialize`.
         seed: seed of the directions; by default the configuration's seed.
 
     Raises OptionError, UnknownNameError, or DataError for rows that never vary.
@@ -77,6 +78,7 @@ def initialize_transcoder(
     active = active_subspace_of(method, written, d_init, sae.d_out)
     seed = sae.config.seed if seed is None else seed
     require(seed >= 0, "seed", seed, "at least 0")
+    require_overshoot(overshoot)
 
     sae.set_normalization(store.inputs.mean, store.inputs.scale)
     sae.set_output_normalization(store.outputs.mean, store.outputs.scale)
@@ -101,7 +103,7 @@ def initialize_transcoder(
         drawn = STARTS["random" if reads is None else "asi"]
         drawn.fill(sae.encoder_rows, Draw(other_stream(seed), reads))
 
-    fit_scale(sae, sample, initial_l0)
+    fit_scale(sae, sample, initial_l0, overshoot=overshoot)
     total, cross, power = first_fit(sae, sample)
     sae.initialization = {
         "method": method,
@@ -109,6 +111,7 @@ def initialize_transcoder(
         "d_init": None if active is None else active.shape[1],
         "d_reads": None if reads is None else reads.shape[1],
         "seed": seed,
+        "overshoot": float(overshoot),
     }
     return InitReport(
         dict(sae.initialization),

@@ -92,6 +92,22 @@ def test_sparsify_starts_as_our_own_does(sparsify: ModuleType, sample: Tensor) -
     assert found.fvu == pytest.approx(report.fvu, rel=1e-4)
 
 
+def test_overshoot_multiplies_the_scale(saes: ModuleType, sparsify: ModuleType, sample: Tensor) -> None:
+    for make, name in ((lambda: saelens(saes), "W_enc"), (lambda: coder(sparsify), "encoder.weight")):
+        best, more = make(), make()
+        more.load_state_dict(best.state_dict())  # their draws have other norms
+        one = foreign.initialize(best, None, D_INIT, sample)
+        other = foreign.initialize(more, None, D_INIT, sample, overshoot=1.5)
+        assert other.scale == pytest.approx(1.5 * one.scale)
+        torch.testing.assert_close(more.get_parameter(name), 1.5 * best.get_parameter(name))
+    with pytest.raises(OptionError, match=r"overshoot=2 .* 1 without a sample, and for jumprelu"):
+        foreign.initialize(best, al.Spectrum.of(sample), overshoot=2)
+    with pytest.raises(OptionError, match=r"overshoot=2 .* 1 without a sample, and for jumprelu"):
+        foreign.initialize(saelens(saes, "JumpReLU"), None, D_INIT, sample, norm_search=False, overshoot=2)
+    with pytest.raises(OptionError, match=r"overshoot=0 .* finite and above 0"):
+        foreign.initialize(best, None, D_INIT, sample, overshoot=0)
+
+
 KINDS = ["TopK", "BatchTopK", "MatryoshkaBatchTopK", "AbsTopK", "Standard", "Gated"]
 
 

@@ -188,6 +188,8 @@ def test_it_begins_where_it_was_asked_to(method: str, reader: str) -> None:
     again = make()
     initialize_transcoder(again, store, method, reader, R if method == "asi" else None)
     assert torch.equal(again.W_enc, sae.W_enc)
+    initialize_transcoder(again, store, method, reader, R if method == "asi" else None, overshoot=1.5)
+    torch.testing.assert_close(again.W_enc, 1.5 * sae.W_enc)
 
 
 def test_reading_what_is_written_is_the_better_start() -> None:
