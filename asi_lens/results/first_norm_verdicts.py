@@ -23,7 +23,8 @@ def what_a_first_norm_does(table: pd.DataFrame) -> list[AnswerRow]:
     """Answer, for every method, what the norm of the first encoder rows does to its features.
 
     Takes `FirstNormRow`s of one site. The best norm is that of the smallest first error (`overshoot` 1). All
-    numbers are of held-out text, and whatever is compared must be so in every seed.
+    numbers are of held-out text, and whatever is compared must be so in every seed. Runs without a silent
+    feature have none to save, so nothing is compared with them.
 
     - Norms above the best leave fewer features silent: each of them does, at each rate.
     - Rows that a step turns alike: Adam's step has one size for all rows, so it turns a row by about the rate
@@ -61,12 +62,13 @@ def _of_method(method: str, cells: Mapping[Cell, pd.DataFrame]) -> list[AnswerRo
         if slow < cell[0] and _is_better(part, best[slow], strict=False)
     ]
     known = bool(pairs) and not any(part.isna().any(axis=None) for pair in pairs for part in pair)
+    to_save = known and all((part.dead_fraction > 0).all() for part in best.values())
     return [
         _fewer(f"{method}: norms above the best leave fewer features silent", pairs),
         _fewer(f"{method}: of rows that a step turns alike, the longer leave fewer silent", turned),
         _answer(
             f"{method}: some norm above the best leaves fewer silent at no higher FVU",
-            {lr for lr, _ in free} == set(best) if known else None,
+            {lr for lr, _ in free} == set(best) if to_save else None,
             "; ".join(map(_named, free)),
         ),
         _answer(
@@ -101,6 +103,9 @@ def _fewer(question: str, pairs: list[tuple[pd.DataFrame, pd.DataFrame]]) -> Ans
     theirs = pd.concat([other.dead_fraction.reindex(one.index) for one, other in pairs])
     if ours.isna().any() or theirs.isna().any():
         return _answer(question, None, "")
+    ours, theirs = ours[theirs.to_numpy() > 0], theirs[theirs.to_numpy() > 0]
+    if theirs.empty:
+        return _answer(question, None, "")
     good = ours.to_numpy() < theirs.to_numpy()
     told = f"silent {100 * ours.mean():.2f} against {100 * theirs.mean():.2f} %"
     return _answer(question, bool(good.all()), f"{told}; {int(good.sum())} of {len(good)} runs")
@@ -108,5 +113,7 @@ def _fewer(question: str, pairs: list[tuple[pd.DataFrame, pd.DataFrame]]) -> Ans
 
 def _answer(question: str, holds: bool | None, told: str) -> AnswerRow:
     if holds is None:
-        return AnswerRow(question, "not testable here", "a norm, a rate or a number is missing")
+        return AnswerRow(
+            question, "not testable here", "a norm, a rate or a number is missing, or nothing is silent"
+        )
     return AnswerRow(question, "yes" if holds else "no", told or "nowhere")

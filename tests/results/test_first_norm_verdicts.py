@@ -74,3 +74,15 @@ def test_what_is_missing_decides_nothing() -> None:
     assert told(table.assign(dead_fraction=table.dead_fraction.mask(some)))[ABOVE] == "not testable here"
     one_rate = table[table.lr == 1e-3]
     assert (told(one_rate)[TURN], told(one_rate)[FASTER]) == ("not testable here",) * 2
+
+
+def test_where_nothing_is_silent_there_is_nothing_to_save() -> None:
+    table = first_norms(good)
+    alive = table.assign(dead_fraction=table.dead_fraction.mask(table.method == "ASI", 0.0))
+    found = told(alive)
+    assert [found[one] for one in (ABOVE, TURN, FREE)] == ["not testable here"] * 3
+    assert (found[FASTER], found[SUBSPACE]) == ("yes", "yes")
+    # Where some of the best are without a silent feature, the others decide.
+    some = table.assign(dead_fraction=table.dead_fraction.mask(table.lr == 1e-3, 0.0))
+    numbers = {one.question: one.numbers for one in what_a_first_norm_does(some)}
+    assert numbers[f"random: {ABOVE}"] == "silent 20.05 against 80.05 %; 2 of 2 runs"
