@@ -10,7 +10,7 @@ from made_up_tables import row
 
 from asi_lens.results.beyond_rows import (
     DoseRow,
-    FirstNormRow,
+    EncoderStepRow,
     InputRow,
     KnownFeatureRow,
     LastStepRow,
@@ -173,23 +173,27 @@ def tried(ends: dict[str, tuple[float, float, float]], seeds: int = 2, moved: fl
     return frame(rows)
 
 
-def first_norms(
-    ends: Callable[[str, float, float], tuple[float, float]],
-    overshoots: tuple[float, ...] = (0.5, 1.0, 2.0),
+CELLS = ((1.0, 1.0), (1.0, 0.5), (2.0, 2.0), (2.0, 1.0))
+"""First norm and rate of the encoder: as they are, half the turn, twice the norm at one turn, and both."""
+
+
+def encoder_steps(
+    ends: Callable[[str, float, float, float], tuple[float, float]],
+    cells: tuple[tuple[float, float], ...] = CELLS,
     seeds: int = 2,
 ) -> pd.DataFrame:
-    """`ends` (silent share, FVU) by method, rate and overshoot, at two rates."""
+    """`ends` (silent share, FVU) by method, rate, first norm and rate of the encoder, at two rates."""
     rows = []
     for seed in range(seeds):
         for method in ("random", "ASI"):
             for lr in (1e-3, 2e-3):
-                for overshoot in overshoots:
-                    silent, fvu = ends(method, lr, overshoot)
-                    about: dict[str, Any] = {"lr": lr, "overshoot": overshoot, "encoder_norm": overshoot / 2}
-                    about |= {"seed": seed, "fvu": fvu, "dead_fraction": silent + 0.001 * seed}
-                    rows.append(row(method, FirstNormRow, **about))
+                for overshoot, encoder_lr in cells:
+                    silent, fvu = ends(method, lr, overshoot, encoder_lr)
+                    about: dict[str, Any] = {"lr": lr, "overshoot": overshoot, "encoder_lr": encoder_lr}
+                    about |= {"encoder_norm": overshoot / 2, "seed": seed, "fvu": fvu}
+                    rows.append(row(method, EncoderStepRow, **about, dead_fraction=silent + 0.001 * seed))
                     wrong = {**about, "dead_fraction": 1 - silent, "fvu": 9.0}
-                    rows.append(row(method, FirstNormRow, split="train", **wrong))
+                    rows.append(row(method, EncoderStepRow, split="train", **wrong))
     return frame(rows)
 
 

@@ -53,12 +53,14 @@ class Recipe:
     through "training" (`sae.aligned`). None is off."""
     overshoot: float | int = 1.0
     """As in `sae.initialize`."""
+    encoder_lr: float | int = 1.0
+    """As in `TrainConfig`."""
     search: str = "exact"
     """Search for the top k, one of `search.SEARCHES`; "subspace" is for TopK autoencoders at full width."""
 
     def __post_init__(self) -> None:
         start = find_start(self.init)
-        TrainConfig(optimizer=self.optimizer, aux_k=self.aux_k)
+        TrainConfig(optimizer=self.optimizer, aux_k=self.aux_k, encoder_lr=float(self.encoder_lr))
         require_known([self.activation], KINDS, "activation")
         fits = not self.inside or (self.init == "asi" and self.d_init is not None and self.center)
         require(fits, "inside", self.inside, "False, except for init='asi' with a d_init and center=True")

@@ -122,7 +122,8 @@ def train_recipes(
     Args:
         store: rows of one site, or paired stores for transcoders.
         recipes: recipes, or names in `recipes.RECIPES`; recipes of transcoders have a `reader`.
-        train: options of training. The recipes replace `optimizer` and `aux_k`, and `seeds` replaces `seed`.
+        train: options of training. The recipes replace `optimizer`, `aux_k` and `encoder_lr`, and `seeds`
+            replaces `seed`.
         windows, log_every, checkpoint_every: as in `train_together`.
         keep_firings: keep each feature's last firing at every logged row (`experiments.lives`). Such runs of
             dictionaries are trained apart from runs without it.
@@ -216,7 +217,8 @@ def _run(
     fits = (d_out is not None) == (recipe.reader is not None)
     require(fits, "reader", recipe.reader, "given for paired stores, None for rows of one site")
     config = SAEConfig(store.d, d_sae, k, recipe.activation, seed, store.metadata, d_out)
-    train = replace(base, optimizer=recipe.optimizer, aux_k=recipe.aux_k, seed=seed)
+    rate = float(recipe.encoder_lr)
+    train = replace(base, optimizer=recipe.optimizer, aux_k=recipe.aux_k, encoder_lr=rate, seed=seed)
     automatic = auto_d_init(store.spectrum)
     d_init = automatic if recipe.d_init == "auto" else recipe.d_init
     # Recipes with the same options are one run, whatever their names and however d_init was chosen.
@@ -224,7 +226,7 @@ def _run(
     if not KINDS[recipe.activation].threshold_learns:
         del options["sparsity"]["threshold_lr"]
     # Options at their defaults are left out: keeps the keys of runs from before these options existed.
-    for name in ("search", "whiten", "subspace_of", "aligned", "overshoot"):
+    for name in ("search", "whiten", "subspace_of", "aligned", "overshoot", "encoder_lr"):
         if options[name] == Recipe.__dataclass_fields__[name].default:
             del options[name]
     elsewhere = None

@@ -29,11 +29,12 @@ from asi_lens.figures.dead_features import (
     learning_rates,
 )
 from asi_lens.figures.doses import dose_response, known_features
+from asi_lens.figures.encoder_steps import encoder_steps
 from asi_lens.figures.kinds import dictionaries, jumprelu_schedule
 from asi_lens.figures.last_steps import last_steps
 from asi_lens.figures.output_projection import head_overlap, wo_ablation
 from asi_lens.figures.released import released_dictionaries
 from asi_lens.figures.stability import off_its_text, seed_matches, subspace_overlaps
-from asi_lens.figures.starts import first_norms, starts_side_by_side
+from asi_lens.figures.starts import starts_side_by_side
 from asi_lens.figures.trained_rank import final_rank_and_loss, rank_over_training
 from asi_lens.results.figure_files import SavedFigure, save

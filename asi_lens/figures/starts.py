@@ -1,14 +1,14 @@
-"""Figures of the notebooks on starts and on their norms: a table in, a plotly figure out."""
+"""Figure of the notebook on starts: a table in, a plotly figure out."""
 
 from __future__ import annotations
 
 import pandas as pd
 import plotly.graph_objects as go
 
-from asi_lens.figures.panels import ends, held_out_panels, method_curves, subtitle_of
-from asi_lens.figures.parts import legend_only, log_x, panels
-from asi_lens.figures.style import GREY, METHOD_COLORS, left_margin, methods, need, order, over, single
-from asi_lens.results.beyond_rows import FirstNormRow, TriedStartRow
+from asi_lens.figures.panels import ends, subtitle_of
+from asi_lens.figures.parts import legend_only, panels
+from asi_lens.figures.style import GREY, METHOD_COLORS, left_margin, need, order, over, single
+from asi_lens.results.beyond_rows import TriedStartRow
 
 _ROW = 30
 # Column, its title, and the factor on its values.
@@ -88,27 +88,3 @@ def _dots(
         row=1,
         col=col,
     )
-
-
-def first_norms(table: pd.DataFrame) -> go.Figure:
-    """Draw silent features and FVU on held-out text against the norm of the first encoder rows.
-
-    Takes `FirstNormRow`s of one model, text, site, layer and size. A column per learning rate; each method
-    has a line (means over seeds) and a band (their range).
-    """
-    need(table, FirstNormRow)
-    for column in ("model", "corpus", "site", "layer", "d_sae"):
-        single(table, column, "first_norms")
-    rates = sorted(table.lr.unique())
-    shown = held_out_panels(table, "first_norms")
-    titles = [[f"{panel.title}, rate {rate:g}" for rate in rates] for panel in shown]
-    figure = panels(
-        "The norm of the first encoder rows", subtitle_of(table, over(table, "seed")), titles, left=96
-    )
-    log_x(figure, "first norm over the best one", table.overshoot)
-    for row, panel in enumerate(shown, 1):
-        figure.update_yaxes(title_text=panel.y, row=row, col=1)
-        for col, rate in enumerate(rates, 1):
-            part = panel._replace(rows=panel.rows[panel.rows.lr == rate])
-            method_curves(figure, part, "overshoot", methods(table), row, col)
-    return figure

@@ -37,8 +37,9 @@ class LorsaTrainer(Fits[SequencePairs, PairBatch]):
     """Trainer of one Lorsa: changes the Lorsa in place, on the device of the Lorsa when the trainer is made.
 
     `batch_size` and `n_tokens` of `TrainConfig` count positions in the loss (context - 1 of each sequence).
-    Raises OptionError for options that a Lorsa does not have (`optimizer` other than "adam", AuxK, bfloat16
-    compute), and for a Lorsa that was not initialized (heads of zeros have no gradient).
+    Raises OptionError for options that a Lorsa does not have (`optimizer` other than "adam", AuxK, a rate of
+    the encoder alone, bfloat16 compute), and for a Lorsa that was not initialized (heads of zeros have no
+    gradient).
 
     Attributes:
         lorsa: the Lorsa. config: options of training. optimizer: torch's Adam. ledger: firings of units.
@@ -49,6 +50,7 @@ class LorsaTrainer(Fits[SequencePairs, PairBatch]):
         self.config = config = config or TrainConfig()
         require(config.optimizer == "adam", "optimizer", config.optimizer, "'adam' for a Lorsa")
         require(config.aux_k == 0, "aux_k", config.aux_k, "0 for a Lorsa")
+        require(config.encoder_lr == 1, "encoder_lr", config.encoder_lr, "1 for a Lorsa")
         dtypes = ("auto", "float32")
         require(config.compute_dtype in dtypes, "compute_dtype", config.compute_dtype, " or ".join(dtypes))
         require(config.kernels != "triton", "kernels", config.kernels, "'auto' or 'plain' for a Lorsa")

@@ -177,11 +177,13 @@ class TriedStartRow(DeadFeatureRow):
 
 
 @dataclass(frozen=True)
-class FirstNormRow(DeadFeatureRow):
-    """A `DeadFeatureRow` of one norm of the first encoder rows (`23_first_norm.csv`)."""
+class EncoderStepRow(DeadFeatureRow):
+    """A `DeadFeatureRow` of one first norm and one rate of the encoder's rows (`23_encoder_steps.csv`)."""
 
     overshoot: float
-    """Factor on the norm with the smallest first error."""
+    """Factor on the first norm with the smallest first error."""
+    encoder_lr: float
+    """Factor on the learning rate of the encoder's rows."""
     encoder_norm: float
     """Mean norm of the encoder rows that training begins with (decoder rows have norm 1)."""
 

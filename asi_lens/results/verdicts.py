@@ -34,7 +34,7 @@ from asi_lens.results.dose_verdicts import (
     dose_points,
     falling_curve,
 )
-from asi_lens.results.first_norm_verdicts import what_a_first_norm_does
+from asi_lens.results.encoder_step_verdicts import what_in_a_step_kills
 from asi_lens.results.judging import (
     Number,
     Verdict,

@@ -141,8 +141,8 @@ def initialize(
             squared error. The first reconstruction is proportional to the scale, so the best scale has a
             closed form, the limit of a finer and finer grid over the norm (`asi_authors` uses the authors'
             grid). Without the search the scale is 1.
-        overshoot: factor on that scale. Above 1 the first reconstruction is too large: its error pushes the
-            features that fire back, others get their turn, and more stay alive (`23_first_norm`).
+        overshoot: factor on that scale. Above 1 the first reconstruction is too large, by this factor, and
+            fewer features die (`23_encoder_steps`).
         b_dec: "mean", the mean of the normalized input (zero if `center` subtracted it), or "zeros".
         center: subtract the mean from the input (`input_mean`). False: `input_mean` is zero.
         center_encoder_bias: b_enc = - mean pre-activation on `sample`, so that every feature starts with

@@ -97,16 +97,21 @@ class KernelAdam(RowAdam):
 
     @torch.no_grad()
     def update_picked(
-        self, picks: Picks, grad: Float[Tensor, "batch d_in"], x: Float[Tensor, "batch d_in"], lr: float
+        self,
+        picks: Picks,
+        grad: Float[Tensor, "batch d_in"],
+        x: Float[Tensor, "batch d_in"],
+        lr: float,
+        encoder_lr: float = 1.0,
     ) -> None:
         """Update all parameters by the gradients of the picks. `grad` is the gradient in the reconstruction,
-        `x` are the centered rows."""
+        `x` are the centered rows, `lr` and `encoder_lr` are as in `RowAdam.step`."""
         self.steps += 1
         weights = self._weights()
         encoder, decoder, bias = (
             Moments(weights[name], *self._moments[name]) for name in ("W_enc", "W_dec", "b_enc")
         )
-        adam = Adam(self.steps, lr, *BETAS, EPS)
+        adam = Adam(self.steps, lr, *BETAS, EPS, encoder_lr)
         updated = self._updated if self.kind == "sparse_adam_decay" else None
         with torch.cuda.device_of(x):
             through = update(picks, grad, x, encoder, decoder, bias, self.low, adam, updated)
@@ -149,15 +154,14 @@ class KernelStep:
     """Passes and updates of one dictionary by the kernels.
 
     Attributes:
-        plan: sizes. optimizer: moments and the bfloat16 copy. mended: batches that were encoded again by the
-            plain path, since too many of the largest features of a row shared groups. Many of them make
-            training slow, not wrong.
+        config: options of training. plan: sizes. optimizer: moments and the bfloat16 copy. mended: batches
+            that were encoded again by the plain path, since too many of the largest features of a row shared
+            groups. Many of them make training slow, not wrong.
     """
 
-    def __init__(self, sae: SparseAutoencoder, optimizer: str, plan: Plan):
-        self.sae = sae
-        self.plan = plan
-        self.optimizer = KernelAdam(sae, optimizer)
+    def __init__(self, sae: SparseAutoencoder, config: TrainConfig, plan: Plan):
+        self.sae, self.config, self.plan = sae, config, plan
+        self.optimizer = KernelAdam(sae, config.optimizer)
         self.mended = 0
         self._recorded: tuple[tuple[int, ...], Recorded] | None = None
         self._last: tuple[int, ...] = ()
@@ -211,4 +215,4 @@ class KernelStep:
 
     def _apply(self, found: Forward, x: Tensor, lr: float, scale: float, l0: float) -> None:
         assert scale == 1.0  # nothing is clipped
-        self.optimizer.update_picked(found.picks, found.residual, x, lr)
+        self.optimizer.update_picked(found.picks, found.residual, x, lr, self.config.encoder_lr)

@@ -102,11 +102,13 @@ class RowAdam:
         scale: float = 1.0,
         own: Mapping[str, Tensor] | None = None,
         own_lr: float | int = 1.0,
+        encoder_lr: float = 1.0,
     ) -> None:
         """Update all parameters with learning rate `lr`, gradients multiplied by `scale` (from clipping).
 
-        `own` holds gradients of the activation function's parameters. Every variant updates these parameters
-        by plain Adam, with `own_lr` times the learning rate.
+        The encoder's rows are updated with `encoder_lr` times the learning rate. `own` holds gradients of the
+        activation function's parameters. Every variant updates these parameters by plain Adam, with `own_lr`
+        times the learning rate.
         """
         self.steps += 1
         weights = self._weights()
@@ -129,7 +131,7 @@ class RowAdam:
             if scale != 1.0:
                 encoder_grad.mul_(scale)
                 decoder_grad.mul_(scale)
-            self._rows("W_enc", encoder_grad, start, stop, fired, missed, lr)
+            self._rows("W_enc", encoder_grad, start, stop, fired, missed, lr * encoder_lr)
             self._rows("W_dec", decoder_grad, start, stop, fired, missed, lr, unit_rows=True)
         biases, fired = grads.b_enc * scale, None if dense else grads.features
         if fired is not None and _are_few(fired, len(grads)):

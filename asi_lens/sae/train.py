@@ -94,7 +94,7 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
         self.compute_dtype = _compute_dtype(self.config.compute_dtype, sae.W_dec)
         how = (sae, self.config, sparsity, self.mesh, search, self.compute_dtype)
         plan, self.why_plain = choose_kernels(*how)
-        self.kernels = None if plan is None else KernelStep(sae, self.config.optimizer, plan)
+        self.kernels = None if plan is None else KernelStep(sae, self.config, plan)
         self.optimizer = self.kernels.optimizer if self.kernels else RowAdam(sae, self.config.optimizer)
         self.ledger = DeadnessLedger(sae.d_sae, sae.W_dec.device)
         self._workspace = Workspace()
@@ -179,7 +179,7 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
         return Pass(terms[0].code, x, goal, error, aux_loss, penalty, check, apply)
 
     def _apply(self, grads: Gradients, own: Any, picks: Picked, lr: float, scale: float, l0: float) -> None:
-        self.optimizer.step(grads, lr, scale, own, self.sparsity.own_lr)
+        self.optimizer.step(grads, lr, scale, own, self.sparsity.own_lr, self.config.encoder_lr)
         self.sparsity.after(picks, l0, self.steps - 1)
         if self.subspace is not None:
             self.subspace.refresh(None if self.config.optimizer == "adam" else grads.features)

@@ -39,6 +39,8 @@ class TrainConfig:
             for AuxK.
         compute_dtype: dtype of the encoder's product: "float32", "bfloat16", or "auto" (bfloat16 if the
             machine is fast in it). All else is float32; a float64 dictionary computes in float64.
+        encoder_lr: factor on the learning rate of the encoder's rows. Below 1 fewer features die
+            (`23_encoder_steps`).
         kernels: arithmetic of a step: `triton` (the project's GPU kernels), `plain` (PyTorch), or `auto`
             (`triton` on a GPU where that is possible). A checkpoint is continued by the same arithmetic.
     """
@@ -56,9 +58,12 @@ class TrainConfig:
     dead_window: int = 500_000
     compute_dtype: str = "auto"
     kernels: str = "auto"
+    encoder_lr: float = 1.0
 
     def __post_init__(self) -> None:
-        require(_finite(self.lr) and self.lr > 0, "lr", self.lr, "above 0")
+        for key in ("lr", "encoder_lr"):
+            rate = getattr(self, key)
+            require(_finite(rate) and rate > 0, key, rate, "above 0")
         least = {"batch_size": 1, "n_tokens": 1, "warmup_steps": 0, "seed": 0, "dead_window": 1}
         for key, minimum in least.items():
             require_whole(key, getattr(self, key), minimum)
@@ -79,10 +84,11 @@ class TrainConfig:
             raise unknown_name("kernels", self.kernels, KERNELS)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the options as JSON values. `kernels` is there unless it is "auto"."""
+        """Return the options as JSON values, `kernels` and `encoder_lr` only if they are not the default."""
         values = asdict(self)
-        if self.kernels == "auto":
-            del values["kernels"]
+        for key in ("kernels", "encoder_lr"):  # files from before these options are without
+            if values[key] == self.__dataclass_fields__[key].default:
+                del values[key]
         return values
 
     @classmethod

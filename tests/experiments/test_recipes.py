@@ -34,6 +34,7 @@ from asi_lens.experiments.recipes import RECIPES, Recipe
         ({"aligned": "start", "init": "asi_authors", "d_init": 4}, OptionError, "no norm of its own"),
         ({"aligned": "training", "search": "subspace"}, OptionError, "search='subspace' .* 'exact'"),
         ({"overshoot": 0}, OptionError, "overshoot=0 .* finite and above 0"),
+        ({"encoder_lr": -1}, OptionError, "encoder_lr=-1.0 .* above 0"),
         ({"aligned": "start", "overshoot": 2.0}, OptionError, "aligned='start' .* with overshoot=1"),
         ({"search": "subspac"}, UnknownNameError, "unknown search 'subspac'; did you mean 'subspace'"),
         *(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import pandas as pd
 import pytest
 from drawn import names_its_setting_and_refuses_other_tables
-from made_up_beyond import first_norms as normed
 from made_up_beyond import tried
 
 from asi_lens.base.errors import DataError
-from asi_lens.figures.starts import first_norms, starts_side_by_side
+from asi_lens.figures.starts import starts_side_by_side
 
 ENDS = {"random": (0.3, 0.4, 0.3), "ASI": (1.0, 0.05, 0.2), "data points": (0.9, 0.2, 0.25)}
 
@@ -40,24 +38,3 @@ def test_numbers_that_were_not_measured_have_no_column() -> None:
     titles = [axis.title.text for axis in figure.select_xaxes()]
     assert len(titles) == 4
     assert not any("KL" in title for title in titles)
-
-
-def test_a_column_for_each_rate_and_a_line_for_each_method() -> None:
-    def table() -> pd.DataFrame:
-        return normed(lambda method, lr, overshoot: (lr * 100 / overshoot, lr * 100 + overshoot))
-
-    names_its_setting_and_refuses_other_tables(first_norms, table)
-    figure = first_norms(table())
-    lines = [trace for trace in figure.data if trace.mode == "lines+markers"]
-    assert len(lines) == 12, "silent share, FVU and loss, two rates, two methods"
-    by_panel = {(line.name, line.xaxis): line for line in lines}
-    slow, fast = by_panel["ASI", "x"], by_panel["ASI", "x2"]
-    assert list(slow.x) == [0.5, 1.0, 2.0]
-    assert list(slow.y) == pytest.approx([20.05, 10.05, 5.05])
-    assert list(fast.y) == pytest.approx([40.05, 20.05, 10.05])
-    assert list(by_panel["random", "x4"].y) == pytest.approx([0.7, 1.2, 2.2])
-    titles = [note.text for note in figure.layout.annotations]
-    assert titles[:2] == ["Silent features, held out, rate 0.001", "Silent features, held out, rate 0.002"]
-    two = table().assign(layer=lambda rows: rows.seed)
-    with pytest.raises(DataError, match="first_norms draws one layer"):
-        first_norms(two)

@@ -214,6 +214,7 @@ def test_steps_that_cannot_be_are_refused_and_change_nothing(tiny_llama: Any, pa
     [
         ({"optimizer": "sparse_adam"}, "optimizer='sparse_adam' .* 'adam' for a Lorsa"),
         ({"aux_k": 3}, "aux_k=3 .* 0 for a Lorsa"),
+        ({"encoder_lr": 0.5}, "encoder_lr=0.5 .* 1 for a Lorsa"),
         ({"kernels": "triton"}, "kernels='triton' .* 'auto' or 'plain' for a Lorsa"),
         ({"compute_dtype": "bfloat16"}, "compute_dtype='bfloat16'"),
     ],

@@ -117,4 +117,6 @@ def test_the_option_is_checked_and_left_out_where_it_is_automatic() -> None:
     # So that runs that were trained before there was the option are found.
     assert "kernels" not in TrainConfig().as_dict()
     assert TrainConfig(kernels="plain").as_dict()["kernels"] == "plain"
+    assert "encoder_lr" not in TrainConfig().as_dict()
+    assert TrainConfig(encoder_lr=0.25).as_dict()["encoder_lr"] == 0.25
     assert TrainConfig.from_dict(TrainConfig().as_dict()) == TrainConfig()

@@ -55,7 +55,7 @@ Rule = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, 
 
 def reference(
     kind: str,
-) -> Callable[[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]], dict, float, int], None]:
+) -> Callable[..., None]:
     """One dense step of the rule as its definition says it, elementwise over rows that fired or not."""
 
     def step(
@@ -64,6 +64,7 @@ def reference(
         grads: dict[str, Tensor],
         lr: float,
         t: int,
+        encoder_lr: float = 1.0,
     ) -> None:
         fired = grads["b_enc"] != 0
         for name, grad in grads.items():
@@ -80,7 +81,8 @@ def reference(
                 # The gradient of a silent row is zero, so this is a decay there.
                 assert not grad[~mask].any()
             moments[name] = (new_m, new_v)
-            change = lr * (new_m / (1 - BETAS[0] ** t)) / ((new_v / (1 - BETAS[1] ** t)).sqrt() + EPS)
+            rate = lr * encoder_lr if name == "W_enc" else lr
+            change = rate * (new_m / (1 - BETAS[0] ** t)) / ((new_v / (1 - BETAS[1] ** t)).sqrt() + EPS)
             state[name] = torch.where(mask, state[name] - change, state[name])
             if name == "W_dec":
                 moved = state[name] / state[name].norm(dim=1, keepdim=True)
@@ -92,8 +94,9 @@ def reference(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("only", [None, 9], ids=["most rows fire", "few rows fire"])
 @pytest.mark.parametrize("chunk", [3, 10**6])
+@pytest.mark.parametrize("encoder_lr", [1.0, 0.25])
 def test_every_kind_is_its_definition(
-    kind: str, only: int | None, chunk: int, monkeypatch: pytest.MonkeyPatch
+    kind: str, only: int | None, chunk: int, encoder_lr: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernel, "_CHUNK_ELEMENTS", chunk * D_IN)
     sae = make()
@@ -102,8 +105,8 @@ def test_every_kind_is_its_definition(
     moments = {name: (torch.zeros_like(t), torch.zeros_like(t)) for name, t in state.items()}
     for t in range(1, 12):
         grads = gradients(sae, seed=t, only=only)
-        rule(state, moments, dense(grads, sae), 0.01, t)
-        optimizer.step(grads, 0.01)
+        rule(state, moments, dense(grads, sae), 0.01, t, encoder_lr)
+        optimizer.step(grads, 0.01, encoder_lr=encoder_lr)
         for name, now in weights(sae).items():
             torch.testing.assert_close(now, state[name], rtol=1e-9, atol=1e-11)
 

@@ -43,7 +43,8 @@ class Adam(NamedTuple):
     """Numbers of one step of Adam.
 
     Attributes:
-        step: its number, from 1. lr: learning rate. b1, b2, eps: as usual.
+        step: its number, from 1. lr: learning rate. b1, b2, eps: as usual. encoder_lr: factor on the learning
+            rate of the encoder's rows.
     """
 
     step: int
@@ -51,6 +52,7 @@ class Adam(NamedTuple):
     b1: float
     b2: float
     eps: float
+    encoder_lr: float = 1.0
 
 
 @jit()
@@ -326,10 +328,9 @@ def update(
     programs = min(programs, len(picks.features))
     slots = (picks.features, picks.offsets, picks.n_slots, picks.first_piece, picks.rows)
     biases, through = x.new_empty(len(picks.features)), x.new_empty(programs, d)
-    step = (
-        picks.features if updated is None else updated,
-        adam.step,
-        adam.lr / (1 - adam.b1**adam.step),
+    size = adam.lr / (1 - adam.b1**adam.step)
+    before = (picks.features if updated is None else updated, adam.step)
+    after = (
         (1 - adam.b2**adam.step) ** 0.5,
         math.log2(adam.b1),
         math.log2(adam.b2),
@@ -338,8 +339,11 @@ def update(
         adam.eps,
         updated is not None,
     )
-    decoder_kernel[(programs,)](*slots, picks.values, grad, part, dots, biases, *decoder, *bias, *step, **how)
+    decoder_kernel[(programs,)](
+        *slots, picks.values, grad, part, dots, biases, *decoder, *bias, *before, size, *after, **how
+    )
+    own = (*before, size * adam.encoder_lr, *after)
     encoder_kernel[(programs,)](
-        *slots, dots, x, part, biases, *encoder, low.view(torch.int16), through, *step, **how
+        *slots, dots, x, part, biases, *encoder, low.view(torch.int16), through, *own, **how
     )
     return through.sum(0)
