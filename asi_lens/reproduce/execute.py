@@ -25,9 +25,9 @@ Execute = Callable[[Path, Mapping[str, Any], Path, Tell], None]
 _KERNEL = "asi_lens_run"
 _START_TIMEOUT = 300  # seconds; papermill's default of 60 can be too short on a loaded machine
 # glibc returns freed blocks of this size (bytes) to the system, and requests them again in the next layer of
-# a pass. With glibc's own limit, the resulting page faults take a tenth of a harvest's time on a CPU. Blocks of
-# more than 16 MB go back: glibc rarely finds a kept block again for an aligned one of the same size, so that
-# blocks as large as logits would fill the memory within minutes.
+# a pass. With glibc's own limit, the resulting page faults take a tenth of a harvest's time on a CPU. Blocks
+# of more than 16 MB go back: glibc rarely finds a kept block again for an aligned one of the same size, so
+# that blocks as large as logits would fill the memory within minutes.
 _KEPT = {"MALLOC_MMAP_THRESHOLD_": str(2**24), "MALLOC_TRIM_THRESHOLD_": str(2**28)}
 
 
