@@ -71,7 +71,7 @@ def same_gradients(
     found: list[Any] = []
     monkeypatch.setattr(trainer.optimizer, "step", lambda *args: found.append(args))
     output = trainer.step(x)
-    ((grads, _, _, own, *_),) = found
+    ((grads, _, _, own, _, _),) = found
     close(grads.encoder(0, sae.d_sae), expected["W_enc"].T)
     close(grads.b_enc, expected["b_enc"])
     close(grads.b_dec, expected["b_dec"])

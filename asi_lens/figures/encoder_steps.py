@@ -6,7 +6,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from asi_lens.figures.panels import Panel, held_out_panels, subtitle_of
-from asi_lens.figures.parts import panels
+from asi_lens.figures.parts import panels, range_bars
 from asi_lens.figures.style import left_margin, methods, need, over, single
 from asi_lens.results.beyond_rows import EncoderStepRow
 
@@ -57,17 +57,12 @@ def _marks(
         rows = panel.rows[panel.rows.method == method]
         stats = rows.groupby(_CELL)[panel.column].agg(["mean", "min", "max"]).reindex(cells)
         shift = _APART * ((number + 0.5) / len(looks) - 0.5)
-        bars = {"type": "data", "symmetric": False, "thickness": 1.4, "width": 3, "color": tone}
         figure.add_scatter(
             x=stats["mean"],
             y=[place + shift for place in range(len(cells))],
             mode="markers",
             marker={"symbol": symbol, "size": 9, "color": tone},
-            error_x={
-                **bars,
-                "array": stats["max"] - stats["mean"],
-                "arrayminus": stats["mean"] - stats["min"],
-            },
+            error_x={**range_bars(stats), "thickness": 1.4, "width": 3, "color": tone},
             name=method,
             legendgroup=method,
             showlegend=col == 1,

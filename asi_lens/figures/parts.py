@@ -122,7 +122,7 @@ def curve(
         showlegend=label(site) not in told and dash == "solid",
         line={"color": tone, "dash": dash, "width": 2.2},
         marker={"symbol": symbol, "size": 7, "color": tone},
-        error_y=_range(stats) if spread and len(stats) == 1 else None,
+        error_y=range_bars(stats) if spread and len(stats) == 1 else None,
         customdata=text.customdata,
         hovertemplate=text.template,
         **where,
@@ -182,7 +182,7 @@ def seed_dots(
     )
 
 
-def _range(stats: pd.DataFrame) -> dict:
+def range_bars(stats: pd.DataFrame) -> dict:
     """Return the error bars of a trace, from the smallest to the largest value."""
     up, down = stats["max"] - stats["mean"], stats["mean"] - stats["min"]
     return {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "thickness": 1.5, "width": 4}

@@ -6,7 +6,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from asi_lens.figures.panels import ends, subtitle_of
-from asi_lens.figures.parts import legend_only, panels
+from asi_lens.figures.parts import legend_only, panels, range_bars
 from asi_lens.figures.style import GREY, METHOD_COLORS, left_margin, need, order, over, single
 from asi_lens.results.beyond_rows import TriedStartRow
 
@@ -75,13 +75,12 @@ def _dots(
     """Add a mark per start at the mean of `column`, with a bar over its range."""
     stats = factor * held.groupby("method")[column].agg(["mean", "min", "max"]).reindex(names)
     tones = [looks[name] for name in names]
-    bars = {"type": "data", "symmetric": False, "thickness": 1.4, "width": 3, "color": GREY}
     figure.add_scatter(
         x=stats["mean"],
         y=list(range(len(names))),
         mode="markers",
         marker={"symbol": "circle-open" if hollow else "circle", "size": 13 if hollow else 9, "color": tones},
-        error_x={**bars, "array": stats["max"] - stats["mean"], "arrayminus": stats["mean"] - stats["min"]},
+        error_x={**range_bars(stats), "thickness": 1.4, "width": 3, "color": GREY},
         customdata=names,
         hovertemplate="%{customdata}: %{x:.4g}<extra></extra>",
         showlegend=False,

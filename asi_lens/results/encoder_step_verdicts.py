@@ -87,8 +87,7 @@ def _of_method(method: str, cells: Cells) -> list[AnswerRow]:
         if rate < cell.lr and _is_better(part, plain[rate], strict=False)
     ]
     known = bool(plain) and not any(part.isna().any(axis=None) for part in cells.values())
-    to_save = known and len(cells) > len(plain)
-    to_save = to_save and all((part.dead_fraction > 0).all() for part in plain.values())
+    some_died = all((part.dead_fraction > 0).all() for part in plain.values())
     return [
         _fewer(f"{method}: smaller turns of a row leave fewer features silent", _pairs(cells, _turns_less)),
         _fewer(
@@ -97,7 +96,9 @@ def _of_method(method: str, cells: Cells) -> list[AnswerRow]:
         ),
         _answer(
             f"{method}: some norm and rate of the encoder leave fewer silent at no higher FVU",
-            {cell.lr for cell in free} == set(plain) if to_save else None,
+            {cell.lr for cell in free} == set(plain)
+            if known and some_died and len(cells) > len(plain)
+            else None,
             "; ".join(map(str, free)),
         ),
         _answer(

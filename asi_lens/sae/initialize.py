@@ -24,7 +24,7 @@ from asi_lens.base.errors import OptionError, require
 from asi_lens.base.products import exact_products
 from asi_lens.kernels.draws import DRAW_ROWS, other_stream
 from asi_lens.sae.dictionary import SparseAutoencoder
-from asi_lens.sae.scale import first_fit, fit_scale, require_overshoot
+from asi_lens.sae.scale import first_fit, fit_scale, require_overshoot, scale_encoder
 from asi_lens.sae.starts import STARTS, Draw, Start, find_start
 from asi_lens.sae.starts.start import starts_with
 from asi_lens.training.mesh import Mesh
@@ -238,15 +238,12 @@ def _scale(
         scale: Tensor | float = norms.to(sae.W_dec).unsqueeze(1)
         if search and sample is not None:
             scale = own(*first_fit(sae, sample, mesh))
-        sae.encoder_rows.mul_(scale * options.overshoot)
+        sae.encoder_rows.mul_(scale)
     if options.center_encoder_bias and sample is not None:
         sae.b_enc.copy_(-_mean_pre(sae, sample))
-    if own is not None:
-        return
-    if sample is None:
-        sae.encoder_rows.mul_(options.overshoot)
-        return
-    fit_scale(sae, sample, l0, mesh, search=search, overshoot=options.overshoot)
+    if own is None and sample is not None:
+        fit_scale(sae, sample, l0, mesh, search=search)
+    scale_encoder(sae, options.overshoot)
 
 
 def _report(sae: SparseAutoencoder, active: Tensor | None, sample: Tensor | None, mesh: Mesh) -> InitReport:

@@ -59,6 +59,14 @@ def require_overshoot(overshoot: float | int) -> None:
 
 
 @torch.no_grad()
+def scale_encoder(sae: SparseAutoencoder, factor: float) -> None:
+    """Multiply all values of features by `factor`: the same features fire."""
+    sae.encoder_rows.mul_(factor)
+    sae.b_enc.mul_(factor)
+    sae.activation.rescale(factor)
+
+
+@torch.no_grad()
 def fit_scale(
     sae: SparseAutoencoder,
     sample: Tensor | Pair,
@@ -66,19 +74,15 @@ def fit_scale(
     mesh: Mesh | None = None,
     *,
     search: bool = True,
-    overshoot: float = 1.0,
 ) -> None:
     """Set thresholds for `l0` (the dictionary's k by default), if the kind has any, and the encoder's scale.
 
-    The scale minimizes the squared error of the first reconstruction; `search=False` keeps the scale. It is
-    multiplied by `overshoot`.
+    The scale minimizes the squared error of the first reconstruction. `search=False` keeps the scale.
     """
     if sae.activation.has_threshold:
         set_threshold(sae, sample.x if isinstance(sample, Pair) else sample, sae.k if l0 is None else l0)
-    scale = overshoot * (best_scale(*first_fit(sae, sample, mesh)) if search else 1.0)
-    sae.encoder_rows.mul_(scale)
-    sae.b_enc.mul_(scale)
-    sae.activation.rescale(scale)
+    if search:
+        scale_encoder(sae, best_scale(*first_fit(sae, sample, mesh)))
 
 
 def _written(sae: SparseAutoencoder, block: Tensor | Pair, mesh: Mesh) -> Float[Tensor, "n d_out"]:

@@ -24,7 +24,7 @@ from asi_lens.base.errors import require, unknown_name
 from asi_lens.base.products import exact_products
 from asi_lens.kernels.draws import other_stream, unit_rows_
 from asi_lens.sae.initialize import InitReport, active_subspace_of, auto_d_init, largest_leak
-from asi_lens.sae.scale import first_fit, fit_scale, require_overshoot
+from asi_lens.sae.scale import first_fit, fit_scale, require_overshoot, scale_encoder
 from asi_lens.sae.starts import STARTS, Draw, find_start
 from asi_lens.sae.transcoder import Transcoder
 
@@ -86,8 +86,7 @@ def initialize_transcoder(
     sae.activation.reset()
     sae.b_dec.zero_()
     sample = store.sample(min(_SAMPLE, store.n))
-    device = sae.W_dec.device
-    active = None if active is None else active.to(device)
+    active = None if active is None else active.to(sae.W_dec.device)
     start.fill(sae.W_dec.data, Draw(seed, active, written, sample.y))
     linear_fvu, reads = None, None
     if reader == "regression":
@@ -99,11 +98,12 @@ def initialize_transcoder(
         if reader == "active":
             spectrum = store.inputs.spectrum
             reads = active_subspace_of("asi", spectrum, auto_d_init(spectrum), sae.d_in)
-            reads = None if reads is None else reads.to(device)
+            reads = None if reads is None else reads.to(sae.W_dec.device)
         drawn = STARTS["random" if reads is None else "asi"]
         drawn.fill(sae.encoder_rows, Draw(other_stream(seed), reads))
 
-    fit_scale(sae, sample, initial_l0, overshoot=overshoot)
+    fit_scale(sae, sample, initial_l0)
+    scale_encoder(sae, overshoot)
     total, cross, power = first_fit(sae, sample)
     sae.initialization = {
         "method": method,

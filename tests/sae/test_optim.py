@@ -55,7 +55,7 @@ Rule = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, 
 
 def reference(
     kind: str,
-) -> Callable[..., None]:
+) -> Callable[[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]], dict, float, int, float], None]:
     """One dense step of the rule as its definition says it, elementwise over rows that fired or not."""
 
     def step(
@@ -64,7 +64,7 @@ def reference(
         grads: dict[str, Tensor],
         lr: float,
         t: int,
-        encoder_lr: float = 1.0,
+        encoder_lr: float,
     ) -> None:
         fired = grads["b_enc"] != 0
         for name, grad in grads.items():
