@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders, locks between processes, and cache keys."""
+"""Atomic writes of files and folders, locks between processes, cache keys and digests."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,20 @@ def sha256_of(path: Path | str) -> str:
     """Return the SHA-256 of a file's bytes as hex digits; the file is read in blocks."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def source_digest(package: str = "asi_lens") -> str:
+    """Return 16 hex digits of a package's Python files, in a checkout or in a zip."""
+    todo = [(package, resources.files(package))]
+    found = {}
+    while todo:
+        name, entry = todo.pop()
+        if entry.is_dir():
+            todo += [(f"{name}/{inner.name}", inner) for inner in entry.iterdir()]
+        elif name.endswith(".py"):
+            found[name] = hashlib.sha256(entry.read_bytes()).hexdigest()
+    text = "".join(f"{name} {found[name]}\n" for name in sorted(found))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _cannot_write(path: Path, error: OSError) -> OSError:

@@ -9,14 +9,15 @@
 - Whether later tokens change earlier outputs.
 
 A check that does not hold makes the sites concerned unavailable, with an error that states the difference.
-The outcome is cached under the model's fingerprint. The bridge's own computation is compared anew in every
-process, since the fingerprint is of the Hugging Face model.
+The outcome is cached under the model's fingerprint and the source of this room: a later version checks anew.
+The bridge's own computation is compared in every process, since the fingerprint is of the Hugging Face model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from asi_lens.base.doors import checked
 from asi_lens.base.errors import UnsupportedModelError
+from asi_lens.base.files import source_digest
 from asi_lens.inputs import agreement, identities, structure, twin
 from asi_lens.inputs.agreement import has_head, record, relative_error
 from asi_lens.inputs.fingerprint import cached_number, model_fingerprint, number_key
@@ -34,8 +36,6 @@ from asi_lens.inputs.passes import run
 from asi_lens.inputs.plain import PlainModel
 
 _SEQUENCES, _POSITIONS = 2, 12
-FORMAT = 2
-"""Version of the checks: a change of what they find or of how they are cached counts it up."""
 
 
 @dataclass(repr=False)
@@ -155,7 +155,8 @@ def _cached(model: nn.Module, both: twin.Runners) -> Verification:
     weight = next(model.parameters())
     dtype = str(weight.dtype).removeprefix("torch.")
     options: dict[str, Any] = {"device": weight.device.type, "float32": fits_float32(model)}
-    key = number_key(model_fingerprint(model), dtype, format=FORMAT, **options)
+    # Checks that an older version made say nothing of this one.
+    key = number_key(model_fingerprint(model), dtype, source=_source(), **options)
     places = (both.plain or both.own).places
 
     def compute() -> dict[str, Any]:
@@ -175,6 +176,12 @@ def _cached(model: nn.Module, both: twin.Runners) -> Verification:
         known[name] = {(site, layer): text for (site, layer), text in known[name]}
     checks = [Check(**check) for check in known.pop("checks")]
     return Verification(**{**known, "checks": checks, "dtype": weight.dtype, "writes": dict(known["writes"])})
+
+
+@cache
+def _source() -> str:
+    """Return the digest of all code that reads models and checks them."""
+    return source_digest(__package__)
 
 
 def _verified(model: Any, both: twin.Runners) -> Verification:

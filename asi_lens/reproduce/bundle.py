@@ -19,14 +19,12 @@ import shutil
 import sys
 import zipfile
 from collections.abc import Mapping, Sequence
-from hashlib import sha256
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from asi_lens import __version__
 from asi_lens.base.errors import AsiLensError, DataError, OptionError, require, require_known, require_whole
-from asi_lens.base.files import existing, write_whole_folder
+from asi_lens.base.files import existing, source_digest, write_whole_folder
 from asi_lens.base.paths import cached, project_root, watched
 from asi_lens.reproduce import parts
 
@@ -146,21 +144,6 @@ def use(folder: Path, into: Path | None = None) -> dict[str, str]:
                 archive.extractall(temporary)
         variables |= {"ASI_LENS_PROJECT": str(project), "PYTHONPATH": str(project)}
     return variables
-
-
-def source_digest() -> str:
-    """Return 16 hex digits of the package's Python files, in a checkout or in a zip."""
-    digest = sha256()
-    todo = [("asi_lens", files("asi_lens"))]
-    found = {}
-    while todo:
-        name, entry = todo.pop()
-        if entry.is_dir():
-            todo += [(f"{name}/{inner.name}", inner) for inner in entry.iterdir()]
-        elif name.endswith(".py"):
-            found[name] = sha256(entry.read_bytes()).hexdigest()
-    digest.update("".join(f"{name} {found[name]}\n" for name in sorted(found)).encode())
-    return digest.hexdigest()[:16]
 
 
 def _inputs(

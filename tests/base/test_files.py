@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -280,3 +281,33 @@ def test_a_yaml_file_holds_keys_and_values_or_nothing(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(DataError, match=r"a\.yaml"):
             files.read_yaml_mapping(path)
+
+
+def test_the_digest_is_that_of_a_zip_of_the_same_source(tmp_path: Path) -> None:
+    root = Path(files.__file__).parents[2]
+    shutil.make_archive(str(tmp_path / "p"), "zip", root, "asi_lens")
+    code = "from asi_lens.base.files import source_digest; print(source_digest())"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "p.zip")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == files.source_digest()
+
+
+def test_the_digest_changes_with_every_python_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    inner = tmp_path / "digested" / "inner"
+    inner.mkdir(parents=True)
+    (inner.parent / "__init__.py").write_text("")
+    (inner / "__init__.py").write_text("")
+    found = {files.source_digest("digested")}
+    for path, text in ((inner / "__init__.py", "a = 1"), (inner / "new.py", ""), (inner / "new.py", "a = 1")):
+        path.write_text(text)
+        found.add(files.source_digest("digested"))
+    assert len(found) == 4
+    (inner / "data.txt").write_text("no code")
+    assert files.source_digest("digested") in found

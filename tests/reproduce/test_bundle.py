@@ -264,21 +264,6 @@ def test_what_cannot_be_taken_along(make: Callable[..., dict[str, Any]], tmp_pat
         make(tmp_path / "mine")
 
 
-def test_the_digest_is_that_of_a_zip_of_the_same_source(tmp_path: Path) -> None:
-    root = Path(bundle.__file__).parents[2]
-    shutil.make_archive(str(tmp_path / "p"), "zip", root, "asi_lens")
-    code = "from asi_lens.reproduce.bundle import source_digest; print(source_digest())"
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code],
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "p.zip")},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.strip() == bundle.source_digest()
-
-
 def without_network(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run Python in a namespace without a network, or where the machine forbids that, with closed proxies."""
     python = [sys.executable, "-P"]
