@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from asi_lens.activations.harvest import SiteLayer
 from asi_lens.activations.shaped import (
@@ -22,6 +24,7 @@ from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import require
 from asi_lens.collapse.centering import dead_at_start, gamma, geometric_median, predicted_dead
 from asi_lens.experiments.recipes import Recipe
+from asi_lens.inputs.fingerprint import cached_number, number_key
 from asi_lens.results.beyond_rows import DoseRow, InputRow, StartRow
 from asi_lens.results.dictionary_verdicts import RANKS
 from asi_lens.results.rows import DeadFeatureRow
@@ -31,6 +34,8 @@ STARTS: dict[str, tuple[str, str | None]] = {"random": ("random", None), "ASI": 
 """Starts by name: method and d_init."""
 # Rows for the geometric median.
 _SAMPLE = 8192
+# Raise it when a change to the code changes the numbers at the start.
+_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -88,37 +93,53 @@ def start_rows(
     k: int,
     powers: Sequence[float],
     seeds: Sequence[int] = (0,),
+    progress: bool = True,
 ) -> list[StartRow]:
     """Return predicted and measured shares of features that never fire at a random start, on whole stores.
 
-    Raises OptionError for stores that are not of one model and text, DataError as `treatments`.
+    Each store's numbers are cached. Raises OptionError for stores that are not of one model and text,
+    DataError as `treatments`.
     """
     require(len(stores) > 0, "stores", {}, "one or more")
+    options: dict[str, Any] = {"d_sae": d_sae, "k": k, "powers": list(powers), "seeds": list(seeds)}
     out = []
-    for (site, layer), store in stores.items():
-        spectrum, rows = store.spectrum, torch.cat(list(store.in_order(8192))).float()
-        # All gains come first, so that a site that cannot be whitened is told before anything is measured.
-        gains = [(power, power_gains(spectrum, power)) for power in powers]
-        for name, own, center, left in _inputs(store, rows, gains):
-            for seed in seeds:
-                out.append(
-                    StartRow(
-                        model=str(store.metadata["model"]),
-                        corpus=str(store.metadata["corpus"]),
-                        n_tokens=len(rows),
-                        site=site,
-                        layer=layer,
-                        input=name,
-                        d_sae=d_sae,
-                        k=k,
-                        seed=seed,
-                        gamma=left,
-                        effective_rank_fraction=spectrum.effective_rank_fraction,
-                        predicted=predicted_dead(left, k, d_sae, len(rows)),
-                        dead=dead_at_start(own, k, d_sae, center=center, seed=seed),
-                    )
+    for (site, layer), store in tqdm(stores.items(), desc="starts", unit="place", disable=not progress):
+        key = number_key("", str(store.dtype), store.fingerprint, format=_FORMAT, **options)
+        for found in cached_number("starts", key, partial(_at_start, store, **options)):
+            out.append(
+                StartRow(
+                    model=str(store.metadata["model"]),
+                    corpus=str(store.metadata["corpus"]),
+                    n_tokens=store.n,
+                    site=site,
+                    layer=layer,
+                    d_sae=d_sae,
+                    k=k,
+                    **found,
                 )
+            )
     return out
+
+
+def _at_start(
+    store: ActivationStore, d_sae: int, k: int, powers: Sequence[float], seeds: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Return what is measured of one store: a mapping for each input and seed."""
+    spectrum, rows = store.spectrum, torch.cat(list(store.in_order(8192))).float()
+    # All gains come first, so that a site that cannot be whitened is told before anything is measured.
+    gains = [(power, power_gains(spectrum, power)) for power in powers]
+    return [
+        {
+            "input": name,
+            "seed": seed,
+            "gamma": left,
+            "effective_rank_fraction": spectrum.effective_rank_fraction,
+            "predicted": predicted_dead(left, k, d_sae, len(rows)),
+            "dead": dead_at_start(own, k, d_sae, center=center, seed=seed),
+        }
+        for name, own, center, left in _inputs(store, rows, gains)
+        for seed in seeds
+    ]
 
 
 def _inputs(

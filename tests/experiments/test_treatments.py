@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from small_trainings import D_IN, quick, rows
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import DataError
 from asi_lens.collapse.centering import dead_at_start, gamma, geometric_median
+from asi_lens.experiments import treatments as treatments_module
 from asi_lens.experiments.rows import dead_feature_rows
 from asi_lens.experiments.runs import train_recipes
 from asi_lens.experiments.treatments import shapes, start_rows, treatments
@@ -28,8 +30,12 @@ def store() -> ActivationStore:
     return ActivationStore.from_tensor(x - x.mean(0) + 3 * sigma * shift, ABOUT)
 
 
-def test_the_mean_kills_at_the_start_and_centering_cures(store: ActivationStore) -> None:
-    found = start_rows({("attn_out", 3): store}, d_sae=256, k=4, powers=[0.0], seeds=[5])
+def test_the_mean_kills_at_the_start_and_centering_cures(
+    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ASI_LENS_CACHE", str(tmp_path))
+    options: dict[str, Any] = {"d_sae": 256, "k": 4, "powers": [0.0], "progress": False}
+    found = start_rows({("attn_out", 3): store}, **options, seeds=[5])
     by_input = {row.input: row for row in found}
     assert list(by_input) == ["raw", "mean", "geometric median", "power 0"]
     assert by_input["raw"].gamma == pytest.approx(3, rel=0.01)
@@ -40,6 +46,11 @@ def test_the_mean_kills_at_the_start_and_centering_cures(store: ActivationStore)
     exact = torch.cat(list(store.in_order(999))).float()
     assert by_input["raw"].dead == dead_at_start(exact, 4, 256, seed=5)
     assert by_input["mean"].dead == dead_at_start(exact, 4, 256, center=store.mean, seed=5)
+    with monkeypatch.context() as patch:
+        patch.setattr(treatments_module, "dead_at_start", None)
+        assert start_rows({("attn_out", 3): store}, **options, seeds=[5]) == found, "from the cache"
+    again = start_rows({("attn_out", 3): store}, **{**options, "k": 8}, seeds=[5, 6])
+    assert [(row.k, row.seed) for row in again] == [(8, 5), (8, 6)] * 4
 
 
 def test_every_treatment_is_trained_and_told(
