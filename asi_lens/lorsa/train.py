@@ -37,9 +37,9 @@ class LorsaTrainer(Fits[SequencePairs, PairBatch]):
     """Trainer of one Lorsa: changes the Lorsa in place, on the device of the Lorsa when the trainer is made.
 
     `batch_size` and `n_tokens` of `TrainConfig` count positions in the loss (context - 1 of each sequence).
-    Raises OptionError for options that a Lorsa does not have (`optimizer` other than "adam", AuxK, a rate of
-    the encoder alone, bfloat16 compute), and for a Lorsa that was not initialized (heads of zeros have no
-    gradient).
+    `encoder_lr` is a factor on the learning rate of the rows that read, W_V.
+    Raises OptionError for options that a Lorsa does not have (`optimizer` other than "adam", AuxK, bfloat16
+    compute), and for a Lorsa that was not initialized (heads of zeros have no gradient).
 
     Attributes:
         lorsa: the Lorsa. config: options of training. optimizer: torch's Adam. ledger: firings of units.
@@ -50,13 +50,14 @@ class LorsaTrainer(Fits[SequencePairs, PairBatch]):
         self.config = config = config or TrainConfig()
         require(config.optimizer == "adam", "optimizer", config.optimizer, "'adam' for a Lorsa")
         require(config.aux_k == 0, "aux_k", config.aux_k, "0 for a Lorsa")
-        require(config.encoder_lr == 1, "encoder_lr", config.encoder_lr, "1 for a Lorsa")
         dtypes = ("auto", "float32")
         require(config.compute_dtype in dtypes, "compute_dtype", config.compute_dtype, " or ".join(dtypes))
         require(config.kernels != "triton", "kernels", config.kernels, "'auto' or 'plain' for a Lorsa")
         if not lorsa.initialization:
             raise OptionError("the heads of this Lorsa have no weights; call `initialize_lorsa` first")
-        self.optimizer = torch.optim.Adam(lorsa.parameters(), lr=config.lr, fused=True)
+        others = [one for one in lorsa.parameters() if one is not lorsa.W_V]
+        groups = [{"params": [lorsa.W_V], "factor": config.encoder_lr}, {"params": others, "factor": 1.0}]
+        self.optimizer = torch.optim.Adam(groups, lr=config.lr, fused=True)
         self.ledger = DeadnessLedger(lorsa.n_ov, lorsa.W_O.device)
         self._steps = 0
 
@@ -120,7 +121,8 @@ class LorsaTrainer(Fits[SequencePairs, PairBatch]):
             clip_grads_with_norm_(lorsa.parameters(), config.clip_norm, norm)
         n_steps = math.ceil(config.n_tokens / n)
         lr = config.lr * lr_factor(self.steps, n_steps, config.warmup_steps, config.decay_fraction)
-        self.optimizer.param_groups[0]["lr"] = lr
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["factor"]
         self.optimizer.step()
         self.optimizer.zero_grad()
         unit_rows_(lorsa.W_O.data)

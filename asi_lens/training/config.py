@@ -39,8 +39,8 @@ class TrainConfig:
             for AuxK.
         compute_dtype: dtype of the encoder's product: "float32", "bfloat16", or "auto" (bfloat16 if the
             machine is fast in it). All else is float32; a float64 dictionary computes in float64.
-        encoder_lr: factor on the learning rate of the encoder's rows. Below 1 fewer features die
-            (`23_encoder_steps`).
+        encoder_lr: factor on the learning rate of the encoder's rows (of a Lorsa the rows that read).
+            Below 1 fewer features die (`23_encoder_steps`).
         kernels: arithmetic of a step: `triton` (the project's GPU kernels), `plain` (PyTorch), or `auto`
             (`triton` on a GPU where that is possible). A checkpoint is continued by the same arithmetic.
     """

@@ -209,12 +209,23 @@ def test_steps_that_cannot_be_are_refused_and_change_nothing(tiny_llama: Any, pa
     assert all(torch.equal(tensor, before[name]) for name, tensor in one.state().items())
 
 
+def test_the_rate_of_the_rows_that_read_is_their_own(tiny_llama: Any, pairs: SequencePairs) -> None:
+    before = dict(started(tiny_llama, pairs).named_parameters())
+    plain, slow = (trainer(tiny_llama, pairs, encoder_lr=rate) for rate in (1.0, 0.25))
+    for one in (plain, slow):
+        one.step(next(pairs.batches(4 * EACH, seed=0)))
+    for name, start in before.items():
+        moved, own = (one.lorsa.get_parameter(name) - start for one in (plain, slow))
+        torch.testing.assert_close(own, moved * (0.25 if name == "W_V" else 1.0), rtol=1e-4, atol=1e-7)
+        assert moved.abs().max() > 1e-6
+    assert slow.describe() != plain.describe()
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
         ({"optimizer": "sparse_adam"}, "optimizer='sparse_adam' .* 'adam' for a Lorsa"),
         ({"aux_k": 3}, "aux_k=3 .* 0 for a Lorsa"),
-        ({"encoder_lr": 0.5}, "encoder_lr=0.5 .* 1 for a Lorsa"),
         ({"kernels": "triton"}, "kernels='triton' .* 'auto' or 'plain' for a Lorsa"),
         ({"compute_dtype": "bfloat16"}, "compute_dtype='bfloat16'"),
     ],
