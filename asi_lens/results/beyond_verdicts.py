@@ -22,7 +22,8 @@ def centering_or_subspace(starts: pd.DataFrame, trained: pd.DataFrame) -> list[A
     correlation over (layer, site) points lies on the predicted side of zero: above for gamma, below for
     rank. Whitening does what ASI does if, at every place and seed, the random start on white inputs (power 0)
     has at most as many silent features on held-out text as ASI on centered inputs, at no higher FVU. ASI adds
-    to centering if it has fewer at every place and seed.
+    to centering if it has fewer at every place and seed. A power between 0 and 1 improves ASI if ASI on such
+    inputs has fewer than on centered ones at every place and seed, at no higher FVU.
     """
     first = taken(starts, [*PLACE, "input", "seed"], ["gamma", "effective_rank_fraction", "dead"])
     raw, mean = (
@@ -31,7 +32,7 @@ def centering_or_subspace(starts: pd.DataFrame, trained: pd.DataFrame) -> list[A
     keys = [*PLACE, "seed", "input", "start"]
     held = held_out(trained, keys, ["dead_fraction", "fvu", "effective_rank_fraction"])
     held = held.set_index(keys).sort_index()
-    measured = ["dead_fraction", "effective_rank_fraction"]
+    measured, centered_asi = ["dead_fraction", "effective_rank_fraction"], ("mean", "ASI")
     centered = _part(held, "mean", "random").groupby(PLACE)[measured].mean()
     # Gamma of the raw activations: after centering it is zero everywhere.
     return [
@@ -48,8 +49,13 @@ def centering_or_subspace(starts: pd.DataFrame, trained: pd.DataFrame) -> list[A
             centered.dead_fraction,
             -1,
         ),
-        _better("whitening alone does what ASI does", held, ("power 0", "random"), ("mean", "ASI"), fvu=True),
-        _better("ASI adds to centering", held, ("mean", "ASI"), ("mean", "random"), strict=True),
+        _better("whitening alone does what ASI does", held, ("power 0", "random"), centered_asi, fvu=True),
+        _better("ASI adds to centering", held, centered_asi, ("mean", "random"), strict=True),
+        *(
+            _better(f"{name} improves ASI", held, (name, "ASI"), centered_asi, fvu=True, strict=True)
+            for name in held.index.unique("input")
+            if name.startswith("power ") and 0 < float(name.removeprefix("power ")) < 1
+        ),
     ]
 
 

@@ -25,22 +25,22 @@ def listed(first: pd.DataFrame, trained: pd.DataFrame) -> list[str]:
 def test_the_mean_alone() -> None:
     first = starts(lambda name, gamma, rank: gamma / 3 if name == "raw" else 0.001 * (rank > 0))
     trained = inputs(lambda name, start, rank: 0.4 if name == "raw" else 0.0)
-    assert listed(first, trained) == ["yes", *["not testable here"] * 3, "yes", "no"]
+    assert listed(first, trained) == ["yes", *["not testable here"] * 3, "yes", "no", "no"]
 
 
 def test_the_rank_alone() -> None:
     first = starts(lambda name, gamma, rank: 1 - rank)
     trained = inputs(lambda name, start, rank: (1 - rank) * (0.5 if start == "ASI" else 1))
-    assert listed(first, trained) == ["no", "no", "yes", "yes", "no", "yes"]
+    assert listed(first, trained) == ["no", "no", "yes", "yes", "no", "yes", "no"]
 
 
 def test_both_and_what_reverses_them() -> None:
     first = starts(lambda name, gamma, rank: gamma / 3 if name == "raw" else (1 - rank) / 2)
     trained = inputs(lambda name, start, rank: 1 - rank if start == "random" and name != "power 0" else 0.01)
-    assert listed(first, trained) == ["yes", "no", "yes", "yes", "yes", "yes"]
+    assert listed(first, trained) == ["yes", "no", "yes", "yes", "yes", "yes", "no"]
     turned = first.assign(dead=1 - first.dead)
     reversed_too = listed(turned, trained.assign(dead_fraction=1 - trained.dead_fraction))
-    assert reversed_too == ["no", "no", "no", "no", "yes", "no"], "white and ASI are alike"
+    assert reversed_too == ["no", "no", "no", "no", "yes", "no", "no"], "white and ASI are alike"
 
 
 def test_whitening_needs_an_fvu_as_low() -> None:
@@ -54,6 +54,18 @@ def test_whitening_needs_an_fvu_as_low() -> None:
     assert answers(first, pd.concat([trained, train])) == answers(first, trained)
 
 
+def test_a_power_improves_asi_only_at_every_place_and_no_higher_fvu() -> None:
+    first = starts(lambda name, gamma, rank: gamma)
+    trained = inputs(lambda name, start, rank: 0.1 if name == "power 0.5" else 0.2)
+    question = "power 0.5 improves ASI"
+    assert answers(first, trained)[question] == "yes"
+    here = (trained.input == "power 0.5") & (trained.start == "ASI") & (trained.layer == 3)
+    for column, value in (("dead_fraction", 0.2), ("fvu", 0.21)):
+        assert answers(first, trained.assign(**{column: trained[column].mask(here, value)}))[question] == "no"
+    assert question not in answers(first, trained[trained.input != "power 0.5"])
+    assert answers(first, trained[~here])[question] == "yes", "of the places that are there"
+
+
 def test_what_is_missing_is_not_answered() -> None:
     first = starts(lambda name, gamma, rank: gamma)
     trained = inputs(lambda name, start, rank: 0.1)
@@ -61,7 +73,7 @@ def test_what_is_missing_is_not_answered() -> None:
     without = answers(first, trained[trained.input != "power 0"])
     assert without[questions[4]] == "not testable here"
     unknown = trained.assign(dead_fraction=math.nan)
-    assert [answers(first, unknown)[q] for q in questions[3:]] == ["not testable here"] * 3
+    assert [answers(first, unknown)[q] for q in questions[3:]] == ["not testable here"] * 4
     assert answers(first[first.layer < 1], trained)[questions[0]] == "not testable here", "two points"
 
 
