@@ -115,8 +115,14 @@ class Spectrum:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits that change with the mean or any eigenvalue."""
-        content = self.mean.cpu().numpy().tobytes() + self.eigenvalues.cpu().numpy().tobytes()
+        """16 hex digits that change with the mean, any eigenvalue, and a covariance given as a tensor.
+
+        One that is loaded when it is asked for is known by its eigenvalues.
+        """
+        parts = [self.mean, self.eigenvalues]
+        if not callable(self._covariance):
+            parts.append(self._covariance)
+        content = b"".join(part.cpu().numpy().tobytes() for part in parts)
         return hashlib.sha256(content).hexdigest()[:16]
 
     @property

@@ -115,6 +115,8 @@ class ActivationStore:
         if isinstance(rows, str | Path):
             parts, origin = open_rows(Path(rows))
             return cls._of_parts(parts, origin | dict(metadata or {}))
+        if isinstance(rows, np.ma.MaskedArray):
+            raise DataError("a masked array has values under its mask; give the rows that are to count")
         if isinstance(rows, np.ndarray):
             try:
                 rows = torch.from_numpy(rows)

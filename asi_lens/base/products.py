@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 
 
 @contextmanager
+def without_autocast() -> Iterator[None]:
+    """Context in which tensors are computed in their own dtype, also inside `torch.autocast`."""
+    with ExitStack() as off:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                off.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+@contextmanager
 def exact_products() -> Iterator[None]:
     """Context for statistics: float32 products run in float32, whatever the user has switched on.
 
-    TF32 and bfloat16 products (`torch.set_float32_matmul_precision`) and reductions of bfloat16 products in
-    bfloat16 are off inside, and as before afterwards.
+    TF32 and bfloat16 products (`torch.set_float32_matmul_precision`), reductions of bfloat16 products in
+    bfloat16, and autocast are off inside, and as before afterwards.
     """
     matmul = torch.backends.cuda.matmul
     reduced = matmul.allow_bf16_reduced_precision_reduction
@@ -29,7 +39,8 @@ def exact_products() -> Iterator[None]:
             place.fp32_precision = "ieee"
         if legacy is not None:
             torch.set_float32_matmul_precision("highest")
-        yield
+        with without_autocast():
+            yield
     finally:
         matmul.allow_bf16_reduced_precision_reduction = reduced
         for place, value in zip(places, before, strict=True):

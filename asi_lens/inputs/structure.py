@@ -24,7 +24,7 @@ HOOK_TABLES = (
     "_forward_pre_hooks_with_kwargs",
 )
 _TABLES = {*HOOK_TABLES, "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "forward"}
-# Set by a load or a forward; no number depends on them. The twin is always in evaluation mode.
+# Set by a load or a forward; no number depends on them. Every pass is in evaluation mode.
 _PASSING = {
     "training",
     "_is_hf_initialized",
@@ -74,6 +74,20 @@ def all_modules(model: nn.Module) -> list[nn.Module]:
     if isinstance(source, nn.Module):
         found += [module for module in source.modules() if module not in seen]
     return found
+
+
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Context in which no module of a model is in training mode; afterwards each is as it was."""
+    # In the instance's __dict__: a bridge component passes attributes to its inner module.
+    training = [module for module in all_modules(model) if vars(module)["training"]]
+    try:
+        for module in training:
+            vars(module)["training"] = False
+        yield
+    finally:
+        for module in training:
+            vars(module)["training"] = True
 
 
 def state_of(model: nn.Module) -> State:

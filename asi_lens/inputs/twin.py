@@ -13,6 +13,7 @@ import copy
 import sys
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
@@ -20,6 +21,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from asi_lens.base.errors import OptionError, UnsupportedModelError
+from asi_lens.base.products import without_autocast
 from asi_lens.inputs import structure
 from asi_lens.inputs.plain import PlainModel
 
@@ -50,7 +52,16 @@ class Runner:
     """The plain twin; None if the model itself is called (the model owns this runner, not the reverse)."""
 
     def call(self, model: Any, given: Given, logits: bool) -> Tensor | None:
-        """Run to the end; return logits [batch position d_vocab], or None."""
+        """Run to the end; return logits [batch position d_vocab], or None.
+
+        Dropout is off, and so is autocast, whatever the caller has switched on: no number depends on them.
+        """
+        # A bridge's twin is a copy that is always in evaluation mode.
+        shared = self.root is None or isinstance(model, PlainModel)
+        with structure.in_evaluation(model) if shared else nullcontext(), without_autocast():
+            return self._call(model, given, logits)
+
+    def _call(self, model: Any, given: Given, logits: bool) -> Tensor | None:
         if self.root is None:
             if not isinstance(given, Tensor):
                 raise UnsupportedModelError(

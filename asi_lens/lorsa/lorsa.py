@@ -36,6 +36,7 @@ from asi_lens.lorsa.attention import AttentionLayer, layer_place, origin, read_a
 from asi_lens.lorsa.data import SequencePairs
 from asi_lens.lorsa.heads import PatternConfig, QueryKeyHeads
 from asi_lens.lorsa.unit_values import largest_values
+from asi_lens.sae.finite import require_master
 from asi_lens.sae.splice import Place, Spliced
 
 FORMAT, _HEADER = 1, "asi_lens_lorsa"
@@ -159,9 +160,7 @@ class Lorsa(Spliced):
 
     def __init__(self, config: LorsaConfig, *, dtype: torch.dtype = torch.float32):
         super().__init__()
-        require(
-            dtype in (torch.float32, torch.float64), "dtype", dtype, "float32 or float64 (master weights)"
-        )
+        require_master(dtype)
         self.config = config
         d_in, n_ov = config.d_in, config.n_ov
         self.heads = QueryKeyHeads(config.n_qk_heads, d_in, config.d_qk, config.pattern, dtype)
@@ -307,9 +306,11 @@ class Lorsa(Spliced):
 def save_lorsa(lorsa: Lorsa, path: Path | str) -> None:
     """Write a Lorsa to `path` (`.safetensors`) completely or not at all, replacing an existing file.
 
-    Raises OptionError for another suffix, OSError naming the file if it cannot be written.
+    Raises OptionError for another suffix or weights of half precision, OSError naming the file if it cannot
+    be written.
     """
     path = _checked(path)
+    require_master(lorsa.W_O.dtype)
     about = {"format": FORMAT, "config": asdict(lorsa.config), "initialization": lorsa.initialization}
     save_tensors(path, lorsa.state_dict(), {_HEADER: json.dumps(about, allow_nan=False)})
 

@@ -18,11 +18,13 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from asi_lens.base.doors import checked
 from asi_lens.base.errors import DataError, OptionError, require
+from asi_lens.base.products import without_autocast
 from asi_lens.kernels import devices
 from asi_lens.kernels.codes import SparseCode
 from asi_lens.kernels.draws import unit_rows_
 from asi_lens.lorsa.data import PairBatch, SequencePairs
 from asi_lens.lorsa.lorsa import Lorsa
+from asi_lens.sae.finite import require_master
 from asi_lens.training.checkpoint import where_it_runs
 from asi_lens.training.config import TrainConfig
 from asi_lens.training.learner import DivergedError, StepOutput
@@ -39,7 +41,8 @@ class LorsaTrainer(Fits[SequencePairs, PairBatch]):
     `batch_size` and `n_tokens` of `TrainConfig` count positions in the loss (context - 1 of each sequence).
     `encoder_lr` is a factor on the learning rate of the rows that read, W_V.
     Raises OptionError for options that a Lorsa does not have (`optimizer` other than "adam", AuxK, bfloat16
-    compute), and for a Lorsa that was not initialized (heads of zeros have no gradient).
+    compute), for a Lorsa that was not initialized (heads of zeros have no gradient), and for one that was
+    cast to half precision.
 
     Attributes:
         lorsa: the Lorsa. config: options of training. optimizer: torch's Adam. ledger: firings of units.
@@ -55,6 +58,7 @@ class LorsaTrainer(Fits[SequencePairs, PairBatch]):
         require(config.kernels != "triton", "kernels", config.kernels, "'auto' or 'plain' for a Lorsa")
         if not lorsa.initialization:
             raise OptionError("the heads of this Lorsa have no weights; call `initialize_lorsa` first")
+        require_master(lorsa.W_O.dtype)
         others = [one for one in lorsa.parameters() if one is not lorsa.W_V]
         groups = [{"params": [lorsa.W_V], "factor": config.encoder_lr}, {"params": others, "factor": 1.0}]
         self.optimizer = torch.optim.Adam(groups, lr=config.lr, fused=True)
@@ -80,6 +84,9 @@ class LorsaTrainer(Fits[SequencePairs, PairBatch]):
         """Return no further columns: a Lorsa logs only the results of its steps."""
         return {}
 
+    @without_autocast()
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def step(self, batch: PairBatch) -> StepOutput:
         """Update the Lorsa on raw inputs and outputs of the layer, both [batch position d_in].
 

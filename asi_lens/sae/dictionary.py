@@ -29,7 +29,7 @@ from asi_lens.base.metadata import plain_metadata
 from asi_lens.kernels.codes import SparseCode, stack_codes
 from asi_lens.kernels.draws import draw_gaussian, unit_rows_
 from asi_lens.kernels.gradients import decode_sum
-from asi_lens.sae.finite import require_finite_rows
+from asi_lens.sae.finite import require_finite_rows, require_master
 from asi_lens.sae.kinds import KINDS
 from asi_lens.sae.kinds.kind import Weights
 from asi_lens.sae.read_site import site_read
@@ -102,9 +102,7 @@ class SparseAutoencoder(Weights, Spliced):
 
     def __init__(self, config: SAEConfig, *, draw: bool = True, dtype: torch.dtype = torch.float32):
         super().__init__()
-        require(
-            dtype in (torch.float32, torch.float64), "dtype", dtype, "float32 or float64 (master weights)"
-        )
+        require_master(dtype)
         if self.is_transcoder != (config.d_out is not None):
             allowed = (
                 "a whole number for a Transcoder" if self.is_transcoder else "None: only a Transcoder has one"
@@ -126,6 +124,23 @@ class SparseAutoencoder(Weights, Spliced):
             unit_rows_(self.W_dec.data)
             if not self.is_transcoder:
                 self.encoder_rows.copy_(self.W_dec.data)
+
+    def require_sizes(self) -> None:
+        """Raise OptionError unless the weights have the sizes of `config`.
+
+        A weight can be replaced by one of another shape (a pruned one). What is computed then is not the
+        dictionary that `config` describes.
+        """
+        d_in, d_sae, d_out = self.d_in, self.d_sae, self.d_out
+        sizes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
+        for name, size in sizes.items():
+            found = tuple(self.get_parameter(name).shape)
+            require(found == size, name, f"of shape {found}", f"of shape {size}, as the configuration says")
+
+    def require_master(self) -> None:
+        """Raise OptionError unless the weights have the sizes of `config` and are of float32 or float64."""
+        self.require_sizes()
+        require_master(self.W_dec.dtype)
 
     @property
     def d_in(self) -> int:
@@ -154,13 +169,15 @@ class SparseAutoencoder(Weights, Spliced):
     def normalize(self, x: Num[Tensor, "*batch d_in"], checked: bool = True) -> Float[Tensor, "n d_in"]:
         """Return x_n = (x - input_mean) * input_scale as rows, in the weights' dtype.
 
-        Raises DataError if `x` is not d_in wide, is empty, or (if `checked`) holds NaN or infinity.
+        Raises DataError if `x` is not d_in wide, is complex, or (if `checked`) holds NaN or infinity.
         """
         if x.ndim == 0 or x.shape[-1] != self.d_in:
             raise DataError(
                 f"activations have shape {tuple(x.shape)}; a dictionary with d_in={self.d_in} takes [..., "
                 f"{self.d_in}]"
             )
+        if x.is_complex():
+            raise DataError(f"activations must be real numbers, not {x.dtype}")
         rows = x.reshape(-1, self.d_in).to(self.input_mean)
         normalized = (rows - self.input_mean).mul_(self.input_scale)
         if checked and not bool(torch.isfinite(normalized.sum())):

@@ -157,14 +157,15 @@ def evaluate_together(
         where: (site, layer) of the dictionaries; by default that of their or the store's metadata.
         batch_tokens: tokens of a forward pass; the logits of all of them are held in memory.
 
-    Raises OptionError for options that do not go together, a width that differs, a store of another site than
-    the dictionary's, or losses of another model than the store's. Raises DataError for rows that never vary
-    or are not finite, or a loss that is not finite. Raises UnsupportedModelError for a model that does not
-    predict next tokens.
+    Raises OptionError for options that do not go together, a width that differs, weights of other sizes than
+    the configuration says, a store of another site than the dictionary's, or losses of another model than the
+    store's. Raises DataError for rows that never vary or are not finite, or a loss that is not finite. Raises
+    UnsupportedModelError for a model that does not predict next tokens.
     """
     require(len(saes) > 0, "saes", [], "one or more")
     d_in = rows.d if isinstance(rows, ActivationStore) else rows.shape[1]
     for sae in saes:
+        sae.require_sizes()
         require(
             not sae.is_transcoder, "saes", "a transcoder", "autoencoders (evaluate_transcoder evaluates it)"
         )
@@ -209,14 +210,15 @@ def evaluate_transcoders(
             input site, and its output replaces the output site in the same forward pass.
         tokens: see `model`.
 
-    Raises OptionError for options that do not go together, widths that differ, losses on stores whose hooks
-    are not known or of another model than theirs, or inputs of a later layer than the outputs. Raises
-    DataError for outputs that never vary, and for values or losses that are not finite. Raises
-    UnsupportedModelError for a model that does not predict next tokens.
+    Raises OptionError for options that do not go together, widths that differ, weights of other sizes than
+    the configuration says, losses on stores whose hooks are not known or of another model than theirs, or
+    inputs of a later layer than the outputs. Raises DataError for outputs that never vary, and for values or
+    losses that are not finite. Raises UnsupportedModelError for a model that does not predict next tokens.
     """
     require(len(saes) > 0, "saes", [], "one or more")
     widths = (store.d, store.d_out)
     for sae in saes:
+        sae.require_sizes()
         require(
             widths == (sae.d_in, sae.d_out),
             "store",

@@ -21,6 +21,7 @@ from asi_lens.base.errors import UnsupportedModelError, require, require_whole
 from asi_lens.base.sites import SITES
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
+from asi_lens.inputs.fingerprint import model_fingerprint
 from asi_lens.inputs.float32 import in_float32
 from asi_lens.inputs.same_origin import require_model_of, require_text_of
 from asi_lens.sae.cards import Card, Context
@@ -46,6 +47,8 @@ class Features:
 
     sae: Any
     store: Any
+    _kept: tuple[str, models.ResumePoint, Tensor] | None = None
+    """What `_clean` returned last, after the fingerprint of the model."""
 
     def __init__(
         self,
@@ -198,38 +201,44 @@ class Features:
         if why:
             raise UnsupportedModelError(why)
         push = self.written(feature) * self.firings.mean[feature].to(self.directions)
+        weights = model_fingerprint(self.model)
         with in_float32(self.model):
             if self.store.metadata.get("site") == "z":
                 W_O = models.output_projection(self.model, int(self.store.metadata["layer"]))
                 push = push.to(W_O) @ W_O.reshape(-1, W_O.shape[-1])
-            change = self._final_logits(push) - self._clean_logits
+            start, clean = self._clean(weights)
+            change = self._final_logits(start, push) - clean
         return (change - change.mean()).float()
 
-    @cached_property
-    def _final(self) -> tuple[Tensor, str, models.ResumePoint]:
-        """Ids of some text, the hook of the final residual stream, and the pass of the model up to there.
+    def _clean(self, weights: str) -> tuple[models.ResumePoint, Float[Tensor, " d_vocab"]]:
+        """Return the pass of the model up to its last layer on some text, and the mean logits of that text.
 
-        It and `_clean_logits` are asked for inside `in_float32` alone.
+        It is asked for inside `in_float32` alone. Both are kept for the model's next feature, under the
+        fingerprint of its `weights`.
         """
-        ids = self.tokens.ids[:_LOGIT_SEQUENCES, :_LOGIT_CONTEXT]
-        layers = models.model_info(self.model, fingerprint=False).n_layers
-        last = models.hook_name(self.model, "resid_post", layers - 1)
-        return ids, last, models.capture_resume(self.model, ids, layers)
+        if self._kept is None or self._kept[0] != weights:
+            ids = self.tokens.ids[:_LOGIT_SEQUENCES, :_LOGIT_CONTEXT]
+            start = models.capture_resume(self.model, ids, self._last_layer)
+            self._kept = weights, start, self._final_logits(start, torch.zeros(()))
+        return self._kept[1:]
 
     @cached_property
-    def _clean_logits(self) -> Float[Tensor, " d_vocab"]:
-        return self._final_logits(torch.zeros(()))
+    def _last_layer(self) -> int:
+        return models.model_info(self.model, fingerprint=False).n_layers - 1
 
-    def _final_logits(self, push: Tensor) -> Float[Tensor, " d_vocab"]:
+    def _final_logits(self, start: models.ResumePoint, push: Tensor) -> Float[Tensor, " d_vocab"]:
         """Return the mean logits, float64, with `push` added to the final residual stream."""
-        ids, last, start = self._final
+        ids, last = start.ids, models.hook_name(self.model, "resid_post", self._last_layer)
         hooks = {last: lambda x: x + push.to(x)}
         logits = models.forward(self.model, ids, hooks, logits=True, start=start)
         assert logits is not None  # asked for
         return logits[:, 1:].mean((0, 1), dtype=torch.float64).cpu()
 
     def search(self, text: str, n: int = 20) -> list[int]:
-        """Return features that fire most on a token that contains `text`, by their largest value there."""
+        """Return features that fire strongly on a token that contains `text`, by their largest value there.
+
+        Only the strongest firings of each feature are looked at (`top` of them).
+        """
         require(bool(text), "text", text, "not empty")
         require_whole("n", n, 0)
         rows, values = self.firings.top.rows, self.firings.top.values

@@ -9,12 +9,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from asi_lens.base.errors import DataError
+from asi_lens.base.errors import DataError, require
 from asi_lens.base.threads import one_thread
 from asi_lens.kernels.gradients import Gradients
 
 # Largest distance of a decoder row's norm from 1 that rounding explains.
 _NORM_ERROR = 1e-3
+
+
+def require_master(dtype: torch.dtype) -> None:
+    """Raise OptionError unless master weights may have the dtype: half precision loses small steps."""
+    masters = (torch.float32, torch.float64)
+    require(dtype in masters, "dtype", dtype, "float32 or float64 (master weights)")
 
 
 def require_trainable(sae: nn.Module, decoder: Float[Tensor, "n d"]) -> None:
@@ -31,6 +37,14 @@ def require_trainable(sae: nn.Module, decoder: Float[Tensor, "n d"]) -> None:
             f"rows of W_dec have norms from {norms.min().item():.4g} to {norms.max().item():.4g}; training "
             "keeps them at 1, so the first step would change what this dictionary computes. Only one whose "
             "decoder rows have unit norm can be trained on"
+        )
+
+
+def require_varying(sample: Float[Tensor, "n d"]) -> None:
+    """Raise DataError for a sample of one row, or of rows that are all the same."""
+    if not bool((sample != sample[:1]).any()):
+        raise DataError(
+            f"the {len(sample)} rows of the sample never vary, so no share of their variance can be explained"
         )
 
 

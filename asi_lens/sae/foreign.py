@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from asi_lens.activations.spectrum import Spectrum
 from asi_lens.base.errors import DataError, OptionError, require, require_whole
 from asi_lens.base.products import exact_products
+from asi_lens.sae.finite import require_varying
 from asi_lens.sae.initialize import active_subspace_of, largest_leak
 from asi_lens.sae.scale import best_scale, fit_sums, require_overshoot
 from asi_lens.sae.starts import Draw, find_start
@@ -230,12 +231,13 @@ def _of_sparsify(coder: Any) -> _Coder:
 
 
 def _check_sample(sample: Tensor) -> None:
-    """Raise DataError unless `sample` is finite rows."""
+    """Raise DataError unless `sample` is finite rows that vary."""
     if not isinstance(sample, Tensor) or sample.ndim != 2 or len(sample) < 2:
         found = tuple(sample.shape) if isinstance(sample, Tensor) else type(sample).__name__
         raise DataError(f"a sample is rows [n d_in] with n at least 2, not {found}")
     if not bool(torch.isfinite(sample).all()):
         raise DataError("the sample holds NaN or infinity")
+    require_varying(sample)
 
 
 def _spectrum_read(found: _Coder, spectrum: Spectrum | None, sample: Tensor | None) -> Spectrum:

@@ -67,9 +67,11 @@ _SPARSIFY_KEYS = {
 def save_folder(sae: SparseAutoencoder, folder: Path | str) -> None:
     """Write a dictionary completely or not at all, replacing a dictionary that is in the folder already.
 
-    Raises OptionError for a folder that holds other files or for thresholds below zero, OSError for a full
-    disk and similar failures.
+    Raises OptionError for a folder that holds other files, for thresholds below zero, and for weights of
+    other sizes than the configuration says or of half precision (`sae.float()` casts them back); OSError for
+    a full disk and similar failures.
     """
+    sae.require_master()
     folder = Path(folder)
     if folder.exists():
         _require_replaceable(folder)

@@ -24,6 +24,7 @@ from asi_lens.base.errors import OptionError, require
 from asi_lens.base.products import exact_products
 from asi_lens.kernels.draws import DRAW_ROWS, other_stream
 from asi_lens.sae.dictionary import SparseAutoencoder
+from asi_lens.sae.finite import require_varying
 from asi_lens.sae.scale import first_fit, fit_scale, require_overshoot, scale_encoder
 from asi_lens.sae.starts import STARTS, Draw, Start, find_start
 from asi_lens.sae.starts.start import starts_with
@@ -155,7 +156,7 @@ def initialize(
         subspace_of: spectrum whose active subspace is taken in place of that of `spectrum`, for example of
             another text. Mean and scale of the input stay those of `spectrum`.
 
-    Raises OptionError, UnknownNameError, or DataError for a sample that is not finite.
+    Raises OptionError, UnknownNameError, or DataError for a sample that is not finite or never varies.
     """
     mesh = mesh or Mesh()
     seed = sae.config.seed if seed is None else seed
@@ -192,13 +193,16 @@ def _check(
     initial_l0: float | int | None,
     mesh: Mesh,
 ) -> None:
-    """Raise OptionError (UnknownNameError) for options that do not fit each other or this dictionary."""
+    """Raise OptionError (UnknownNameError) for options that do not fit each other or this dictionary, and
+    DataError for a sample that never varies."""
     method, start, kind = options.method, find_start(options.method), sae.activation
     require(options.b_dec in ("mean", "zeros"), "b_dec", options.b_dec, "'mean' or 'zeros'")
     require_overshoot(options.overshoot)
     needy = [name for name in ("norm_search", "center_encoder_bias") if getattr(options, name)]
     require(sample is not None or not needy, "sample", sample, f"given for {' and '.join(needy)}=True")
     if spectrum is not None:
+        if sample is not None:
+            require_varying(sample)
         require(spectrum.d == sae.d_in, "spectrum", f"of width {spectrum.d}", f"of width d_in={sae.d_in}")
     if not kind.has_threshold:
         require(initial_l0 is None, "initial_l0", initial_l0, "left out for an activation without thresholds")

@@ -18,6 +18,7 @@ from asi_lens.activations.pairs import Pair, PairedStores
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base.doors import checked
 from asi_lens.base.errors import OptionError, require, require_known
+from asi_lens.base.products import without_autocast
 from asi_lens.kernels import devices
 from asi_lens.kernels.gradients import Gradients, sum_gradients
 from asi_lens.kernels.topk import Workspace
@@ -50,6 +51,8 @@ _PROBE_ROWS = 32
 class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
     """Trainer of one dictionary: changes it in place, on its device when the trainer is made.
 
+    Raises OptionError for options that do not go together, and as `SparseAutoencoder.require_master`.
+
     Attributes:
         sae: the dictionary. config: options of training. optimizer: moments and step. ledger: firings.
         drift: measurement of the weights for every logged row, or None.
@@ -69,9 +72,8 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
         mesh: Mesh | None = None,
         search: str = "exact",
     ):
-        self.sae = sae
-        self.drift = drift
-        self.mesh = mesh or Mesh()
+        sae.require_master()
+        self.sae, self.drift, self.mesh = sae, drift, mesh or Mesh()
         self.config = config or TrainConfig()
         sparsity = sparsity or SparsityConfig()
         if self.mesh.config.size > 1 and drift is not None:
@@ -121,6 +123,7 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
         return math.ceil(self.config.n_tokens / self.config.batch_size)
 
     @torch.no_grad()
+    @without_autocast()
     def step(self, batch: Tensor | Pair | Part) -> StepOutput:
         """Update on raw activations [batch d_in], or for a transcoder on a `Pair` of inputs and outputs.
 
@@ -174,7 +177,6 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
             check = gradient_norm(grads, decoder, own, mesh.over_features)
         else:
             check = mesh.over_features(total_of(grads, own))
-
         apply = partial(self._apply, grads, own, picks)
         return Pass(terms[0].code, x, goal, error, aux_loss, penalty, check, apply)
 
@@ -296,13 +298,8 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
         """Return every tensor that the rest of the run depends on. Data order and learning rate follow from
         position and configuration, and nothing else is random."""
         sae = self.sae
-        out = {
-            "sae.encoder": sae.encoder_rows,
-            "sae.b_enc": sae.b_enc.data,
-            "sae.W_dec": sae.W_dec.data,
-            "sae.b_dec": sae.b_dec.data,
-            "first_weights": self._first_weights(),
-        }
+        out = {"sae.encoder": sae.encoder_rows, "first_weights": self._first_weights()}
+        out |= {f"sae.{name}": getattr(sae, name).data for name in ("b_enc", "W_dec", "b_dec")}
         out |= {f"sae.{name}": tensor for name, tensor in self._normalization().items()}
         out |= {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()}
         out |= {f"sparsity.{name}": tensor for name, tensor in self.sparsity.state().items()}

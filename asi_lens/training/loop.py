@@ -334,10 +334,17 @@ class Fits(Generic[Store, Batch]):
 
         `store` is an `ActivationStore`, for transcoders `PairedStores`, for Lorsas `SequencePairs` (a step
         has as many whole sequences as fit into `batch_size`). For options and errors see `train_together`,
-        which `fit` calls with one trainer.
+        which `fit` calls with one trainer. Without a folder, a trainer that has seen its `n_tokens` is an
+        OptionError: nothing would be trained.
         """
+        learner = cast("Learner[Store, Batch]", self)  # a class with `fit` is a whole Learner
+        if folder is None:
+            told = (
+                f"above {learner.tokens:,}, the tokens that this trainer has seen; a new trainer begins anew"
+            )
+            require(learner.tokens < self.config.n_tokens, "n_tokens", self.config.n_tokens, told)
         (history,) = train_together(
-            [cast("Learner[Store, Batch]", self)],  # a class with `fit` is a whole Learner
+            [learner],
             store,
             folders=None if folder is None else [folder],
             checkpoint_every=checkpoint_every,

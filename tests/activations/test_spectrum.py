@@ -158,3 +158,12 @@ def test_bad_values_are_refused() -> None:
         entropy_rank(torch.tensor([1.0, math.nan]))
     with pytest.raises(DataError, match="at least 0"):
         entropy_rank(torch.tensor([1.0, -1.0]))
+
+
+def test_the_fingerprint_sees_directions_that_are_given() -> None:
+    one = Spectrum.of(torch.randn(200, 6).double() * torch.arange(1, 7))
+    turn = torch.linalg.qr(torch.randn(6, 6).double()).Q
+    turned = Spectrum(one.eigenvalues, one.mean, one.n, turn @ one.covariance @ turn.T)
+    assert len({one.fingerprint, turned.fingerprint}) == 2
+    again = Spectrum(one.eigenvalues, one.mean, one.n, one.covariance.clone(), name="other")
+    assert again.fingerprint == one.fingerprint

@@ -258,6 +258,8 @@ def test_rows_that_cannot_be_used(tmp_path: Path) -> None:
             ActivationStore.from_tensor(bad)
     with pytest.raises(DataError, match="floating point"):
         ActivationStore.from_tensor(torch.zeros(3, 4, dtype=torch.long))
+    with pytest.raises(DataError, match="masked array"):
+        ActivationStore.from_tensor(np.ma.masked_greater(np.random.default_rng(0).normal(size=(9, 3)), 0))
     np.save(tmp_path / "objects.npy", np.array([[1, "a"]], dtype=object), allow_pickle=True)
     with pytest.raises(DataError, match="plain numbers"):
         ActivationStore.from_tensor(tmp_path / "objects.npy")

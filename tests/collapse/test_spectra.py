@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_plain
 import torch
 from small_stores import hooked, sinking
 
@@ -16,6 +17,7 @@ from asi_lens.collapse import spectra
 from asi_lens.collapse.spectra import collect_spectra, rank_growth
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
+from asi_lens.inputs.media_inputs import load_inputs
 
 pytestmark = [
     pytest.mark.model_facing,
@@ -295,3 +297,23 @@ def test_growth_ends_at_the_full_sample(
     assert len(passes) == before
     with pytest.raises(OptionError, match="steps="):
         rank_growth(tiny_llama, tiny_tokens, ["attn_out"], [1], steps=1)
+
+
+def test_dropout_and_autocast_of_the_caller_change_nothing(plain: Any, tmp_path: Path) -> None:
+    """Both had been in the numbers, and stayed in the cache."""
+    model = plain("esm")
+    for layer in model.source.modules():
+        if isinstance(layer, torch.nn.Dropout):
+            layer.p = 0.5
+    inputs = load_inputs(small_plain.sequences(), model, n_rows=40)
+    options: dict[str, Any] = {"sites": ["attn_out"], "layers": [1], "progress": False}
+    found = []
+    for mode in ("train", "autocast", "as it is"):
+        model.train(mode == "train")
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mode == "autocast"):
+            found.append(collect_spectra(model, inputs, **options)["attn_out", 1].covariance)
+        assert model.training == (mode == "train")
+        for path in files(tmp_path):
+            path.unlink()
+    assert all(torch.equal(one, found[0]) for one in found)
+    model.eval()

@@ -398,3 +398,14 @@ def test_tokens_that_the_model_cannot_take(tiny_llama: Any) -> None:
         models.forward(
             tiny_llama, torch.ones(1, 3, dtype=torch.long), {"blocks.0.hook_attn_out": lambda x: x[..., 1:]}
         )
+
+
+@pytest.mark.parametrize("name", ["blocks.1.ln1.hook_normalized", "blocks.1.hook_attn_out"])
+def test_dropout_is_off_in_a_model_that_is_in_training(name: str, tiny_folder: Any) -> None:
+    model = models.load_model(tiny_folder("gpt2"), dtype="float32", device="cpu")
+    ids, seen = torch.arange(2, 14)[None], []
+    for training in (False, True):
+        model.train(training)
+        models.forward(model, ids, {name: lambda x: seen.append(x.clone())})
+        assert model.training == training
+    assert torch.equal(*seen)

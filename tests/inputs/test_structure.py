@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from asi_lens.inputs.structure import state_of
+from asi_lens.inputs.structure import in_evaluation, state_of
 
 PLAIN = st.none() | st.booleans() | st.integers() | st.text(max_size=3)
 VALUES = st.recursive(
@@ -62,3 +62,12 @@ def test_what_a_forward_pass_leaves_behind_does_not_count() -> None:
     model.config.use_cache = True
     model.eval()
     assert state_of(model) == before
+
+
+def test_evaluation_is_for_a_while_and_of_each_module() -> None:
+    model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Dropout()))
+    model[0].eval()
+    before = [module.training for module in model.modules()]
+    with in_evaluation(model):
+        assert not any(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == before == [True, False, True, True]

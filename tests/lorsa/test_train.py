@@ -302,3 +302,26 @@ def test_data_that_do_not_fit_are_refused(tiny_llama: Any, pairs: SequencePairs)
         one.fit(SequencePairs(pairs.inputs[..., :20], pairs.outputs[..., :20]), progress=False)
     with pytest.raises(OptionError, match=f"batch_size={EACH - 1}"):
         trainer(tiny_llama, pairs, batch_size=EACH - 1).fit(pairs, progress=False)
+
+
+def test_a_caller_without_gradients_or_in_half_precision_trains_alike(
+    tiny_llama: Any, pairs: SequencePairs
+) -> None:
+    ours = trainer(tiny_llama, pairs)
+    ours.fit(pairs, progress=False)
+    for context in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16)):
+        other = trainer(tiny_llama, pairs)
+        with context:
+            other.fit(pairs, progress=False)
+        assert same_bits(ours, other)
+
+
+def test_a_lorsa_of_half_precision_is_neither_trained_nor_written(
+    tiny_llama: Any, pairs: SequencePairs, tmp_path: Path
+) -> None:
+    half = started(tiny_llama, pairs).bfloat16()
+    with pytest.raises(OptionError, match=r"dtype=torch.bfloat16 .* float32 or float64"):
+        LorsaTrainer(half, quick())
+    with pytest.raises(OptionError, match=r"dtype=torch.bfloat16 .* float32 or float64"):
+        half.save(tmp_path / "half.safetensors")
+    assert not list(tmp_path.iterdir())

@@ -173,6 +173,27 @@ def test_transcoders(tiny_llama: Any, tiny_tokens: Tokens, tmp_path: Path) -> No
     assert looked.card(feature).raised
 
 
+@pytest.mark.model_facing
+def test_effects_on_the_logits_are_those_of_the_model_as_it_is_now(
+    tiny_folder: Any, tiny_tokens: Tokens, tmp_path: Path
+) -> None:
+    model = models.load_model(tiny_folder("llama"), dtype="float32", device="cpu")
+    store = harvested(model, tiny_tokens, tmp_path)
+    looked = Features(dictionary(store), store, tiny_tokens, model, progress=False)
+    feature = int(looked.firings.counts.argmax())
+    before = looked.logit_effect(feature)
+    assert torch.equal(looked.logit_effect(feature), before)
+    handle = model.blocks[0].register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(looked.logit_effect(feature), before, rtol=1e-3, atol=1e-6)
+    handle.remove()
+    with torch.no_grad():
+        model.original_model.lm_head.weight.mul_(2)
+    edited = looked.logit_effect(feature)
+    anew = Features(looked.sae, store, tiny_tokens, model, progress=False)
+    assert torch.equal(edited, anew.logit_effect(feature))
+    assert (edited - before).abs().max() > 0.1 * before.abs().max()
+
+
 def test_sites_outside_the_stream(tiny_llama: Any, tiny_tokens: Tokens, tmp_path: Path) -> None:
     store = harvested(tiny_llama, tiny_tokens, tmp_path, "blocks.1.ln1.hook_normalized")
     looked = Features(dictionary(store), store, tiny_tokens, tiny_llama, progress=False)

@@ -106,6 +106,8 @@ def test_overshoot_multiplies_the_scale(saes: ModuleType, sparsify: ModuleType, 
         foreign.initialize(saelens(saes, "JumpReLU"), None, D_INIT, sample, norm_search=False, overshoot=2)
     with pytest.raises(OptionError, match=r"overshoot=0 .* finite and above 0"):
         foreign.initialize(best, None, D_INIT, sample, overshoot=0)
+    with pytest.raises(DataError, match="rows of the sample never vary"):
+        foreign.initialize(best, al.Spectrum.of(sample), D_INIT, sample[:1].expand(9, -1))
 
 
 KINDS = ["TopK", "BatchTopK", "MatryoshkaBatchTopK", "AbsTopK", "Standard", "Gated"]

@@ -189,6 +189,20 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_what_could_not_be_read_back_is_not_written(tmp_path: Path) -> None:
+    sae = trained_like()
+    sae.save(tmp_path / "a")
+    before = files(tmp_path / "a")
+    with pytest.raises(OptionError, match=r"dtype=torch.bfloat16 .* float32 or float64"):
+        trained_like().bfloat16().save(tmp_path / "a")
+    pruned = trained_like()
+    pruned.W_dec = torch.nn.Parameter(pruned.W_dec.detach()[:5].clone())
+    with pytest.raises(OptionError, match=rf"W_dec='of shape \(5, {D}\)' .* \({D_SAE}, {D}\)"):
+        pruned.save(tmp_path / "a")
+    assert files(tmp_path / "a") == before
+    assert_same(load_folder(tmp_path / "a"), sae)
+
+
 # --- reading what is damaged ------------------------------------------------------------------------
 
 

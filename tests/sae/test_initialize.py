@@ -218,6 +218,11 @@ def test_bad_input(spectrum: Spectrum, sample: torch.Tensor) -> None:
         initialize(sae, "asi", spectrum, 10, broken)
     with pytest.raises(OptionError, match="variance"):
         initialize(sae, "random", sample=torch.ones(10, D_IN))
+    before = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+    for same in (sample[:1], sample[:1].expand(10, -1)):
+        with pytest.raises(DataError, match="rows of the sample never vary"):
+            initialize(sae, "asi", spectrum, 10, same)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in sae.state_dict().items())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -13,6 +13,7 @@ from asi_lens.activations.pairs import Pair
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import DataError, OptionError, UnknownNameError
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
+from asi_lens.sae.evaluate import evaluate
 from asi_lens.sae.finite import power
 from asi_lens.sae.initialize import initialize
 from asi_lens.sae.subspace import expand
@@ -293,3 +294,24 @@ def test_a_sum_of_squares_is_the_same_for_any_number_of_threads() -> None:
         torch.set_num_threads(before)
     assert len(set(found)) == 1
     assert found[0] == pytest.approx(x.double().square().sum().item(), rel=1e-4)
+
+
+def test_autocast_of_the_caller_changes_nothing() -> None:
+    ours, other = (Trainer(make(), quick()) for _ in range(2))
+    for one, cast in ((ours, False), (other, True)):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast):
+            for batch in rows().split(100):
+                one.step(batch)
+    assert same_bits(ours, other)
+
+
+def test_a_dictionary_that_is_not_what_its_configuration_says_is_refused() -> None:
+    with pytest.raises(OptionError, match=r"dtype=torch.float16 .* float32 or float64"):
+        Trainer(make().half(), quick())
+    pruned = make()
+    pruned.b_enc = torch.nn.Parameter(pruned.b_enc.detach()[:7].clone())
+    told = rf"b_enc='of shape \(7,\)' is not allowed; .* \({D_SAE},\), as the configuration says"
+    with pytest.raises(OptionError, match=told):
+        Trainer(pruned, quick())
+    with pytest.raises(OptionError, match=told):
+        evaluate(pruned, rows(), progress=False)

@@ -209,3 +209,10 @@ def test_a_gpu_refuses_what_a_cpu_began_and_resumes_in_the_same_bits(tmp_path: P
         first.fit(store, on_log=stop_at(12), **options)
     second.fit(store, **options)
     assert same_bits(whole, second)
+
+
+def test_a_run_from_before_the_rate_of_the_encoder_goes_on(tmp_path: Path) -> None:
+    older: dict[str, Any] = {"train": {"lr": 0.1}}
+    require_same(tmp_path, older, {"train": {"lr": 0.1, "encoder_lr": 1.0}})
+    with pytest.raises(OtherConfigurationError, match=r"train.encoder_lr \(1.0 there, 0.5 here\)"):
+        require_same(tmp_path, older, {"train": {"lr": 0.1, "encoder_lr": 0.5}})

@@ -160,6 +160,14 @@ def test_ctrl_c_then_fit_again_in_the_same_session(store: ActivationStore) -> No
     assert same_bits(whole, trainer)
 
 
+def test_a_trainer_that_is_done_is_not_fitted_again(store: ActivationStore) -> None:
+    one = trained(store, quick())
+    with pytest.raises(
+        OptionError, match=r"n_tokens=\d+ is not allowed; .* tokens that this trainer has seen"
+    ):
+        one.fit(store, progress=False)
+
+
 def test_a_finished_run_is_only_read(store: ActivationStore, tmp_path: Path) -> None:
     first = trained(store, quick(), folder=tmp_path)
     written = (tmp_path / CHECKPOINT_FILE).stat().st_mtime_ns
