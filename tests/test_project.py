@@ -52,7 +52,6 @@ LATE = {("sae.dictionary", "sae.formats")}
 OPTIONAL = {"triton": PACKAGE / "kernels" / "triton" / "language.py"}  # comes with PyTorch for NVIDIA cards
 # Modules without a test of their name, and the file that tests them.
 TESTED_ELSEWHERE = {
-    "base.products": "activations/test_precision.py",
     "experiments.held_out": "experiments/test_runs.py",
     "experiments.rows": "experiments/test_runs.py",
     "experiments.run_folders": "experiments/test_runs.py",

@@ -63,6 +63,8 @@ def read_yaml(
     _require_numbers(values, [key for key in values if key not in folders])
     for key in sections:
         require(isinstance(values.get(key, {}), dict), key, values.get(key), "keys and values")
+    for key in folders:
+        require(isinstance(values[key], str) and values[key] != "", key, values[key], "the path of a folder")
     return values | {key: path.parent / Path(str(values[key])).expanduser() for key in folders}
 
 
@@ -74,8 +76,8 @@ def _require_numbers(values: Mapping[str, Any], keys: Sequence[str]) -> None:
             _require_numbers(value, list(value))
         elif isinstance(value, str) and _EXPONENT.fullmatch(value):
             raise OptionError(
-                f"{key}={value!r} is not allowed: YAML reads {value} as text; write {float(value)!r} or, for "
-                f"a large whole number, {float(value):_.0f}"
+                f"{key}={value!r} is not allowed: YAML reads {value} as text; write {float(value)!r}"
+                + (f" or, for a whole number, {float(value):_.0f}" if float(value) >= 1 else "")
             )
 
 

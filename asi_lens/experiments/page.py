@@ -18,6 +18,7 @@ from asi_lens.activations.split import Split, harvest_split
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base.doors import checked
 from asi_lens.base.errors import OptionError, require, require_whole
+from asi_lens.base.files import existing
 from asi_lens.base.paths import figures_dir
 from asi_lens.experiments import rows as run_rows
 from asi_lens.experiments.paired import paired_rows
@@ -65,7 +66,7 @@ class Page:
         self.parameters = checked_parameters(notebook, {name: namespace[name] for name in names})
         self.profile = str(self["profile"])
         folder = self.parameters.get("output_folder")
-        self.folder = Path(folder) if folder else figures_dir(self["model"], self.profile)
+        self.folder = Path(folder).expanduser() if folder else figures_dir(self["model"], self.profile)
         count = self.parameters.get("n_seeds", 1)
         require_whole("n_seeds", count, 1)
         self.seeds = list(range(self["seed"], self["seed"] + count))
@@ -73,6 +74,7 @@ class Page:
         self._data: Split | None = None
         self._budget = ""
         self._sources: dict[str, str] = {}
+        self._named: dict[str, str] = {}
         self._tables: list[str] = []
         self._figures: dict[str, dict[str, Any]] = {}
         self._verdicts: list[dict[str, Any]] = []
@@ -90,6 +92,7 @@ class Page:
         """
         self._model = load_model(self["model"] if name is None else name, dtype=self["dtype"], part=part)
         info = model_info(self._model)
+        self._only(info.label, f"a model with fingerprint {info.fingerprint}")
         self._sources[info.label] = info.fingerprint
         return self._model
 
@@ -111,15 +114,26 @@ class Page:
         `model` may be a tokenizer. The tokens follow those of `after`. `what` states their purpose in the
         record.
         """
+        source = self["main_corpus"] if corpus is None else corpus
         tokens = load_tokens(
-            self["main_corpus"] if corpus is None else corpus,
+            source,
             model,
             n_tokens=n_tokens,
             context=self["context"],
             offset=0 if after is None else len(after),
         )
+        if isinstance(source, str | Path):
+            self._only(tokens.corpus, f"the text {existing(source) or source}")
         self._sources[f"{tokens.corpus} {what}".strip()] = tokens.fingerprint
         return tokens
+
+    def _only(self, name: str, what: str) -> None:
+        """Raise OptionError if something else is called `name`: tables and captions tell them apart by it."""
+        known = self._named.setdefault(name, what)
+        if known != what:
+            raise OptionError(
+                f"{known} and {what} are both called {name!r}, by which tables tell them apart; rename one"
+            )
 
     def load_inputs(
         self, model: nn.Module, n_rows: int, *, after: Tokens | Inputs | None = None, what: str = ""

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from asi_lens.activations.store import ActivationStore
+from asi_lens.base.errors import require
 from asi_lens.experiments.recipes import Recipe
 from asi_lens.experiments.runs import TrainedRun
 from asi_lens.results.beyond_rows import TriedStartRow
@@ -33,6 +35,20 @@ METHODS = (
 first weights alone; these two differ all through training."""
 
 _SIDES = ("decoder", "encoder")
+
+
+def subspaces(
+    here: ActivationStore, text: ActivationStore, layer: ActivationStore
+) -> dict[str, ActivationStore]:
+    """Return the stores that `METHODS` take other subspaces from.
+
+    `text` is of the same place as `here`, `layer` of the same site at another layer. Raises OptionError for a
+    text or a layer that is not another one.
+    """
+    for key, other, name in (("other_corpus", text, "corpus"), ("other_layer_fraction", layer, "layer")):
+        own, theirs = here.metadata.get(name), other.metadata.get(name)
+        require(own != theirs, key, f"of {name} {theirs}", f"of another {name} than the store's")
+    return {TEXT: text, LAYER: layer}
 
 
 def tried_rows(runs: Sequence[TrainedRun], found: Sequence[DeadFeatureRow]) -> list[TriedStartRow]:

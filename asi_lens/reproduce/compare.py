@@ -23,6 +23,7 @@ from asi_lens.base.errors import AsiLensError, DataError
 from asi_lens.base.files import write_text
 from asi_lens.base.paths import figures_dir, published_dir
 from asi_lens.reproduce.gallery import DEFAULT_MODEL
+from asi_lens.reproduce.staleness import changed_since
 from asi_lens.results.sidecar import read_sidecars
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def compare(fresh: Path, published: Path) -> list[Compared]:
         raise DataError(f"{fresh} has no run of a notebook that {published} has; run `make figures` first")
     found = []
     for name in shared:
-        why = _other_setting(new[name], old[name])
+        why = changed_since(fresh, name) or _other_setting(new[name], old[name])
         exact = _arithmetic(new[name]) == _arithmetic(old[name])
         for stem in old[name]["tables"]:
             if why or stem not in new[name]["tables"]:

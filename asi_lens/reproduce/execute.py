@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -23,6 +25,7 @@ Execute = Callable[[Path, Mapping[str, Any], Path, Tell], None]
 """A function that runs a notebook with parameters, writes its executed copy and reports the progress."""
 
 _KERNEL = "asi_lens_run"
+_END_SECONDS = 10.0  # that a kernel may take to end after an interrupt
 _START_TIMEOUT = 300  # seconds; papermill's default of 60 can be too short on a loaded machine
 # glibc returns freed blocks of this size (bytes) to the system, and requests them again in the next layer of
 # a pass. With glibc's own limit, the resulting page faults take a tenth of a harvest's time on a CPU. Blocks
@@ -124,10 +127,21 @@ _told: Any = None
 
 
 def _begin(jobs: int, told: Any) -> None:
-    """Initialize a process that runs notebooks."""
+    """Initialize a process that runs notebooks, and ends with the process that began it."""
     global _told
     _told = told
     share_cores(jobs)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Interrupt the notebook if the parent was killed: it would write into the folder of a later run."""
+    parent = parent_process()
+    assert parent is not None  # this is a process of the pool
+    parent.join()
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(_END_SECONDS)
+    os._exit(1)
 
 
 def _execute_there(notebook: Path, parameters: Mapping[str, Any], executed: Path) -> None:

@@ -14,10 +14,21 @@ from typing import Any
 from asi_lens.base.errors import DataError, OptionError, require, shown, unknown_name
 from asi_lens.base.files import existing, read_yaml_mapping
 from asi_lens.base.paths import parameters_dir, project_root
-from asi_lens.results.parameters_cell import checked_parameters, notebook_defaults, notebook_names
+from asi_lens.results.parameters_cell import (
+    checked_parameters,
+    notebook_defaults,
+    notebook_names,
+    notebook_path,
+)
 
 # Parameters that the runner sets in every notebook.
 ALWAYS = ("model", "profile", "output_folder", "seed")
+# How else to say what `-p` cannot: the folder of the results is named by these.
+_ELSEWHERE = {
+    "model": "given as --model",
+    "profile": "given as --profile",
+    "output_folder": "left out: results lie in figures/<model>/<profile> (papermill takes another folder)",
+}
 NEEDS = "needs"
 """Key of a profile's file: the device without which its budgets make no sense."""
 PAPER = "paper"
@@ -74,10 +85,15 @@ def merged_parameters(
 ) -> dict[str, Any]:
     """Return all parameters that a notebook will run with, including its own defaults.
 
+    Files and folders in `given` are sought in the working folder, then beside the notebooks, and told in
+    full: notebooks run in another folder.
+
     Raises UnknownNameError for an unknown profile, section or key, and OptionError for a value of another
-    kind than its default, and for a notebook without a cell tagged `parameters` or without one of the keys
-    that the runner sets.
+    kind than its default, for a `given` key that the runner sets, and for a notebook without a cell tagged
+    `parameters` or without one of the keys that the runner sets.
     """
+    for key in _ELSEWHERE:
+        require(key not in (given or {}), f"-p {key}", (given or {}).get(key), _ELSEWHERE[key])
     defaults = notebook_defaults(notebook)
     missing = [key for key in ALWAYS if key not in defaults]
     if missing:
@@ -99,15 +115,27 @@ def merged_parameters(
         f"{path.name}, common": _section(path, sections, "common"),
         f"{path.name}, {notebook}": _section(path, sections, notebook),
         model_file.name: of_model,
-        "the command line": dict(given or {}),
+        "the command line": _in_full(dict(given or {}), notebook_path(notebook).parent),
     }
     out = dict(defaults)
     for where, layer in layers.items():
         out |= checked_parameters(notebook, layer, where)
     out |= {"profile": profile, "output_folder": str(output_folder)}
-    if "model" not in of_model and "model" not in (given or {}):
+    if "model" not in of_model:
         out["model"] = model
     return out
+
+
+def _in_full(value: Any, beside: Path) -> Any:
+    """Return a value with the whole path of every text that looks like one, and exists here or `beside`."""
+    if isinstance(value, Mapping):
+        return {key: _in_full(one, beside) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_in_full(one, beside) for one in value]
+    if isinstance(value, str) and ("/" in value or "." in value):
+        found = existing(value) or existing(beside / value)
+        return value if found is None else str(found.resolve())
+    return value
 
 
 def parse_given(pairs: Sequence[str]) -> dict[str, Any]:

@@ -9,13 +9,16 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from asi_lens.base.errors import AsiLensError, DataError
 from asi_lens.base.files import write_text, write_whole
 from asi_lens.base.paths import PUBLISHED, figures_dir, figures_root, project_root, published_dir
 from asi_lens.reproduce.gallery import DEFAULT_MODEL, Run, build_gallery, claims_of, find_runs, render
+from asi_lens.reproduce.parameters import merged_parameters, notebook_names
+from asi_lens.reproduce.staleness import changed_since
 from asi_lens.results.sidecar import files_of, join, longest_time, read_sidecars, write_sidecar
 
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
@@ -29,7 +32,9 @@ _KEPT = (".csv", ".png")
 def publish(model: str, profile: str, notebooks: Sequence[str] | None = None) -> Path:
     """Replace the published files of the notebooks that have run (all by default); return their folder.
 
-    Raises DataError if no notebook was run, if an image is missing, or if the profile makes no claims.
+    Raises DataError if no notebook was run, if an image is missing, if the profile makes no claims, and for a
+    notebook that ran with other parameters than the profile's, or whose files are not those of its last
+    complete run.
     """
     if profile in _NOT_PUBLISHED:
         raise DataError(f"profile {profile} is not published: its runs are too small to support a claim")
@@ -44,6 +49,7 @@ def publish(model: str, profile: str, notebooks: Sequence[str] | None = None) ->
         undrawn = [stem for stem, figure in one["figures"].items() if not figure["png"]]
         if undrawn:
             raise DataError(f"{name} has no image of {', '.join(undrawn)}; run it where Chrome is installed")
+        _require_whole_run(source, one, model, profile)
     target.mkdir(parents=True, exist_ok=True)
     before = read_sidecars(target)
     for name, one in chosen.items():
@@ -59,6 +65,21 @@ def publish(model: str, profile: str, notebooks: Sequence[str] | None = None) ->
         write_sidecar(target, one)
     join(target)
     return target
+
+
+def _require_whole_run(source: Path, one: Mapping[str, Any], model: str, profile: str) -> None:
+    """Raise DataError unless a sidecar belongs to its files, and to the parameters of the profile."""
+    name = one["notebook"]
+    if why := changed_since(source, name):
+        raise DataError(f"{name} was stopped in a later run, or edited ({why}); run it again")
+    if name not in notebook_names():  # of an older version, which nothing can be asked of
+        return
+    asked = merged_parameters(name, model=model, profile=profile, output_folder=source)
+    ran = {**one["parameters"], "output_folder": asked["output_folder"]}
+    other = [key for key in asked if ran.get(key) != asked[key]]
+    if other:
+        told = ", ".join(f"{key} {ran.get(key)!r}, not {asked[key]!r}" for key in other)
+        raise DataError(f"{name} ran with other parameters than the profile {profile}: {told}; run it again")
 
 
 def copy_small(source: Path, target: Path) -> None:

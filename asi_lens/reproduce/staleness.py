@@ -60,7 +60,16 @@ def out_of_date(folder: Path, name: str, key: Mapping[str, str]) -> str:
     changed = [cause for cause, digest in key.items() if entry["key"].get(cause) != digest]
     if changed:
         return f"changed: {', '.join(changed)}"
-    for file, digest in entry["files"].items():
+    return changed_since(folder, name)
+
+
+def changed_since(folder: Path, name: str) -> str:
+    """Return which file is not as the notebook's last complete run left it; "" for none, or without a record.
+
+    A run that was stopped leaves new tables beside the captions and verdicts of the run before it.
+    """
+    entry = _state(folder).get(name)
+    for file, digest in entry["files"].items() if isinstance(entry, dict) else ():
         if not (folder / file).is_file():
             return f"{file} is gone"
         if _digest(folder / file) != digest:

@@ -210,7 +210,7 @@ def write_cards(
     given = parser.parse_args(arguments)
     try:
         features = look(given)
-        caption = f"{features.site}, {features.tokens.ids.numel():,} tokens"
+        caption = f"{features.site}, {features.tokens.ids.numel():,} tokens{features.trained_elsewhere}"
         groups = features.choice(given.features)
         print(write_page(given.output, features, groups, f"Features of {given.dictionary.name}", caption))
     except (AsiLensError, OSError) as error:

@@ -109,6 +109,12 @@ class Features:
         about = {key: self.store.metadata.get(key, "?") for key in ("site", "layer", "model", "corpus")}
         return "{site} {layer} of {model} on {corpus}".format(**about)
 
+    @property
+    def trained_elsewhere(self) -> str:
+        """Which other model's activations the dictionary was trained on, in words; "" for this model's."""
+        theirs, ours = (about.get("model") for about in (self.sae.config.metadata, self._rows.metadata))
+        return "" if theirs in (None, ours) else f"; the dictionary was trained on {theirs}"
+
     def card(self, feature: int, *, n_logits: int = 8, n_similar: int = 6) -> Card:
         """Return the facts of one feature. Raises OptionError for a feature that does not exist."""
         self._require(feature)

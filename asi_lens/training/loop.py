@@ -226,22 +226,9 @@ class _Run(Generic[Store, Batch]):
 
     def _add_row(self, output: StepOutput) -> None:
         dead = {f"dead_fraction_{w}": self.trainer.dead_fraction(w) for w in self.windows}
-        self.log.add(
-            {
-                "step": output.step,
-                "tokens": output.tokens,
-                "fvu": output.fvu,
-                "l0": output.l0,
-                "loss": output.loss,
-                "aux_loss": output.aux_loss,
-                "penalty": output.penalty,
-                **dead,
-                "lr": output.lr,
-                "tokens_per_s": round(self.busy_tokens / self.busy, 1),
-                "gradient_norm": output.gradient_norm,
-                **self.trainer.measure(),
-            }
-        )
+        speed = round(self.busy_tokens / self.busy, 1)
+        found = {**vars(output), **dead, "tokens_per_s": speed, **self.trainer.measure()}
+        self.log.add({column: found[column] for column in self.log.columns})
         self.busy, self.busy_tokens = 0.0, 0
         if self.on_log is not None:
             self.on_log(self.trainer, output)

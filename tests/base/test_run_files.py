@@ -36,6 +36,9 @@ def test_keys_sections_and_folders_are_read(tmp_path: Path) -> None:
         ("stor: s", UnknownNameError, r"key in run\.yaml 'stor'; did you mean 'store'"),
         ("store: s", OptionError, r"run\.yaml has no key 'output'"),
         ("{store: s, output: o, train: [1]}", OptionError, r"train=\[1\] .* keys and values"),
+        ("{store: s, output: }", OptionError, r"output=None .* the path of a folder"),
+        ("{store: s, output: o, train: {lr: 1e-3}}", OptionError, r"as text; write 0\.001$"),
+        ("{store: s, output: o, train: {n: 1e6}}", OptionError, r"write 1000000\.0 or, .*, 1_000_000$"),
     ],
 )
 def test_what_a_file_may_not_hold(tmp_path: Path, text: str, error: type[Exception], message: str) -> None:

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import runs
 import small_plain
+import tiny_models
 
 from asi_lens import figures
 from asi_lens.base.errors import OptionError, UnknownNameError
@@ -190,3 +191,22 @@ def test_what_is_loaded_notes_its_fingerprint(
     assert data.train_tokens.fingerprint in sources.values()
     assert any(name.endswith("for losses") for name in sources)
     assert len(sources) == 5
+
+
+def test_two_of_one_name_are_refused(namespace: dict[str, Any], tiny_folder: Any, tmp_path: Path) -> None:
+    """Tables, captions and records tell models and texts apart by their names."""
+    texts = [tmp_path / name / "own.txt" for name in ("a", "b")]
+    for text in texts:
+        text.parent.mkdir()
+        text.write_text(f"{text.parent.name}bcdefgh " * 400, encoding="utf-8")
+    given = {"model": str(tiny_folder("llama")), "main_corpus": str(texts[0]), "output_folder": "~/x"}
+    page = Page("03_page", {**namespace, **given})
+    assert page.folder == Path.home() / "x"
+    lens = page.load_model()
+    page.load_tokens(lens, 32)
+    page.load_tokens(lens, 32, str(texts[0]), what="again")
+    with pytest.raises(OptionError, match=r"a/own.txt and .*b/own.txt are both called 'own.txt'"):
+        page.load_tokens(lens, 32, str(texts[1]))
+    again = tiny_models.build("gpt2", tmp_path / "tiny-llama")
+    with pytest.raises(OptionError, match=r"are both called 'tiny-llama \("):
+        page.load_model(str(again))

@@ -14,7 +14,7 @@ from asi_lens.base.errors import OptionError, UnknownNameError
 from asi_lens.experiments.recipes import Recipe
 from asi_lens.experiments.rows import dead_feature_rows
 from asi_lens.experiments.runs import TrainedRun, started, train_recipes
-from asi_lens.experiments.starts import LAYER, METHODS, TEXT, tried_rows
+from asi_lens.experiments.starts import LAYER, METHODS, TEXT, subspaces, tried_rows
 from asi_lens.sae.drift import Drift
 
 pytestmark = pytest.mark.filterwarnings("ignore::asi_lens.activations.spectrum.FewTokensWarning")
@@ -100,3 +100,14 @@ def test_aligned_at_the_start_and_all_through(store: ActivationStore) -> None:
     products = [(run.sae().encoder_rows * run.sae().W_dec).sum(1) for run in (start, through)]
     torch.testing.assert_close(products[1], torch.ones(D_SAE), rtol=0, atol=1e-5)
     assert (products[0] - 1).abs().max() > 0.01
+
+
+def test_other_subspaces_are_of_another_text_and_layer(store: ActivationStore) -> None:
+    text, layer = (
+        ActivationStore.from_tensor(rows(), {**ABOUT, **one}) for one in ({"corpus": "c"}, {"layer": 9})
+    )
+    assert subspaces(store, text, layer) == {TEXT: text, LAYER: layer}
+    with pytest.raises(OptionError, match=r"other_corpus='of corpus news' .* another corpus"):
+        subspaces(store, store, layer)
+    with pytest.raises(OptionError, match=r"other_layer_fraction='of layer 3' .* another layer"):
+        subspaces(store, text, store)

@@ -150,6 +150,40 @@ def test_ctrl_c_ends_the_kernel_and_leaves_no_half_copy(tmp_path: Path) -> None:
     wait_for(lambda: not running(kernel))
 
 
+SIDE_BY_SIDE = """
+import sys
+from pathlib import Path
+from asi_lens.reproduce.board import Board
+from asi_lens.reproduce.execute import executing_in
+if __name__ == "__main__":
+    with executing_in(2, Board({"01_alpha": None})) as execute:
+        execute(Path(sys.argv[1]), {}, Path(sys.argv[2]), print)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs signals")
+def test_notebooks_end_with_the_run_that_began_them(tmp_path: Path) -> None:
+    """They had written into the folder of a later run."""
+    path = runs.notebook(
+        tmp_path / "01_alpha.ipynb",
+        "import os, time\nopen('pid.part', 'w').write(f'{os.getpid()} {os.getppid()}')\n"
+        "os.rename('pid.part', 'pid')",
+        "time.sleep(120)",
+        "open('later', 'w').close()",
+    )
+    script = tmp_path / "side_by_side.py"
+    script.write_text(SIDE_BY_SIDE)
+    process = subprocess.Popen([sys.executable, str(script), str(path), str(tmp_path / "out" / "a.ipynb")])
+    try:
+        wait_for(lambda: (tmp_path / "pid").exists() or process.poll() is not None)
+    finally:
+        process.kill()
+    process.wait()
+    for pid in (tmp_path / "pid").read_text().split():
+        wait_for(lambda pid=int(pid): not running(pid))
+    assert not (tmp_path / "later").exists()
+
+
 def wait_for(condition: object, seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]

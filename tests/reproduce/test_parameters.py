@@ -48,6 +48,29 @@ def test_later_layers_win(project: Path) -> None:
     assert merged(model="other/model")["seed"] == 1
 
 
+def test_files_are_told_in_full_and_names_stay(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("own.txt", "notebooks/beside.txt", "news-en"):
+        (project / name).write_text("text")
+    cell = "x = 'text'\nmany = ['text']\n"
+    runs.notebook(project / "notebooks" / "03_texts.ipynb", "", parameters=runs.PARAMETERS + cell)
+    monkeypatch.chdir(project)
+    for given, told in (
+        ("own.txt", project / "own.txt"),
+        ("./own.txt", project / "own.txt"),
+        ("beside.txt", project / "notebooks" / "beside.txt"),
+        ("news-en", "news-en"),
+        ("nobody/knows.txt", "nobody/knows.txt"),
+    ):
+        found = merged("03_texts", x=given, many=[given])
+        assert (found["x"], found["many"]) == (str(told), [str(told)])
+
+
+@pytest.mark.parametrize("key", ["model", "profile", "output_folder"])
+def test_what_the_runner_sets_is_not_given(project: Path, key: str) -> None:
+    with pytest.raises(OptionError, match=f"-p {key}='x' is not allowed; .* must be (given as --|left out)"):
+        merged_parameters("02_beta", model="tiny", profile="quick", output_folder=Path(), given={key: "x"})
+
+
 def test_a_path_is_told_to_the_notebook_in_full(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (project / "weights").mkdir()
     monkeypatch.chdir(project)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import runs
 from PIL import Image
 
 from asi_lens.base.errors import DataError
@@ -25,6 +26,7 @@ from asi_lens.reproduce.publish import (
     readme_section,
     update_readme,
 )
+from asi_lens.reproduce.staleness import record
 from asi_lens.results.claims import CLAIMS_FILE, ClaimRow
 from asi_lens.results.sidecar import read_sidecars, write_sidecar
 from asi_lens.results.tables import read_rows
@@ -202,3 +204,19 @@ def test_published_records_name_files_that_are_there() -> None:
             names += [f"{stem}.png" for stem in sidecar["figures"]]
             assert all((folder / name).is_file() for name in names), notebook
     assert module.BEST[0] == "gpu", "the best evidence comes first"
+
+
+def test_only_whole_runs_of_the_profile_are_published(root: Path) -> None:
+    project = runs.project(root.parent)
+    (project / "parameters" / f"{DEFAULT_MODEL}.yaml").write_text(f"model: {DEFAULT_MODEL}\n")
+    asked = {"model": DEFAULT_MODEL, "profile": "quick", "output_folder": "elsewhere", "seed": 1, "x": 1}
+    for changes, told in (({"x": 5}, "x 5, not 1"), ({"seed": 2, "x": 5}, "seed 2, not 1, x 5, not 1")):
+        left(root, "quick", "01_alpha", parameters=asked | changes)
+        with pytest.raises(DataError, match=f"01_alpha ran with other parameters .*: {told}; run it again"):
+            publish(DEFAULT_MODEL, "quick")
+    folder = left(root, "quick", "01_alpha", parameters=asked)
+    record(folder, "01_alpha", {})
+    publish(DEFAULT_MODEL, "quick")
+    (folder / "01_alpha.csv").write_text("of a run that was stopped")
+    with pytest.raises(DataError, match=r"stopped in a later run, or edited \(01_alpha.csv was changed\)"):
+        publish(DEFAULT_MODEL, "quick")

@@ -173,6 +173,13 @@ def test_transcoders(tiny_llama: Any, tiny_tokens: Tokens, tmp_path: Path) -> No
     assert looked.card(feature).raised
 
 
+def test_a_dictionary_of_another_model_is_told(features: Features) -> None:
+    assert features.trained_elsewhere == ""
+    config = features.sae.config
+    object.__setattr__(config, "metadata", {**config.metadata, "model": "other"})
+    assert features.trained_elsewhere == "; the dictionary was trained on other"
+
+
 @pytest.mark.model_facing
 def test_effects_on_the_logits_are_those_of_the_model_as_it_is_now(
     tiny_folder: Any, tiny_tokens: Tokens, tmp_path: Path
