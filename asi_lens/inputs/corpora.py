@@ -31,7 +31,7 @@ from asi_lens.base.files import cache_key, file_name, locked
 from asi_lens.base.paths import cached
 from asi_lens.base.safetensors_io import read_tensors, save_tensors
 from asi_lens.inputs.documents import Corpus, corpus_names, open_corpus
-from asi_lens.inputs.tokenizing import Packing
+from asi_lens.inputs.tokenizing import Packing, special_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -148,8 +148,8 @@ def load_tokens(
         Tokens with ids of shape (n_tokens // context, context).
 
     Raises:
-        DataError: the corpus has fewer tokens than requested (the error states how many), no text, or bytes
-            that are not UTF-8.
+        DataError: the corpus has fewer tokens than requested (the error states how many), no text, bytes that
+            are not UTF-8, or text of which the tokenizer does not know half.
         OptionError: an argument out of range, a context longer than the model's.
         UnknownNameError: an unknown corpus, column or split.
         FetchError, CacheError, OSError: from downloads and the cache.
@@ -184,6 +184,7 @@ def load_tokens(
         ids = _cached(path, key, pack)
     if d_vocab is not None and int(ids.max()) >= d_vocab:
         raise DataError(f"the tokenizer gives token {int(ids.max())}, but the model knows {d_vocab} tokens")
+    _require_known_text(ids[:, prepend_bos:], packing, corpus.name)
     return Tokens(
         torch.from_numpy(ids.astype(np.int64)),
         corpus.name,
@@ -192,6 +193,19 @@ def load_tokens(
         bos=prepend_bos,
         content=corpus.fingerprint or "",
     )
+
+
+def _require_known_text(ids: np.ndarray, packing: Packing, corpus: str) -> None:
+    """Raise DataError if most ids stand for text that the tokenizer does not know: nothing could be read."""
+    unknown = special_id(packing.tokenizer, "unk")
+    if unknown in (None, packing.start, packing.end):  # GPT-2 has one token for all three, and knows all text
+        return
+    share = float((ids == unknown).mean())
+    if share > 0.5:
+        raise DataError(
+            f"{share:.0%} of the tokens of {corpus} are {packing.tokenizer.unk_token!r}: the tokenizer does not "
+            "know this text, so the model cannot read it"
+        )
 
 
 def _integer(key: str, value: Any, least: int, why: str = "") -> int:

@@ -204,6 +204,18 @@ def test_context_longer_than_the_tokenizer_says() -> None:
         load_tokens(["x" * 99], short, n_tokens=33, context=33)
 
 
+def test_text_that_the_tokenizer_does_not_know_is_refused() -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    own = Tokenizer(models.WordLevel({"<s>": 0, "<unk>": 1, "known": 2}, unk_token="<unk>"))
+    own.pre_tokenizer = pre_tokenizers.Whitespace()
+    limited = PreTrainedTokenizerFast(tokenizer_object=own, bos_token="<s>", unk_token="<unk>")
+    assert (load_tokens(["known " * 60 + "strange " * 40], limited, 80, context=8).ids == 1).any()
+    with pytest.raises(DataError, match=r"100% of the tokens of .* are '<unk>': the tokenizer does not know"):
+        load_tokens(["strange " * 100], limited, 80, context=8)
+
+
 def _pretend_model(monkeypatch: pytest.MonkeyPatch, tokenizer: Any, n_ctx: int, d_vocab: int) -> Any:
     """A model whose description says what the test needs; the description itself is tested in test_models."""
     import sys
