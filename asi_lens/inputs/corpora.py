@@ -203,8 +203,8 @@ def _require_known_text(ids: np.ndarray, packing: Packing, corpus: str) -> None:
     share = float((ids == unknown).mean())
     if share > 0.5:
         raise DataError(
-            f"{share:.0%} of the tokens of {corpus} are {packing.tokenizer.unk_token!r}: the tokenizer does not "
-            "know this text, so the model cannot read it"
+            f"{share:.0%} of the tokens of {corpus} are {packing.tokenizer.unk_token!r}: the tokenizer does "
+            "not know this text, so the model cannot read it"
         )
 
 
