@@ -23,7 +23,7 @@ from asi_lens.results.parameters_cell import (
 
 # Parameters that the runner sets in every notebook.
 ALWAYS = ("model", "profile", "output_folder", "seed")
-# How else to say what `-p` cannot: the folder of the results is named by these.
+# Keys that `-p` cannot set, since the results' folder is named by them, and what sets them.
 _ELSEWHERE = {
     "model": "given as --model",
     "profile": "given as --profile",
