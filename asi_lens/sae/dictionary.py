@@ -125,23 +125,6 @@ class SparseAutoencoder(Weights, Spliced):
             if not self.is_transcoder:
                 self.encoder_rows.copy_(self.W_dec.data)
 
-    def require_sizes(self) -> None:
-        """Raise OptionError unless the weights have the sizes of `config`.
-
-        A weight can be replaced by one of another shape (a pruned one). What is computed then is not the
-        dictionary that `config` describes.
-        """
-        d_in, d_sae, d_out = self.d_in, self.d_sae, self.d_out
-        sizes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
-        for name, size in sizes.items():
-            found = tuple(self.get_parameter(name).shape)
-            require(found == size, name, f"of shape {found}", f"of shape {size}, as the configuration says")
-
-    def require_master(self) -> None:
-        """Raise OptionError unless the weights have the sizes of `config` and are of float32 or float64."""
-        self.require_sizes()
-        require_master(self.W_dec.dtype)
-
     @property
     def d_in(self) -> int:
         """Width of the activations."""

@@ -26,6 +26,7 @@ from asi_lens.inputs.corpora import Tokens
 from asi_lens.inputs.same_origin import require_model_of
 from asi_lens.kernels.codes import SparseCode
 from asi_lens.sae.dictionary import SparseAutoencoder
+from asi_lens.sae.finite import require_sizes
 from asi_lens.sae.splice import Hooks, Place, SpliceLosses, hooked_losses
 from asi_lens.sae.transcoder import Transcoder
 from asi_lens.training.ledger import DeadnessLedger
@@ -165,7 +166,7 @@ def evaluate_together(
     require(len(saes) > 0, "saes", [], "one or more")
     d_in = rows.d if isinstance(rows, ActivationStore) else rows.shape[1]
     for sae in saes:
-        sae.require_sizes()
+        require_sizes(sae)
         require(
             not sae.is_transcoder, "saes", "a transcoder", "autoencoders (evaluate_transcoder evaluates it)"
         )
@@ -218,7 +219,7 @@ def evaluate_transcoders(
     require(len(saes) > 0, "saes", [], "one or more")
     widths = (store.d, store.d_out)
     for sae in saes:
-        sae.require_sizes()
+        require_sizes(sae)
         require(
             widths == (sae.d_in, sae.d_out),
             "store",

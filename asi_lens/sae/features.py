@@ -112,7 +112,7 @@ class Features:
     @property
     def trained_elsewhere(self) -> str:
         """Which other model's activations the dictionary was trained on, in words; "" for this model's."""
-        theirs, ours = (about.get("model") for about in (self.sae.config.metadata, self._rows.metadata))
+        theirs, ours = (about.get("model") for about in (self.sae.config.metadata, self.store.metadata))
         return "" if theirs in (None, ours) else f"; the dictionary was trained on {theirs}"
 
     def card(self, feature: int, *, n_logits: int = 8, n_similar: int = 6) -> Card:

@@ -1,9 +1,10 @@
-"""Checks that weights can be trained and rows and gradients are finite, and the sums that make them cheap."""
+"""Checks that weights are whole, and weights, rows and gradients finite, and sums that make them cheap."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -17,10 +18,29 @@ from asi_lens.kernels.gradients import Gradients
 _NORM_ERROR = 1e-3
 
 
+def require_sizes(sae: Any) -> None:
+    """Raise OptionError unless the weights of a dictionary have the sizes of its configuration.
+
+    A weight can be replaced by one of another shape (a pruned one). What is computed then is not the
+    dictionary that the configuration describes.
+    """
+    d_in, d_sae, d_out = sae.d_in, sae.d_sae, sae.d_out
+    sizes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
+    for name, size in sizes.items():
+        found = tuple(sae.get_parameter(name).shape)
+        require(found == size, name, f"of shape {found}", f"of shape {size}, as the configuration says")
+
+
 def require_master(dtype: torch.dtype) -> None:
     """Raise OptionError unless master weights may have the dtype: half precision loses small steps."""
     masters = (torch.float32, torch.float64)
     require(dtype in masters, "dtype", dtype, "float32 or float64 (master weights)")
+
+
+def require_masters(sae: Any) -> None:
+    """Raise OptionError unless a dictionary has weights that can be trained and written (`require_sizes`)."""
+    require_sizes(sae)
+    require_master(sae.W_dec.dtype)
 
 
 def require_trainable(sae: nn.Module, decoder: Float[Tensor, "n d"]) -> None:

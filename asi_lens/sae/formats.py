@@ -33,6 +33,7 @@ from asi_lens.base.errors import DataError, OptionError, require_known
 from asi_lens.base.files import sha256_of, write_whole_folder
 from asi_lens.base.safetensors_io import pieces, read_tensors, write_tensors
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
+from asi_lens.sae.finite import require_masters
 from asi_lens.sae.kinds import KINDS
 from asi_lens.sae.transcoder import Transcoder
 
@@ -71,7 +72,7 @@ def save_folder(sae: SparseAutoencoder, folder: Path | str) -> None:
     other sizes than the configuration says or of half precision (`sae.float()` casts them back); OSError for
     a full disk and similar failures.
     """
-    sae.require_master()
+    require_masters(sae)
     folder = Path(folder)
     if folder.exists():
         _require_replaceable(folder)
