@@ -158,10 +158,10 @@ def evaluate_together(
         where: (site, layer) of the dictionaries; by default that of their or the store's metadata.
         batch_tokens: tokens of a forward pass; the logits of all of them are held in memory.
 
-    Raises OptionError for options that do not go together, a width that differs, weights of other sizes than
-    the configuration says, a store of another site than the dictionary's, or losses of another model than the
-    store's. Raises DataError for rows that never vary or are not finite, or a loss that is not finite. Raises
-    UnsupportedModelError for a model that does not predict next tokens.
+    Raises OptionError for options that do not go together, weights that are not of the configuration's sizes,
+    a store of another width or site than the dictionary's, or losses of another model than the store's.
+    Raises DataError for rows that never vary or values that are not finite, UnsupportedModelError for a model
+    that does not predict next tokens.
     """
     require(len(saes) > 0, "saes", [], "one or more")
     d_in = rows.d if isinstance(rows, ActivationStore) else rows.shape[1]
@@ -211,10 +211,9 @@ def evaluate_transcoders(
             input site, and its output replaces the output site in the same forward pass.
         tokens: see `model`.
 
-    Raises OptionError for options that do not go together, widths that differ, weights of other sizes than
-    the configuration says, losses on stores whose hooks are not known or of another model than theirs, or
-    inputs of a later layer than the outputs. Raises DataError for outputs that never vary, and for values or
-    losses that are not finite. Raises UnsupportedModelError for a model that does not predict next tokens.
+    Raises OptionError for options that do not go together, widths or sizes of weights that differ, losses on
+    stores whose hooks are not known or of another model than theirs, or inputs of a later layer than the
+    outputs. Raises as `evaluate_together` otherwise.
     """
     require(len(saes) > 0, "saes", [], "one or more")
     widths = (store.d, store.d_out)

@@ -68,9 +68,8 @@ _SPARSIFY_KEYS = {
 def save_folder(sae: SparseAutoencoder, folder: Path | str) -> None:
     """Write a dictionary completely or not at all, replacing a dictionary that is in the folder already.
 
-    Raises OptionError for a folder that holds other files, for thresholds below zero, and for weights of
-    other sizes than the configuration says or of half precision (`sae.float()` casts them back); OSError for
-    a full disk and similar failures.
+    Raises OptionError for a folder that holds other files, for thresholds below zero, and for weights of half
+    precision or of other sizes than the configuration says; OSError for a full disk and similar failures.
     """
     require_masters(sae)
     folder = Path(folder)
