@@ -18,8 +18,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from asi_lens.base.errors import AsiLensError, CacheError, require_whole
-from asi_lens.base.files import cache_key, locked
+from asi_lens.base.errors import AsiLensError, CacheError, DataError, require, require_whole
+from asi_lens.base.files import cache_key, existing, locked
 from asi_lens.base.paths import figures_dir, figures_root, published_dir
 from asi_lens.reproduce.board import Board
 from asi_lens.reproduce.execute import Execute, executing_in
@@ -59,6 +59,9 @@ def reproduce(
     notebook runs, also for a profile that needs another machine.
     """
     require_whole("jobs", jobs, 1)
+    is_path = model.startswith(("/", ".", "~"))
+    allowed = "a packaged name, a hub name, or a folder or file that exists"
+    require(model != "" and not (is_path and existing(model) is None), "model", model, allowed)
     require_machine(profile)
     folder = figures_dir(model, profile)
     # All parameters are checked first, so that an error in the last notebook's is not found after an hour.
@@ -215,7 +218,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [name for name in chosen.notebooks.split(",") if name]
     try:
         if chosen.draw:
-            page = draw_and_show(figures_dir(chosen.model, chosen.profile))
+            folder = figures_dir(chosen.model, chosen.profile)
+            if not folder.is_dir():
+                raise DataError(f"{folder} is not there: no notebook has run for this model and profile")
+            page = draw_and_show(folder)
         else:
             page = reproduce(
                 chosen.model,

@@ -408,3 +408,12 @@ def test_notebooks_side_by_side(
 def test_fewer_than_one_at_a_time(runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
     assert runner("--jobs", "0") == []
     assert "jobs=0 is not allowed" in capsys.readouterr().err
+
+
+def test_what_is_not_there(runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+    for wrong in ("", "/no/such", "./no", "~/no"):
+        assert runner("--model", wrong) == []
+        assert "hub name, or a folder or file that exists" in capsys.readouterr().err
+    assert runner("--draw", "--profile", "quikc") == []
+    assert "quikc is not there: no notebook has run" in capsys.readouterr().err
+    assert not (runner.root / "figures").exists()
