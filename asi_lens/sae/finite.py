@@ -37,7 +37,7 @@ def require_master(dtype: torch.dtype) -> None:
     require(dtype in masters, "dtype", dtype, "float32 or float64 (master weights)")
 
 
-def require_masters(sae: Any) -> None:
+def require_weights(sae: Any) -> None:
     """Raise OptionError unless a dictionary has weights that can be trained and written (`require_sizes`)."""
     require_sizes(sae)
     require_master(sae.W_dec.dtype)

@@ -33,7 +33,7 @@ from asi_lens.base.errors import DataError, OptionError, require_known
 from asi_lens.base.files import sha256_of, write_whole_folder
 from asi_lens.base.safetensors_io import pieces, read_tensors, write_tensors
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
-from asi_lens.sae.finite import require_masters
+from asi_lens.sae.finite import require_weights
 from asi_lens.sae.kinds import KINDS
 from asi_lens.sae.transcoder import Transcoder
 
@@ -71,7 +71,7 @@ def save_folder(sae: SparseAutoencoder, folder: Path | str) -> None:
     Raises OptionError for a folder that holds other files, for thresholds below zero, and for weights of half
     precision or of other sizes than the configuration says; OSError for a full disk and similar failures.
     """
-    require_masters(sae)
+    require_weights(sae)
     folder = Path(folder)
     if folder.exists():
         _require_replaceable(folder)

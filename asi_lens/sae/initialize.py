@@ -201,7 +201,7 @@ def _check(
     needy = [name for name in ("norm_search", "center_encoder_bias") if getattr(options, name)]
     require(sample is not None or not needy, "sample", sample, f"given for {' and '.join(needy)}=True")
     if spectrum is not None:
-        if sample is not None:
+        if sample is not None:  # without a spectrum, the scale that it would give is refused
             require_varying(sample)
         require(spectrum.d == sae.d_in, "spectrum", f"of width {spectrum.d}", f"of width d_in={sae.d_in}")
     if not kind.has_threshold:

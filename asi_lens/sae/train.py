@@ -24,7 +24,7 @@ from asi_lens.kernels.gradients import Gradients, sum_gradients
 from asi_lens.kernels.topk import Workspace
 from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.drift import Drift
-from asi_lens.sae.finite import power, require_finite_rows, require_masters, require_trainable, total_of
+from asi_lens.sae.finite import power, require_finite_rows, require_trainable, require_weights, total_of
 from asi_lens.sae.kernel_step import KernelStep, choose_kernels
 from asi_lens.sae.kinds import kinds_with
 from asi_lens.sae.kinds.kind import Picked
@@ -73,7 +73,7 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
         mesh: Mesh | None = None,
         search: str = "exact",
     ):
-        require_masters(sae)
+        require_weights(sae)
         self.sae, self.drift, self.mesh = sae, drift, mesh or Mesh()
         self.config = config or TrainConfig()
         sparsity = sparsity or SparsityConfig()
