@@ -111,7 +111,7 @@ clean: ## remove what runs leave (not the published figures, environments or dow
 	find figures -mindepth 1 -maxdepth 1 ! -name published -exec rm -rf {} +
 
 clean-all: clean ## the same and all environments
-	rm -rf $(VENV) $(VENV_TL4) $(VENV_PEERS) $(VENV_TRITON)
+	rm -rf $(VENV) $(VENV_TL4) $(VENV_PEERS) $(VENV_DOCS) $(VENV_TRITON)
 
 # $(call new-environment,folder): a venv, or a plain word about what this machine lacks.
 define new-environment

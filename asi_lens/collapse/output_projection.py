@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from asi_lens.activations.precision import covariance_eigenvalues, entropy_rank, few_threads
 from asi_lens.base.doors import checked
-from asi_lens.base.errors import OptionError, require, unknown_name
+from asi_lens.base.errors import OptionError, require, require_known
 from asi_lens.collapse.spectra import Spectra
 from asi_lens.inputs import models
 from asi_lens.inputs.fingerprint import cached_number, number_key
@@ -70,9 +70,7 @@ def counterfactual_ranks(
     exactly. `seed` fixes the random variants; their spread from draw to draw is about 0.01.
     Raises UnknownNameError for an unknown variant, OptionError for shapes that do not fit.
     """
-    for variant in variants:
-        if variant not in CLOSED_FORMS:
-            raise unknown_name("variant", variant, CLOSED_FORMS)
+    require_known(variants, CLOSED_FORMS, "variant")
     n_heads, d_head, d_model = W_O.shape
     d_z = n_heads * d_head
     if z_covariance.shape != (d_z, d_z):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from asi_lens.base.errors import require, unknown_name
+from asi_lens.base.errors import require, require_known
 from asi_lens.base.files import cache_key
 from asi_lens.experiments.held_out import TWO_SITES, held_out_numbers
 from asi_lens.experiments.rows import table_rows
@@ -55,8 +55,7 @@ class LorsaRecipe:
     """As in `initialize_lorsa`."""
 
     def __post_init__(self) -> None:
-        if self.init not in LORSA_METHODS:
-            raise unknown_name("initialization method", self.init, LORSA_METHODS)
+        require_known([self.init], LORSA_METHODS, "initialization method")
         fraction = self.d_init_fraction
         require_norm(self.norm)
         fits = (fraction is None) == (self.init == "random") and (fraction is None or 0 < fraction <= 1)

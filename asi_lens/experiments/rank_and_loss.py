@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from asi_lens.activations.spectrum import ROWS_PER_DIMENSION
 from asi_lens.base.doors import checked
-from asi_lens.base.errors import require, require_whole, unknown_name
+from asi_lens.base.errors import require, require_known, require_whole
 from asi_lens.base.files import cache_key
 from asi_lens.experiments.run_folders import about_run, alone, finish, is_finished, run_folder
 from asi_lens.experiments.small_fit import fit
@@ -147,8 +147,7 @@ def train_variants(
 def _find(given: Variant | str) -> Variant:
     if isinstance(given, Variant):
         return given
-    if given not in VARIANTS:
-        raise unknown_name("variant", given, VARIANTS)
+    require_known([given], VARIANTS, "variant")
     return VARIANTS[given]
 
 

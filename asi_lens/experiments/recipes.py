@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from asi_lens.base.errors import require, require_known, unknown_name
+from asi_lens.base.errors import require, require_known
 from asi_lens.sae.kinds import KINDS, kinds_with
 from asi_lens.sae.scale import require_overshoot
 from asi_lens.sae.search import SEARCHES
@@ -137,6 +137,5 @@ def find_recipe(given: Recipe | str) -> Recipe:
     """Return the given recipe, or the recipe of that name in `RECIPES`. Raises UnknownNameError."""
     if isinstance(given, Recipe):
         return given
-    if given not in RECIPES:
-        raise unknown_name("recipe", given, RECIPES)
+    require_known([given], RECIPES, "recipe")
     return RECIPES[given]

@@ -7,7 +7,7 @@ What does not fit the model at hand is refused by name. Nothing is trained here.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,13 +153,13 @@ def _fetched(name: str) -> Path:
             f"{name!r} is neither a folder here nor owner/repository/folder of the hub. If it is a release "
             f'and an id of SAELens, write the folder with: python -c "{wanted}"'
         )
-    owner, repository, inside = name.split("/", 2)
+    owner, repository, inside = name.rstrip("/").split("/", 2)
     offline = no_hub()
     try:
         local = snapshot_download(
             f"{owner}/{repository}",
-            allow_patterns=[f"{inside}/**/{kind}" for kind in ("*.json", "*.safetensors")]
-            + [f"{inside}/{kind}" for kind in ("*.json", "*.safetensors")],
+            # The hub's * stands for folders, too.
+            allow_patterns=[f"{inside}/*.json", f"{inside}/*.safetensors"],
         )
     except Exception as error:  # httpx, OS and hub errors, which have no common base
         if offline:
@@ -232,7 +232,7 @@ def _row(
         activation=one.config.activation,
         k=one.config.k if KINDS[one.config.activation].picks_k else None,
         start=one.start,
-        trained_on=_text(about, "corpus"),
+        trained_on=None if about.get("corpus") is None else str(about["corpus"]),
         trained_context=about.get("context"),
         trained_bos=about.get("bos"),
         n_tokens=whole.n_tokens,
@@ -243,7 +243,3 @@ def _row(
         l0=silent.l0,
         **ranks,
     )
-
-
-def _text(about: Mapping[str, Any], key: str) -> str | None:
-    return None if about.get(key) is None else str(about[key])

@@ -58,12 +58,7 @@ class Treatment:
         ]
 
 
-def treatments(
-    train: ActivationStore,
-    held_out: ActivationStore,
-    powers: Sequence[float],
-    starts: Sequence[str] = tuple(STARTS),
-) -> list[Treatment]:
+def treatments(train: ActivationStore, held_out: ActivationStore, powers: Sequence[float]) -> list[Treatment]:
     """Return the treatments raw, mean, geometric median, and each power of the spectrum.
 
     Dictionaries of powers are put back to raw activations (`Recipe.whiten`), so the FVU of all treatments is
@@ -73,7 +68,7 @@ def treatments(
         power_gains(train.spectrum, power)  # refuses before anything is trained
 
     def recipes(name: str, **options: Any) -> tuple[Recipe, ...]:
-        return tuple(Recipe(f"{s}, {name}", *STARTS[s], **options) for s in starts)
+        return tuple(Recipe(f"{s}, {name}", *STARTS[s], **options) for s in STARTS)
 
     center = geometric_median(train.sample(min(_SAMPLE, train.n)))
     one = torch.eye(train.d, dtype=torch.float64)
@@ -97,8 +92,7 @@ def start_rows(
 ) -> list[StartRow]:
     """Return predicted and measured shares of features that never fire at a random start, on whole stores.
 
-    Each store's numbers are cached. Raises OptionError for stores that are not of one model and text,
-    DataError as `treatments`.
+    Each store's numbers are cached. Raises OptionError without a store, DataError as `treatments`.
     """
     require(len(stores) > 0, "stores", {}, "one or more")
     options: dict[str, Any] = {"d_sae": d_sae, "k": k, "powers": list(powers), "seeds": list(seeds)}

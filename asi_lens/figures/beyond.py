@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from asi_lens.figures.parts import curve, in_lines, panels
 from asi_lens.figures.style import (
     GREY,
-    METHOD_COLORS,
+    METHODS,
     color,
     label,
     marker,
@@ -26,7 +26,6 @@ _FATES = {
     "fired, then died": ("died", "#c0392b"),
     "came back": ("came_back", "#56B4E9"),
 }
-_LOOKS = {"random": (METHOD_COLORS["random"], "circle"), "ASI": (METHOD_COLORS["ASI"], "diamond")}
 
 
 def death_at_start(table: pd.DataFrame) -> go.Figure:
@@ -98,7 +97,7 @@ def inputs_and_starts(table: pd.DataFrame) -> go.Figure:
         for row, column in ((1, "silent"), (2, "fvu")):
             for start in order(here, "start"):
                 line = here[here.start == start]
-                curve(figure, line, "x", column, start, row, col, look=_LOOKS.get(start))
+                curve(figure, line, "x", column, start, row, col, look=METHODS.get(start))
     # Both rows have the same treatments: the lower row names them.
     figure.update_xaxes(tickvals=list(range(len(names))), ticktext=names, tickangle=-38)
     figure.update_xaxes(showticklabels=False, row=1)
@@ -141,7 +140,7 @@ def saved_features(table: pd.DataFrame) -> go.Figure:
     need(table, SavedFeatureRow)
     titles = ["about the token", "about the next token"]
     figure = panels("Features that ASI saves", setting(table, tokens=False), [titles], shared_y=False)
-    groups = {"alive either way": (METHOD_COLORS["random"], "circle"), "saved by ASI": _LOOKS["ASI"]}
+    groups = {"alive either way": METHODS["random"], "saved by ASI": METHODS["ASI"]}
     for group, (paint, symbol) in groups.items():
         own = table[table.group == group]
         for col, column in ((1, "information"), (2, "loss_increase")):

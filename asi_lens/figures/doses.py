@@ -6,12 +6,10 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from asi_lens.figures.parts import curve, panels
-from asi_lens.figures.style import GREY, METHOD_COLORS, need, order, over, setting
+from asi_lens.figures.style import GREY, METHODS, need, order, over, setting
 from asi_lens.results.beyond_rows import DoseRow, KnownFeatureRow
 from asi_lens.results.dictionary_verdicts import PLACE, RANKS
 from asi_lens.results.dose_verdicts import OTHER, dose_points, falling_curve
-
-_METHODS = {"random": (METHOD_COLORS["random"], "circle"), "ASI": (METHOD_COLORS["ASI"], "diamond")}
 
 
 def dose_response(table: pd.DataFrame) -> go.Figure:
@@ -100,7 +98,7 @@ def known_features(table: pd.DataFrame) -> go.Figure:
         shared_y=False,
     )
     for method in order(whole, "method"):
-        own, look = whole[whole.method == method], _METHODS.get(method, (GREY, "square"))
+        own, look = whole[whole.method == method], METHODS.get(method, (GREY, "square"))
         curve(figure, own, "r", "found", method, 1, 1, look=look)
         curve(figure, own, "r", "dead", method, 1, 2, look=look)
         curve(figure, fifths[fifths.method == method], "fifth", "found", method, 1, 3, look=look)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pandas as pd
 import plotly.graph_objects as go
 
-from asi_lens.base.errors import DataError, unknown_name
+from asi_lens.base.errors import DataError, require_known
 from asi_lens.figures.parts import color_scale, heatmap, panels
 from asi_lens.figures.style import COLORS, left_margin, need, order, pick, setting, single
 from asi_lens.results.rows import VARIANTS, HeadOverlapRow, OutputProjectionRow
@@ -42,9 +42,7 @@ def wo_ablation(table: pd.DataFrame) -> go.Figure:
     lines mark the means before and after W_O.
     """
     need(table, OutputProjectionRow)
-    for variant in table.variant.unique():
-        if variant not in VARIANTS:
-            raise unknown_name("variant", variant, VARIANTS)
+    require_known(table.variant.unique(), VARIANTS, "variant")
     models = order(table, "model")
     groups = [[v for v in group if (table.variant == v).any()] for group in _GROUPS]
     variants = [(v, -gap) for gap, group in enumerate(filter(None, groups)) for v in group]

@@ -18,13 +18,13 @@ from asi_lens.results.rows import Row, columns
 PLOTLY = "application/vnd.plotly.v1+json"
 """MIME type of a figure, which JupyterLab and VS Code draw."""
 COLORS = {name: site.color for name, site in SITES.items()}
-_METHODS = {
+METHODS = {
     "random": ("#000000", "circle"),
     "random + AuxK": ("#E69F00", "square"),
     "ASI": ("#56B4E9", "diamond"),
     "ASI + sparse Adam": ("#CC79A7", "triangle-up"),
 }
-METHOD_COLORS = {name: tone for name, (tone, _) in _METHODS.items()}
+METHOD_COLORS = {name: tone for name, (tone, _) in METHODS.items()}
 GREY = "#777777"
 # Looks of other methods, assigned in order, so that no two methods of a figure look the same.
 _SPARE_METHODS = (
@@ -138,8 +138,8 @@ def label(site: str) -> str:
 def methods(table: pd.DataFrame) -> dict[str, tuple[str, str]]:
     """Return (color, marker) of each method of a table, in the order of every legend."""
     there = order(table, "method")
-    spare = [method for method in there if method not in _METHODS]
-    known = {name: look for name, look in _METHODS.items() if name in there}
+    spare = [method for method in there if method not in METHODS]
+    known = {name: look for name, look in METHODS.items() if name in there}
     return known | {name: _SPARE_METHODS[i % len(_SPARE_METHODS)] for i, name in enumerate(spare)}
 
 
@@ -153,7 +153,7 @@ def color(site: str) -> str:
     return COLORS.get(site) or _SPARE_COLORS[sum(site.encode()) % len(_SPARE_COLORS)]
 
 
-def left_margin(labels: Iterable[str], size: int = 13) -> int:
+def left_margin(labels: Iterable[str]) -> int:
     """Return the width in pixels of the longest tick label, rather too wide than too narrow."""
     plain = [text.replace("<sub>", "").replace("</sub>", "") for text in labels]
-    return round(24 + 0.56 * size * max(map(len, plain)))
+    return round(24 + 7.28 * max(map(len, plain)))

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from asi_lens.base.cache import MANIFEST
-from asi_lens.base.errors import DataError, OptionError, require, shown, unknown_name
+from asi_lens.base.errors import DataError, OptionError, require, require_known, shown, unknown_name
 from asi_lens.base.files import cache_key, existing, plain_name, sha256_of
 from asi_lens.inputs.hub import SHUFFLE_BUFFER, column_of, hub_commit, hub_rows
 from asi_lens.inputs.readers import READERS, decoded, listing, only_text
@@ -186,8 +186,7 @@ def _cut(source: object) -> str:
 def _from_datasets(source: Any, column: str, split: str, name: str | None) -> Corpus:
     require(name is None, "name", name, "left out for a dataset that is loaded already")
     if isinstance(source, dict):  # DatasetDict and IterableDatasetDict
-        if split not in source:
-            raise unknown_name("split", split, source)
+        require_known([split], source, "split")
         source = source[split]
     else:
         require(split == "train", "split", split, "'train' for a dataset that is one split already")

@@ -15,7 +15,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from asi_lens.base import sites
-from asi_lens.base.errors import DataError, OptionError, UnsupportedModelError, require, unknown_name
+from asi_lens.base.errors import (
+    DataError,
+    OptionError,
+    UnsupportedModelError,
+    require,
+    require_known,
+    unknown_name,
+)
 from asi_lens.inputs import identities, passes, structure, twin, verify
 from asi_lens.inputs.passes import Hook, ResumePoint
 from asi_lens.inputs.plain import PlainModel, wrong_inputs
@@ -146,9 +153,7 @@ def _runner_for(model: nn.Module, hooks: Iterable[str]) -> twin.Runner:
     added = structure.added_hooks(model)
     if both.plain is not None and not added:
         known = both.own.places
-        for name in hooks:
-            if name not in known:
-                raise unknown_name("hook", name, known)
+        require_known(hooks, known, "hook")
         if all(name in both.plain.places for name in hooks):
             failure = verify.verification(model, both).failure
             if failure:

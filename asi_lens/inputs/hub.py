@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from asi_lens.base.errors import AsiLensError, FetchError, OptionError, unknown_name
+from asi_lens.base.errors import AsiLensError, FetchError, OptionError, require_known
 from asi_lens.base.offline import no_hub, refused
 from asi_lens.inputs.sources import corpus_names
 
@@ -16,8 +16,7 @@ SHUFFLE_BUFFER = 10_000
 def column_of(rows: Iterable[dict[str, Any]], column: str) -> Iterator[Any]:
     """Yield one column's value of each row. Raises UnknownNameError for a row without the column."""
     for row in rows:
-        if column not in row:
-            raise unknown_name("column", column, row)
+        require_known([column], row, "column")
         yield row[column]
 
 
@@ -35,8 +34,7 @@ def hub_rows(
         raise _absent(repo)
     try:
         known = datasets.get_dataset_split_names(repo, name, revision=pinned)
-        if split not in known:
-            raise unknown_name("split", split, known)
+        require_known([split], known, "split")
         stream = datasets.load_dataset(repo, name, split=split, streaming=True, revision=pinned)
         if seed is not None:
             stream = stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)

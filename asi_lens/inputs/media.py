@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from asi_lens.base.errors import DataError, require, unknown_name
+from asi_lens.base.errors import DataError, require, require_known
 from asi_lens.inputs.packaged import PackagedSource
 from asi_lens.inputs.sources import SOURCES, fetch
 
@@ -57,8 +57,7 @@ def media_names() -> list[str]:
 
 def open_media(name: str) -> Media:
     """Return a packaged data set by name. Raises UnknownNameError."""
-    if name not in media_names():
-        raise unknown_name("packaged data set", name, media_names())
+    require_known([name], media_names(), "packaged data set")
     return Media(name, SOURCES[name].kind, SOURCES[name].key)
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from asi_lens.base.errors import DataError, OptionError, unknown_name
+from asi_lens.base.errors import DataError, OptionError, require_known, unknown_name
 
 _TABLES = (".csv", ".jsonl", ".parquet")
 # Beside or above tables, these files describe the data: a dataset card, its license.
@@ -123,8 +123,7 @@ def _jsonl(path: Path, column: str) -> Iterator[Any]:
                     raise DataError(f"{path}, line {number}: not JSON ({error})") from error
                 if not isinstance(row, dict):
                     raise DataError(f"{path}, line {number}: {type(row).__name__}, not an object")
-                if column not in row:
-                    raise unknown_name(f"column (line {number} of {path.name})", column, row)
+                require_known([column], row, f"column (line {number} of {path.name})")
                 yield row[column]
     except UnicodeDecodeError as error:
         raise _undecodable(path) from error
@@ -136,8 +135,7 @@ def _parquet(path: Path, column: str) -> Iterator[Any]:
 
     try:
         with pq.ParquetFile(path) as file:
-            if column not in file.schema_arrow.names:
-                raise unknown_name("column", column, file.schema_arrow.names)
+            require_known([column], file.schema_arrow.names, "column")
             for batch in file.iter_batches(batch_size=1024, columns=[column]):
                 yield from batch.column(0).to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:

@@ -16,7 +16,7 @@ from typing import Any
 
 from asi_lens.base.cache import cached_folder
 from asi_lens.base.doors import checked
-from asi_lens.base.errors import FetchError, unknown_name
+from asi_lens.base.errors import FetchError, require_known
 from asi_lens.base.files import locked, sha256_of
 from asi_lens.base.paths import cache_dir
 from asi_lens.inputs.archives import unpack
@@ -176,8 +176,7 @@ def fetch(name: str) -> Path:
     truncated, has the wrong hash or contains a path that leads out of its folder; CacheError if the folder in
     the cache was changed; OSError naming the path on a full disk or in a read-only folder.
     """
-    if name not in SOURCES:
-        raise unknown_name("packaged source", name, SOURCES)
+    require_known([name], SOURCES, "packaged source")
     source = SOURCES[name]
     archives: list[Path] = []
 

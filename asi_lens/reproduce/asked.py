@@ -13,6 +13,7 @@ import contextlib
 import io
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from asi_lens.base.errors import AsiLensError, DataError
@@ -75,7 +76,7 @@ def asked_by(notebooks: Mapping[str, Mapping[str, Any]]) -> Asked:
         cells = nbformat.read(notebook_path(name), as_version=4).cells
         names: dict[str, Any] = {
             **parameters,
-            "__builtins__": {**vars(builtins), "__import__": _Imports(asked)},
+            "__builtins__": {**vars(builtins), "__import__": partial(_imported, asked)},
         }
         names["__spread__"] = _spread
         names["display"] = lambda *shown: None  # IPython's
@@ -96,7 +97,15 @@ def asked_by(notebooks: Mapping[str, Mapping[str, Any]]) -> Asked:
 
 
 class Blank(str):
-    """Stands for a result: any use of it gives a Blank. It is an empty sequence and an empty string."""
+    """Stands for a result: any use of it gives a Blank. It is an empty sequence and an empty string.
+
+    `known`: what is known of the result before the notebook runs.
+    """
+
+    def __new__(cls, known: Any = None) -> Self:
+        blank = str.__new__(cls)
+        object.__setattr__(blank, "__known__", known)
+        return blank
 
     def _same(self, *_: Any, **__: Any) -> Any:
         return Blank()
@@ -129,18 +138,10 @@ class Blank(str):
 
 
 class _Text(Blank):
-    """Stands for tokens of known length."""
-
-    __slots__ = ("__rows__",)
-
-    def __new__(cls, rows: int) -> _Text:
-        text = str.__new__(cls)
-        object.__setattr__(text, "__rows__", rows)
-        return text
+    """Stands for tokens of a known number of rows."""
 
     def __len__(self) -> int:
-        rows: int = self.__rows__
-        return rows
+        return int(self.__known__)
 
     def __getitem__(self, part: Any) -> Any:
         return _Text(len(range(len(self))[part])) if isinstance(part, slice) else Blank()
@@ -149,29 +150,14 @@ class _Text(Blank):
 class _Model(Blank):
     """Stands for a model of known name."""
 
-    def __new__(cls, name: str) -> _Model:
-        model = str.__new__(cls)
-        object.__setattr__(model, "__known__", name)
-        return model
-
 
 class _Tokenizer(Blank):
-    """Stands for a tokenizer of `vocab` tokens that is trained on a text."""
-
-    def __new__(cls, corpus: str, vocab: int) -> _Tokenizer:
-        tokenizer = str.__new__(cls)
-        object.__setattr__(tokenizer, "__trained__", {"vocab": vocab, "trained_on": corpus})
-        return tokenizer
+    """Stands for a tokenizer that is trained on a text; known are its fields of `AskedText`."""
 
 
-class _Imports:
+def _imported(asked: Asked, name: str, *_: Any) -> Any:
     """`__import__` of a cell: asi_lens's loading functions are noted, everything else is blank."""
-
-    def __init__(self, asked: Asked):
-        self.asked = asked
-
-    def __call__(self, name: str, *_: Any) -> Any:
-        return _Package(self.asked) if name.split(".")[0] == "asi_lens" else Blank()
+    return _Package(asked) if name.split(".")[0] == "asi_lens" else Blank()
 
 
 class _Package:
@@ -207,7 +193,7 @@ class _Package:
         if more:
             raise DataError(f"load_tokens with {', '.join(more)} is not bundled")
         rows = _known("n_tokens", n_tokens, int) // _known("context", context, int)
-        own: dict[str, Any] = model.__trained__ if type(model) is _Tokenizer else {}
+        own: dict[str, Any] = model.__known__ if type(model) is _Tokenizer else {}
         text = AskedText(
             _known("corpus", source, str),
             "" if own else _known("model", model, _Model).__known__,
@@ -254,7 +240,7 @@ class _Page:
         return self._package.load_model(self["model"] if name is None else name)
 
     def small_tokenizer(self, vocab: Any) -> Any:
-        return _Tokenizer(self["main_corpus"], _known("vocab", vocab, int))
+        return _Tokenizer({"vocab": _known("vocab", vocab, int), "trained_on": self["main_corpus"]})
 
     def load_tokens(
         self, model: Any, n_tokens: Any, corpus: Any = None, *, after: Any = None, what: str = ""

@@ -103,13 +103,6 @@ def verify(folder: Path) -> dict[str, Any]:
     Raises DataError for a folder that is not a bundle or is of another version of the project, and
     CacheError that names each part which is missing or was changed.
     """
-    manifest = _manifest(folder)
-    parts.check_parts(folder, manifest)
-    return manifest
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a bundle, whose parts are not read. Raises DataError as `verify`."""
     manifest = parts.read_manifest(folder)
     if manifest["source"] != source_digest():
         raise DataError(
@@ -117,6 +110,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
             f"{__version__} (source {source_digest()}). Use the bundle's own project "
             f"(PYTHONPATH={folder / PROJECT}), or make the bundle anew"
         )
+    parts.check_parts(folder, manifest)
     return manifest
 
 
@@ -126,10 +120,8 @@ def use(folder: Path, into: Path | None = None) -> dict[str, str]:
     `into`: folder of the unpacked files, `unpacked` in the bundle by default. Raises as `verify` and
     `parts.unpack_parts` do.
     """
-    manifest = _manifest(folder)
+    manifest = verify(folder)
     into = (into or folder / "unpacked").absolute()
-    if into.exists():  # else the parts are checked while they are unpacked
-        parts.check_parts(folder, manifest)
     parts.unpack_parts(folder, manifest, into)
     variables = {"ASI_LENS_BUNDLE": str(into / CACHE), "ASI_LENS_OFFLINE": "1", "PIP_NO_INDEX": "1"}
     (into / CACHE).mkdir(exist_ok=True)

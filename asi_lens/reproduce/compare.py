@@ -150,11 +150,10 @@ def report(found: Sequence[Compared], fresh: Path, published: Path) -> str:
     name = next(name for name in old if name in new)
     lines = ["# A run compared with the published one", ""]
     for what, run in (("This run", new[name]), ("Published", old[name])):
-        machine, commit = run["machine"], str(run["git"]["commit"])[:10]
+        machine, git = run["machine"], run["git"]
         cpu = f"{machine['cpu']}, {machine['cores']} cores, {machine.get('torch_cpu_capability')}"
-        lines.append(
-            f"- {what}: {run['finished'][:10]}, commit {commit}, {cpu}, torch {run['versions']['torch']}"
-        )
+        commit = f"commit {git['commit'][:10]}" if git else "no git checkout"
+        lines.append(f"- {what}: {run['finished'][:10]}, {commit}, {cpu}, torch {run['versions']['torch']}")
     held = sum(one.holds for one in found)
     lines += [
         "",

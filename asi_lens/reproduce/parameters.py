@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from asi_lens.base.errors import DataError, OptionError, require, shown, unknown_name
+from asi_lens.base.errors import DataError, OptionError, require, require_known, shown, unknown_name
 from asi_lens.base.files import existing, read_yaml_mapping
 from asi_lens.base.paths import parameters_dir, project_root
 from asi_lens.results.parameters_cell import (
@@ -103,9 +103,7 @@ def merged_parameters(
     if "common" not in sections:
         raise unknown_name("profile", profile, profile_names())
     path = files[profile]
-    for section in sections:
-        if section not in ("common", NEEDS) and section not in notebook_names():
-            raise unknown_name(f"section of {path.name}", section, ["common", NEEDS, *notebook_names()])
+    require_known(sections, ["common", NEEDS, *notebook_names()], f"section of {path.name}")
     model_file = parameters_dir() / f"{model}.yaml"
     # A model given as a path or a hub name has no parameter file.
     of_model = read_yaml_mapping(model_file) if "/" not in model and existing(model_file) else {}

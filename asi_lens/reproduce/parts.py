@@ -75,10 +75,10 @@ def check_parts(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def unpack_parts(folder: Path, manifest: Mapping[str, Any], into: Path) -> None:
-    """Check the parts and write their files into `into`, whole or not at all; done once for a bundle.
+    """Write the files of checked parts into `into`, whole or not at all; done once for a bundle.
 
-    Raises CacheError for a part or file that is missing or changed, or if `into` holds something else, and
-    OSError naming a path that cannot be written.
+    Raises CacheError for a file that is missing or changed, or if `into` holds something else, and OSError
+    naming a path that cannot be written.
     """
     told = {"files": manifest["files"], "parts": manifest["parts"]}
     if into.exists():
@@ -86,12 +86,11 @@ def unpack_parts(folder: Path, manifest: Mapping[str, Any], into: Path) -> None:
         if done.is_file() and json.loads(done.read_text(encoding="utf-8")) == told:
             return
         raise CacheError(f"{into} holds something else than this bundle; choose another folder or delete it")
-    check_parts(folder, manifest)
     paths = [folder / part["file"] for part in manifest["parts"] if part["file"].startswith("part-")]
     with write_whole_folder(into) as temporary:
         left = dict(manifest["files"])
         try:
-            with tarfile.open(fileobj=io.BufferedReader(_Joined(paths), _BLOCK), mode="r|gz") as tar:
+            with tarfile.open(fileobj=_Joined(paths), mode="r|gz", bufsize=_BLOCK) as tar:
                 for member in tar:
                     _unpack_one(tar, member, left.pop(member.name), temporary)
         except (KeyError, tarfile.TarError, EOFError) as error:
@@ -132,10 +131,6 @@ class _Parts(io.RawIOBase):
         self._digest = hashlib.sha256()
         self._size = 0
 
-    def writable(self) -> bool:
-        """Return True."""
-        return True
-
     def write(self, data: Any) -> int:
         """Write all bytes."""
         left = memoryview(data)
@@ -167,31 +162,22 @@ class _Parts(io.RawIOBase):
             self._part = None
 
 
-class _Joined(io.RawIOBase):
-    """The parts read as one file."""
+class _Joined:
+    """The parts as one file to read, with all that tarfile asks of a stream: blocks of any size."""
 
     def __init__(self, paths: list[Path]):
-        self._blocks = self._read(paths)
-        self._left = b""
+        self._blocks = _blocks(paths)
 
-    @staticmethod
-    def _read(paths: list[Path]) -> Iterator[bytes]:
-        for path in paths:
-            with path.open("rb") as file:
-                while block := file.read(_BLOCK):
-                    yield block
+    def read(self, size: int) -> bytes:
+        """Return the next block; empty at the end."""
+        return next(self._blocks, b"")
 
-    def readable(self) -> bool:
-        """Return True."""
-        return True
 
-    def readinto(self, buffer: Any) -> int:
-        """Fill the buffer as far as the present block reaches; returns the number of bytes."""
-        self._left = self._left or next(self._blocks, b"")
-        count = min(len(buffer), len(self._left))
-        buffer[:count] = self._left[:count]
-        self._left = self._left[count:]
-        return count
+def _blocks(paths: list[Path]) -> Iterator[bytes]:
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                yield block
 
 
 def files_below(folder: Path, prefix: str) -> dict[str, Path]:

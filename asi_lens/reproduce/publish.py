@@ -19,6 +19,7 @@ from asi_lens.base.paths import PUBLISHED, figures_dir, figures_root, project_ro
 from asi_lens.reproduce.gallery import DEFAULT_MODEL, Run, build_gallery, claims_of, find_runs, render
 from asi_lens.reproduce.parameters import merged_parameters, notebook_names
 from asi_lens.reproduce.staleness import changed_since
+from asi_lens.results.provenance import told_parameters
 from asi_lens.results.sidecar import files_of, join, longest_time, read_sidecars, write_sidecar
 
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
@@ -40,11 +41,11 @@ def publish(model: str, profile: str, notebooks: Sequence[str] | None = None) ->
         raise DataError(f"profile {profile} is not published: its runs are too small to support a claim")
     source, target = figures_dir(model, profile), published_dir(model, profile)
     found = read_sidecars(source)
+    missing = [name for name in notebooks or () if name not in found]
+    if missing or not found:
+        told = ", ".join(missing or ["a notebook"])
+        raise DataError(f"{source} has no run of {told}; run `make figures` first")
     chosen = {name: one for name, one in found.items() if not notebooks or name in notebooks}
-    if not chosen:
-        raise DataError(
-            f"{source} has no run of {', '.join(notebooks or ['a notebook'])}; run `make figures` first"
-        )
     for name, one in chosen.items():
         undrawn = [stem for stem, figure in one["figures"].items() if not figure["png"]]
         if undrawn:
@@ -74,8 +75,8 @@ def _require_whole_run(source: Path, one: Mapping[str, Any], model: str, profile
         raise DataError(f"{name} was stopped in a later run, or edited ({why}); run it again")
     if name not in notebook_names():  # of an older version, which nothing can be asked of
         return
-    asked = merged_parameters(name, model=model, profile=profile, output_folder=source)
-    ran = {**one["parameters"], "output_folder": asked["output_folder"]}
+    asked = told_parameters(merged_parameters(name, model=model, profile=profile, output_folder=source))
+    ran = one["parameters"]
     other = [key for key in asked if ran.get(key) != asked[key]]
     if other:
         told = ", ".join(f"{key} {ran.get(key)!r}, not {asked[key]!r}" for key in other)
@@ -115,12 +116,12 @@ def _best(root: Path) -> list[Run]:
     return best
 
 
-def update_readme(readme: Path | None = None) -> bool:
+def update_readme() -> bool:
     """Write `readme_section` between the README's markers, and write the page of evidence.
 
     Returns whether the README has changed. Raises DataError for a README without its markers.
     """
-    readme = project_root() / "README.md" if readme is None else readme
+    readme = project_root() / "README.md"
     text = readme.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
         raise DataError(f"{readme} needs one {BEGIN} and one {END} after it")

@@ -147,9 +147,11 @@ def _on_each(judged: Mapping[str, Verdict | None]) -> Found:
     numbers = spread(
         "architectures where it holds", pd.Series([one.holds is True for one in known]).mean(), percent=True
     )
-    for place in range(min(_SHOWN, *(len(one.numbers) for one in known))):
-        same = [one.numbers[place] for one in known]
-        numbers += spread(same[0].name, pd.Series([one.value for one in same]), percent=same[0].percent)
+    # A number that one of them lacks (Gemma's z is too wide for the drop of C5) is none on all of them.
+    named = [{number.name: number for number in verdict.numbers} for verdict in known]
+    for name in [name for name in named[0] if all(name in one for one in named)][:_SHOWN]:
+        same = [one[name] for one in named]
+        numbers += spread(name, pd.Series([number.value for number in same]), percent=same[0].percent)
     results = {verdict.holds for verdict in known}
     holds: Holds = None if None in results else "partly"
     if len(results) == 1:

@@ -53,8 +53,6 @@ class Verdict:
     """Values that the spread covers, such as `3 seeds`."""
     holds: Holds
     """Whether the claim holds; None if seeds disagree or the claim cannot be judged."""
-    budget: str = ""
-    """Model, text, tokens ... that the numbers were measured with."""
 
     def __post_init__(self) -> None:
         require_claim(self.claim)
@@ -76,7 +74,6 @@ class Verdict:
             **{number.name: number.text for number in self.numbers},
             "spread over": self.over,
             "holds": "not decided" if self.holds is None else self.holds,
-            "measured with": self.budget or None,
         }
         return facts_html(f"Verdict on {self.claim}", facts)
 

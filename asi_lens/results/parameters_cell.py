@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from asi_lens.base.doors import fitted, kind_of
-from asi_lens.base.errors import OptionError, shown, unknown_name
+from asi_lens.base.errors import OptionError, require_known, shown
 from asi_lens.base.paths import notebooks_dir
 
 # Annotations of parameters whose default does not show its kind, such as an empty list.
@@ -25,10 +25,8 @@ def notebook_names() -> list[str]:
 
 def notebook_path(notebook: str) -> Path:
     """Return the path of a notebook's source. Raises UnknownNameError."""
-    path = notebooks_dir() / f"{notebook}.ipynb"
-    if notebook not in notebook_names():
-        raise unknown_name("notebook", notebook, notebook_names())
-    return path
+    require_known([notebook], notebook_names(), "notebook")
+    return notebooks_dir() / f"{notebook}.ipynb"
 
 
 def notebook_defaults(notebook: str) -> dict[str, Any]:
@@ -50,9 +48,8 @@ def checked_parameters(notebook: str, values: Mapping[str, Any], where: str = ""
     """
     known = _read(notebook)
     out = {}
+    require_known(values, known, f"parameter of {notebook}{f' (in {where})' if where else ''}")
     for key, value in values.items():
-        if key not in known:
-            raise unknown_name(f"parameter of {notebook}{f' (in {where})' if where else ''}", key, known)
         default, hint = known[key]
         try:
             out[key] = fitted(key, value, kind_of(hint))

@@ -78,7 +78,7 @@ def _relative(value: Any) -> Any:
         value = str(value)
     if isinstance(value, str) and Path(value).is_absolute() and Path(value).is_relative_to(project_root()):
         return str(Path(value).relative_to(project_root()))
-    return list(value) if isinstance(value, tuple) else value
+    return [_relative(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _git(*arguments: str) -> str | None:

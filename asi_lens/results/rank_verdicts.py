@@ -10,7 +10,7 @@ import math
 import numpy as np
 import pandas as pd
 
-from asi_lens.base.errors import require, unknown_name
+from asi_lens.base.errors import require, require_known
 from asi_lens.results.judging import (
     Found,
     Holds,
@@ -45,9 +45,7 @@ def c1(table: pd.DataFrame, model: str, corpus: str) -> Found:
     UnknownNameError for a model or text not in the table.
     """
     for key, value in (("model", model), ("corpus", corpus)):
-        known = taken(table, [key], [])[key]
-        if value not in set(known):
-            raise unknown_name(key, value, known.unique())
+        require_known([value], taken(table, [key], [])[key].unique(), key)
     table = table[(table.model == model) & (table.corpus == corpus)]
     shares = taken(table, [], ["intrinsic_dimension_99", "d"])
     ranks = _ranks(table)

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.optim.adam import adam
 
-from asi_lens.base.errors import DataError, require, unknown_name
+from asi_lens.base.errors import DataError, require, require_known
 from asi_lens.kernels.codes import marked
 from asi_lens.kernels.gradients import Gradients
 from asi_lens.sae.dictionary import SparseAutoencoder
@@ -69,8 +69,7 @@ class RowAdam:
     """
 
     def __init__(self, sae: SparseAutoencoder, kind: str = "adam"):
-        if kind not in OPTIMIZERS:
-            raise unknown_name("optimizer", kind, OPTIMIZERS)
+        require_known([kind], OPTIMIZERS, "optimizer")
         require(sae.encoder_rows.is_contiguous(), "W_enc", "rearranged", "the transposed view it was made as")
         self.sae = sae
         self.kind = kind

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 from asi_lens.base.doors import checked
-from asi_lens.base.errors import require, require_whole, unknown_name
+from asi_lens.base.errors import require, require_known, require_whole
 
 PENALTIES = ("l0", "tanh")
 
@@ -50,8 +50,7 @@ class SparsityConfig:
             value = getattr(self, key)
             require(math.isfinite(value) and value > 0, key, value, "above 0")
         require_whole("warmup_steps", self.warmup_steps, 0)
-        if self.penalty not in PENALTIES:
-            raise unknown_name("penalty", self.penalty, PENALTIES)
+        require_known([self.penalty], PENALTIES, "penalty")
         require(0 <= self.anneal_fraction <= 1, "anneal_fraction", self.anneal_fraction, "from 0 to 1")
         sizes = list(self.prefixes)
         ascending = sizes == sorted(set(sizes)) and all(size >= 1 for size in sizes)

@@ -79,6 +79,8 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
         sparsity = sparsity or SparsityConfig()
         if self.mesh.config.size > 1 and drift is not None:
             raise OptionError("drift is not allowed over several ranks: only a single process measures it")
+        if sae.is_transcoder and drift is not None:
+            raise OptionError("drift is not allowed for a transcoder: its rows are of two sites, not of one")
         kind = sae.activation
         if self.mesh.config.size > 1 and (not kind.over_ranks or sparsity.prefixes):
             raise OptionError(
@@ -244,7 +246,8 @@ class Trainer(Fits[ActivationStore | PairedStores, Tensor | Pair | Part]):
         if self.kernels is not None:
             self.kernels.optimizer.refresh()
         if self.search == "subspace" and self.subspace is None:
-            directions = store.spectrum.active_subspace(self.d_in).to(self.sae.W_dec)
+            inputs = store.inputs if isinstance(store, PairedStores) else store
+            directions = inputs.spectrum.active_subspace(self.d_in).to(self.sae.W_dec)
             self.subspace = SubspaceSearch(self.sae, directions, self.config.batch_size, self.compute_dtype)
 
     def measure(self) -> Metrics:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from asi_lens.activations.pairs import PairedStores
 from asi_lens.base.doors import checked
-from asi_lens.base.errors import require, unknown_name
+from asi_lens.base.errors import require, require_known
 from asi_lens.base.products import exact_products
 from asi_lens.kernels.draws import other_stream, unit_rows_
 from asi_lens.sae.initialize import InitReport, active_subspace_of, auto_d_init, largest_leak
@@ -67,8 +67,7 @@ def initialize_transcoder(
     Raises OptionError, UnknownNameError, or DataError for rows that never vary.
     """
     start = find_start(method, TRANSCODER_METHODS)
-    if reader not in READERS:
-        raise unknown_name("reader", reader, READERS)
+    require_known([reader], READERS, "reader")
     require(store.d == sae.d_in, "store", f"with inputs {store.d} wide", f"with inputs {sae.d_in} wide")
     wide = "with outputs {} wide".format
     require(store.d_out == sae.d_out, "store", wide(store.d_out), wide(sae.d_out))

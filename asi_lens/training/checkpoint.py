@@ -99,8 +99,8 @@ def require_format(path: Path, about: Mapping[str, Any]) -> None:
 
 def require_same(folder: Path, stored: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """Raise OtherConfigurationError naming every field in which the two descriptions differ."""
-    # Only descriptions of runs on other devices than a CPU name theirs; older ones lack `encoder_lr`.
-    absent = {"device": "cpu", "train.encoder_lr": 1.0}
+    # Only descriptions of runs on other devices than a CPU name theirs; those of 1.0.0 lack newer options.
+    absent = {"device": "cpu", "train.encoder_lr": 1.0, "initialization.overshoot": 1.0}
     old, new = (absent | _flat(about) for about in (stored, json.loads(json.dumps(here))))
     differing = [
         f"{key} ({old.get(key, 'absent')!r} there, {new.get(key, 'absent')!r} here)"

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from asi_lens.base.doors import checked
-from asi_lens.base.errors import require, require_known, require_whole, unknown_name
+from asi_lens.base.errors import require, require_known, require_whole
 
 OPTIMIZERS = ("adam", "sparse_adam", "sparse_adam_decay")
 """Names of optimizers; `sae.optim` describes how each treats rows that did not fire."""
@@ -67,8 +67,7 @@ class TrainConfig:
         least = {"batch_size": 1, "n_tokens": 1, "warmup_steps": 0, "seed": 0, "dead_window": 1}
         for key, minimum in least.items():
             require_whole(key, getattr(self, key), minimum)
-        if self.optimizer not in OPTIMIZERS:
-            raise unknown_name("optimizer", self.optimizer, OPTIMIZERS)
+        require_known([self.optimizer], OPTIMIZERS, "optimizer")
         share = _finite(self.decay_fraction) and 0 <= self.decay_fraction <= 1
         require(share, "decay_fraction", self.decay_fraction, "from 0 to 1")
         aux = self.aux_k == "auto" or (_whole(self.aux_k) and int(self.aux_k) >= 0)
@@ -80,8 +79,7 @@ class TrainConfig:
         require(clip, "clip_norm", self.clip_norm, "None or above 0")
         dtypes = ("auto", "float32", "bfloat16")
         require(self.compute_dtype in dtypes, "compute_dtype", self.compute_dtype, " or ".join(dtypes))
-        if self.kernels not in KERNELS:
-            raise unknown_name("kernels", self.kernels, KERNELS)
+        require_known([self.kernels], KERNELS, "kernels")
 
     def as_dict(self) -> dict[str, Any]:
         """Return the options as JSON values, `kernels` and `encoder_lr` only if they are not the default."""

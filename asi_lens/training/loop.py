@@ -98,6 +98,8 @@ def train_together(
             _Run(trainer, store, path, windows, loggers, log_every, checkpoint_every, on_log)
             for trainer, path in zip(trainers, paths, strict=True)
         ]
+        for run in runs:
+            stack.callback(run.log.close)
         _loop(runs, store, progress)
     return [run.log.history for run in runs]
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from asi_lens.base.errors import DataError, OptionError, unknown_name
+from asi_lens.base.errors import DataError, OptionError, require_known
 from asi_lens.base.files import write_whole
 
 METRICS_FILE = "metrics.csv"
@@ -29,7 +30,9 @@ class MetricsLog:
         self.columns = tuple(columns)
         self.path = None if folder is None else folder / METRICS_FILE
         self.history: list[Metrics] = []
-        self._loggers = [_logger(choice, folder) if isinstance(choice, str) else choice for choice in loggers]
+        found = [_logger(one, folder) if isinstance(one, str) else (one, None) for one in loggers]
+        self._loggers = [logger for logger, _ in found]
+        self._ends = [end for _, end in found if end is not None]
 
     def resume(self, step: int) -> None:
         """Read the file's rows up to `step` and drop later rows, which belong to lost work."""
@@ -49,6 +52,11 @@ class MetricsLog:
                 csv.DictWriter(file, self.columns).writerow(row)
         for logger in self._loggers:
             logger(row)
+
+    def close(self) -> None:
+        """End the runs of the loggers that were given by name."""
+        for end in self._ends:
+            end()
 
 
 def read_metrics(path: Path | str) -> list[Metrics]:
@@ -79,15 +87,19 @@ def _number(text: str) -> float | int | None:
         return float(text)
 
 
-def _logger(name: str, folder: Path | None) -> Logger:
-    """Return a logger by name. Its package is imported here, only when the logger is asked for."""
-    if name not in LOGGERS:
-        raise unknown_name("logger", name, LOGGERS)
+def _logger(name: str, folder: Path | None) -> tuple[Logger, Callable[[], None]]:
+    """Return a logger by name with the function that ends its run, which is no other trainer's.
+
+    Its package is imported here, only when the logger is asked for.
+    """
+    require_known([name], LOGGERS, "logger")
+    where = None if folder is None else str(folder)
     try:
         if name == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(None if folder is None else str(folder))
+            # Without a folder the default one is named by the second; the comment is then added to it.
+            writer = SummaryWriter(where, comment=f"_{secrets.token_hex(4)}")
 
             def to_tensorboard(row: Mapping[str, Any]) -> None:
                 for key, value in row.items():
@@ -95,11 +107,12 @@ def _logger(name: str, folder: Path | None) -> Logger:
                         writer.add_scalar(key, value, row["tokens"])
                 writer.flush()
 
-            return to_tensorboard
+            return to_tensorboard, writer.close
         import wandb
 
-        run = wandb.init(project="asi_lens", dir=None if folder is None else str(folder))
-        return lambda row: run.log(dict(row), step=int(row["step"]))
+        # By default a second run ends or continues the first one of a process.
+        run = wandb.init(project="asi_lens", dir=where, reinit="create_new")
+        return lambda row: run.log(dict(row), step=int(row["step"])), run.finish
     except ImportError as error:
         raise OptionError(
             f"loggers={name!r} needs a package that is not installed: pip install 'asi_lens[{name}]'"

@@ -198,6 +198,7 @@ def test_a_hub_repository_is_read_from_the_hubs_own_cache(
     (repository / "refs" / "main").write_text(commit)
     [one] = open_dictionaries(tiny_llama, ["owner/saes/deep/a.2"])
     assert (one.name, one.where) == ("owner/saes/deep/a.2", ("attn_out", 2))
+    assert [one.name for one in open_dictionaries(tiny_llama, ["owner/saes/deep/a.2/"])] == [one.name]
     assert [one.name for one in open_dictionaries(tiny_llama, ["owner/saes/deep"])] == ["owner/saes/deep/a.2"]
     with pytest.raises(FetchError, match="owner/saes has no folder 'other'"):
         open_dictionaries(tiny_llama, ["owner/saes/other"])

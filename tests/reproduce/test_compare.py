@@ -146,5 +146,8 @@ def test_the_command_writes_its_report(
     assert main(["--model", "m", "--report", str(report)]) == 1
     assert "**differs**: other parameters: k" in report.read_text()
     assert "| 04_curves |" in capsys.readouterr().out
+    (fresh / "04_curves.json").write_text(json.dumps({**sidecar, "git": None}))
+    assert main(["--model", "m"]) == 0
+    assert ", no git checkout, " in (fresh / module.REPORT).read_text()
     assert main(["--model", "other"]) == 1
     assert "stopped:" in capsys.readouterr().err

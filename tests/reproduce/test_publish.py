@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import runs
 from PIL import Image
 
 from asi_lens.base.errors import DataError
-from asi_lens.base.paths import figures_root, project_root
+from asi_lens.base.paths import figures_dir, figures_root, project_root
 from asi_lens.reproduce import publish as module
 from asi_lens.reproduce.gallery import DEFAULT_MODEL, find_runs
 from asi_lens.reproduce.publish import (
@@ -123,6 +124,8 @@ def test_what_stands_for_nothing_is_refused(root: Path, capsys: pytest.CaptureFi
     left(root, "quick", "01_a", figures={"01_a": {**FIGURE, "png": False}})
     with pytest.raises(DataError, match="01_a has no image of 01_a"):
         publish(DEFAULT_MODEL, "quick")
+    with pytest.raises(DataError, match="has no run of 02_b; run"):
+        publish(DEFAULT_MODEL, "quick", ["01_a", "02_b"])
     assert main(["--profile", "full"]) == 1
     assert "stopped:" in capsys.readouterr().err
     assert not (root / "published").exists()
@@ -204,6 +207,22 @@ def test_published_records_name_files_that_are_there() -> None:
             names += [f"{stem}.png" for stem in sidecar["figures"]]
             assert all((folder / name).is_file() for name in names), notebook
     assert module.BEST[0] == "gpu", "the best evidence comes first"
+
+
+def test_a_model_in_the_project_is_published(root: Path) -> None:
+    project = runs.project(root.parent)
+    model = project / "models" / DEFAULT_MODEL
+    model.mkdir(parents=True)
+    asked = {"model": f"models/{DEFAULT_MODEL}", "profile": "quick", "seed": 1, "x": 1}
+
+    def publish_run(**changes: Any) -> Path:
+        folder = left(root, "quick", "01_alpha", parameters=asked | changes)
+        shutil.copytree(folder, figures_dir(str(model), "quick"), dirs_exist_ok=True)
+        return publish(str(model), "quick")
+
+    assert (publish_run() / "01_alpha.csv").is_file()
+    with pytest.raises(DataError, match="model 'models/other', not 'models/"):
+        publish_run(model="models/other")
 
 
 def test_only_whole_runs_of_the_profile_are_published(root: Path) -> None:

@@ -81,6 +81,19 @@ def test_c5_needs_the_drop_to_be_taken_back() -> None:
     assert holds(c5_on_each(table, overlaps())) is None
 
 
+def test_a_number_that_one_model_lacks_is_not_averaged_with_another() -> None:
+    table = projections()
+    no_drop = table.variant.isin(["flat_spectrum", "random_orthogonal"]) & (table.model == "b")
+    table.loc[no_drop, "effective_rank_fraction"] = 0.5
+    whole, lacking = c5_on_each(projections(), overlaps()), c5_on_each(table, overlaps())
+    assert whole is not None
+    assert lacking is not None
+    heads = "rank with orthogonal heads"
+    assert "drop taken back by orthogonal heads" in told(whole)
+    assert "drop taken back by orthogonal heads" not in told(lacking)
+    assert told(lacking)[heads] == told(whole)[heads]
+
+
 def test_what_is_missing_is_not_judged() -> None:
     table = ranks()
     assert c1_on_each(table[table.site != "mlp_out"]) is None

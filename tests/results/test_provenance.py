@@ -23,9 +23,10 @@ def test_told_parameters_name_nothing_of_the_machine(project: Path, tmp_path: Pa
         "seed": 3,
         "output_folder": "/somewhere",
         "ranks": (1, 2),
+        "dictionaries": [str(project / "saes"), "owner/saes"],
     }
     told = provenance.told_parameters(parameters)
-    assert told == {"model": "models/x", "seed": 3, "ranks": [1, 2]}
+    assert told == {"model": "models/x", "seed": 3, "ranks": [1, 2], "dictionaries": ["saes", "owner/saes"]}
 
 
 def test_versions_and_machine_are_known() -> None:

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from small_trainings import D_IN, D_SAE, Stop, make, quick, small_store, stop_at
 
 from asi_lens.base.errors import OptionError
+from asi_lens.sae.dictionary import SAEConfig
 from asi_lens.sae.drift import Drift, subspace_share
 from asi_lens.sae.initialize import initialize
 from asi_lens.sae.train import Trainer
+from asi_lens.sae.transcoder import Transcoder
 from asi_lens.training.metrics import read_metrics
 
 R = 5
@@ -91,3 +93,6 @@ def test_a_stopped_run_has_the_same_log_of_drift(tmp_path: Path) -> None:
 def test_a_subspace_that_cannot_be_is_refused() -> None:
     with pytest.raises(OptionError, match="d_init"):
         Drift(small_store().spectrum, D_IN + 1)
+    transcoder = Transcoder(SAEConfig(D_IN, 64, 4, d_out=D_IN + 2))
+    with pytest.raises(OptionError, match="drift is not allowed for a transcoder"):
+        Trainer(transcoder, quick(), drift=Drift(small_store().spectrum, 4))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from small_trainings import D_IN, K, Stop, make, quick, rows, same_bits, small_store, stop_at
 
+from asi_lens.activations.pairs import PairedStores
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import OptionError, UnknownNameError
 from asi_lens.kernels.codes import SparseCode
@@ -17,6 +18,8 @@ from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.initialize import initialize
 from asi_lens.sae.search import LEAST_MASS, SubspaceSearch, is_due
 from asi_lens.sae.train import Trainer
+from asi_lens.sae.transcoder import Transcoder
+from asi_lens.sae.transcoder_init import initialize_transcoder
 from asi_lens.training.mesh import Mesh, MeshConfig
 
 D = 96  # wide enough for a search in 32 coordinates
@@ -173,6 +176,21 @@ def test_a_run_resumes_with_its_search(tmp_path: Path) -> None:
         stopped.fit(store, on_log=stop_at(107), **options)
     resumed.fit(store, **options)
     assert same_bits(whole, resumed)
+
+
+@pytest.mark.parametrize("d_out", [D - 32, D, D + 32])
+def test_a_transcoder_is_searched_along_its_inputs(d_out: int) -> None:
+    inputs = wide()
+    draw = torch.Generator().manual_seed(1)
+    outputs = torch.randn(inputs.n, d_out, generator=draw)
+    store = PairedStores(inputs, ActivationStore.from_tensor(outputs))
+    sae = Transcoder(SAEConfig(D, 1024, 3, d_out=d_out))
+    initialize_transcoder(sae, store, "random", "random")
+    trainer = Trainer(sae, quick(n_tokens=128), search="subspace")
+    trainer.fit(store, progress=False)
+    assert trainer.subspace is not None
+    shares = [trainer.subspace.directions[:, :32].T @ row for row in inputs.sample(100)]
+    assert torch.stack(shares).square().sum() > 0.99 * inputs.sample(100).square().sum()
 
 
 def test_what_it_is_not_for() -> None:

@@ -36,6 +36,7 @@ from asi_lens.training.checkpoint import (
     require_same,
     where_it_runs,
 )
+from asi_lens.training.loop import train_together
 from asi_lens.training.metrics import METRICS_FILE, read_metrics
 
 
@@ -173,6 +174,21 @@ def test_tensorboard_gets_the_numbers(store: ActivationStore, tmp_path: Path) ->
     assert list(tmp_path.glob("events.out.tfevents.*"))
 
 
+def test_every_trainer_has_a_run_of_its_own_at_wandb(
+    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    folders = [tmp_path / "a", tmp_path / "b"]
+    trainers = [Trainer(make(), quick(n_tokens=320)) for _ in folders]
+    train_together(trainers, store, folders=folders, loggers=["wandb"], log_every=1, progress=False)
+    Trainer(make(), quick(n_tokens=320)).fit(store, folder=folders[0] / "again", loggers=["wandb"])
+    files = list(tmp_path.rglob("*.wandb"))
+    assert len(files) == 3
+    assert len({file.parts[-4] for file in files}) == 3
+
+
 def test_a_logger_that_is_not_installed_says_how_to_get_it(
     store: ActivationStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,8 +227,9 @@ def test_a_gpu_refuses_what_a_cpu_began_and_resumes_in_the_same_bits(tmp_path: P
     assert same_bits(whole, second)
 
 
-def test_a_run_from_before_the_rate_of_the_encoder_goes_on(tmp_path: Path) -> None:
-    older: dict[str, Any] = {"train": {"lr": 0.1}}
-    require_same(tmp_path, older, {"train": {"lr": 0.1, "encoder_lr": 1.0}})
-    with pytest.raises(OtherConfigurationError, match=r"train.encoder_lr \(1.0 there, 0.5 here\)"):
-        require_same(tmp_path, older, {"train": {"lr": 0.1, "encoder_lr": 0.5}})
+@pytest.mark.parametrize(("part", "option"), [("train", "encoder_lr"), ("initialization", "overshoot")])
+def test_a_run_from_before_an_option_goes_on(part: str, option: str, tmp_path: Path) -> None:
+    older: dict[str, Any] = {part: {"lr": 0.1}}
+    require_same(tmp_path, older, {part: {"lr": 0.1, option: 1.0}})
+    with pytest.raises(OtherConfigurationError, match=rf"{part}.{option} \(1.0 there, 0.5 here\)"):
+        require_same(tmp_path, older, {part: {"lr": 0.1, option: 0.5}})

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from asi_lens.activations.spectrum import Spectrum
-from asi_lens.base.errors import unknown_name
+from asi_lens.base.errors import require_known
 from asi_lens.kernels.draws import DRAW_ROWS
 
 
@@ -92,8 +92,7 @@ def start(
 def find_start(name: str, among: Iterable[str] | None = None) -> Start:
     """Return the start of that name, from `among` (default: all). Raises UnknownNameError with a list."""
     known = list(STARTS if among is None else among)
-    if name not in known:
-        raise unknown_name("initialization method", name, known)
+    require_known([name], known, "initialization method")
     return STARTS[name]
 
 
