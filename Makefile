@@ -102,7 +102,8 @@ bench: $(SETUP_PEERS) $(CHROME) ## run the benchmarks beside the peers, write be
 lock: $(SETUP) ## write requirements.lock anew from what .venv holds
 	@{ sed -n '/^#/p' requirements.lock; \
 	   $(BIN)/pip freeze --all --exclude-editable | sed -E 's/\+(cpu|cu[0-9]+)$$//' | \
-	   grep -viE '^(pip==|wheel==|triton==|cuda-|nvidia-)|@'; } > .requirements.lock
+	   grep -viE '^(pip==|wheel==|triton==|cuda-|nvidia-)|@'; \
+	   grep -v '^#' requirements.lock | grep ' ; '; } > .requirements.lock
 	@mv .requirements.lock requirements.lock
 
 clean: ## remove what runs leave (not the published figures, environments or downloads)

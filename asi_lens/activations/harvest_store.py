@@ -99,7 +99,7 @@ def harvest_stores(
     Args:
         folder: None writes the stores to the cache, under a key of everything that their rows depend on (not
             allowed while hooks that somebody added to the model are in force). If another process is writing
-            the same stores there, this process waits for it.
+            the same stores there, this process waits for it. Several `ranks` do not wait: RankError.
         dtype: dtype of the rows on disk: "bfloat16", "float16" or "float32".
         budget_gb: refuse to write more than this many 10^9 bytes.
         shard_tokens: rows of a shard, rounded to whole forward batches (None: 128 MiB).
@@ -163,13 +163,6 @@ def _harvest(
         writers: dict[SiteLayer, ShardWriter] = {}
 
         def begin() -> None:
-            # Locks are taken in sorted order, so that two harvests never wait for each other. Finished stores
-            # are not locked: they may be in a read-only cache.
-            for where in sorted(folders, key=folders.__getitem__):
-                if ranks.rank == 0 and not (folders[where] / shards.MANIFEST).exists():
-                    busy = CacheError(f"another process is writing the store in {folders[where]}")
-                    # Cached stores are shared between processes: the second process waits for the first.
-                    stack.enter_context(locked(folders[where], None if chosen[where] is None else busy))
             for where, folder in folders.items():
                 if (folder / shards.MANIFEST).exists():
                     _require_same(folder, origins[where], dtype)
@@ -192,6 +185,8 @@ def _harvest(
             if writers:
                 _state_size(writers, before[-1], size, budget_gb, ranks)
 
+        # All ranks look for finished stores after rank 0 has the locks, so all find the same ones.
+        ranks.together("locking the stores", lambda: _lock(stack, folders, chosen, ranks))
         ranks.together("beginning the harvest", begin)
         if writers:
             start = min(writer.n for writer in writers.values())
@@ -211,6 +206,22 @@ def _harvest(
             ranks.exchange("the harvest", "", patient=True)
             ranks.together("finishing the store", lambda: _finish(writers, folders, ranks))
     return {where: ActivationStore.open(folder) for where, folder in folders.items()}
+
+
+def _lock(
+    stack: ExitStack,
+    folders: Mapping[SiteLayer, Path],
+    chosen: Mapping[SiteLayer, Path | None],
+    ranks: Ranks,
+) -> None:
+    # Locks are taken in sorted order, so that two harvests never wait for each other. Finished stores are not
+    # locked: they may be in a read-only cache.
+    for where in sorted(folders, key=folders.__getitem__):
+        if ranks.rank == 0 and not (folders[where] / shards.MANIFEST).exists():
+            busy = CacheError(f"another process is writing the store in {folders[where]}")
+            # Cached stores are shared between processes: the second process waits for the first.
+            waits = chosen[where] is None and ranks.size == 1
+            stack.enter_context(locked(folders[where], None if waits else busy))
 
 
 def _finish(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from asi_lens.activations.harvest_store import ActivationStore
 from asi_lens.activations.moments import Moments
+from asi_lens.activations.shaped import LinearStore
 from asi_lens.activations.spectrum import Spectrum
 from asi_lens.base.doors import checked
 from asi_lens.base.errors import OptionError, require
@@ -109,12 +110,9 @@ class PairedStores:
     def in_order(self, batch_size: int) -> Iterator[Pair]:
         """Return an iterator over all tokens, once and in order."""
         require(batch_size >= 1, "batch_size", batch_size, "at least 1")
-        return self._in_order(batch_size)
-
-    def _in_order(self, batch_size: int) -> Iterator[Pair]:
-        for start in range(0, self.n, batch_size):
-            index = torch.arange(start, min(start + batch_size, self.n), device="cpu")
-            yield Pair(self.inputs.rows(index), self.outputs.rows(index))
+        starts = range(0, self.n, batch_size)
+        parts = (torch.arange(first, min(first + batch_size, self.n), device="cpu") for first in starts)
+        return (Pair(self.inputs.rows(part), self.outputs.rows(part)) for part in parts)
 
 
 def without(store: ActivationStore, tokens: Int[Tensor, " m"]) -> ActivationStore:
@@ -125,6 +123,8 @@ def without(store: ActivationStore, tokens: Int[Tensor, " m"]) -> ActivationStor
     tokens = tokens[~torch.isin(tokens, store.left_out)].unique()
     if len(tokens) == 0:
         return store
+    if isinstance(store, LinearStore):
+        return LinearStore(without(store.of, tokens), store.matrix, store.center)
     gone = tokens - torch.searchsorted(store.left_out, tokens)
     removed = Moments.of(store.rows(gone).double())
     moments = store.moments.without(removed.to(store.moments.mean.device))

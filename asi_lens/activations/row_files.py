@@ -93,7 +93,7 @@ def _dataset(path: Path) -> tuple[str, list[Tensor]]:
     try:
         found = datasets.load_from_disk(str(path))
         features = found.features
-    except (AttributeError, OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
+    except (AttributeError, LookupError, OSError, TypeError, ValueError, pa.ArrowException) as error:
         raise DataError(f"{path} is not a data set that `datasets` can open: {error}") from error
     names = [name for name, feature in features.items() if isinstance(feature, datasets.Array2D)]
     if len(names) != 1:
@@ -107,6 +107,8 @@ def _dataset(path: Path) -> tuple[str, list[Tensor]]:
     for chunk in found.data.column(names[0]).chunks:
         flat = chunk.storage.flatten().flatten().to_numpy(zero_copy_only=True)
         tensors.append(_floating(path, _from_read_only(flat).view(-1, context, d)))
+    if not sum(map(len, tensors)):
+        raise DataError(f"{path} holds no rows")
     return names[0], tensors
 
 

@@ -68,7 +68,7 @@ class ShardWriter:
         self.n = 0
         self.shards: list[Shard] = []
         self.moments = Moments.zeros(d)
-        self.left_out = torch.empty(0, dtype=torch.int64)
+        self.left_out = torch.empty(0, dtype=torch.int64, device="cpu")
         self._file: BinaryIO | None = None
         self._digest = hashlib.sha256()
         self._open_seen = self._open_rows = self._open_n = 0

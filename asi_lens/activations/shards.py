@@ -152,7 +152,7 @@ def read_moments(folder: Path) -> Moments:
 def read_left_out(folder: Path) -> Int[Tensor, " m"]:
     """Return the numbers of the tokens that were left out, ascending. Raises as `read_moments`."""
     state, _ = load(folder / MOMENTS)
-    return state.get("left_out", torch.empty(0, dtype=torch.int64))
+    return state.get("left_out", torch.empty(0, dtype=torch.int64, device="cpu"))
 
 
 def unfinished(folder: Path) -> list[Path]:

@@ -169,7 +169,7 @@ class ActivationStore:
 
         Tokens are counted over all sequences, without position 0 if the harvest dropped it.
         """
-        return torch.empty(0, dtype=torch.int64) if self._left_out is None else self._left_out()
+        return torch.empty(0, dtype=torch.int64, device="cpu") if self._left_out is None else self._left_out()
 
     @cached_property
     def spectrum(self) -> Spectrum:
@@ -263,7 +263,7 @@ class ActivationStore:
         first = int(self.metadata["drop_first"])
         kept = int(self.metadata["context"]) - first
         # Left-out token j stands before row i if it has at most i rows before it.
-        rows_before = self.left_out - torch.arange(len(self.left_out))
+        rows_before = self.left_out - torch.arange(len(self.left_out), device="cpu")
         token = index + torch.searchsorted(rows_before, index, right=True)
         return torch.stack([token // kept, token % kept + first], dim=1)
 

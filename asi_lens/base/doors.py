@@ -29,16 +29,7 @@ _NO = object()
 """Result of a `fit` that refuses the value."""
 _TEXT = (str, bytes, bytearray)
 _NUMBERS = {"Float": "floating point numbers", "Int": "whole numbers"}
-_MANY = (
-    collections.abc.Sequence,
-    collections.abc.Iterable,
-    collections.abc.Collection,
-    collections.abc.Iterator,
-    list,
-    tuple,
-    set,
-    frozenset,
-)
+_MANY = (collections.abc.Sequence, collections.abc.Iterable, list, tuple)
 
 
 @dataclass(frozen=True)
@@ -190,7 +181,11 @@ def _number(value: Any) -> Any:
 def _truth(value: Any) -> Any:
     if isinstance(value, bool):
         return value
-    return bool(value) if type(value).__name__ == "bool" and getattr(value, "ndim", None) == 0 else _NO
+    return (
+        bool(value)
+        if type(value).__name__ in ("bool", "bool_") and getattr(value, "ndim", None) == 0
+        else _NO
+    )
 
 
 def _text(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 _SHOWN = 120
@@ -89,9 +89,8 @@ def require_keys(values: Mapping[str, Any], keys: Iterable[str], kind: str) -> N
         require(key in values, kind, sorted(map(str, values)), f"keys and values, {key} among them")
 
 
-def require_known(keys: Iterable[str], known: Iterable[str], kind: str) -> None:
+def require_known(keys: Iterable[str], known: Collection[str], kind: str) -> None:
     """Raise UnknownNameError for the first key that is not among `known`; `kind` says what kind of key."""
-    names = list(known)
     for key in keys:
-        if key not in names:
-            raise unknown_name(kind, key, names)
+        if key not in known:
+            raise unknown_name(kind, key, known)

@@ -272,12 +272,9 @@ def _blocks(
 
 
 def _random_orthogonal(rows: int, columns: int, generator: torch.Generator) -> Float[Tensor, "rows columns"]:
-    """Draw a Haar-distributed (semi-)orthogonal matrix, float64."""
-    tall = max(rows, columns), min(rows, columns)
-    Q, R = torch.linalg.qr(torch.randn(*tall, generator=generator, dtype=torch.float64))
-    # Without the signs of R's diagonal the distribution would depend on the sign convention of the QR.
-    Q = Q * R.diagonal().sign()
-    return Q if rows >= columns else Q.T
+    """Draw a Haar-distributed matrix with orthonormal columns, float64."""
+    drawn = torch.empty(rows, columns, dtype=torch.float64, device=generator.device)
+    return torch.nn.init.orthogonal_(drawn, generator=generator)
 
 
 def _separated(heads: Float[Tensor, "n_heads d_head d_model"]) -> Float[Tensor, "d_z d_out"]:

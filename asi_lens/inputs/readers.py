@@ -186,7 +186,7 @@ def listing(folder: Path) -> tuple[list[tuple[str, Path]], str]:
 
 def _describes(path: Path, tables: list[Path]) -> bool:
     """Whether a file describes or loads the tables in or below its folder, or is a card of the hub."""
-    if path in tables:
+    if path.suffix.lower() in _TABLES:
         return False
     if path.suffix.lower() == ".md":
         with path.open("rb") as file:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -93,8 +93,7 @@ class Gradients:
     `offsets [d_sae + 1]`: bounds of each feature's picks. `features`: features with at least one pick (the
     only rows whose gradient is not zero). `b_enc [d_sae]` and `b_dec [d_out]`: summed gradients of the
     biases. `parallel [d_sae]`: decoder gradient . decoder row, a by-product of the sums over picks.
-    `edges`: bounds of `rows_per_chunk` rows, with their places among picks. Sums between other bounds than
-    these wait for the device.
+    `edges`: bounds of `rows_per_chunk` rows, with their places among picks.
     """
 
     features: Int[Tensor, " n"]
@@ -110,80 +109,34 @@ class Gradients:
     parallel: Float[Tensor, " d_sae"]
     edges: tuple[Edge, ...]
 
-    def encoder(self, start: int, stop: int) -> Float[Tensor, "n d_in"]:
-        """Return dL / d encoder for rows `start` to `stop`; zero for features that did not fire."""
-        return self._encoder(self.offsets[start : stop + 1], *self._picks_before_rows(start, stop))
+    def rows(
+        self, before: Edge, after: Edge, decoder: Float[Tensor, "d_sae d_out"], *, few: bool = False
+    ) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
+        """Return dL / d encoder and dL / d decoder for the rows between two edges; zero for silent features.
 
-    def encoder_of(self, first: int, last: int) -> Float[Tensor, "n d_in"]:
-        """Return dL / d encoder for the rows `features[first:last]`."""
-        return self._encoder(self._bounds(first, last), *self._picks_before_features(first, last))
-
-    def decoder(
-        self, start: int, stop: int, unit_rows: Float[Tensor, "d_sae d_out"] | None
-    ) -> Float[Tensor, "n d_out"]:
-        """Return dL / d decoder for rows `start` to `stop`.
-
-        Given the decoder as `unit_rows` (rows of unit norm), the part along each row is removed. That part
-        would only change the row's norm, which is set back to one after the update.
+        If `few`, the result is for those of the rows that fired: `features[before.features:after.features]`.
+        The decoder's gradient lacks the part along each row. That part would only change the row's norm,
+        which is set back to one after the update.
         """
-        grad = self._decoder(self.offsets[start : stop + 1], *self._picks_before_rows(start, stop))
-        if unit_rows is None:
-            return grad
-        return grad.addcmul_(self.parallel[start:stop, None], unit_rows[start:stop], value=-1)
-
-    def decoder_of(
-        self, first: int, last: int, unit_rows: Float[Tensor, "d_sae d_out"]
-    ) -> Float[Tensor, "n d_out"]:
-        """Return dL / d decoder for the rows `features[first:last]`, without the part along the rows."""
-        fired = self.features[first:last]
-        grad = self._decoder(self._bounds(first, last), *self._picks_before_features(first, last))
-        return grad.addcmul_(self.parallel[fired, None], unit_rows[fired], value=-1)
-
-    def _bounds(self, first: int, last: int) -> Int[Tensor, " bounds"]:
-        # Features that did not fire have no picks, so the picks of features that fired are contiguous.
-        fired = self.features[first:last]
-        return torch.cat([self.offsets[fired], self.offsets[fired[-1:] + 1]])
-
-    @cached_property
-    def _by_row(self) -> dict[int, int]:
-        return {edge.row: edge.picks for edge in self.edges}
-
-    @cached_property
-    def _by_features(self) -> dict[int, int]:
-        return {edge.features: edge.picks for edge in self.edges}
-
-    def _picks_before_rows(self, start: int, stop: int) -> tuple[int | None, int | None]:
-        return self._by_row.get(start), self._by_row.get(stop)
-
-    def _picks_before_features(self, first: int, last: int) -> tuple[int | None, int | None]:
-        return self._by_features.get(first), self._by_features.get(last)
-
-    def _encoder(self, bounds: Tensor, first: int | None, last: int | None) -> Tensor:
-        return sum_bags(self.encoder_table, self.encoder_rows, self.encoder_weights, bounds, first, last)
-
-    def _decoder(self, bounds: Tensor, first: int | None, last: int | None) -> Tensor:
-        return sum_bags(self.decoder_table, self.decoder_rows, self.decoder_weights, bounds, first, last)
+        which: Any = slice(before.row, after.row)
+        bounds = self.offsets[before.row : after.row + 1]
+        if few:
+            # Features that did not fire have no picks, so the picks of features that fired are contiguous.
+            which = self.features[before.features : after.features]
+            bounds = torch.cat([self.offsets[which], self.offsets[which[-1:] + 1]])
+        own, bounds = slice(before.picks, after.picks), bounds - before.picks
+        encoder = sum_bags(self.encoder_table, self.encoder_rows[own], self.encoder_weights[own], bounds)
+        grad = sum_bags(self.decoder_table, self.decoder_rows[own], self.decoder_weights[own], bounds)
+        return encoder, grad.addcmul_(self.parallel[which, None], decoder[which], value=-1)
 
     def __len__(self) -> int:
         return self.b_enc.shape[0]
 
 
-def sum_bags(
-    table: Tensor, rows: Tensor, weights: Tensor, bounds: Tensor, first: int | None, last: int | None
-) -> Tensor:
-    """Return the sum of weight times row of the table for each bag, the picks between two bounds.
-
-    `first` and `last` are the outer bounds, where known.
-    """
-    if first is None or last is None:
-        first, last = (int(bound) for bound in devices.read(torch.stack([bounds[0], bounds[-1]])))
+def sum_bags(table: Tensor, rows: Tensor, weights: Tensor, bounds: Tensor) -> Tensor:
+    """Return the sum of weight times row of the table for each bag, the picks between two bounds."""
     return embedding_bag(
-        rows[first:last],
-        table,
-        bounds - first,
-        mode="sum",
-        per_sample_weights=weights[first:last],
-        include_last_offset=True,
+        rows, table, bounds, mode="sum", per_sample_weights=weights, include_last_offset=True
     )
 
 

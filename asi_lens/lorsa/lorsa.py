@@ -276,13 +276,41 @@ class Lorsa(Spliced):
         return None if layer is None else layer_place(model, int(layer))
 
     def save(self, path: Path | str) -> None:
-        """Write one `.safetensors` file (see `save_lorsa`)."""
-        save_lorsa(self, path)
+        """Write the Lorsa to a `.safetensors` file completely or not at all, replacing an existing one.
+
+        Raises OptionError for another suffix or weights of half precision, OSError naming the file if it
+        cannot be written.
+        """
+        path = _checked(path)
+        require_master(self.W_O.dtype)
+        about = {"format": FORMAT, "config": asdict(self.config), "initialization": self.initialization}
+        save_tensors(path, self.state_dict(), {_HEADER: json.dumps(about, allow_nan=False)})
 
     @classmethod
     def load(cls, path: Path | str) -> Lorsa:
-        """Read a Lorsa from a `.safetensors` file (see `load_lorsa`)."""
-        return load_lorsa(path)
+        """Return the Lorsa in a file of `save`, in the dtype of the file, on the CPU.
+
+        Raises FileNotFoundError, OptionError for another suffix, and DataError for a file that is damaged,
+        does not hold a Lorsa, or has another format.
+        """
+        path = _checked(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist")
+        with opened(path, DataError) as file:
+            if (text := (file.metadata() or {}).get(_HEADER)) is None:
+                raise DataError(f"{path} is not a file of a Lorsa")
+            about = json.loads(text)
+            if about.get("format") != FORMAT:
+                raise DataError(f"{path} has format {about.get('format')!r}, but this version reads {FORMAT}")
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        dtype = state["W_O"].dtype if "W_O" in state else torch.float32
+        lorsa = cls(LorsaConfig.from_dict(about["config"]), dtype=dtype)
+        try:
+            lorsa.load_state_dict(state)
+        except RuntimeError as error:
+            raise DataError(f"{path} holds other tensors than its configuration needs: {error}") from error
+        lorsa.initialization = about["initialization"]
+        return lorsa
 
     def extra_repr(self) -> str:
         """Return the sizes that `print` shows."""
@@ -301,44 +329,6 @@ class Lorsa(Spliced):
             bad = (~torch.isfinite(x)).flatten(1).any(1).sum().item()
             if bad:
                 raise DataError(f"{bad} of {len(x)} sequences of {what} hold NaN or infinity")
-
-
-def save_lorsa(lorsa: Lorsa, path: Path | str) -> None:
-    """Write a Lorsa to `path` (`.safetensors`) completely or not at all, replacing an existing file.
-
-    Raises OptionError for another suffix or weights of half precision, OSError naming the file if it cannot
-    be written.
-    """
-    path = _checked(path)
-    require_master(lorsa.W_O.dtype)
-    about = {"format": FORMAT, "config": asdict(lorsa.config), "initialization": lorsa.initialization}
-    save_tensors(path, lorsa.state_dict(), {_HEADER: json.dumps(about, allow_nan=False)})
-
-
-def load_lorsa(path: Path | str) -> Lorsa:
-    """Return the Lorsa in a file of `save_lorsa`, in the dtype of the file, on the CPU.
-
-    Raises FileNotFoundError, OptionError for another suffix, and DataError for a file that is damaged, does
-    not hold a Lorsa, or has another format.
-    """
-    path = _checked(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    with opened(path, DataError) as file:
-        if (text := (file.metadata() or {}).get(_HEADER)) is None:
-            raise DataError(f"{path} is not a file of a Lorsa")
-        about = json.loads(text)
-        if about.get("format") != FORMAT:
-            raise DataError(f"{path} has format {about.get('format')!r}, but this version reads {FORMAT}")
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    dtype = state["W_O"].dtype if "W_O" in state else torch.float32
-    lorsa = Lorsa(LorsaConfig.from_dict(about["config"]), dtype=dtype)
-    try:
-        lorsa.load_state_dict(state)
-    except RuntimeError as error:
-        raise DataError(f"{path} holds other tensors than its configuration needs: {error}") from error
-    lorsa.initialization = about["initialization"]
-    return lorsa
 
 
 def _checked(path: Path | str) -> Path:

@@ -108,4 +108,4 @@ def _sums(
     bag, order = bag.sort(stable=True)
     bags = bag.unique_consecutive() if bags is None else bags
     bounds = pad(torch.searchsorted(bag, bags), (0, 1), value=len(bag))
-    return bags, sum_bags(table, row[order], weight[order], bounds, 0, len(bag))
+    return bags, sum_bags(table, row[order], weight[order], bounds)

@@ -14,7 +14,7 @@ import io
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 from asi_lens.base.errors import AsiLensError, DataError
 from asi_lens.results.parameters_cell import notebook_path

@@ -219,7 +219,7 @@ def _wheels(folder: Path, python: str, platform: str, without: Sequence[str]) ->
     folder.mkdir()
     project = project_root()
     left_out = [TORCH] if TORCH in without else []
-    versions = needed(project / "requirements.lock", project)
+    versions = needed(project / "requirements.lock", project, python=python, platform=platform)
     found = download_wheels(versions, folder, python=python, platform=platform, without=left_out)
     return {f"{WHEELS}/{path.name}": path for path in found}
 

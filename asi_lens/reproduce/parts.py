@@ -90,7 +90,7 @@ def unpack_parts(folder: Path, manifest: Mapping[str, Any], into: Path) -> None:
     with write_whole_folder(into) as temporary:
         left = dict(manifest["files"])
         try:
-            with tarfile.open(fileobj=_Joined(paths), mode="r|gz", bufsize=_BLOCK) as tar:
+            with tarfile.open(fileobj=_Joined(paths), mode="r|gz", bufsize=_BLOCK) as tar:  # type: ignore[call-overload]
                 for member in tar:
                     _unpack_one(tar, member, left.pop(member.name), temporary)
         except (KeyError, tarfile.TarError, EOFError) as error:

@@ -45,7 +45,7 @@ def c1(table: pd.DataFrame, model: str, corpus: str) -> Found:
     UnknownNameError for a model or text not in the table.
     """
     for key, value in (("model", model), ("corpus", corpus)):
-        require_known([value], taken(table, [key], [])[key].unique(), key)
+        require_known([value], set(taken(table, [key], [])[key]), key)
     table = table[(table.model == model) & (table.corpus == corpus)]
     shares = taken(table, [], ["intrinsic_dimension_99", "d"])
     ranks = _ranks(table)

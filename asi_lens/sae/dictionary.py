@@ -95,8 +95,6 @@ class SparseAutoencoder(Weights, Spliced):
     input_mean: Tensor
     input_scale: Tensor
 
-    target_scale = 1.0
-    """Factor on raw targets in `scan`: 1, since the targets of an autoencoder or transcoder stay raw."""
     is_transcoder = False
     """Whether the output is another site than the input, as for a `transcoder.Transcoder`."""
 

@@ -24,10 +24,9 @@ from asi_lens.base.facts import facts_html
 from asi_lens.base.products import exact_products
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.inputs.same_origin import require_model_of
-from asi_lens.kernels.codes import SparseCode
 from asi_lens.sae.dictionary import SparseAutoencoder
 from asi_lens.sae.finite import require_sizes
-from asi_lens.sae.splice import Hooks, Place, SpliceLosses, hooked_losses
+from asi_lens.sae.splice import Hooks, Place, Spliced, SpliceLosses, hooked_losses
 from asi_lens.sae.transcoder import Transcoder
 from asi_lens.training.ledger import DeadnessLedger
 
@@ -42,36 +41,6 @@ class Targets(Protocol):
     def n(self) -> int: ...
     @property
     def output_moments(self) -> Moments: ...
-
-
-@runtime_checkable
-class Coder(Protocol):
-    """A model that can be evaluated: an autoencoder, a transcoder, a Lorsa."""
-
-    config: Any
-    """Configuration; its `metadata` name the coder's place."""
-
-    @property
-    def d_sae(self) -> int:
-        """Number of features."""
-        ...
-
-    @property
-    def target_scale(self) -> float:
-        """Factor on raw targets in `scan`."""
-        ...
-
-    def scan(self, data: Any) -> Iterator[tuple[Tensor, Tensor, SparseCode]]:
-        """Yield targets, reconstructions and codes [n k] of all `data`; values above zero fired."""
-        ...
-
-    def place(self, model: nn.Module, *known: Mapping[str, Any]) -> Place:
-        """Return the place that metadata name. Raises OptionError if they name none, or several."""
-        ...
-
-    def hooks(self, model: nn.Module, place: Place | None = None) -> Hooks:
-        """Return hooks of a forward pass that put the coder's output in the place of the activation."""
-        ...
 
 
 @checked
@@ -230,7 +199,7 @@ def evaluate_transcoders(
 
 @exact_products()
 def evaluate_at(
-    coders: Sequence[Coder],
+    coders: Sequence[Spliced],
     data: Targets | ActivationStore | Tensor,
     model: nn.Module | None,
     tokens: Tokens | None,
@@ -282,7 +251,7 @@ def _blocks(data: Targets | ActivationStore | Tensor) -> Iterator[Any]:
 class _Tally:
     """Sums of one coder over the blocks of its data."""
 
-    def __init__(self, coder: Coder):
+    def __init__(self, coder: Spliced):
         self.coder = coder
         self.error: float | Tensor = 0.0  # on the coder's device
         self.ledger: DeadnessLedger | None = None

@@ -43,7 +43,7 @@ def token_information(
     """
     require_whole("draws", draws, 1)
     require_whole("seed", seed, 0)
-    places = store.positions(torch.arange(store.n))
+    places = store.positions(torch.arange(store.n, device="cpu"))
     require_text_of("the store", store.metadata.get("tokens_fingerprint"), tokens)
     ids = tokens.ids[places[:, 0], places[:, 1]]
     pairs, counts = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)

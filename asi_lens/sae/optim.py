@@ -46,9 +46,9 @@ def gradient_norm(
     total = grads.b_enc.square().sum()
     for grad in (own or {}).values():
         total = total + grad.square().sum()
-    for (start, *_), (stop, *_) in itertools.pairwise(grads.edges):
-        total = total + grads.encoder(start, stop).square().sum()
-        total = total + grads.decoder(start, stop, decoder).square().sum()
+    for before, after in itertools.pairwise(grads.edges):
+        for grad in grads.rows(before, after, decoder):
+            total = total + grad.square().sum()
     total = total if over_features is None else over_features(total)
     # Every rank has the same b_dec.
     return (total + grads.b_dec.square().sum()).sqrt()
@@ -116,17 +116,14 @@ class RowAdam:
         # Both decoder and encoder gradients belong to the weights before this step: they are sums over
         # picks, and only the decoder's gradient reads a weight (its own row).
         decay = self._missed_decay(grads)
-        for (start, first, _), (stop, last, _) in itertools.pairwise(grads.edges):
+        for before, after in itertools.pairwise(grads.edges):
+            (start, first, _), (stop, last, _) = before, after
             if not dense and first == last:
                 continue
             fired = None if dense else grads.features[first:last]
             missed = None if decay is None else decay[:, first:last, None]
-            if _are_few(fired, stop - start):
-                encoder_grad = grads.encoder_of(first, last)
-                decoder_grad = grads.decoder_of(first, last, decoder)
-            else:
-                encoder_grad = grads.encoder(start, stop)
-                decoder_grad = grads.decoder(start, stop, decoder)
+            few = _are_few(fired, stop - start)
+            encoder_grad, decoder_grad = grads.rows(before, after, decoder, few=few)
             if scale != 1.0:
                 encoder_grad.mul_(scale)
                 decoder_grad.mul_(scale)

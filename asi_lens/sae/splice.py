@@ -6,7 +6,7 @@ Sums over all predicted tokens run in float64. The clean and the ablated model r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -28,6 +28,7 @@ from asi_lens.collapse.interventions import (
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.inputs.float32 import in_float32
+from asi_lens.kernels.codes import SparseCode
 
 Hooks = Mapping[str, models.Hook]
 """Hooks of a forward pass, by name."""
@@ -104,6 +105,20 @@ class Spliced(nn.Module):
     @property
     def d_out(self) -> int:
         """Width of the activations that the coder writes."""
+        raise NotImplementedError
+
+    @property
+    def d_sae(self) -> int:
+        """Number of features (units)."""
+        raise NotImplementedError
+
+    @property
+    def target_scale(self) -> float:
+        """Factor on raw targets in `scan`; 1 where they stay raw."""
+        return 1.0
+
+    def scan(self, data: Any) -> Iterator[tuple[Tensor, Tensor, SparseCode]]:
+        """Yield targets, reconstructions and codes [n k] of all `data`; values above zero fired."""
         raise NotImplementedError
 
     def place_in(self, model: nn.Module, metadata: Mapping[str, Any]) -> Place | None:

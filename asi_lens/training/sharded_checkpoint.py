@@ -23,7 +23,7 @@ from torch import Tensor
 
 from asi_lens.base import safetensors_io
 from asi_lens.base.errors import CacheError
-from asi_lens.base.files import write_text
+from asi_lens.base.files import read_json, write_text
 from asi_lens.base.ranks import RankError
 from asi_lens.training.checkpoint import (
     CHECKPOINT_FILE,
@@ -218,10 +218,7 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _about(path: Path) -> dict[str, Any]:
-    try:
-        about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CacheError(f"{path} cannot be read ({error}); delete it and train again") from error
+    about = read_json(path / ABOUT, CacheError, f"delete {path} and train again")
     require_format(path, about)
     return dict(about)
 

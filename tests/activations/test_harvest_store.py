@@ -137,6 +137,8 @@ def test_positions_find_the_token_of_a_row(
     index = torch.tensor([0, 30, 31, 200])
     found = small.positions(index)
     assert found.tolist() == [[0, 1], [0, 31], [1, 1], [6, 15]]
+    with torch.device("meta"):  # the user's default device is not the store's
+        assert ActivationStore.open(small.folder).positions(index).tolist() == found.tolist()
     hook = models.hook_name(tiny_llama, "attn_out", 1)
     seen: list[torch.Tensor] = []
     models.forward(tiny_llama, tiny_tokens.ids, {hook: lambda x: seen.append(x.clone())})

@@ -20,7 +20,7 @@ from asi_lens.activations.__main__ import HarvestConfig, main
 from asi_lens.activations.harvest_store import harvest_store
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import DataError, OptionError, UnknownNameError
-from asi_lens.base.ranks import Ranks
+from asi_lens.base.ranks import RankError, Ranks
 from asi_lens.inputs.corpora import Tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore::asi_lens.activations.spectrum.FewTokensWarning")
@@ -105,12 +105,17 @@ def test_a_part_that_was_changed_is_no_part(values: dict[str, Any], tmp_path: Pa
         ActivationStore.open(folder)
 
 
-def test_more_processes_than_forward_batches(tiny_llama: Any, tiny_tokens: Tokens, tmp_path: Path) -> None:
-    class Many(Ranks):
-        rank, size = 3, 7
+class Alone(Ranks):
+    """One of several, which hears nothing of the others."""
 
+    def __init__(self, rank: int, size: int):
+        self.rank, self.size = rank, size
+
+
+def test_more_processes_than_forward_batches(tiny_llama: Any, tiny_tokens: Tokens, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"folder": tmp_path, "batch_tokens": 64, "ranks": Alone(3, 7)}
     with pytest.raises(OptionError, match="12 sequences make 6 forward batches of 2, but 7 processes"):
-        harvest_store(tiny_llama, tiny_tokens, "z", 1, folder=tmp_path, batch_tokens=64, ranks=Many())
+        harvest_store(tiny_llama, tiny_tokens, "z", 1, **options)
 
 
 def test_a_harvest_into_the_cache_waits_for_another(
@@ -130,6 +135,9 @@ def test_a_harvest_into_the_cache_waits_for_another(
         other.start()
         other.join(0.5)
         assert other.is_alive()
+        # Several processes would stop waiting for each other at different times.
+        with pytest.raises(RankError, match="rank 0: CacheError: another process is writing"):
+            harvest_store(tiny_llama, tiny_tokens, "attn_out", 1, ranks=Alone(0, 2), batch_tokens=64)
     other.join(60)
     assert found[0].folder == first.folder
 

@@ -12,6 +12,7 @@ from small_stores import OPTIONS, PER_SEQUENCE, hooked, sinking
 from asi_lens.activations.harvest_store import harvest_stores
 from asi_lens.activations.moments import Moments
 from asi_lens.activations.pairs import Pair, PairedStores
+from asi_lens.activations.shaped import ShapedStore
 from asi_lens.activations.store import ActivationStore
 from asi_lens.base.errors import OptionError
 from asi_lens.inputs.corpora import Tokens
@@ -95,3 +96,9 @@ def test_massive_rows_of_one_side_are_left_out_of_both(
     torch.testing.assert_close(pairs.inputs.mean, direct.mean, rtol=0, atol=1e-7)
     assert pairs.inputs.fingerprint != stores["attn_out", 0].fingerprint
     assert pairs.inputs.spectrum.left_out == 3
+    shaped = PairedStores(
+        ShapedStore(stores["attn_out", 0], torch.full((pairs.inputs.d,), 2.0)), pairs.outputs
+    )
+    expected = 2 * (pairs.inputs.rows(torch.arange(pairs.n)).double() - stores["attn_out", 0].mean)
+    seen = torch.cat([pair.x for pair in shaped.in_order(50)]).double()
+    torch.testing.assert_close(seen, expected, rtol=1e-3, atol=1e-4)

@@ -156,11 +156,20 @@ def test_files_that_do_not_belong_together(tmp_path: Path) -> None:
 
 def test_data_sets_without_rows(tmp_path: Path) -> None:
     import datasets
+    import pyarrow as pa
 
     texts = datasets.Dataset.from_dict({"text": ["a", "b"]})
     texts.save_to_disk(str(tmp_path / "texts"))
     with pytest.raises(DataError, match=r"one column of arrays \[position d\].*'text'"):
         open_rows(tmp_path / "texts")
+    features = datasets.Features({"blocks.0.hook_attn_out": datasets.Array2D((4, 8), "float32")})
+    for name, rows, told in (("none", [], "not a data set"), ("empty", [np.zeros((4, 8))], "holds no rows")):
+        made = datasets.Dataset.from_dict({"blocks.0.hook_attn_out": rows}, features=features)
+        made.save_to_disk(str(tmp_path / name))
+        for file in (tmp_path / name).glob("*.arrow"):  # as a stream to which nothing was written
+            pa.ipc.new_stream(str(file), made.data.schema).close()
+        with pytest.raises(DataError, match=told):
+            open_rows(tmp_path / name)
     (tmp_path / "texts" / "state.json").write_text("{}")
     with pytest.raises(DataError, match="not a data set"):
         open_rows(tmp_path / "texts")

@@ -109,16 +109,13 @@ def test_gradients_are_the_same(monkeypatch: pytest.MonkeyPatch, silent: float, 
     assert len(found.edges) == (5 if scratch == 400 else 2)
     chunks = list(itertools.pairwise(found.edges))
     with Waits(monkeypatch) as waits:
-        sums = [
-            (found.encoder(start, stop), found.decoder(start, stop, decoder))
-            for (start, *_), (stop, *_) in chunks
-        ]
-        few = [found.encoder_of(first, last) for (_, first, _), (_, last, _) in chunks if first < last]
+        sums = [found.rows(*chunk, decoder) for chunk in chunks]
+        fired = [found.rows(*chunk, decoder, few=True) for chunk in chunks if chunk[0][1] < chunk[1][1]]
     assert waits.total == 0, waits.found
-    assert torch.equal(torch.cat([one for one, _ in sums]), expected.encoder(0, 50))
-    assert torch.equal(torch.cat([one for _, one in sums]), expected.decoder(0, 50, decoder))
-    if few:
-        assert torch.equal(torch.cat(few), expected.encoder_of(0, len(expected.features)))
+    for parts, few in ((sums, False), (fired, True)):
+        if parts:
+            whole = expected.rows(expected.edges[0], expected.edges[-1], decoder, few=few)
+            assert all(map(torch.equal, map(torch.cat, zip(*parts, strict=True)), whole))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from asi_lens.kernels.gradients import Term, decode_sum, picked_dots, sum_gradients
+from asi_lens.kernels.gradients import Edge, Term, decode_sum, picked_dots, sum_gradients
 from asi_lens.kernels.topk import (
     encode_topk,
 )
@@ -61,20 +61,24 @@ def test_gradients_equal_autograd_of_the_dense_formula() -> None:
     def same(ours: Tensor, theirs: Tensor) -> None:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
 
-    same(grads.encoder(0, 200), sae.W_enc.grad.T)
+    whole = grads.edges[0], grads.edges[-1]
+    encoder_grad, decoder_grad = grads.rows(*whole, decoder)
+    same(encoder_grad, sae.W_enc.grad.T)
     same(grads.b_enc, sae.b_enc.grad)
     same(grads.b_dec, sae.b_dec.grad)
-    same(grads.decoder(0, 200, None), sae.W_dec.grad)
-    same(grads.decoder(0, 200, decoder), without_parallel(sae.W_dec.grad, decoder))
-    # Any run of rows is that part of the whole.
-    same(grads.decoder(30, 77, decoder), without_parallel(sae.W_dec.grad, decoder)[30:77])
-    same(grads.encoder(199, 200), sae.W_enc.grad.T[199:])
+    same(grads.rows(*whole, torch.zeros_like(decoder))[1], sae.W_dec.grad)
+    same(decoder_grad, without_parallel(sae.W_dec.grad, decoder))
     assert torch.equal(grads.features, (sae.b_enc.grad != 0).nonzero().flatten())
-    # And so are the rows that fired alone.
-    for first, last in ((0, len(grads.features)), (2, 9), (5, 6)):
-        fired = grads.features[first:last]
-        same(grads.encoder_of(first, last), sae.W_enc.grad.T[fired])
-        same(grads.decoder_of(first, last, decoder), without_parallel(sae.W_dec.grad, decoder)[fired])
+    # Any run of rows is that part of the whole, and so are those of its rows that fired.
+    for first, last in ((0, 200), (30, 77), (199, 200)):
+        before, after = (
+            Edge(row, int((grads.features < row).sum()), int(grads.offsets[row])) for row in (first, last)
+        )
+        fired = grads.features[before.features : after.features]
+        for few, rows in ((False, torch.arange(first, last)), (True, fired))[: 1 + (len(fired) > 0)]:
+            encoder_grad, decoder_grad = grads.rows(before, after, decoder, few=few)
+            same(encoder_grad, sae.W_enc.grad.T[rows])
+            same(decoder_grad, without_parallel(sae.W_dec.grad, decoder)[rows])
 
 
 def test_all_negative_pre_activations_leave_only_b_dec_a_gradient() -> None:
@@ -84,7 +88,6 @@ def test_all_negative_pre_activations_leave_only_b_dec_a_gradient() -> None:
     assert (code.values == 0).all()
     grads = sum_gradients([Term(code, -x * 2 / 8)], x, sae.encoder_rows, sae.W_dec.detach())
     assert len(grads.features) == 0
-    assert not grads.encoder(0, 200).any()
-    assert not grads.decoder(0, 200, sae.W_dec.detach()).any()
+    assert not any(grad.any() for grad in grads.rows(grads.edges[0], grads.edges[-1], sae.W_dec.detach()))
     assert not grads.b_enc.any()
     torch.testing.assert_close(grads.b_dec, -2 * x.mean(0))

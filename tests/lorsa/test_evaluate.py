@@ -20,7 +20,7 @@ from asi_lens.lorsa.attention import layer_place
 from asi_lens.lorsa.data import SequencePairs, harvest_pairs
 from asi_lens.lorsa.evaluate import evaluate_lorsa
 from asi_lens.lorsa.initialize import from_attention
-from asi_lens.sae.evaluate import Coder
+from asi_lens.sae.splice import Spliced
 
 pytestmark = pytest.mark.model_facing
 EACH = CONTEXT - 1
@@ -100,7 +100,7 @@ def test_its_hooks_put_its_output_in_place(
     hooks[read](x)
     with torch.no_grad():
         torch.testing.assert_close(hooks[write](y), torch.cat([y[:, :1], lorsa(x)[:, 1:]], 1))
-    assert isinstance(lorsa, Coder)
+    assert isinstance(lorsa, Spliced)
     object.__setattr__(lorsa.config, "metadata", {})
     with pytest.raises(OptionError, match=r"layer of the Lorsa are not known; give layer=\.\.\."):
         lorsa.hooks(tiny_llama)

@@ -13,7 +13,7 @@ from small_lorsas import LAYER, started
 from asi_lens.base.errors import DataError, OptionError
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.lorsa.data import harvest_pairs
-from asi_lens.lorsa.lorsa import Lorsa, load_lorsa
+from asi_lens.lorsa.lorsa import Lorsa
 
 pytestmark = pytest.mark.model_facing
 
@@ -37,21 +37,21 @@ def test_files_that_are_something_else_are_refused(
     pairs = harvest_pairs(tiny_llama, tiny_tokens, LAYER, progress=False)
     path = tmp_path / "lorsa.safetensors"
     with pytest.raises(FileNotFoundError, match="lorsa"):
-        load_lorsa(path)
+        Lorsa.load(path)
     with pytest.raises(OptionError, match=r"must be a `\.safetensors` file"):
-        load_lorsa(tmp_path / "lorsa.pt")
+        Lorsa.load(tmp_path / "lorsa.pt")
     started(tiny_llama, pairs).save(path)
     tensors = load_file(path)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match="cannot be read"):
-        load_lorsa(path)
+        Lorsa.load(path)
     path.write_bytes(whole.replace(b'\\"format\\": 1', b'\\"format\\": 9'))
     with pytest.raises(DataError, match="has format 9"):
-        load_lorsa(path)
+        Lorsa.load(path)
     save_file(tensors, path)
     with pytest.raises(DataError, match="is not a file of a Lorsa"):
-        load_lorsa(path)
+        Lorsa.load(path)
     path.write_bytes(whole.replace(b'"W_O"', b'"W_X"'))
     with pytest.raises(DataError, match="other tensors"):
-        load_lorsa(path)
+        Lorsa.load(path)

@@ -50,20 +50,33 @@ def get(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[s
     return names
 
 
-def test_what_the_project_needs_is_in_the_lock_and_no_tools_are_among_it() -> None:
+@pytest.mark.parametrize(
+    ("python", "platform", "more"),
+    [
+        ("3.11", "linux_x86_64", set()),
+        ("3.12", "linux_aarch64", {"aiohttp", "yarl", "multidict"}),
+        ("3.13", "macosx_11_0_arm64", {"appnope"}),
+        ("3.14", "win_amd64", {"colorama"}),
+    ],
+)
+def test_what_the_project_needs_is_in_the_lock_and_no_tools_are_among_it(
+    python: str, platform: str, more: set[str]
+) -> None:
     root = project_root()
-    found = needed(root / "requirements.lock", root)
+    found = needed(root / "requirements.lock", root, python=python, platform=platform)
+    assert {name for name in ("aiohttp", "yarl", "multidict", "appnope", "colorama") if name in found} == more
+    assert ("pexpect" in found) == (platform != "win_amd64")  # IPython needs it elsewhere
     assert {"torch", "transformer-lens", "transformers", "papermill", "pyzmq", "numpy"} <= found.keys()
     assert not {"ruff", "mypy", "pytest", "jupyterlab"} & found.keys()
     assert not [name for name in found if name.startswith(("nvidia", "triton"))]
     lock = (root / "requirements.lock").read_text()
-    assert all(f"{version}\n" in lock for version in found.values())
+    assert all(f"=={version}" in lock for version in found.values())
 
 
 def test_a_lock_that_lacks_a_package_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "lock").write_text("# none\nnumpy==1\n")
     with pytest.raises(DataError, match="is needed and not in lock"):
-        needed(tmp_path / "lock", project_root())
+        needed(tmp_path / "lock", project_root(), python="3.11", platform="linux_x86_64")
 
 
 def test_wheels_are_asked_for_the_other_machine(get: Callable[..., list[str]]) -> None:

@@ -14,7 +14,8 @@ from small_stores import OPTIONS
 import asi_lens as al
 from asi_lens.base.errors import OptionError
 from asi_lens.inputs.corpora import Tokens
-from asi_lens.sae.browse import Browser, card_html, main, write_page
+from asi_lens.lorsa.browse import main
+from asi_lens.sae.browse import Browser, card_html, write_page
 from asi_lens.sae.cards import Card, Context
 from asi_lens.sae.features import Features
 

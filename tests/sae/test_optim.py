@@ -37,10 +37,11 @@ def gradients(sae: SparseAutoencoder, seed: int, only: int | None = None) -> Gra
 
 
 def dense(grads: Gradients, sae: SparseAutoencoder) -> dict[str, Tensor]:
+    encoder_grad, decoder_grad = grads.rows(grads.edges[0], grads.edges[-1], sae.W_dec.data)
     return {
-        "W_enc": grads.encoder(0, D_SAE).clone(),
+        "W_enc": encoder_grad,
         "b_enc": grads.b_enc.clone(),
-        "W_dec": grads.decoder(0, D_SAE, sae.W_dec.data).clone(),
+        "W_dec": decoder_grad,
         "b_dec": grads.b_dec.clone(),
     }
 
@@ -118,7 +119,7 @@ def test_dense_adam_is_torchs() -> None:
     optimizer = RowAdam(sae, "adam")
     for t in range(5):
         grads = gradients(sae, seed=t)
-        twin.grad = grads.encoder(0, D_SAE)
+        twin.grad = dense(grads, sae)["W_enc"]
         optimizer.step(grads, 0.01)
         theirs.step()
     torch.testing.assert_close(sae.encoder_rows, twin.data, rtol=1e-9, atol=1e-12)
@@ -131,7 +132,7 @@ def test_resting_rows_are_torchs_sparse_adam() -> None:
     optimizer = RowAdam(sae, "sparse_adam")
     for t in range(8):
         grads = gradients(sae, seed=t, only=12)
-        rows = grads.encoder(0, D_SAE)[grads.features]
+        rows = dense(grads, sae)["W_enc"][grads.features]
         twin.grad = torch.sparse_coo_tensor(
             grads.features[None], rows, twin.shape, check_invariants=False
         ).coalesce()

@@ -17,8 +17,7 @@ from asi_lens.base.errors import DataError, OptionError, UnknownNameError
 from asi_lens.inputs import models
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
-from asi_lens.sae.evaluate import Coder
-from asi_lens.sae.splice import Place, hooked_losses
+from asi_lens.sae.splice import Place, Spliced, hooked_losses
 from asi_lens.sae.transcoder import Transcoder
 
 pytestmark = pytest.mark.model_facing
@@ -44,7 +43,7 @@ def seen(model: nn.Module, ids: torch.Tensor, name: str, hooks: Any) -> torch.Te
 
 def test_an_autoencoder_replaces_what_it_reads(tiny_llama: Any, tiny_tokens: Tokens) -> None:
     sae, ids = autoencoder(SITE), tiny_tokens.ids[:2]
-    assert isinstance(sae, Coder)
+    assert isinstance(sae, Spliced)
     (name,) = hooks = sae.hooks(tiny_llama)
     assert name == "blocks.1.hook_attn_out"
     x = seen(tiny_llama, ids, name, {})
@@ -58,7 +57,7 @@ def test_an_autoencoder_replaces_what_it_reads(tiny_llama: Any, tiny_tokens: Tok
 
 def test_a_transcoder_reads_one_site_and_replaces_another(tiny_llama: Any, tiny_tokens: Tokens) -> None:
     coder, ids = transcoder({**SITE, "reads": READS}), tiny_tokens.ids[:2]
-    assert isinstance(coder, Coder)
+    assert isinstance(coder, Spliced)
     read, write = hooks = coder.hooks(tiny_llama)
     assert (read, write) == ("blocks.1.hook_resid_pre", "blocks.1.hook_attn_out")
     x, y = (seen(tiny_llama, ids, name, {}) for name in (read, write))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -71,19 +72,11 @@ STARTS: dict[str, Start] = {}
 """Starts by their name in `initialize`."""
 
 
-def start(
-    name: str,
-    *,
-    subspace: bool = False,
-    sharded: bool = False,
-    transcoders: bool = False,
-    lorsas: bool = False,
-    norm: Callable[[float, float, float], float] | None = None,
-) -> Callable[[Fill], Fill]:
+def start(name: str, **facts: Any) -> Callable[[Fill], Fill]:
     """Return a decorator that registers a function as the start `name`, with its requirements (`Start`)."""
 
     def register(fill: Fill) -> Fill:
-        STARTS[name] = Start(name, fill, subspace, sharded, transcoders, lorsas, norm)
+        STARTS[name] = Start(name, fill, **facts)
         return fill
 
     return register
