@@ -124,8 +124,16 @@ class Page:
         )
         if isinstance(source, str | Path):
             self._only(tokens.corpus, f"the text {existing(source) or source}")
-        self._sources[f"{tokens.corpus} {what}".strip()] = tokens.fingerprint
+        self._note(tokens, what, model)
         return tokens
+
+    def _note(self, data: Tokens | Inputs, what: str, model: Any) -> None:
+        name = f"{data.corpus} {what}".strip()
+        if self._sources.setdefault(name, data.fingerprint) != data.fingerprint:
+            # Several models read one text, each as rows of its own.
+            whole = isinstance(model, nn.Module)
+            reader = model_info(model, fingerprint=False).label if whole else "another tokenizer"
+            self._sources[f"{name} for {reader}"] = data.fingerprint
 
     def _only(self, name: str, what: str) -> None:
         """Raise OptionError if something else is called `name`: tables and captions tell them apart by it."""
@@ -149,7 +157,7 @@ class Page:
             return self.load_tokens(model, n_rows, after=tokens, what=what)
         skipped = 0 if after is None else len(after)
         inputs = load_inputs(self[kind], model, n_rows, offset=skipped, join=kind == "speech")
-        self._sources[f"{inputs.corpus} {what}".strip()] = inputs.fingerprint
+        self._note(inputs, what, model)
         return inputs
 
     def harvest(self, model: nn.Module, wheres: Sequence[SiteLayer]) -> Split:

@@ -14,7 +14,7 @@ import io
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 from asi_lens.base.errors import AsiLensError, DataError
 from asi_lens.results.parameters_cell import notebook_path
@@ -102,7 +102,7 @@ class Blank(str):
     `known`: what is known of the result before the notebook runs.
     """
 
-    def __new__(cls, known: Any = None) -> Self:
+    def __new__(cls, known: Any = None) -> Any:
         blank = str.__new__(cls)
         object.__setattr__(blank, "__known__", known)
         return blank

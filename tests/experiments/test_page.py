@@ -191,6 +191,9 @@ def test_what_is_loaded_notes_its_fingerprint(
     assert data.train_tokens.fingerprint in sources.values()
     assert any(name.endswith("for losses") for name in sources)
     assert len(sources) == 5
+    # Another model reads the same text as rows of its own, and both are noted.
+    other = page.load_tokens(page.load_model(str(tiny_folder("gpt2"))), 32, what="for losses")
+    assert {tokens.fingerprint, other.fingerprint} < set(page._sources.values())
 
 
 def test_two_of_one_name_are_refused(namespace: dict[str, Any], tiny_folder: Any, tmp_path: Path) -> None:
