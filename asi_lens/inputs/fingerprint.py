@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from asi_lens.base.cache import cached_json, cached_jsons
+from asi_lens.base.safetensors_io import pieces, raw_bytes
 from asi_lens.inputs import structure, twin
 
 _ADDED = "with added hooks "
-_CHUNK = 64 * 2**20
 _VERSIONS = ("torch", "transformers", "transformer-lens")
 
 
@@ -171,10 +171,7 @@ def _digest(tensor: Tensor) -> str:
     """Return the hash of a tensor's bytes; the bytes of another device are copied a piece at a time."""
     import xxhash
 
-    flat = tensor.detach().contiguous().view(-1)
     state = xxhash.xxh3_128()
-    step = max(1, _CHUNK // flat.element_size())
-    for start in range(0, flat.numel(), step):
-        piece = flat[start : start + step].cpu()
-        state.update(piece.view(torch.uint8).numpy().data)
+    for piece in pieces(tensor.detach()):
+        state.update(raw_bytes(piece))
     return state.hexdigest()

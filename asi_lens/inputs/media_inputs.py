@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from asi_lens.base.doors import checked
 from asi_lens.base.errors import DataError, OptionError, UnsupportedModelError, require, require_whole
 from asi_lens.base.facts import facts_html
+from asi_lens.base.safetensors_io import raw_bytes
 from asi_lens.inputs import media_items, models, pictures, sequences, speech
 from asi_lens.inputs.media_items import Made
 from asi_lens.inputs.plain import PlainModel
@@ -65,7 +67,7 @@ class Inputs:
         state = xxhash.xxh3_128()
         for name, value in [*sorted(self.arrays.items()), ("kept", self.kept)]:
             state.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            state.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            state.update(raw_bytes(value))
         return state.hexdigest()[:16]
 
     @property
@@ -225,13 +227,9 @@ def _content(processor: Any) -> dict[str, Any]:
 
 def _stacked(made: list[Made], fill: int) -> tuple[dict[str, Tensor], Tensor]:
     """Return the arrays and positions of all items, shorter ones filled up at their ends (ids: by `fill`)."""
-    longest = max(len(one.kept) for one in made)
-    kept = torch.zeros(len(made), longest, dtype=torch.bool)
-    for i, one in enumerate(made):
-        kept[i, : len(one.kept)] = one.kept
-    arrays = {}
-    for key in made[0].arrays:
-        values = [one.arrays[key] for one in made]
-        value = fill if key.endswith("input_ids") else 0
-        arrays[key] = torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=value)
-    return arrays, kept
+    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    arrays = {
+        key: pad([one.arrays[key] for one in made], padding_value=fill if key.endswith("input_ids") else 0)
+        for key in made[0].arrays
+    }
+    return arrays, pad([one.kept for one in made])

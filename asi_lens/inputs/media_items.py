@@ -10,7 +10,8 @@ from torch import Tensor
 
 from asi_lens.base.errors import DataError, OptionError, UnknownNameError
 from asi_lens.base.files import existing, plain_name
-from asi_lens.inputs.media import media_names, open_media
+from asi_lens.inputs.media import items_of, media_names
+from asi_lens.inputs.sources import SOURCES
 
 # Kind -> ends of the names of its files.
 _SUFFIXES = {
@@ -45,14 +46,13 @@ def open_items(data: Any, kind: str) -> Items:
     files of this kind and for packaged data of another kind, OptionError for anything else.
     """
     if isinstance(data, str) and data in media_names():
-        packaged = open_media(data)
-        if packaged.kind != kind:
-            raise DataError(f"the packaged {data!r} holds {packaged.kind}; the model takes {kind}")
-        return Items(data, packaged.items())
+        if SOURCES[data].kind != kind:
+            raise DataError(f"the packaged {data!r} holds {SOURCES[data].kind}; the model takes {kind}")
+        return Items(data, items_of(data))
     if isinstance(data, str | Path):
         path = existing(data)
         if path is None:
-            known = ", ".join(name for name in media_names() if open_media(name).kind == kind)
+            known = ", ".join(name for name in media_names() if SOURCES[name].kind == kind)
             raise UnknownNameError(f"{str(data)!r} is not a file or a folder of {kind} (packaged: {known})")
         return Items(plain_name(path), _files(path, kind))
     # An array without axes calls itself iterable.

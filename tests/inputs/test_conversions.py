@@ -18,7 +18,7 @@ import torch
 from asi_lens.base.errors import DataError
 from asi_lens.inputs import conversions
 from asi_lens.inputs.conversions import dinov2_matrices, packaged_weights, residue_tokenizer, whisper_state
-from asi_lens.inputs.media import open_media
+from asi_lens.inputs.media import items_of
 from asi_lens.inputs.onnx_file import Node, OnnxFile, read_onnx
 from asi_lens.inputs.sources import SOURCES, fetch
 
@@ -154,7 +154,7 @@ def log_mel(folder: Path, name: str) -> torch.Tensor:
     """Return a packaged clip's log-mel frames; 8 kHz becomes 16 kHz by zeros in the spectrum's upper half."""
     from transformers import AutoFeatureExtractor
 
-    (path,) = (path for path in open_media("speech-prompts").items() if path.stem == name)
+    (path,) = (path for path in items_of("speech-prompts") if path.stem == name)
     with wave.open(str(path)) as clip:
         samples = np.frombuffer(clip.readframes(clip.getnframes()), "<i2") / 32768
         assert clip.getframerate() == 8000
@@ -204,7 +204,7 @@ def test_antiberty_fills_masked_residues(folders: dict[str, Path]) -> None:
     model = AutoModelForMaskedLM.from_pretrained(folders["antiberty"])
     tokenizer = AutoTokenizer.from_pretrained(folders["antiberty"])
     right = []
-    for sequence in islice(open_media("antibodies").items(), 8):
+    for sequence in islice(items_of("antibodies"), 8):
         ids = torch.tensor(tokenizer(sequence).input_ids)
         places = torch.arange(1, len(sequence) + 1, 6)
         rows = torch.arange(len(places))

@@ -17,7 +17,7 @@ from asi_lens.base.errors import (
     UnknownNameError,
     UnsupportedModelError,
 )
-from asi_lens.inputs import media, media_inputs, media_items, models, own_tokens
+from asi_lens.inputs import media_inputs, media_items, models, own_tokens
 
 pytestmark = pytest.mark.model_facing
 
@@ -147,9 +147,7 @@ def test_a_folder_without_a_processor_says_so(plain_folder: Any, tmp_path: Path)
 
 
 def test_packaged_data_is_taken_by_name(plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = media.Media("antibodies", "sequences", "0" * 16)
-    monkeypatch.setattr(media_items, "open_media", lambda name: found)
-    monkeypatch.setattr(media.Media, "items", lambda self: iter(small_plain.sequences()))
+    monkeypatch.setattr(media_items, "items_of", lambda name: iter(small_plain.sequences()))
     inputs = al.load_inputs("antibodies", plain("esm"))
     assert (inputs.corpus, len(inputs)) == ("antibodies", len(small_plain.sequences()))
     with pytest.raises(DataError, match="holds sequences; the model takes pictures"):

@@ -244,7 +244,7 @@ def test_texts_that_do_not_fit(plain: Any, plain_folder: Any, tmp_path: Path) ->
 def test_the_decoder_finds_the_transcripts_likely_after_their_own_audio() -> None:
     """Nats per token of two windows, French and Italian; with the other's audio each costs far more."""
     model = al.load_model("whisper-base", dtype="float32", device="cpu", part="decoder")
-    told = media.open_media("speech-transcribed").items()
+    told = media.items_of("speech-transcribed")
     inputs = al.load_inputs(itertools.islice(told, 130), model, 512, join=True)
     frames, ids = inputs.arrays["input_features"][:2], inputs.arrays["decoder_input_ids"][:2]
     marks = model.tokenizer.convert_ids_to_tokens(ids[:, 1].tolist())
@@ -267,7 +267,7 @@ def test_the_decoder_finds_the_transcripts_likely_after_their_own_audio() -> Non
 @pytest.mark.filterwarnings("ignore")  # transformers warns of its own settings
 def test_of_a_single_clip_the_decoder_writes_what_is_said() -> None:
     model = al.load_model("whisper-base", dtype="float32", device="cpu", part="decoder")
-    told = media.open_media("speech-transcribed").items()
+    told = media.items_of("speech-transcribed")
     path, text, _ = next(clip for clip in told if clip[0].stem == "agent-alreadyon" and clip[2] == "en")
     clip = speech.open_clip((path, text, "en"), RATE, "x")._replace(text=None)
     found = speech._made(model, clip)
