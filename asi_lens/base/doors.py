@@ -181,11 +181,8 @@ def _number(value: Any) -> Any:
 def _truth(value: Any) -> Any:
     if isinstance(value, bool):
         return value
-    return (
-        bool(value)
-        if type(value).__name__ in ("bool", "bool_") and getattr(value, "ndim", None) == 0
-        else _NO
-    )
+    named = type(value).__name__ in ("bool", "bool_")  # numpy's is called bool_ before 2.0
+    return bool(value) if named and getattr(value, "ndim", None) == 0 else _NO
 
 
 def _text(value: Any) -> Any:
