@@ -126,6 +126,13 @@ class Launched:
         said = [process.communicate(timeout=until - time.monotonic())[0] for process in self.processes]
         return [process.returncode for process in self.processes], "\n".join(said)
 
+    def finish(self, timeout: float = 120) -> tuple[list[int], str]:
+        """What `ended` returns; then they are gone, also after an error."""
+        try:
+            return self.ended(timeout)
+        finally:
+            self.close()
+
     def wait_for(self, condition: Callable[[], bool]) -> None:
         """Until it holds, while they run."""
         until = time.monotonic() + 120

@@ -68,8 +68,8 @@ def test_the_fingerprint_follows_either(pairs: PairedStores) -> None:
 
 def test_stores_of_other_tokens_are_refused() -> None:
     inputs = store("resid_pre", D_IN)
-    with pytest.raises(OptionError, match=r"outputs=.100 rows. .* 200 rows, as the inputs"):
-        PairedStores(inputs, store("attn_out", D_OUT, n=100))
+    with pytest.raises(OptionError, match=r"outputs=.1,000 rows. .* 200 rows, as the inputs"):
+        PairedStores(inputs, store("attn_out", D_OUT, n=1_000))
     with pytest.raises(OptionError, match="model 'another', but the inputs have model 'm'"):
         PairedStores(inputs, store("attn_out", D_OUT, model="another"))
 

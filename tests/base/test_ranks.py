@@ -68,10 +68,6 @@ with joined("cpu", 60) as ranks:
 @pytest.mark.parametrize("fails", [False, True])
 def test_two_processes_hear_each_other(fails: bool) -> None:
     program = _PROGRAM.replace("LATER", str(int(fails)))
-    ranks = Launched([["-c", program]] * 2)
-    try:
-        codes, said = ranks.ended()
-    finally:
-        ranks.close()
+    codes, said = Launched([["-c", program]] * 2).finish()
     assert codes == ([1, 1] if fails else [0, 0]), said
     assert said.count("RankError: loading failed on rank 1: IndexError") == (2 if fails else 0), said

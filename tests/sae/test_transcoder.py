@@ -341,15 +341,6 @@ def test_what_does_not_fit_is_refused() -> None:
         initialize_transcoder(make(), narrow, "random")
 
 
-def test_stores_of_other_tokens_are_refused() -> None:
-    store = stores()
-    with pytest.raises(OptionError, match="1,000 rows"):
-        PairedStores(store.inputs, stores(1000).outputs)
-    other = ActivationStore.from_tensor(data().y, metadata={"model": "another"})
-    with pytest.raises(OptionError, match="model 'another', but the inputs have model 'm'"):
-        PairedStores(store.inputs, other)
-
-
 @pytest.mark.parametrize(
     ("options", "error", "named"),
     [

@@ -21,7 +21,7 @@ from asi_lens.sae.sparsity import SparsityConfig
 from asi_lens.sae.train import Trainer
 from asi_lens.training.mesh import Mesh, MeshConfig
 
-STEPS, BATCH = 100, 50  # not a multiple of 4: ranks have unequal shares
+STEPS, BATCH = 40, 50  # not a multiple of 4: ranks have unequal shares
 
 CHILD = """
     import json, sys
@@ -147,7 +147,7 @@ def on_ranks(data: int, model: int, folder: Path) -> dict[str, Any]:
     code = textwrap.dedent(CHILD).format(
         tests=str(Path(__file__).parents[1]), data=data, model=model, folder=folder
     )
-    codes, said = Launched([["-c", code]] * (data * model)).ended(300)
+    codes, said = Launched([["-c", code]] * (data * model)).finish(300)
     assert not any(codes), said
     return json.loads((folder / "out.json").read_text())
 
@@ -157,7 +157,7 @@ def test_ranks_whose_clocks_differ_write_together_and_go_on(data: int, model: in
     code = textwrap.dedent(CLOCKS).format(
         tests=str(Path(__file__).parents[1]), data=data, model=model, folder=tmp_path
     )
-    codes, said = Launched([["-c", code]] * 2).ended(120)
+    codes, said = Launched([["-c", code]] * 2).finish()
     assert not any(codes), said
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert found[0] == found[1]
