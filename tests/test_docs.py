@@ -25,6 +25,8 @@ SMALLER = {
     "dead_window=100_000": "dead_window=2_000",
     "context=256": "context=64",
     "d_init=256": "d_init=6",
+    "ranks=[0.125, 0.25, 0.5]": "ranks=[0.25]",
+    "choice(8)": "choice(2)",
 }
 PAGES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))]
 

@@ -44,6 +44,7 @@ def test_rows_are_made_of_them_with_a_little_noise() -> None:
     torch.testing.assert_close(store.mean.float(), expected, rtol=0, atol=0.03)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_a_dictionary_finds_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ASI_LENS_CACHE", str(tmp_path))
     found = known_feature_rows(
@@ -82,6 +83,15 @@ def test_a_dictionary_finds_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert row.live_recovered is not None
         assert row.recovered <= row.live_recovered * (1 - row.silent) + row.silent + 1e-6
         assert parts[0].silent is None
+
+
+def test_each_run_has_a_row_and_one_for_each_fifth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ASI_LENS_CACHE", str(tmp_path))
+    sizes = {"width": 8, "n_features": 16, "n_active": 2, "n_rows": 64, "n_held_out": 64, "seeds": [0]}
+    found = known_feature_rows([4], **sizes, train=quick(n_tokens=128), progress=False)  # type: ignore[arg-type]
+    assert [(row.method, row.fifth) for row in found] == [
+        (method, fifth) for method in ("random", "ASI") for fifth in (None, 1, 2, 3, 4, 5)
+    ]
 
 
 def test_what_cannot_be_is_refused() -> None:

@@ -77,7 +77,7 @@ def test_the_best_do_not_depend_on_the_cuts(entries: list[tuple[int, int]], cuts
         assert best.picks().rows[feature].tolist() == expected + [-1] * (m - len(expected))
 
 
-@pytest.mark.usefixtures("blocks")
+@pytest.mark.usefixtures("blocks", "unchecked_shapes")
 def test_the_sample_is_fair() -> None:
     """Over seeds, the rows of a feature are drawn equally often (a chi-square test at 1 in 10,000)."""
     sae = trained_like()

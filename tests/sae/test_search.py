@@ -147,6 +147,7 @@ def test_moved_rows_are_enough() -> None:
     torch.testing.assert_close(search._rows, anew._rows)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize("optimizer", ["adam", "sparse_adam"])
 def test_training_with_it_is_training_where_it_finds_all(
     optimizer: str, monkeypatch: pytest.MonkeyPatch
@@ -163,6 +164,7 @@ def test_training_with_it_is_training_where_it_finds_all(
     assert "search_r" not in last[0]
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_a_run_resumes_with_its_search(tmp_path: Path) -> None:
     store, config = wide(), quick(optimizer="sparse_adam_decay", batch_size=256, n_tokens=256 * 150)
 

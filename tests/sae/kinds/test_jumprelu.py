@@ -12,6 +12,7 @@ from asi_lens.sae.sparsity import SparsityConfig
 from asi_lens.sae.train import Trainer
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_l0_is_annealed_down() -> None:
     store = small_store()
     sae = SparseAutoencoder(SAEConfig(D_IN, D_SAE, K, "jumprelu"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from small_kinds import D_SAE, K
 from small_trainings import D_IN, quick, rows, small_store
@@ -12,6 +13,7 @@ from asi_lens.sae.sparsity import SparsityConfig
 from asi_lens.sae.train import Trainer
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_matryoshka_puts_the_variance_first() -> None:
     store = small_store()
     found = []
