@@ -119,6 +119,16 @@ def tiny_tokens() -> Any:
     return Tokens(ids=ids, corpus="random", tokenizer="tiny", context=32)
 
 
+@pytest.fixture(scope="session")
+def pairs(tiny_llama: Any, tiny_tokens: Any) -> Any:
+    """What an attention layer of `tiny_llama` reads and writes on `tiny_tokens`; no test changes it."""
+    from small_lorsas import LAYER
+
+    from asi_lens.lorsa.data import harvest_pairs
+
+    return harvest_pairs(tiny_llama, tiny_tokens, LAYER, progress=False)
+
+
 @pytest.fixture
 def unchecked_shapes() -> Any:
     """Shapes in annotations go unchecked, as for users: checks take most of the time of many calls.

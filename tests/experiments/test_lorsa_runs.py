@@ -17,7 +17,7 @@ from asi_lens.experiments.lorsa_runs import LorsaRecipe, lorsa_budget, lorsa_row
 from asi_lens.inputs.corpora import Tokens
 from asi_lens.kernels.codes import SparseCode
 from asi_lens.lorsa.contexts import read_from, top_contexts, unit_firings
-from asi_lens.lorsa.data import SequencePairs, harvest_pairs, stored_pairs
+from asi_lens.lorsa.data import SequencePairs, stored_pairs
 from asi_lens.lorsa.evaluate import evaluate_lorsa
 from asi_lens.lorsa.initialize import from_attention
 from asi_lens.lorsa.lorsa import Lorsa
@@ -34,11 +34,6 @@ OPTIONS: dict[str, Any] = {"n_ov": N_OV, "k": K, "log_every": 5, "progress": Fal
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ASI_LENS_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture(scope="module")
-def pairs(tiny_llama: Any, tiny_tokens: Tokens) -> SequencePairs:
-    return harvest_pairs(tiny_llama, tiny_tokens, LAYER, progress=False)
 
 
 def refuse(*_: Any, **__: Any) -> None:

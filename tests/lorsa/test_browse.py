@@ -19,11 +19,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::asi_lens.activations.spectrum.F
 QUIET: dict[str, Any] = {"top": 3, "progress": False}
 
 
-@pytest.fixture(scope="module")
-def pairs(tiny_llama: Any, tiny_tokens: Tokens) -> al.SequencePairs:
-    return al.harvest_pairs(tiny_llama, tiny_tokens, LAYER, progress=False)
-
-
 def test_units_behind_a_slider(tiny_llama: Any, tiny_tokens: Tokens, pairs: al.SequencePairs) -> None:
     lorsa = started(tiny_llama, pairs)
     by_text = al.browse(lorsa, tiny_tokens, tiny_llama, **QUIET)

@@ -26,11 +26,6 @@ pytestmark = pytest.mark.model_facing
 EACH = CONTEXT - 1
 
 
-@pytest.fixture(scope="module")
-def pairs(tiny_llama: Any, tiny_tokens: Tokens) -> SequencePairs:
-    return harvest_pairs(tiny_llama, tiny_tokens, LAYER, progress=False)
-
-
 def test_a_layer_exactly_loses_nothing(tiny_llama: Any, tiny_tokens: Tokens, pairs: SequencePairs) -> None:
     exact = from_attention(tiny_llama, LAYER, CONTEXT)
     found = evaluate_lorsa(exact, pairs, model=tiny_llama, tokens=tiny_tokens, progress=False)

@@ -26,11 +26,6 @@ OPTIONS: dict[str, Any] = {"top": 4, "sampled": 3, "progress": False}
 
 
 @pytest.fixture(scope="module")
-def pairs(tiny_llama: Any, tiny_tokens: Tokens) -> SequencePairs:
-    return harvest_pairs(tiny_llama, tiny_tokens, LAYER, progress=False)
-
-
-@pytest.fixture(scope="module")
 def looked(tiny_llama: Any, tiny_tokens: Tokens, pairs: SequencePairs) -> UnitFeatures:
     return UnitFeatures(started(tiny_llama, pairs), pairs, tiny_tokens, tiny_llama, **OPTIONS)
 

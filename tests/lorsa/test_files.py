@@ -8,19 +8,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_lorsas import LAYER, started
+from small_lorsas import started
 
 from asi_lens.base.errors import DataError, OptionError
-from asi_lens.inputs.corpora import Tokens
-from asi_lens.lorsa.data import harvest_pairs
+from asi_lens.lorsa.data import SequencePairs
 from asi_lens.lorsa.lorsa import Lorsa
 
 pytestmark = pytest.mark.model_facing
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_it_comes_back_as_it_was(tiny_llama: Any, tiny_tokens: Tokens, tmp_path: Path, dtype: Any) -> None:
-    pairs = harvest_pairs(tiny_llama, tiny_tokens, LAYER, progress=False)
+def test_it_comes_back_as_it_was(tiny_llama: Any, pairs: SequencePairs, tmp_path: Path, dtype: Any) -> None:
     lorsa = started(tiny_llama, pairs, dtype=dtype)
     path = tmp_path / "deep" / "lorsa.safetensors"
     path.parent.mkdir()
@@ -32,9 +30,8 @@ def test_it_comes_back_as_it_was(tiny_llama: Any, tiny_tokens: Tokens, tmp_path:
 
 
 def test_files_that_are_something_else_are_refused(
-    tiny_llama: Any, tiny_tokens: Tokens, tmp_path: Path
+    tiny_llama: Any, pairs: SequencePairs, tmp_path: Path
 ) -> None:
-    pairs = harvest_pairs(tiny_llama, tiny_tokens, LAYER, progress=False)
     path = tmp_path / "lorsa.safetensors"
     with pytest.raises(FileNotFoundError, match="lorsa"):
         Lorsa.load(path)

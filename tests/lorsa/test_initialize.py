@@ -9,20 +9,14 @@ import torch
 from small_lorsas import CONTEXT, LAYER, N_OV, config
 
 from asi_lens.base.errors import DataError, OptionError, UnknownNameError
-from asi_lens.inputs.corpora import Tokens
 from asi_lens.lorsa import initialize
 from asi_lens.lorsa.attention import read_attention
-from asi_lens.lorsa.data import SequencePairs, harvest_pairs
+from asi_lens.lorsa.data import SequencePairs
 from asi_lens.lorsa.initialize import LORSA_METHODS, active_values, initialize_lorsa, squared_error
 from asi_lens.lorsa.lorsa import Lorsa, LorsaConfig
 
 pytestmark = pytest.mark.model_facing
 D_INIT = 3
-
-
-@pytest.fixture(scope="module")
-def pairs(tiny_llama: Any, tiny_tokens: Tokens) -> SequencePairs:
-    return harvest_pairs(tiny_llama, tiny_tokens, LAYER, progress=False)
 
 
 def d_init(method: str) -> int | None:

@@ -11,21 +11,15 @@ import torch
 from small_lorsas import CONTEXT, LAYER, N_OV, K, config, read_and_written, started
 
 from asi_lens.base.errors import DataError, OptionError, UnknownNameError, UnsupportedModelError
-from asi_lens.inputs.corpora import Tokens
 from asi_lens.inputs.models import load_model
 from asi_lens.kernels.codes import SparseCode
 from asi_lens.lorsa.attention import read_attention
-from asi_lens.lorsa.data import SequencePairs, harvest_pairs
+from asi_lens.lorsa.data import SequencePairs
 from asi_lens.lorsa.heads import PatternConfig, visible
 from asi_lens.lorsa.initialize import from_attention
 from asi_lens.lorsa.lorsa import Lorsa, LorsaConfig
 
 pytestmark = pytest.mark.model_facing
-
-
-@pytest.fixture(scope="module")
-def pairs(tiny_llama: Any, tiny_tokens: Tokens) -> SequencePairs:
-    return harvest_pairs(tiny_llama, tiny_tokens, LAYER, progress=False)
 
 
 @pytest.fixture(scope="module")

@@ -24,11 +24,6 @@ pytestmark = pytest.mark.model_facing
 EACH = CONTEXT - 1
 
 
-@pytest.fixture(scope="module")
-def pairs(tiny_llama: Any, tiny_tokens: Tokens) -> SequencePairs:
-    return harvest_pairs(tiny_llama, tiny_tokens, LAYER, progress=False)
-
-
 def trainer(
     model: Any, pairs: SequencePairs, method: str = "asi", dtype: Any = None, **changes: Any
 ) -> LorsaTrainer:
