@@ -15,6 +15,7 @@ import torch
 from asi_lens.activations.harvest_store import ActivationStore
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.train import StepOutput, TrainConfig, Trainer
+from asi_lens.training.learner import Learner
 
 D_IN, D_SAE, K = 16, 128, 4
 
@@ -51,7 +52,7 @@ def trained(store: ActivationStore, config: TrainConfig, **kwargs: Any) -> Train
     return trainer
 
 
-def same_bits(a: Trainer, b: Trainer) -> bool:
+def same_bits(a: Learner[Any, Any], b: Learner[Any, Any]) -> bool:
     first, second = a.state(), b.state()
     assert first.keys() == second.keys()
     return all(torch.equal(first[name], second[name]) for name in first)
@@ -90,7 +91,7 @@ class Stop(Exception):  # noqa: N818
 
 
 def stop_at(step: int) -> Any:
-    def on_log(trainer: Trainer, output: StepOutput) -> None:
+    def on_log(trainer: object, output: StepOutput) -> None:
         if output.step == step:
             raise Stop
 

@@ -137,10 +137,6 @@ def sparsify_folder(folder: Path, **changes: Any) -> dict[str, torch.Tensor]:
     return w
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
 def assert_same(one: SparseAutoencoder, other: SparseAutoencoder) -> None:
     """The same dictionary to the bit, laid out the same way."""
     assert one.config == other.config

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from torch import Tensor
+from small_kernels import normal
 from waits import Waits, accelerated
 
 from asi_lens.kernels import devices, gradients
@@ -14,10 +14,6 @@ from asi_lens.kernels.codes import SparseCode, marked
 from asi_lens.kernels.draws import draw_gaussian, unit_rows_
 from asi_lens.kernels.gradients import Term, add_at, decode_sum, picked_dots, sum_gradients
 from asi_lens.kernels.topk import Workspace, encode_topk
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def test_scratch_memory_of_a_cpu_is_fixed() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from small_kernels import normal
 from torch import Tensor
 
 from asi_lens.kernels.gradients import Edge, Term, decode_sum, picked_dots, sum_gradients
@@ -10,10 +11,6 @@ from asi_lens.kernels.topk import (
     encode_topk,
 )
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def double_sae(d_in: int = 12, d_sae: int = 200, k: int = 5) -> SparseAutoencoder:

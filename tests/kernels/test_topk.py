@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from small_kernels import normal
 
 from asi_lens.kernels.codes import SparseCode
 from asi_lens.kernels.topk import (
@@ -18,10 +18,6 @@ from asi_lens.kernels.topk import (
     topk_exact,
     with_ones,
 )
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @given(

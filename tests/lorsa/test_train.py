@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from small_lorsas import CONTEXT, LAYER, N_OV, K, quick, read_and_written, started
+from small_trainings import Stop, same_bits, stop_at
 from waits import Waits, accelerated
 
 from asi_lens.base.errors import DataError, OptionError
@@ -16,7 +17,7 @@ from asi_lens.inputs.models import load_model
 from asi_lens.lorsa.data import PairBatch, SequencePairs, harvest_pairs
 from asi_lens.lorsa.lorsa import Lorsa
 from asi_lens.lorsa.train import LorsaTrainer
-from asi_lens.sae.train import DivergedError, StepOutput
+from asi_lens.sae.train import DivergedError
 from asi_lens.training.checkpoint import OtherConfigurationError
 from asi_lens.training.loop import train_together
 
@@ -28,12 +29,6 @@ def trainer(
     model: Any, pairs: SequencePairs, method: str = "asi", dtype: Any = None, **changes: Any
 ) -> LorsaTrainer:
     return LorsaTrainer(started(model, pairs, method, dtype=dtype or torch.float32), quick(**changes))
-
-
-def same_bits(a: LorsaTrainer, b: LorsaTrainer) -> bool:
-    first, second = a.state(), b.state()
-    assert first.keys() == second.keys()
-    return all(torch.equal(first[name], second[name]) for name in first)
 
 
 # --- data -------------------------------------------------------------------------------------------
@@ -267,21 +262,14 @@ def test_a_run_is_that_of_its_seed(tiny_llama: Any, pairs: SequencePairs) -> Non
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(
     tiny_llama: Any, pairs: SequencePairs, tmp_path: Path
 ) -> None:
-    class Stop(Exception):  # noqa: N818
-        pass
-
-    def stop(one: LorsaTrainer, output: StepOutput) -> None:
-        if output.step == 7:
-            raise Stop
-
     whole = trainer(tiny_llama, pairs, steps=12)
     whole.fit(pairs, progress=False)
+    options: dict[str, Any] = {"folder": tmp_path, "log_every": 1, "progress": False}
+    begun = trainer(tiny_llama, pairs, steps=12)
     with pytest.raises(Stop):
-        trainer(tiny_llama, pairs, steps=12).fit(
-            pairs, folder=tmp_path, checkpoint_every=4 * EACH * 3, log_every=1, progress=False, on_log=stop
-        )
+        begun.fit(pairs, checkpoint_every=4 * EACH * 3, on_log=stop_at(7), **options)
     again = trainer(tiny_llama, pairs, steps=12)
-    history = again.fit(pairs, folder=tmp_path, log_every=1, progress=False)
+    history = again.fit(pairs, **options)
     assert same_bits(again, whole)
     assert [row["step"] for row in history] == list(range(1, 13))
     with pytest.raises(OtherConfigurationError, match=r"initialization\.method"):

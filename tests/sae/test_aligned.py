@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_trainings import D_IN, D_SAE, K, make, quick, same_bits, small_store
+from small_trainings import D_IN, D_SAE, K, Stop, make, quick, same_bits, small_store, stop_at
 
 from asi_lens.base.errors import OptionError
 from asi_lens.sae.aligned import AlignedTrainer, align
@@ -54,17 +54,9 @@ def test_it_goes_on_from_its_own_checkpoint_alone(tmp_path: Path) -> None:
     store = small_store()
     straight, begun = AlignedTrainer(make(), quick()), AlignedTrainer(make(), quick())
     straight.fit(store, progress=False)
-
-    class Stop(Exception):  # noqa: N818
-        pass
-
-    def stop(trainer: object, output: object) -> None:
-        if begun.steps == 20:
-            raise Stop
-
     options = {"folder": tmp_path, "checkpoint_every": 64 * 5, "log_every": 1, "progress": False}
     with pytest.raises(Stop):
-        begun.fit(store, on_log=stop, **options)
+        begun.fit(store, on_log=stop_at(20), **options)
     with pytest.raises(OtherConfigurationError, match="aligned"):
         Trainer(make(), quick(kernels="plain")).fit(store, **options)
     again = AlignedTrainer(make(), quick())

@@ -12,17 +12,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from some_dictionaries import (
-    D_SAE,
-    METADATA,
-    D,
-    K,
-    activations,
-    assert_same,
-    files,
-    theirs,
-    trained_like,
-)
+from small_stores import files
+from some_dictionaries import D_SAE, METADATA, D, K, activations, assert_same, theirs, trained_like
 
 from asi_lens.base import safetensors_io
 from asi_lens.base.errors import DataError, OptionError, UnknownNameError

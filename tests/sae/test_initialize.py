@@ -16,16 +16,6 @@ from asi_lens.sae.kinds import KINDS
 from asi_lens.sae.starts import STARTS
 
 
-@pytest.fixture(scope="module")
-def sample() -> torch.Tensor:
-    return rows()
-
-
-@pytest.fixture(scope="module")
-def spectrum(sample: torch.Tensor) -> Spectrum:
-    return Spectrum.of(sample)
-
-
 def subspace_options(method: str) -> dict[str, int]:
     return {"d_init": 10} if STARTS[method].subspace else {}
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_stores import files
 from some_dictionaries import (
     D_SAE,
     METADATA,
@@ -18,7 +19,6 @@ from some_dictionaries import (
     K,
     activations,
     assert_same,
-    files,
     saelens_folder,
     sparsify_folder,
     theirs,

@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
-from small_starts import D_IN, make, rows
+from small_starts import D_IN, make
 
 from asi_lens.activations.spectrum import Spectrum
 from asi_lens.sae.initialize import initialize
-
-
-@pytest.fixture(scope="module")
-def sample() -> torch.Tensor:
-    return rows()
-
-
-@pytest.fixture(scope="module")
-def spectrum(sample: torch.Tensor) -> Spectrum:
-    return Spectrum.of(sample)
 
 
 def test_asi_is_the_projection_of_what_random_draws(spectrum: Spectrum, sample: torch.Tensor) -> None:

@@ -4,22 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_starts import D_IN, D_SAE, make, mse, rows
+from small_starts import D_IN, D_SAE, make, mse
 
 from asi_lens.activations.spectrum import Spectrum
 from asi_lens.base.errors import OptionError
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 from asi_lens.sae.initialize import initialize
-
-
-@pytest.fixture(scope="module")
-def sample() -> torch.Tensor:
-    return rows()
-
-
-@pytest.fixture(scope="module")
-def spectrum(sample: torch.Tensor) -> Spectrum:
-    return Spectrum.of(sample)
 
 
 def test_the_authors_coordinates_are_uniform(spectrum: Spectrum, sample: torch.Tensor) -> None:
