@@ -103,7 +103,7 @@ def test_checkpoints_count_tokens_whatever_the_batch(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("activation", ["jumprelu", "batchtopk", "gated"])
-def test_folding_the_scale_reaches_thresholds(activation: str, tmp_path: Path) -> None:
+def test_folding_the_scale_reaches_thresholds(activation: str) -> None:
     # Weights were scaled, thresholds were not.
     sae = SparseAutoencoder(SAEConfig(D_IN, D_SAE, K, activation))
     initialize(sae, "random", sample=rows(500))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -65,7 +64,7 @@ def test_a_torch_without_muon_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         training(ALL[2])
 
 
-def test_half_precision_is_of_training_alone(tmp_path: Path) -> None:
+def test_half_precision_is_of_training_alone() -> None:
     options = replace(OPTIONS, compute_dtype="bfloat16")
     one = training(options=options)
     told = one.step(TRAIN.ids[:4])

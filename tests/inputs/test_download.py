@@ -40,9 +40,7 @@ def pip_env(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return configure
 
 
-def test_settings_come_from_pips_files_and_variables(
-    tmp_path: Path, pip_env: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_settings_come_from_pips_files_and_variables(tmp_path: Path, pip_env: Callable[..., None]) -> None:
     config = tmp_path / "pip.conf"
     config.write_text(
         "[global]\nindex-url = https://a.example/simple\nextra-index-url = https://b.example/simple\n"
@@ -70,7 +68,7 @@ def test_settings_without_configuration_are_pypi(pip_env: Callable[..., None]) -
 
 
 def test_settings_without_pip_use_the_variables(
-    pip_env: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    pip_env: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pip_env(index_url="https://a.example/simple", find_links="/one")
     monkeypatch.setattr(dl.sys, "executable", "false")  # a Python without pip exits with an error

@@ -238,7 +238,7 @@ def test_missing_weights_and_hooks_are_named(plain_folder: Any, plain: Any, tmp_
         models.hook_name(plain("vit"), "attn", 0)
 
 
-def test_hooks_and_edits_are_seen(plain: Any, plain_folder: Any) -> None:
+def test_hooks_and_edits_are_seen(plain_folder: Any) -> None:
     model = models.load_model(plain_folder("vit"), dtype="float32", device="cpu")
     before = models.model_info(model).fingerprint
     handle = model.blocks[0].register_forward_hook(lambda module, args, output: output * 2)

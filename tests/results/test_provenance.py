@@ -17,7 +17,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "project"
 
 
-def test_told_parameters_name_nothing_of_the_machine(project: Path, tmp_path: Path) -> None:
+def test_told_parameters_name_nothing_of_the_machine(project: Path) -> None:
     parameters = {
         "model": str(project / "models" / "x"),
         "seed": 3,

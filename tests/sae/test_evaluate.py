@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -141,7 +140,7 @@ def test_several_dictionaries_read_the_rows_once(monkeypatch: pytest.MonkeyPatch
     assert sum(read) == store.n
 
 
-def test_stores_and_tensors_give_the_same(tmp_path: Path) -> None:
+def test_stores_and_tensors_give_the_same() -> None:
     rows = data()
     sae = trained_like(rows)
     assert evaluate(sae, ActivationStore.from_tensor(rows)) == evaluate(sae, rows)

@@ -145,7 +145,7 @@ def test_features_that_never_fire(features: Features) -> None:
     assert 7 not in [number for group in silent.choice(40).values() for number in group]
 
 
-def test_search_and_choice(features: Features, tiny_tokens: Tokens) -> None:
+def test_search_and_choice(features: Features) -> None:
     best = features.contexts(int(features.firings.counts.argmax()))[0]
     word = best.tokens[best.at]
     found = features.search(word)

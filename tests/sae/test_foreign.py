@@ -153,9 +153,7 @@ def test_the_mean_is_taken_off(saes: ModuleType, sample: Tensor, apply: bool, no
     assert pre.mean(0).abs().max() < 1e-4 * pre.std()
 
 
-def test_a_start_without_a_sample_keeps_the_norms(
-    saes: ModuleType, sparsify: ModuleType, sample: Tensor
-) -> None:
+def test_a_start_without_a_sample_keeps_the_norms(sparsify: ModuleType, sample: Tensor) -> None:
     spectrum = al.Spectrum.of(sample)
     theirs = coder(sparsify)
     norm = theirs.encoder.weight.norm(dim=1).mean().item()

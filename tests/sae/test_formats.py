@@ -169,7 +169,7 @@ def test_a_folder_is_replaced_only_if_nothing_else_is_in_it(tmp_path: Path) -> N
         sae.save(tmp_path / "a")
     assert_same(load_folder(tmp_path / "a"), other)
     with pytest.raises(OptionError, match="holds other files"):
-        sae.save(tmp_path / "a" / "cfg.json" if False else tmp_path / "a" / "checkpoint.safetensors")
+        sae.save(tmp_path / "a" / "checkpoint.safetensors")
     (tmp_path / "empty").mkdir()
     sae.save(tmp_path / "empty")
 

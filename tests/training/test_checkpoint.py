@@ -159,7 +159,7 @@ def test_a_row_cut_off_by_a_kill_is_left_out(tmp_path: Path) -> None:
         read_metrics(path)
 
 
-def test_loggers_are_asked_for(store: ActivationStore, tmp_path: Path) -> None:
+def test_loggers_are_asked_for(store: ActivationStore) -> None:
     seen: list[Any] = []
     history = Trainer(make(), quick()).fit(store, progress=False, log_every=10, loggers=[seen.append])
     assert seen == history

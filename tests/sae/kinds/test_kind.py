@@ -76,7 +76,7 @@ def test_computing_in_bfloat16_changes_little(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_a_stored_run_goes_on_to_the_same_bits(kind: str, tmp_path: Any) -> None:
+def test_a_stored_run_goes_on_to_the_same_bits(kind: str) -> None:
     store, finals = small_store(), []
     for stop in (None, 700):
         sae = SparseAutoencoder(SAEConfig(D_IN, D_SAE, K, kind))
