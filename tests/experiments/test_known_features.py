@@ -87,8 +87,17 @@ def test_a_dictionary_finds_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_each_run_has_a_row_and_one_for_each_fifth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ASI_LENS_CACHE", str(tmp_path))
-    sizes = {"width": 8, "n_features": 16, "n_active": 2, "n_rows": 64, "n_held_out": 64, "seeds": [0]}
-    found = known_feature_rows([4], **sizes, train=quick(n_tokens=128), progress=False)  # type: ignore[arg-type]
+    found = known_feature_rows(
+        [4],
+        width=8,
+        n_features=16,
+        n_active=2,
+        n_rows=64,
+        n_held_out=64,
+        seeds=[0],
+        train=quick(n_tokens=128),
+        progress=False,
+    )
     assert [(row.method, row.fifth) for row in found] == [
         (method, fifth) for method in ("random", "ASI") for fifth in (None, 1, 2, 3, 4, 5)
     ]
