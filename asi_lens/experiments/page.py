@@ -124,11 +124,10 @@ class Page:
         )
         if isinstance(source, str | Path):
             self._only(tokens.corpus, f"the text {existing(source) or source}")
-        self._note(tokens, what, model)
+        self._note(f"{tokens.corpus} {what}".strip(), tokens, model)
         return tokens
 
-    def _note(self, data: Tokens | Inputs, what: str, model: Any) -> None:
-        name = f"{data.corpus} {what}".strip()
+    def _note(self, name: str, data: Tokens | Inputs, model: Any) -> None:
         if self._sources.setdefault(name, data.fingerprint) != data.fingerprint:
             # Several models read one text, each as rows of its own.
             whole = isinstance(model, nn.Module)
@@ -157,7 +156,7 @@ class Page:
             return self.load_tokens(model, n_rows, after=tokens, what=what)
         skipped = 0 if after is None else len(after)
         inputs = load_inputs(self[kind], model, n_rows, offset=skipped, join=kind == "speech")
-        self._note(inputs, what, model)
+        self._note(f"{inputs.corpus} {what}".strip(), inputs, model)
         return inputs
 
     def harvest(self, model: nn.Module, wheres: Sequence[SiteLayer]) -> Split:
@@ -172,8 +171,8 @@ class Page:
             context=self["context"],
             budget_gb=self["store_budget_gb"],
         )
-        self._sources[f"{data.train_tokens.corpus}, training"] = data.train_tokens.fingerprint
-        self._sources[f"{data.held_out_tokens.corpus}, held out"] = data.held_out_tokens.fingerprint
+        self._note(f"{data.train_tokens.corpus}, training", data.train_tokens, model)
+        self._note(f"{data.held_out_tokens.corpus}, held out", data.held_out_tokens, model)
         return data
 
     def train_config(self, **changes: Any) -> TrainConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,10 +82,9 @@ def start(name: str, **facts: Any) -> Callable[[Fill], Fill]:
     return register
 
 
-def find_start(name: str, among: Iterable[str] | None = None) -> Start:
+def find_start(name: str, among: Collection[str] | None = None) -> Start:
     """Return the start of that name, from `among` (default: all). Raises UnknownNameError with a list."""
-    known = list(STARTS if among is None else among)
-    require_known([name], known, "initialization method")
+    require_known([name], STARTS if among is None else among, "initialization method")
     return STARTS[name]
 
 
