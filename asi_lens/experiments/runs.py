@@ -197,7 +197,9 @@ def train_missing(
     if not missing:
         return
     started = [start(run) for run in missing.values()]
-    train_together([learner for learner, _ in started], data, folders=list(missing), **options)
+    learners = [learner for learner, _ in started]
+    # The weights are saved below, so a checkpoint of the end (14 GB of a million features) would not be read.
+    train_together(learners, data, folders=list(missing), checkpoint_last=False, **options)
     for run, (learner, about) in zip(missing.values(), started, strict=True):
         with held(run.folder):
             finish(run.folder, {**about, **save(run, learner)})

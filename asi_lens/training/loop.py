@@ -35,6 +35,7 @@ def train_together(
     *,
     folders: Sequence[Path | str] | None = None,
     checkpoint_every: int | None = None,
+    checkpoint_last: bool = True,
     log_every: int = 50,
     windows: Sequence[int] = (),
     loggers: Iterable[str | Logger] = (),
@@ -50,8 +51,9 @@ def train_together(
         folders: one folder per trainer for `checkpoint.safetensors` and `metrics.csv`. A run that was
             stopped or killed continues from its folder, bit for bit. None keeps everything in memory.
         checkpoint_every: tokens between checkpoints, beside those written every 5 minutes; None for the
-            latter alone. A checkpoint is also written at the end, and on Ctrl-C or SIGTERM after the current
-            step (a second Ctrl-C stops at once, without a checkpoint).
+            latter alone. A checkpoint is also written on Ctrl-C or SIGTERM after the current step (a second
+            Ctrl-C stops at once, without a checkpoint).
+        checkpoint_last: write one at the end, too; False if the caller saves what was learnt.
         log_every: steps between rows of metrics (step, tokens, fvu, l0, loss, aux_loss, penalty,
             dead_fraction_<window>, lr, tokens_per_s of time spent in steps, gradient_norm, and the columns
             of the trainer's `drift`).
@@ -100,11 +102,11 @@ def train_together(
         ]
         for run in runs:
             stack.callback(run.log.close)
-        _loop(runs, store, progress)
+        _loop(runs, store, progress, checkpoint_last)
     return [run.log.history for run in runs]
 
 
-def _loop(runs: Sequence[_Run[Store, Batch]], store: Store, progress: bool) -> None:
+def _loop(runs: Sequence[_Run[Store, Batch]], store: Store, progress: bool, checkpoint_last: bool) -> None:
     config, mesh = runs[0].trainer.config, runs[0].trainer.mesh
     position = min(run.trainer.tokens for run in runs)
     with (
@@ -139,8 +141,9 @@ def _loop(runs: Sequence[_Run[Store, Batch]], store: Store, progress: bool) -> N
                 if mesh.any(stop.received is not None):
                     stop.received = stop.received or signal.SIGTERM
                     break
-        for run in runs:
-            run.checkpoint()
+        if checkpoint_last or stop.received is not None:
+            for run in runs:
+                run.checkpoint()
 
 
 def _summary(outputs: Sequence[StepOutput]) -> str:

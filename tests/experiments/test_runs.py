@@ -29,6 +29,7 @@ from asi_lens.sae.subspace import SubspaceStore, expand
 from asi_lens.sae.train import Trainer
 from asi_lens.sae.transcoder import Transcoder
 from asi_lens.sae.transcoder_init import initialize_transcoder
+from asi_lens.training import sharded_checkpoint
 from asi_lens.training.loop import train_together
 
 pytestmark = pytest.mark.filterwarnings("ignore::asi_lens.activations.spectrum.FewTokensWarning")
@@ -72,6 +73,14 @@ def test_a_run_is_the_training_that_its_recipe_says(store: ActivationStore) -> N
     found = run.sae()
     torch.testing.assert_close(found(draw(50)), sae(draw(50)))
     assert [row["tokens"] for row in run.history()] == [64, 128, 256, 384, 512, 640]
+
+
+def test_no_checkpoint_is_written_of_what_is_saved_at_once(
+    store: ActivationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharded_checkpoint, "write", refuse)
+    (run,) = train_recipes(store, ["random"], **OPTIONS)
+    assert run.sae().W_dec.shape == (64, D_IN)
 
 
 def test_finished_runs_are_read_not_trained(store: ActivationStore, monkeypatch: pytest.MonkeyPatch) -> None:

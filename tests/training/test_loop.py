@@ -195,6 +195,30 @@ def test_several_on_one_stream_end_as_each_alone(store: ActivationStore, tmp_pat
     assert all(same_bits(a, b) for a, b in zip(alone, trainers, strict=True))
 
 
+def test_without_a_checkpoint_of_the_end_earlier_ones_and_those_of_signals_stay(
+    store: ActivationStore, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"progress": False, "checkpoint_last": False, "log_every": 1}
+    whole = trained(store, quick())
+    (none, some, stopped), every = [tmp_path / name for name in ("none", "some", "stopped")], 64 * 20
+    train_together([Trainer(make(), quick())], store, folders=[none], **options)
+    assert not (none / CHECKPOINT_FILE).exists()
+    train_together([Trainer(make(), quick())], store, folders=[some], checkpoint_every=every, **options)
+    with checkpoint.read_checkpoint(some) as found:
+        assert found is not None
+        assert found[0]["tokens"] == every
+
+    def interrupt(trainer: Trainer, output: Any) -> None:
+        if output.step == 10:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train_together([Trainer(make(), quick())], store, folders=[stopped], on_log=interrupt, **options)
+    resumed = Trainer(make(), quick())
+    train_together([resumed], store, folders=[stopped], **options)
+    assert same_bits(resumed, whole)
+
+
 def test_trainers_of_different_streams_are_refused(store: ActivationStore, tmp_path: Path) -> None:
     pair = [Trainer(make(), quick()), Trainer(make(), quick(seed=1))]
     with pytest.raises(OptionError, match="seed differs between the trainers"):
