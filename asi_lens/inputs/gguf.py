@@ -15,6 +15,7 @@ from asi_lens.base.cache import cached_folder
 from asi_lens.base.errors import DataError, UnsupportedModelError
 from asi_lens.base.files import cache_key, file_name, sha256_of
 from asi_lens.base.paths import cached
+from asi_lens.inputs.fingerprint import versions
 from asi_lens.inputs.gguf_rules import carry_over
 from asi_lens.inputs.loading import require_whole
 
@@ -34,14 +35,19 @@ def dequantized(path: Path) -> tuple[Path, str]:
     """Return the Hugging Face folder (fp32 safetensors, tokenizer) of a `.gguf` file, and a description of
     its weights ("4-bit weights, dequantised").
 
-    The first call writes the folder into the cache (`models`) under the file's hash, atomically and under a
-    lock between processes; it takes about 30 s per 100 M parameters. Raises UnsupportedModelError naming an
-    architecture that transformers cannot read, and what it would read wrong (`gguf_rules`, the rule to split
-    text); DataError for a file that is not a GGUF, is truncated or does not fit its own sizes; and CacheError
-    for a cached folder that was changed.
+    The first call writes the folder into the cache (`models`) under the file's hash and the version of
+    transformers, atomically and under a lock between processes; it takes about 30 s per 100 M parameters.
+    Raises UnsupportedModelError naming an architecture that transformers cannot read, and what it would read
+    wrong (`gguf_rules`, the rule to split text); DataError for a file that is not a GGUF, is truncated or
+    does not fit its own sizes; and CacheError for a cached folder that was changed.
     """
     path = path.absolute()  # transformers opens the file by this name
-    about = {"format": _FORMAT, "gguf_sha256": sha256_of(path)}
+    # transformers 5.17 and 5.23 write different tokenizers from one file.
+    about = {
+        "format": _FORMAT,
+        "gguf_sha256": sha256_of(path),
+        "transformers": versions()["transformers"],
+    }
     folder = cached("models", file_name(path.stem, key=cache_key(**about)))
 
     def fill(temporary: Path) -> dict[str, str]:

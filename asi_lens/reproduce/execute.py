@@ -153,12 +153,15 @@ def _own_kernel() -> Iterator[None]:
     """Make papermill use this Python as the kernel: an installed `python3` kernel may be another Python."""
     # -P: a file beside the notebook cannot replace a module that the kernel imports at its start.
     module = [sys.executable, "-P", "-m", "asi_lens.reproduce.kernel"]
+    env = {name: os.environ.get(name, size) for name, size in _KEPT.items()}
+    if path := os.environ.get("PYTHONPATH"):  # the kernel starts in the notebook's folder
+        env["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, path.split(os.pathsep)))
     spec = {
         # At other levels every start warns about TCP, which is used only on this machine.
         "argv": [*module, "-f", "{connection_file}", "--log-level=ERROR"],
         "display_name": "asi_lens run",
         "language": "python",
-        "env": {name: os.environ.get(name, size) for name, size in _KEPT.items()},
+        "env": env,
     }
     before = os.environ.get("JUPYTER_PATH")
     with tempfile.TemporaryDirectory() as folder:

@@ -275,6 +275,12 @@ def test_a_changed_cache_is_refused(file: Path) -> None:
         gguf.dequantized(file)
 
 
+def test_another_transformers_writes_its_own_tokenizer(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = gguf.dequantized(file)
+    monkeypatch.setattr(gguf, "versions", lambda: {"transformers": "5.4.0"})
+    assert gguf.dequantized(file)[0] != folder
+
+
 def _load(file: str, results: Any) -> None:
     results.put(str(gguf.dequantized(Path(file))[0]))
 

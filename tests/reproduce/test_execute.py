@@ -51,6 +51,18 @@ def test_a_file_beside_the_notebook_is_there_for_its_cells_alone(tmp_path: Path)
     assert (tmp_path / "found").exists()
 
 
+def test_relative_paths_of_modules_stay_those_of_the_caller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = runs.notebook(tmp_path / "notebooks" / "01_alpha.ipynb", "import helper; open(helper.NAME, 'w')")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "helper.py").write_text("NAME = 'found'")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["mine", os.environ.get("PYTHONPATH", "")]))
+    execute(path, PARAMETERS, tmp_path / "out" / "01_alpha.ipynb")
+    assert (tmp_path / "notebooks" / "found").exists()
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="settings of glibc")
 def test_a_kernel_keeps_freed_memory_for_what_comes_next(tmp_path: Path) -> None:
     path = runs.notebook(
