@@ -17,8 +17,10 @@ import re
 import shlex
 import shutil
 import sys
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,7 @@ def make(
             "without": list(without),
             "python": python,
             "platform": platform,
+            "transformers": version("transformers"),
             "licenses": licenses,
             **about,
         }
@@ -118,9 +121,10 @@ def use(folder: Path, into: Path | None = None) -> dict[str, str]:
     """Unpack a bundle (once) and return the environment variables with which it is used.
 
     `into`: folder of the unpacked files, `unpacked` in the bundle by default. Raises as `verify` and
-    `parts.unpack_parts` do.
+    `parts.unpack_parts` do. Warns where the tokens of a bundle without texts may not be found.
     """
     manifest = verify(folder)
+    _warn_of_another_tokenizer(manifest)
     into = (into or folder / "unpacked").absolute()
     parts.unpack_parts(folder, manifest, into)
     variables = {"ASI_LENS_BUNDLE": str(into / CACHE), "ASI_LENS_OFFLINE": "1", "PIP_NO_INDEX": "1"}
@@ -136,6 +140,22 @@ def use(folder: Path, into: Path | None = None) -> dict[str, str]:
                 archive.extractall(temporary)
         variables |= {"ASI_LENS_PROJECT": str(project), "PYTHONPATH": str(project)}
     return variables
+
+
+def _warn_of_another_tokenizer(manifest: Mapping[str, Any]) -> None:
+    """Tokens are found by their tokenizer, which can be another one where transformers is."""
+    made = manifest["transformers"]
+    try:
+        here = version("transformers")
+    except PackageNotFoundError:
+        return
+    if "texts" in manifest["without"] and here != made:
+        warnings.warn(
+            f"the tokens in this bundle are of transformers {made}, and {here} is installed. It may read "
+            "another tokenizer from the same file (of a GGUF, say), whose tokens are not in the bundle. "
+            f"Install transformers=={made}, or make the bundle with its texts",
+            stacklevel=3,
+        )
 
 
 def _inputs(

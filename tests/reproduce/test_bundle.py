@@ -200,6 +200,20 @@ def test_tokens_alone(make: Callable[..., dict[str, Any]], tmp_path: Path) -> No
     assert "PYTHONPATH" not in bundle.use(tmp_path / "b")
 
 
+def test_tokens_of_another_transformers_are_told(
+    make: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, without in (("tokens", ["wheels", "texts", "project"]), ("texts", ["wheels", "project"])):
+        make(tmp_path / name, without=without)
+        bundle.use(tmp_path / name)  # a warning would fail the test
+    monkeypatch.setattr(bundle, "version", lambda name: "5.4.0")
+    bundle.use(tmp_path / "texts")
+    with pytest.warns(
+        UserWarning, match=r"tokens in this bundle are of transformers .*, and 5\.4\.0 is installed"
+    ):
+        bundle.use(tmp_path / "tokens")
+
+
 def test_tokens_of_the_texts_own_tokenizer(make: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     cell = CELL + "own = page.small_tokenizer(260)\npage.load_tokens(own, n_tokens)\n"
     more = 'dtype = "float32"\ncontext = 16\nmain_corpus = "wiki-en"\nn_tokens = 64\n'
