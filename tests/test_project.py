@@ -70,7 +70,6 @@ TESTED_ELSEWHERE = {
     "inputs.packaged": "inputs/test_sources.py",
     "inputs.passes": "inputs/test_hooks.py",
     "inputs.plain_loading": "inputs/test_plain.py",
-    "inputs.twin": "inputs/test_hooks.py",
     "kernels.draws": "sae/test_dictionary.py",
     "lorsa.contexts": "experiments/test_lorsa_runs.py",
     "lorsa.data": "lorsa/test_train.py",

@@ -69,8 +69,9 @@ def places(model: nn.Module, sites: str | Iterable[str], layers: Sequence[int] |
         require(-n_layers <= layer < n_layers, "layer", layer, f"from 0 to {n_layers - 1}")
         out += [(site, layer % n_layers) for site in sites if not _LAYER.match(site)]
     out += [(site, int(found[1])) for site in sites if (found := _LAYER.match(site))]
-    for site, layer in out:
-        models.hook_name(model, site, layer)
+    with models.held(model):
+        for site, layer in out:
+            models.hook_name(model, site, layer)
     if not out:
         raise OptionError(
             f"sites={sites} with layers={layers} name no place; name at least one site and one layer"
@@ -157,8 +158,9 @@ def harvest(
     before = rows_before(tokens, drop_first)
     # Two names may mean the same hook ("z" and "blocks.3.attn.hook_z"): that hook is added once.
     by_hook: dict[str, list[SiteLayer]] = {}
-    for where in takers:
-        by_hook.setdefault(models.hook_name(model, *where), []).append(where)
+    with models.held(model):
+        for where in takers:
+            by_hook.setdefault(models.hook_name(model, *where), []).append(where)
 
     def feed(places: list[SiteLayer], begin: int) -> Callable[[Tensor], None]:
         def hook(activation: Tensor) -> None:
@@ -177,7 +179,10 @@ def harvest(
         return hook
 
     shown = {"desc": f"harvest {tokens.corpus}", "unit": "tok", "unit_scale": True, "disable": not progress}
-    with tqdm(total=len(tokens) * tokens.context, initial=start * tokens.context, **shown) as bar:
+    with (
+        models.held(model),
+        tqdm(total=len(tokens) * tokens.context, initial=start * tokens.context, **shown) as bar,
+    ):
         for begin in range(start, len(tokens), per_batch):
             hooks = {name: feed(places, begin) for name, places in by_hook.items()}
             models.forward(model, batch_of(tokens, begin, per_batch), hooks, stop_after_layer=deepest)

@@ -101,7 +101,7 @@ def cross_entropy(
     require_next_tokens(model, tokens)
     total = 0.0
     told = {"unit": "seq", "desc": "clean loss", "disable": not progress}
-    with in_float32(model), tqdm(total=len(tokens), **told) as bar:
+    with in_float32(model), models.held(model), tqdm(total=len(tokens), **told) as bar:
         for ids in _batches(tokens, batch_tokens):
             total += _summed_loss(models.forward(model, ids, {}, logits=True), ids, "clean")
             bar.update(ids.shape[0])
@@ -127,7 +127,7 @@ def edited_cross_entropy(
     hook = models.hook_name(model, site, layer)
     totals = dict.fromkeys(edits, 0.0)
     told = {"unit": "seq", "desc": f"{site} {layer}", "disable": not progress, "leave": False}
-    with in_float32(model), tqdm(total=len(tokens) * len(edits), **told) as bar:
+    with in_float32(model), models.held(model), tqdm(total=len(tokens) * len(edits), **told) as bar:
         for ids in _batches(tokens, batch_tokens):
             resume = models.capture_resume(model, ids, layer)
             for name, edit in edits.items():

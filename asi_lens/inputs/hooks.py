@@ -23,7 +23,7 @@ from asi_lens.base.errors import (
     require_known,
     unknown_name,
 )
-from asi_lens.inputs import identities, passes, structure, twin, verify
+from asi_lens.inputs import identities, passes, twin, verify
 from asi_lens.inputs.passes import Hook, ResumePoint
 from asi_lens.inputs.plain import PlainModel, wrong_inputs
 
@@ -150,8 +150,7 @@ def _runner_for(model: nn.Module, hooks: Iterable[str]) -> twin.Runner:
     If somebody added hooks to the model, the model itself runs, so that these hooks are called.
     """
     both = twin.runners(model)
-    added = structure.added_hooks(model)
-    if both.plain is not None and not added:
+    if both.plain is not None and not twin.added_hooks(model):
         known = both.own.places
         require_known(hooks, known, "hook")
         if all(name in both.plain.places for name in hooks):

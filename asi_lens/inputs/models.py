@@ -46,6 +46,7 @@ from asi_lens.inputs.passes import Hook, ResumePoint
 from asi_lens.inputs.plain import PlainModel
 from asi_lens.inputs.plain_loading import boot_plain, plain_class
 from asi_lens.inputs.sources import SOURCES
+from asi_lens.inputs.twin import held
 
 __all__ = [
     "SITES",
@@ -55,6 +56,7 @@ __all__ = [
     "attention_write_site",
     "capture_resume",
     "forward",
+    "held",
     "hook_name",
     "load_model",
     "model_info",

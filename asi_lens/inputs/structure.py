@@ -67,13 +67,15 @@ def original(module: nn.Module) -> nn.Module:
 
 def all_modules(model: nn.Module) -> list[nn.Module]:
     """Return every module of a model once, those of a bridge's Hugging Face model included."""
-    seen: set[nn.Module] = set()
-    found = list(model.modules())
-    seen.update(found)
+    found: dict[nn.Module, None] = {}
     source = getattr(model, "original_model", None)
-    if isinstance(source, nn.Module):
-        found += [module for module in source.modules() if module not in seen]
-    return found
+    waiting = [*([source] if isinstance(source, nn.Module) else []), model]
+    while waiting:  # `modules()` passes each module through a generator of every module above it
+        module = waiting.pop()
+        if module not in found:
+            found[module] = None
+            waiting += [one for one in reversed(module._modules.values()) if one is not None]
+    return list(found)
 
 
 @contextmanager

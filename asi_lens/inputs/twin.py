@@ -12,8 +12,8 @@ from __future__ import annotations
 import copy
 import sys
 from collections import OrderedDict
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
@@ -92,6 +92,8 @@ class Runners:
 
 
 _RUNNERS: WeakKeyDictionary[nn.Module, Runners] = WeakKeyDictionary()
+_HELD: WeakKeyDictionary[nn.Module, tuple[Runners, list[str]]] = WeakKeyDictionary()
+"""Runners and added hooks of the models that are `held`."""
 
 
 def kind_of(model: object) -> Literal["bridge", "hooked", "plain"] | None:
@@ -120,6 +122,8 @@ def require_model(model: nn.Module) -> None:
 
 def runners(model: nn.Module) -> Runners:
     """Return the model's runners, made anew if modules, attributes or the configuration have changed."""
+    if model in _HELD:
+        return _HELD[model][0]
     require_model(model)
     state = structure.state_of(model)
     known = _RUNNERS.get(model)
@@ -130,6 +134,27 @@ def runners(model: nn.Module) -> Runners:
         )
         known = _RUNNERS[model] = Runners(own, plain, why_not, state)
     return known
+
+
+def added_hooks(model: nn.Module) -> list[str]:
+    """Return what `structure.added_hooks` does."""
+    return _HELD[model][1] if model in _HELD else structure.added_hooks(model)
+
+
+@contextmanager
+def held(model: nn.Module) -> Iterator[None]:
+    """Context of many passes: structure and hooks of the model are looked at as it begins, not at every pass.
+
+    A look at 2,000 modules takes 10 ms, on a GPU as long as a pass.
+    """
+    if model in _HELD:
+        yield
+        return
+    _HELD[model] = runners(model), structure.added_hooks(model)
+    try:
+        yield
+    finally:
+        del _HELD[model]
 
 
 def original(module: nn.Module) -> nn.Module:

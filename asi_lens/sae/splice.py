@@ -224,7 +224,7 @@ def sequence_losses(
     sums: list[list[Tensor]] = [[] for _ in range(1 + len(edits))]
     divergences: list[list[Tensor]] = [[] for _ in edits]
     told = {"unit": "tok", "unit_scale": True, "desc": f"losses {what}", "disable": not progress}
-    with in_float32(model), tqdm(total=len(tokens) * each, **told) as bar:
+    with in_float32(model), models.held(model), tqdm(total=len(tokens) * each, **told) as bar:
         for ids in tokens.batches(max(1, batch_tokens // tokens.context)):
             start = models.capture_resume(model, ids, layer)
 
