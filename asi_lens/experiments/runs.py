@@ -280,7 +280,7 @@ def started(
     run: TrainedRun, rows: ActivationStore | PairedStores, device: torch.device, kept: LastFirings | None
 ) -> tuple[Trainer, dict[str, Any]]:
     """Return a run's trainer before its first step, and facts for the run's description."""
-    recipe, sae = run.recipe, _untrained(run, rows)
+    recipe, sae = run.recipe, _undrawn(run, rows, device)
     l0 = recipe.sparsity.initial_l0 if sae.activation.has_threshold else None
     how: dict[str, Any] = {"overshoot": recipe.overshoot, "initial_l0": l0}
     drift, search = None, "exact"
@@ -296,7 +296,7 @@ def started(
         how["norm_search"] = recipe.aligned is None
         if run.elsewhere is not None:
             how["subspace_of"] = run.elsewhere.spectrum
-        report = initialize(sae.to(device), method, rows.spectrum, d_init, sample, **how)
+        report = initialize(sae, method, rows.spectrum, d_init, sample, **how)
         # Drift is measured for all recipes, also for those without ASI. Inside the subspace it is constant.
         drift, search = Drift(rows.spectrum, min(run.d_active, rows.d)), recipe.search
     about = {"format": FORMAT, "recipe": asdict(recipe), "initialization": asdict(report)}
@@ -307,10 +307,14 @@ def started(
     return trainer, about
 
 
-def _untrained(run: TrainedRun, rows: ActivationStore | PairedStores) -> SparseAutoencoder:
+def _undrawn(
+    run: TrainedRun, rows: ActivationStore | PairedStores, device: torch.device
+) -> SparseAutoencoder:
+    """Return a dictionary whose weights are undefined: a start draws its own."""
     if isinstance(rows, PairedStores):
-        return Transcoder(run.config)
-    return SparseAutoencoder(replace(run.config, d_in=rows.d))
+        return Transcoder(run.config, draw=False)
+    with device:
+        return SparseAutoencoder(replace(run.config, d_in=rows.d), draw=False)
 
 
 def _save(run: TrainedRun, trainer: Trainer, rows: ActivationStore | PairedStores) -> dict[str, Any]:
