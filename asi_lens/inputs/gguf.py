@@ -43,11 +43,7 @@ def dequantized(path: Path) -> tuple[Path, str]:
     """
     path = path.absolute()  # transformers opens the file by this name
     # transformers 5.17 and 5.23 write different tokenizers from one file.
-    about = {
-        "format": _FORMAT,
-        "gguf_sha256": sha256_of(path),
-        "transformers": versions()["transformers"],
-    }
+    about = {"format": _FORMAT, "gguf_sha256": sha256_of(path), "transformers": versions()["transformers"]}
     folder = cached("models", file_name(path.stem, key=cache_key(**about)))
 
     def fill(temporary: Path) -> dict[str, str]:
