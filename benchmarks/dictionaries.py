@@ -1,11 +1,11 @@
 """Time and memory of a training step of every kind of dictionary, against TopK.
 
-    python benchmarks/dictionaries.py [--d-sae 2048] [--batch 256] [--steps 40]
+    python benchmarks/dictionaries.py [--d-sae 2048] [--batch 256] [--steps 40] [--store FOLDER]
 
 Every kind runs in a process of its own, one after the other: median seconds of a step after `--settle` steps,
 in which thresholds and penalties find their l0, and peak resident memory above that of the process before
-the dictionary was made. Data is Gaussian with the spectrum of a collapsed activation; the transcoder reads
-and writes the same rows. Quote the ratios: times depend on the machine.
+the dictionary was made. Data is Gaussian with the spectrum of a collapsed activation, or a store's; the
+transcoder reads and writes the same rows. Quote the ratios: times depend on the machine.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,7 +39,10 @@ TRANSCODER = "TopK transcoder"
 
 def measure(kind: str, args: argparse.Namespace) -> dict[str, float]:
     """Seconds of a step, MiB, and the l0 of the last step."""
-    store = ActivationStore.from_tensor(rows(16 * args.batch, args.d_in))
+    if args.store:
+        store = ActivationStore.open(args.store)
+    else:
+        store = ActivationStore.from_tensor(rows(16 * args.batch, args.d_in))
     _ = store.spectrum
     device = args.device
     forget_peak(device)
@@ -52,8 +56,10 @@ def measure(kind: str, args: argparse.Namespace) -> dict[str, float]:
     else:
         recipe = dictionary_recipe(kind, args.d_sae)
         sae = SparseAutoencoder(SAEConfig(store.d, args.d_sae, args.k, recipe.activation)).to(device)
-        initialize(sae, "random", store.spectrum, None, store.sample(args.batch))
-        trainer, stream = Trainer(sae, config, recipe.sparsity), store.batches(args.batch)
+        first = args.initial_l0 if kind == "JumpReLU" else None
+        initialize(sae, "random", store.spectrum, None, store.sample(args.batch), initial_l0=first)
+        sparsity = replace(recipe.sparsity, initial_l0=first) if first else recipe.sparsity
+        trainer, stream = Trainer(sae, config, sparsity), store.batches(args.batch)
     took = []
     for _, batch in zip(range(args.settle + args.steps), stream, strict=False):
         start = seconds(device)
@@ -77,6 +83,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--settle", type=int, default=150)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--store", help="folder of a store of activations, instead of Gaussian rows")
+    parser.add_argument("--initial-l0", type=float, help="of JumpReLU, from which it is annealed to k")
     parser.add_argument("--only", choices=[*DICTIONARIES, TRANSCODER])
     args = parser.parse_args()
     if args.only:

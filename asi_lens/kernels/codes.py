@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,26 @@ class SparseCode(NamedTuple):
     values: Float[Tensor, "batch k"]
 
 
+class Picks(NamedTuple):
+    """Picks of a batch as flat lists, ascending by row: rows of very different length need no padding."""
+
+    rows: Int[Tensor, " n"]
+    indices: Int[Tensor, " n"]
+    values: Float[Tensor, " n"]
+
+    def code(self, batch: int) -> SparseCode:
+        """Return the rectangular code of `batch` rows."""
+        return side_by_side(*self, batch)
+
+    def at(self, places: Int[Tensor, " m"]) -> Picks:
+        """Return the picks at these places of the lists."""
+        return Picks(*(part[places] for part in self))
+
+    def kept(self, which: Bool[Tensor, " n"]) -> Picks:
+        """Return the marked picks."""
+        return self.at(which.nonzero().flatten())
+
+
 def marked(mask: Bool[Tensor, " n"], count: int) -> Int[Tensor, " marked"]:
     """Return the places of a mask's `count` marks, ascending, without a wait for the device."""
     if devices.is_host(mask.device):
@@ -27,10 +47,19 @@ def marked(mask: Bool[Tensor, " n"], count: int) -> Int[Tensor, " marked"]:
     return torch.searchsorted(mask.cumsum(0), torch.arange(1, count + 1, device=mask.device))
 
 
-def pick(mask: Bool[Tensor, "batch n"], values: Float[Tensor, "batch n"]) -> SparseCode:
-    """Pack the marked places of each row and their values into a code, padded by feature 0 with value 0."""
-    rows, columns = mask.nonzero(as_tuple=True)
-    return side_by_side(rows, columns, values[rows, columns], len(mask))
+def picks_of(blocks: Iterable[tuple[Bool[Tensor, "block n"], Float[Tensor, "block n"]]]) -> Picks:
+    """Return the marked places of blocks of rows, each a mask and its values."""
+    found, before = [], 0
+    for mask, values in blocks:
+        rows, columns = mask.nonzero(as_tuple=True)
+        found.append(Picks(rows + before, columns, values[rows, columns]))
+        before += len(mask)
+    return join_picks(found)
+
+
+def join_picks(parts: Sequence[Picks]) -> Picks:
+    """Return the picks of several lists, one after the other."""
+    return Picks(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def side_by_side(
@@ -53,13 +82,6 @@ def side_by_side(
     wide_indices[rows, place] = indices
     wide_values[rows, place] = values
     return SparseCode(wide_indices, wide_values)
-
-
-def keep(code: SparseCode, kept: Bool[Tensor, "batch k"]) -> SparseCode:
-    """Return the marked picks of a code, moved to the left, with as few zeros as padding as possible."""
-    width = max(1, int(kept.sum(1).max()))
-    order = kept.byte().argsort(dim=1, descending=True, stable=True)[:, :width]
-    return SparseCode(code.indices.gather(1, order), (code.values * kept).gather(1, order))
 
 
 def stack_codes(codes: Sequence[SparseCode]) -> SparseCode:

@@ -36,17 +36,34 @@ def rows_per_chunk(d: int, device: torch.device) -> int:
 
 def decode_sum(code: SparseCode, decoder: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "batch d_out"]:
     """Return sum_j values[b, j] decoder[indices[b, j]], without a batch x d_sae array."""
-    return embedding_bag(code.indices, decoder, per_sample_weights=code.values, mode="sum")
+    indices, values = code
+    if devices.is_host(values.device) and 2 * int(values.count_nonzero()) < values.numel():
+        # Where few rows are far longer than the others, most of a code is padding.
+        fired = values != 0
+        places, bounds = fired.flatten().nonzero().flatten(), pad(fired.sum(1).cumsum(0), (1, 0))
+        return sum_bags(decoder, indices.flatten()[places], values.flatten()[places], bounds)
+    return embedding_bag(indices, decoder, per_sample_weights=values, mode="sum")
 
 
 def picked_dots(
     grad: Float[Tensor, "batch d_out"], decoder: Float[Tensor, "d_sae d_out"], indices: Int[Tensor, "batch k"]
 ) -> Float[Tensor, "batch k"]:
     """Return grad[b] . decoder[indices[b, j]], the derivative of a loss in the values of a code."""
-    features, order = indices.flatten().sort()
+    rows = torch.arange(len(indices), device=indices.device).repeat_interleave(indices.shape[1])
+    return dots_at(grad, decoder, rows, indices.flatten()).view(indices.shape)
+
+
+def dots_at(
+    grad: Float[Tensor, "batch d_out"],
+    decoder: Float[Tensor, "d_sae d_out"],
+    rows: Int[Tensor, " picks"],
+    features: Int[Tensor, " picks"],
+) -> Float[Tensor, " picks"]:
+    """Return grad[rows[i]] . decoder[features[i]], for picks in any order."""
+    features, order = features.sort()
     dots = torch.empty_like(order, dtype=grad.dtype)
-    dots[order] = _sorted_dots(grad, decoder, order.div(indices.shape[1], rounding_mode="floor"), features)
-    return dots.view(indices.shape)
+    dots[order] = _sorted_dots(grad, decoder, rows[order], features)
+    return dots
 
 
 def add_at(

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asi_lens.kernels.codes import SparseCode, keep, pick, side_by_side, stack_codes
+from asi_lens.kernels.codes import SparseCode, picks_of, side_by_side, stack_codes
 
 
 def dense(code: SparseCode, n: int) -> torch.Tensor:
@@ -18,9 +18,13 @@ def test_marked_places_and_no_others_are_picked(batch: int, n: int, share: float
     generator = torch.Generator().manual_seed(seed)
     mask = torch.rand(batch, n, generator=generator) < share
     values = torch.randn(batch, n, generator=generator)
-    code = pick(mask, values)
+    picks = picks_of(zip(mask.split(2), values.split(2), strict=True))
+    code = picks.code(batch)
     assert torch.equal(dense(code, n), values * mask)
     assert code.values.shape[1] == max(1, int(mask.sum(1).max()) if batch else 0)
+    assert len(picks.values) == int(mask.sum())
+    positive = picks.kept(picks.values > 0).code(batch)
+    assert torch.equal(dense(positive, n), values.relu() * mask)
 
 
 def test_what_a_row_lacks_is_filled_up_as_asked() -> None:
@@ -28,13 +32,6 @@ def test_what_a_row_lacks_is_filled_up_as_asked() -> None:
     code = side_by_side(rows, indices, values, 3, fill=-torch.inf)
     assert code.indices.tolist() == [[7, 0], [0, 0], [5, 6]]
     assert code.values.tolist() == [[1, -torch.inf], [-torch.inf, -torch.inf], [2, 3]]
-
-
-def test_kept_picks_move_to_the_left_in_their_order() -> None:
-    code = SparseCode(torch.tensor([[4, 5, 6], [7, 8, 9]]), torch.tensor([[1.0, 2, 3], [4, 5, 6]]))
-    found = keep(code, torch.tensor([[False, True, True], [False, False, True]]))
-    assert found.indices[0].tolist() == [5, 6]
-    assert found.values.tolist() == [[2, 3], [6, 0]]
 
 
 def test_codes_of_any_width_are_stacked() -> None:

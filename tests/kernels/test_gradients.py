@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from small_kernels import normal
 from torch import Tensor
 
-from asi_lens.kernels.gradients import Edge, Term, decode_sum, picked_dots, sum_gradients
-from asi_lens.kernels.topk import (
-    encode_topk,
-)
+from asi_lens.kernels.codes import picks_of
+from asi_lens.kernels.gradients import Edge, Term, decode_sum, dots_at, picked_dots, sum_gradients
+from asi_lens.kernels.topk import encode_topk
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
 
 
@@ -41,6 +41,23 @@ def test_decode_and_dots_are_the_dense_products() -> None:
     torch.testing.assert_close(
         picked_dots(grad, decoder, code.indices), (grad @ decoder.T).gather(1, code.indices)
     )
+
+
+@pytest.mark.parametrize("longest", [0, 1, 40])
+def test_rows_of_unequal_length_decode_to_the_dense_product(longest: int) -> None:
+    decoder, dense = normal(40, 12), torch.zeros(6, 40, dtype=torch.float64)
+    dense[1, :longest] = normal(longest, seed=1)
+    dense[4, 3:4] = 2.0 if longest else 0.0
+    code = picks_of([(dense != 0, dense)]).code(6)
+    torch.testing.assert_close(decode_sum(code, decoder), dense @ decoder)
+
+
+@pytest.mark.parametrize("n", [0, 50])
+def test_dots_at_any_places_are_those_of_the_dense_product(n: int) -> None:
+    decoder, grad = normal(40, 12), normal(6, 12, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    rows, features = (torch.randint(high, (n,), generator=generator) for high in (6, 40))
+    torch.testing.assert_close(dots_at(grad, decoder, rows, features), (grad @ decoder.T)[rows, features])
 
 
 def test_gradients_equal_autograd_of_the_dense_formula() -> None:

@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from asi_lens.kernels.codes import keep
 from asi_lens.kernels.topk import Workspace
 from asi_lens.sae.kinds.free import Thresholded
 from asi_lens.sae.kinds.kind import Picked, Sizes, Training, largest
@@ -35,7 +34,7 @@ class BatchTopKTraining(Training["BatchTopK", BatchPicks]):
         found, least = largest(x, sae.encoder_rows, sae.b_enc.data, self.target(step), workspace)
         kept = (found.values >= least) & (found.values > 0)
         # Infinity if nothing fired.
-        return BatchPicks(keep(found, kept), torch.where(kept, found.values, torch.inf).amin())
+        return BatchPicks(found.kept(kept).code(len(x)), torch.where(kept, found.values, torch.inf).amin())
 
     def after(self, picks: BatchPicks, l0: float, step: int) -> None:
         """See `Training.after`. Updates the threshold of inference."""

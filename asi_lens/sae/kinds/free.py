@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import relu
 
 from asi_lens.base.errors import OptionError
-from asi_lens.kernels.codes import SparseCode, pick, stack_codes
+from asi_lens.kernels.codes import SparseCode, picks_of
 from asi_lens.kernels.topk import Workspace
 from asi_lens.sae.kinds.kind import Kind, pre_activations
 
@@ -38,11 +38,9 @@ class FiresFreely(Kind):
         workspace: Workspace | None = None,
     ) -> SparseCode:
         """See `Kind.code`."""
-        codes = []
-        for z in pre_activations(x, encoder, bias):
-            values = self.values(z, bias)
-            codes.append(pick(values > 0, values.to(bias.dtype)))
-        return stack_codes(codes)
+        blocks = (self.values(z, bias) for z in pre_activations(x, encoder, bias))
+        picks = picks_of((values > 0, values) for values in blocks)
+        return picks._replace(values=picks.values.to(bias.dtype)).code(len(x))
 
     def set_threshold(self, b_enc: Float[Tensor, " d_sae"], threshold: float) -> None:
         """See `Kind.set_threshold`. Lowers b_enc, since the kind has no threshold of its own."""

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from asi_lens.kernels.codes import SparseCode, pick, stack_codes
-from asi_lens.kernels.gradients import Term, add_at, decode_sum, picked_dots
+from asi_lens.kernels.codes import Picks, SparseCode, picks_of
+from asi_lens.kernels.gradients import Term, add_at, decode_sum
 from asi_lens.kernels.topk import Workspace
 from asi_lens.sae.kinds.free import FiresFreely
 from asi_lens.sae.kinds.kind import Kind, Penalized, Picked, Sizes
@@ -26,8 +26,9 @@ from asi_lens.sae.sparsity import SparsityConfig
 
 @dataclass(frozen=True)
 class GatedPicks(Picked):
-    """Picked of a batch, and its open gates with their pre-activations."""
+    """Picked of a batch, the same as a list, and its open gates with their pre-activations."""
 
+    fired: Picks
     gates: SparseCode
 
 
@@ -40,12 +41,10 @@ class GatedTraining(Penalized["Gated", GatedPicks]):
         self, x: Float[Tensor, "batch d_in"], step: int, workspace: Workspace | None = None
     ) -> GatedPicks:
         """See `Training.picks`."""
-        fired, gates, bias = [], [], self.sae.b_enc.data
-        for z in self.pre_activations(x):
-            values = self.kind.magnitude(z, bias)
-            fired.append(pick((z > 0) & (values > 0), values))
-            gates.append(pick(z > 0, z))
-        return GatedPicks(stack_codes(fired), stack_codes(gates))
+        gates = picks_of((z > 0, z) for z in self.pre_activations(x))
+        values = self.kind.magnitude(gates.values, self.sae.b_enc.data, gates.indices)
+        fired = gates._replace(values=values).kept(values > 0)
+        return GatedPicks(fired.code(len(x)), fired, gates.code(len(x)))
 
     def terms(
         self, picks: GatedPicks, goal: Float[Tensor, "part d_out"], n: int
@@ -66,20 +65,15 @@ class GatedTraining(Penalized["Gated", GatedPicks]):
         terms[-1] = gates._replace(pull=torch.full_like(gates.code.values, weight))
         # `grad` is 2 / batch times the error of the gates' reconstruction.
         loss = weight * gates.code.values.sum() + gates.grad.square().sum() * (batch / 4)
-        return loss, self._own_gradients(main)
+        return loss, self._own_gradients(main, picks.fired)
 
-    def _own_gradients(self, main: list[Term]) -> dict[str, Tensor]:
+    def _own_gradients(self, main: list[Term], fired: Picks) -> dict[str, Tensor]:
         """Return gradients of b_mag (sum of dL/d value over the picks that fired) and of r_mag (the same sum,
         each summand times exp(r_mag) (x . w))."""
-        b_mag, decoder = self.kind.b_mag.detach(), self.sae.W_dec.data
-        out = {"r_mag": torch.zeros_like(b_mag), "b_mag": torch.zeros_like(b_mag)}
-        whole, features = main[0].code.values, main[0].code.indices.flatten()
-        for term in main:
-            into = picked_dots(term.grad, decoder, term.code.indices) * (term.code.values > 0)
-            add_at(out["b_mag"], features, into.flatten())
-            along = into * (whole - b_mag[term.code.indices])
-            add_at(out["r_mag"], features, along.flatten())
-        return out
+        b_mag, into = self.kind.b_mag.detach(), self.into_values(main, fired)
+        along = into * (fired.values - b_mag[fired.indices])
+        sums = {"r_mag": along, "b_mag": into}
+        return {name: add_at(torch.zeros_like(b_mag), fired.indices, each) for name, each in sums.items()}
 
     def after(self, picks: GatedPicks, l0: float, step: int) -> None:
         """See `Training.after`."""
@@ -108,10 +102,16 @@ class Gated(FiresFreely):
         self.b_mag = nn.Parameter(torch.zeros(config.d_sae))
 
     def magnitude(
-        self, gate: Float[Tensor, "batch d_sae"], bias: Float[Tensor, " d_sae"]
-    ) -> Float[Tensor, "batch d_sae"]:
-        """Return values before ReLU, from the gate's pre-activations x . w + bias."""
-        return (gate - bias.to(gate)) * self.r_mag.exp().to(gate) + self.b_mag.to(gate)
+        self,
+        gate: Float[Tensor, "*batch n"],
+        bias: Float[Tensor, " d_sae"],
+        features: Int[Tensor, " n"] | None = None,
+    ) -> Float[Tensor, "*batch n"]:
+        """Return values before ReLU, from the pre-activations x . w + bias of gates: those of all features in
+        order (None), or of `features`."""
+        own = (bias, self.r_mag.exp(), self.b_mag)
+        shift, gain, b_mag = (part.to(gate) if features is None else part.to(gate)[features] for part in own)
+        return (gate - shift) * gain + b_mag
 
     def values(self, z: Tensor, bias: Tensor) -> Tensor:
         """See `FiresFreely.values`."""

@@ -8,18 +8,24 @@ c d_out / target mean_b sum_j tanh(act), with a steered coefficient c.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from asi_lens.kernels.codes import SparseCode, pick, stack_codes
-from asi_lens.kernels.gradients import Term, add_at, picked_dots
+from asi_lens.kernels import devices
+from asi_lens.kernels.codes import Picks, picks_of
+from asi_lens.kernels.gradients import Term, add_at
 from asi_lens.kernels.topk import Workspace
 from asi_lens.sae.kinds.free import Thresholded
-from asi_lens.sae.kinds.kind import Penalized, Picked, Sizes
+from asi_lens.sae.kinds.kind import Penalized, Picked, Sizes, pre_activations
 from asi_lens.sae.sparsity import SparsityConfig
+
+# Share of a block's pre-activations near their thresholds, or above, from which a CPU takes less time for a
+# product over all features than for their list. With a wide kernel and a high l0 a third of all are near.
+_CROWDED = 1 / 16
 
 
 @dataclass(frozen=True)
@@ -27,12 +33,12 @@ class JumpPicks(Picked):
     """Picked of a batch, and the pre-activations near a threshold, from which thresholds learn.
 
     Attributes:
-        near: features near their threshold, with ones; zeros are padding.
-        acts: values of these features, zero for those that did not fire.
+        near: these pre-activations, zero for those that did not fire.
+        crowded: blocks of rows with too many of them for a list: first row, and all pre-activations.
     """
 
-    near: SparseCode
-    acts: Float[Tensor, "batch near"]
+    near: Picks
+    crowded: list[tuple[int, Float[Tensor, "block d_sae"]]]
 
 
 class JumpReLUTraining(Penalized["JumpReLU", JumpPicks]):
@@ -42,15 +48,28 @@ class JumpReLUTraining(Penalized["JumpReLU", JumpPicks]):
         self, x: Float[Tensor, "batch d_in"], step: int, workspace: Workspace | None = None
     ) -> JumpPicks:
         """See `Training.picks`."""
-        threshold = self._threshold()
-        fired, near, acts = [], [], []
-        for z in self.pre_activations(x):
-            on = (z > threshold) & (z > 0)
-            fired.append(pick(on, z))
-            close = (z - threshold).abs() < self.config.bandwidth / 2
-            near.append(pick(close, torch.ones_like(z)))
-            acts.append(pick(close, z * on))
-        return JumpPicks(stack_codes(fired), stack_codes(near), stack_codes(acts).values)
+        threshold, half = self._threshold(), self.config.bandwidth / 2
+        # What fires or is near lies above the lower end of the kernel: one look at all pre-activations.
+        least, listed = threshold - half, torch.ones(len(x), dtype=torch.bool, device=x.device)
+        crowded = []
+
+        def marked() -> Iterator[tuple[Bool[Tensor, "block d_sae"], Float[Tensor, "block d_sae"]]]:
+            first = 0
+            for block in pre_activations(x, self.sae.encoder_rows, self.sae.b_enc.data):
+                z = block.to(threshold)
+                mask, last = z > least, first + len(z)
+                if devices.is_host(z.device) and int(mask.count_nonzero()) > _CROWDED * z.numel():
+                    crowded.append((first, block))
+                    listed[first:last] = False
+                    mask = z > threshold
+                yield mask, z
+                first = last
+
+        found = picks_of(marked())
+        above = found.values - threshold[found.indices]
+        on, close = (above > 0) & (found.values > 0), (above.abs() < half) & listed[found.rows]
+        near = found._replace(values=found.values * on).kept(close)
+        return JumpPicks(found.kept(on).code(len(x)), near, crowded)
 
     def penalize(self, terms: list[Term], picks: JumpPicks, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """See `Training.penalize`."""
@@ -76,16 +95,29 @@ class JumpReLUTraining(Penalized["JumpReLU", JumpPicks]):
     ) -> Tensor:
         """Return sums of -(threshold / width) dL/d act - (1 / width) dL/d [fired] over the picks near each
         threshold."""
-        indices, marks = picks.near
-        threshold = self._threshold()
-        there = threshold[indices]
-        into = torch.zeros_like(marks)
-        for term, size in zip(terms, [len(threshold), *self.config.prefixes], strict=True):
-            into += picked_dots(term.grad, self.sae.W_dec.data, indices) * (indices < size)
+        threshold, (_, indices, acts) = self._threshold(), picks.near
+        into = self.into_values(terms, picks.near)
         if self.config.penalty == "tanh":
-            into += slope * (1 - torch.tanh(picks.acts).square())
-        gradient = -(there * into + by_count) / width * marks
-        return add_at(torch.zeros_like(threshold), indices.flatten(), gradient.flatten())
+            into += slope * (1 - torch.tanh(acts).square())
+        summed = add_at(torch.zeros_like(threshold), indices, threshold[indices] * into + by_count)
+        for first, block in picks.crowded:
+            z = block.to(threshold)
+            near = (z - threshold).abs() < width / 2
+            into = self._into_all(terms, first, block)
+            if self.config.penalty == "tanh":
+                into += slope * (1 - torch.tanh(z.relu() * (z > threshold)).square())
+            summed += threshold * into.mul_(near).sum(0) + by_count * near.sum(0)
+        return summed / -width
+
+    def _into_all(
+        self, terms: list[Term], first: int, block: Float[Tensor, "block d_sae"]
+    ) -> Float[Tensor, "block d_sae"]:
+        """Return what `into_values` does for all features of a block of rows, from products in its dtype."""
+        into = torch.zeros_like(block, dtype=self.sae.W_dec.dtype)
+        for term, size in zip(terms, [block.shape[1], *self.config.prefixes], strict=True):
+            grad, decoder = term.grad[first : first + len(block)], self.sae.W_dec.data[:size]
+            into[:, :size] += grad.to(block) @ decoder.to(block).T
+        return into
 
     def _threshold(self) -> Tensor:
         return self.kind.threshold.detach()

@@ -19,14 +19,16 @@ from torch.nn.functional import linear
 
 from asi_lens.base.errors import require
 from asi_lens.kernels import devices
-from asi_lens.kernels.codes import SparseCode
-from asi_lens.kernels.gradients import Term, decode_sum
+from asi_lens.kernels.codes import Picks, SparseCode, join_picks, picks_of
+from asi_lens.kernels.gradients import Term, decode_sum, dots_at
 from asi_lens.kernels.topk import Workspace, encode_topk
 from asi_lens.sae.sparsity import SparsityConfig
 from asi_lens.training.mesh import Mesh
 
 # Rate of a steered coefficient: at most 3 % up or down in a step.
 _STEERING = 0.03
+# Rows whose pre-activations are computed at a time on a CPU.
+_CPU_ROWS = 256
 
 
 @runtime_checkable
@@ -193,6 +195,13 @@ class Penalized(Training[K, P]):
         bias = self.sae.b_enc.data
         return (z.to(bias) for z in pre_activations(x, self.sae.encoder_rows, bias))
 
+    def into_values(self, terms: list[Term], at: Picks) -> Float[Tensor, " n"]:
+        """Return the derivative in values of the main loss: of the whole dictionary and of its prefixes."""
+        into = torch.zeros_like(at.values)
+        for term, size in zip(terms, [self.sae.d_sae, *self.config.prefixes], strict=True):
+            into += dots_at(term.grad, self.sae.W_dec.data, at.rows, at.indices) * (at.indices < size)
+        return into
+
     def steer(self, l0: float, step: int) -> None:
         """Change the coefficient after a step whose batch had `l0` features per token."""
         excess = l0 / self.target(step) - 1
@@ -288,9 +297,12 @@ class Kind(nn.Module):
 def pre_activations(
     x: Float[Tensor, "batch d_in"], encoder: Float[Tensor, "d_sae d_in"], bias: Float[Tensor, " d_sae"]
 ) -> Iterator[Float[Tensor, "rows d_sae"]]:
-    """Yield x W + b in the dtype of `x`, for as many rows at a time as fit into scratch memory."""
-    for block in x.split(max(1, devices.scratch_bytes(x.device) // (4 * len(encoder)))):
-        yield linear(block, encoder.to(block), bias.to(block))
+    """Yield x W + b in the dtype of `x`, for as many rows at a time as fit into scratch memory (on a CPU at
+    most 256, which stay in the cache while they are compared)."""
+    fit = max(1, devices.scratch_bytes(x.device) // (4 * len(encoder)))
+    weight, shift = encoder.to(x), bias.to(x)
+    for block in x.split(min(fit, _CPU_ROWS) if devices.is_host(x.device) else fit):
+        yield linear(block, weight, shift)
 
 
 def largest(
@@ -299,21 +311,31 @@ def largest(
     bias: Float[Tensor, " d_sae"],
     mean: float | int,
     workspace: Workspace | None = None,
-) -> tuple[SparseCode, Float[Tensor, ""]]:
-    """Return a code that contains the mean x batch largest pre-activations of all rows, and the smallest of
+) -> tuple[Picks, Float[Tensor, ""]]:
+    """Return picks that contain the mean x batch largest pre-activations of all rows, and the smallest of
     these."""
-    wanted = round(mean * len(x))
-    # Few rows hold many times the mean, so the search widens only if a row may hold more than `width`.
-    width = min(len(encoder), 4 * math.ceil(mean))
-    while True:
-        found = encode_topk(x, encoder, bias, width, workspace=workspace)
-        values = found.values.flatten()
-        place = max(0, len(values) - wanted)
-        if devices.is_host(values.device):
-            least = values.kthvalue(place + 1).values
-        else:
-            # With `torch.use_deterministic_algorithms` a GPU refuses kthvalue, because of its indices.
-            least = values.sort().values[place]
-        if width == len(encoder) or not bool((found.values.amin(1) > least).any()):
-            return found, least
-        width = min(len(encoder), 2 * width)
+    wanted, width = round(mean * len(x)), min(len(encoder), 4 * math.ceil(mean))
+    code = encode_topk(x, encoder, bias, width, workspace=workspace)
+    rows = torch.arange(len(x), device=x.device).repeat_interleave(width)
+    found = Picks(rows, code.indices.flatten(), code.values.flatten())
+    least = _at_rank(found.values, wanted)
+    # Few rows hold many times the mean. These may hold more than `width`, and are looked at whole.
+    crowded = code.values.amin(1) > least
+    whole = crowded.nonzero().flatten()
+    if width == len(encoder) or not len(whole):
+        return found, least
+    blocks = (z.relu().to(encoder) for z in pre_activations(x[whole], encoder, bias))
+    # All that is asked for is above `least`; half of it leaves the next value below, for `set_threshold`.
+    more = picks_of((values > least / 2, values) for values in blocks)
+    others = found._replace(values=found.values.masked_fill(crowded[rows], 0))
+    found = join_picks([others, more._replace(rows=whole[more.rows])])
+    return found.at(found.rows.argsort(stable=True)), _at_rank(found.values, wanted)
+
+
+def _at_rank(values: Float[Tensor, " n"], rank: int) -> Float[Tensor, ""]:
+    """Return the value with this rank from the largest (1), or the smallest value if there are fewer."""
+    place = max(0, len(values) - rank)
+    if devices.is_host(values.device):
+        return values.kthvalue(place + 1).values
+    # With `torch.use_deterministic_algorithms` a GPU refuses kthvalue, because of its indices.
+    return values.sort().values[place]
