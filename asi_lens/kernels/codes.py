@@ -20,22 +20,34 @@ class SparseCode(NamedTuple):
     values: Float[Tensor, "batch k"]
 
 
-class Picks(NamedTuple):
-    """Picks of a batch as flat lists, ascending by row: rows of very different length need no padding."""
+class FlatCode(NamedTuple):
+    """A code as flat lists of picks, ascending by row: rows of very different length need no padding."""
 
     rows: Int[Tensor, " n"]
     indices: Int[Tensor, " n"]
     values: Float[Tensor, " n"]
 
-    def code(self, batch: int) -> SparseCode:
-        """Return the rectangular code of `batch` rows."""
-        return side_by_side(*self, batch)
+    def code(self, batch: int, fill: float = 0.0) -> SparseCode:
+        """Return the rectangular code of `batch` rows.
 
-    def at(self, places: Int[Tensor, " m"]) -> Picks:
+        The width is the largest number of picks in a row. Shorter rows are padded by feature 0 with the value
+        `fill`.
+        """
+        rows, indices, values = self
+        counts = rows.new_zeros(batch).scatter_add_(0, rows, torch.ones_like(rows))  # bincount would wait
+        width = max(1, int(counts.max())) if batch else 1
+        place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+        wide_indices = rows.new_zeros(batch, width)
+        wide_values = values.new_full((batch, width), fill)
+        wide_indices[rows, place] = indices
+        wide_values[rows, place] = values
+        return SparseCode(wide_indices, wide_values)
+
+    def at(self, places: Int[Tensor, " m"]) -> FlatCode:
         """Return the picks at these places of the lists."""
-        return Picks(*(part[places] for part in self))
+        return FlatCode(*(part[places] for part in self))
 
-    def kept(self, which: Bool[Tensor, " n"]) -> Picks:
+    def kept(self, which: Bool[Tensor, " n"]) -> FlatCode:
         """Return the marked picks."""
         return self.at(which.nonzero().flatten())
 
@@ -47,41 +59,19 @@ def marked(mask: Bool[Tensor, " n"], count: int) -> Int[Tensor, " marked"]:
     return torch.searchsorted(mask.cumsum(0), torch.arange(1, count + 1, device=mask.device))
 
 
-def picks_of(blocks: Iterable[tuple[Bool[Tensor, "block n"], Float[Tensor, "block n"]]]) -> Picks:
+def flat_code(blocks: Iterable[tuple[Bool[Tensor, "block n"], Float[Tensor, "block n"]]]) -> FlatCode:
     """Return the marked places of blocks of rows, each a mask and its values."""
     found, before = [], 0
     for mask, values in blocks:
         rows, columns = mask.nonzero(as_tuple=True)
-        found.append(Picks(rows + before, columns, values[rows, columns]))
+        found.append(FlatCode(rows + before, columns, values[rows, columns]))
         before += len(mask)
-    return join_picks(found)
+    return join_flat(found)
 
 
-def join_picks(parts: Sequence[Picks]) -> Picks:
+def join_flat(parts: Sequence[FlatCode]) -> FlatCode:
     """Return the picks of several lists, one after the other."""
-    return Picks(*map(torch.cat, zip(*parts, strict=True)))
-
-
-def side_by_side(
-    rows: Int[Tensor, " picks"],
-    indices: Int[Tensor, " picks"],
-    values: Float[Tensor, " picks"],
-    batch: int,
-    fill: float = 0.0,
-) -> SparseCode:
-    """Pack a flat list of picks, sorted by row, into a rectangular code.
-
-    The width is the largest number of picks in a row. Shorter rows are padded by feature 0 with the value
-    `fill`.
-    """
-    counts = rows.new_zeros(batch).scatter_add_(0, rows, torch.ones_like(rows))  # bincount would wait
-    width = max(1, int(counts.max())) if batch else 1
-    place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
-    wide_indices = rows.new_zeros(batch, width)
-    wide_values = values.new_full((batch, width), fill)
-    wide_indices[rows, place] = indices
-    wide_values[rows, place] = values
-    return SparseCode(wide_indices, wide_values)
+    return FlatCode(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def stack_codes(codes: Sequence[SparseCode]) -> SparseCode:

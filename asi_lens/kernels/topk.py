@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from asi_lens.kernels import devices
-from asi_lens.kernels.codes import SparseCode, side_by_side
+from asi_lens.kernels.codes import FlatCode, SparseCode
 
 # Bytes of a tile on a CPU (the top-k reads a tile while it is still in the cache), and its rows for each byte
 # of a number: products in float32 gain a tenth from 1,024 rows, those in bfloat16 lose as much.
@@ -106,7 +106,7 @@ def topk_above(scores: Float[Tensor, "batch n"], k: int, least: Float[Tensor, " 
         there = (left_over > bound).nonzero(as_tuple=True)
         row, order = torch.cat([row, there[0]]).sort(stable=True)
         index = torch.cat([index, there[1] + size * groups])[order]
-    return merge_topk([side_by_side(row, index, scores[row, index], len(scores), fill=-torch.inf)], k)
+    return merge_topk([FlatCode(row, index, scores[row, index]).code(len(scores), fill=-torch.inf)], k)
 
 
 def _as_integers(scores: Float[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:

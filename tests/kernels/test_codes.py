@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asi_lens.kernels.codes import SparseCode, picks_of, side_by_side, stack_codes
+from asi_lens.kernels.codes import FlatCode, SparseCode, flat_code, stack_codes
 
 
 def dense(code: SparseCode, n: int) -> torch.Tensor:
@@ -18,7 +18,7 @@ def test_marked_places_and_no_others_are_picked(batch: int, n: int, share: float
     generator = torch.Generator().manual_seed(seed)
     mask = torch.rand(batch, n, generator=generator) < share
     values = torch.randn(batch, n, generator=generator)
-    picks = picks_of(zip(mask.split(2), values.split(2), strict=True))
+    picks = flat_code(zip(mask.split(2), values.split(2), strict=True))
     code = picks.code(batch)
     assert torch.equal(dense(code, n), values * mask)
     assert code.values.shape[1] == max(1, int(mask.sum(1).max()) if batch else 0)
@@ -29,7 +29,7 @@ def test_marked_places_and_no_others_are_picked(batch: int, n: int, share: float
 
 def test_what_a_row_lacks_is_filled_up_as_asked() -> None:
     rows, indices, values = torch.tensor([0, 2, 2]), torch.tensor([7, 5, 6]), torch.tensor([1.0, 2.0, 3.0])
-    code = side_by_side(rows, indices, values, 3, fill=-torch.inf)
+    code = FlatCode(rows, indices, values).code(3, fill=-torch.inf)
     assert code.indices.tolist() == [[7, 0], [0, 0], [5, 6]]
     assert code.values.tolist() == [[1, -torch.inf], [-torch.inf, -torch.inf], [2, 3]]
 

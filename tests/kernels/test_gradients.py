@@ -7,7 +7,7 @@ import torch
 from small_kernels import normal
 from torch import Tensor
 
-from asi_lens.kernels.codes import picks_of
+from asi_lens.kernels.codes import flat_code
 from asi_lens.kernels.gradients import Edge, Term, decode_sum, dots_at, picked_dots, sum_gradients
 from asi_lens.kernels.topk import encode_topk
 from asi_lens.sae.dictionary import SAEConfig, SparseAutoencoder
@@ -48,7 +48,7 @@ def test_rows_of_unequal_length_decode_to_the_dense_product(longest: int) -> Non
     decoder, dense = normal(40, 12), torch.zeros(6, 40, dtype=torch.float64)
     dense[1, :longest] = normal(longest, seed=1)
     dense[4, 3:4] = 2.0 if longest else 0.0
-    code = picks_of([(dense != 0, dense)]).code(6)
+    code = flat_code([(dense != 0, dense)]).code(6)
     torch.testing.assert_close(decode_sum(code, decoder), dense @ decoder)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import relu
 
 from asi_lens.base.errors import OptionError
-from asi_lens.kernels.codes import SparseCode, picks_of
+from asi_lens.kernels.codes import SparseCode, flat_code
 from asi_lens.kernels.topk import Workspace
 from asi_lens.sae.kinds.kind import Kind, pre_activations
 
@@ -39,7 +39,7 @@ class FiresFreely(Kind):
     ) -> SparseCode:
         """See `Kind.code`."""
         blocks = (self.values(z, bias) for z in pre_activations(x, encoder, bias))
-        picks = picks_of((values > 0, values) for values in blocks)
+        picks = flat_code((values > 0, values) for values in blocks)
         return picks._replace(values=picks.values.to(bias.dtype)).code(len(x))
 
     def set_threshold(self, b_enc: Float[Tensor, " d_sae"], threshold: float) -> None:

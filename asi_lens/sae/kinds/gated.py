@@ -16,11 +16,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from asi_lens.kernels.codes import Picks, SparseCode, picks_of
+from asi_lens.kernels.codes import FlatCode, SparseCode, flat_code
 from asi_lens.kernels.gradients import Term, add_at, decode_sum
 from asi_lens.kernels.topk import Workspace
 from asi_lens.sae.kinds.free import FiresFreely
-from asi_lens.sae.kinds.kind import Kind, Penalized, Picked, Sizes
+from asi_lens.sae.kinds.kind import Kind, Penalized, Picked, Sizes, pre_activations
 from asi_lens.sae.sparsity import SparsityConfig
 
 
@@ -28,7 +28,7 @@ from asi_lens.sae.sparsity import SparsityConfig
 class GatedPicks(Picked):
     """Picked of a batch, the same as a list, and its open gates with their pre-activations."""
 
-    fired: Picks
+    fired: FlatCode
     gates: SparseCode
 
 
@@ -41,8 +41,10 @@ class GatedTraining(Penalized["Gated", GatedPicks]):
         self, x: Float[Tensor, "batch d_in"], step: int, workspace: Workspace | None = None
     ) -> GatedPicks:
         """See `Training.picks`."""
-        gates = picks_of((z > 0, z) for z in self.pre_activations(x))
-        values = self.kind.magnitude(gates.values, self.sae.b_enc.data, gates.indices)
+        bias = self.sae.b_enc.data
+        blocks = (z.to(bias) for z in pre_activations(x, self.sae.encoder_rows, bias))
+        gates = flat_code((z > 0, z) for z in blocks)
+        values = self.kind.magnitude(gates.values, bias, gates.indices)
         fired = gates._replace(values=values).kept(values > 0)
         return GatedPicks(fired.code(len(x)), fired, gates.code(len(x)))
 
@@ -67,7 +69,7 @@ class GatedTraining(Penalized["Gated", GatedPicks]):
         loss = weight * gates.code.values.sum() + gates.grad.square().sum() * (batch / 4)
         return loss, self._own_gradients(main, picks.fired)
 
-    def _own_gradients(self, main: list[Term], fired: Picks) -> dict[str, Tensor]:
+    def _own_gradients(self, main: list[Term], fired: FlatCode) -> dict[str, Tensor]:
         """Return gradients of b_mag (sum of dL/d value over the picks that fired) and of r_mag (the same sum,
         each summand times exp(r_mag) (x . w))."""
         b_mag, into = self.kind.b_mag.detach(), self.into_values(main, fired)

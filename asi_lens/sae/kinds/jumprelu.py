@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from asi_lens.kernels import devices
-from asi_lens.kernels.codes import Picks, picks_of
+from asi_lens.kernels.codes import FlatCode, flat_code
 from asi_lens.kernels.gradients import Term, add_at
 from asi_lens.kernels.topk import Workspace
 from asi_lens.sae.kinds.free import Thresholded
@@ -37,7 +37,7 @@ class JumpPicks(Picked):
         crowded: blocks of rows with too many of them for a list: first row, and all pre-activations.
     """
 
-    near: Picks
+    near: FlatCode
     crowded: list[tuple[int, Float[Tensor, "block d_sae"]]]
 
 
@@ -65,7 +65,7 @@ class JumpReLUTraining(Penalized["JumpReLU", JumpPicks]):
                 yield mask, z
                 first = last
 
-        found = picks_of(marked())
+        found = flat_code(marked())
         above = found.values - threshold[found.indices]
         on, close = (above > 0) & (found.values > 0), (above.abs() < half) & listed[found.rows]
         near = found._replace(values=found.values * on).kept(close)
@@ -100,24 +100,26 @@ class JumpReLUTraining(Penalized["JumpReLU", JumpPicks]):
         if self.config.penalty == "tanh":
             into += slope * (1 - torch.tanh(acts).square())
         summed = add_at(torch.zeros_like(threshold), indices, threshold[indices] * into + by_count)
-        for first, block in picks.crowded:
+        for (_, block), into in zip(picks.crowded, self._into_all(terms, picks.crowded), strict=True):
             z = block.to(threshold)
             near = (z - threshold).abs() < width / 2
-            into = self._into_all(terms, first, block)
             if self.config.penalty == "tanh":
                 into += slope * (1 - torch.tanh(z.relu() * (z > threshold)).square())
             summed += threshold * into.mul_(near).sum(0) + by_count * near.sum(0)
         return summed / -width
 
     def _into_all(
-        self, terms: list[Term], first: int, block: Float[Tensor, "block d_sae"]
-    ) -> Float[Tensor, "block d_sae"]:
-        """Return what `into_values` does for all features of a block of rows, from products in its dtype."""
-        into = torch.zeros_like(block, dtype=self.sae.W_dec.dtype)
-        for term, size in zip(terms, [block.shape[1], *self.config.prefixes], strict=True):
-            grad, decoder = term.grad[first : first + len(block)], self.sae.W_dec.data[:size]
-            into[:, :size] += grad.to(block) @ decoder.to(block).T
-        return into
+        self, terms: list[Term], blocks: list[tuple[int, Float[Tensor, "block d_sae"]]]
+    ) -> Iterator[Float[Tensor, "block d_sae"]]:
+        """Yield what `into_values` returns for all features of each block, from products in its dtype."""
+        if not blocks:
+            return
+        decoder = self.sae.W_dec.data.to(blocks[0][1])
+        for first, block in blocks:
+            into = torch.zeros_like(block, dtype=self.sae.W_dec.dtype)
+            for term, size in zip(terms, [block.shape[1], *self.config.prefixes], strict=True):
+                into[:, :size] += term.grad[first : first + len(block)].to(block) @ decoder[:size].T
+            yield into
 
     def _threshold(self) -> Tensor:
         return self.kind.threshold.detach()

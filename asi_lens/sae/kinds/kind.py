@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 
 from asi_lens.base.errors import require
 from asi_lens.kernels import devices
-from asi_lens.kernels.codes import Picks, SparseCode, join_picks, picks_of
+from asi_lens.kernels.codes import FlatCode, SparseCode, flat_code, join_flat
 from asi_lens.kernels.gradients import Term, decode_sum, dots_at
 from asi_lens.kernels.topk import Workspace, encode_topk
 from asi_lens.sae.sparsity import SparsityConfig
@@ -190,12 +190,7 @@ class Penalized(Training[K, P]):
         warm = min(1.0, (step + 1) / self.config.warmup_steps) if self.config.warmup_steps else 1.0
         return self.coefficient * warm * self.sae.d_out
 
-    def pre_activations(self, x: Float[Tensor, "batch d_in"]) -> Iterator[Float[Tensor, "rows d_sae"]]:
-        """Yield the results of the function `pre_activations` in the weights' dtype."""
-        bias = self.sae.b_enc.data
-        return (z.to(bias) for z in pre_activations(x, self.sae.encoder_rows, bias))
-
-    def into_values(self, terms: list[Term], at: Picks) -> Float[Tensor, " n"]:
+    def into_values(self, terms: list[Term], at: FlatCode) -> Float[Tensor, " n"]:
         """Return the derivative in values of the main loss: of the whole dictionary and of its prefixes."""
         into = torch.zeros_like(at.values)
         for term, size in zip(terms, [self.sae.d_sae, *self.config.prefixes], strict=True):
@@ -311,24 +306,23 @@ def largest(
     bias: Float[Tensor, " d_sae"],
     mean: float | int,
     workspace: Workspace | None = None,
-) -> tuple[Picks, Float[Tensor, ""]]:
+) -> tuple[FlatCode, Float[Tensor, ""]]:
     """Return picks that contain the mean x batch largest pre-activations of all rows, and the smallest of
     these."""
     wanted, width = round(mean * len(x)), min(len(encoder), 4 * math.ceil(mean))
     code = encode_topk(x, encoder, bias, width, workspace=workspace)
     rows = torch.arange(len(x), device=x.device).repeat_interleave(width)
-    found = Picks(rows, code.indices.flatten(), code.values.flatten())
+    found = FlatCode(rows, code.indices.flatten(), code.values.flatten())
     least = _at_rank(found.values, wanted)
     # Few rows hold many times the mean. These may hold more than `width`, and are looked at whole.
     crowded = code.values.amin(1) > least
-    whole = crowded.nonzero().flatten()
-    if width == len(encoder) or not len(whole):
+    if width == len(encoder) or not len(whole := crowded.nonzero().flatten()):
         return found, least
     blocks = (z.relu().to(encoder) for z in pre_activations(x[whole], encoder, bias))
     # All that is asked for is above `least`; half of it leaves the next value below, for `set_threshold`.
-    more = picks_of((values > least / 2, values) for values in blocks)
+    more = flat_code((values > least / 2, values) for values in blocks)
     others = found._replace(values=found.values.masked_fill(crowded[rows], 0))
-    found = join_picks([others, more._replace(rows=whole[more.rows])])
+    found = join_flat([others, more._replace(rows=whole[more.rows])])
     return found.at(found.rows.argsort(stable=True)), _at_rank(found.values, wanted)
 
 
